@@ -1,0 +1,232 @@
+"""State dicts of the published guided-diffusion code to this library's models.
+
+The published code numbers its layers in the order in which they run; ours are named as in diffusers. Its attention
+projects query, key and value in one product whose rows are ordered `(3, heads, width)` or, in the older layout,
+`(heads, 3, width)`; here they become three products, once, so that the models know one layout only.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.classifier_adm import ADMClassifierConfig, ADMForImageClassification
+from ..models.layers import ADMAttention, ADMAttentionPool, ADMResnetBlock, Downsample2D
+from ..models.unet_adm import ADMUNet2DModel
+
+RESNET_NAMES = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+# The published constructors' arguments without a counterpart: they choose how to compute, not what.
+IGNORED_ARGUMENTS = {"dims", "use_checkpoint", "use_fp16", "image_size", "num_heads", "num_head_channels"}
+RENAMED_ARGUMENTS = {"num_classes": "num_class_embeds"}
+
+
+def convert_openai_unet(
+    state_dict: dict[str, torch.Tensor], config: dict[str, Any], super_resolution: bool = False
+) -> ADMUNet2DModel:
+    """Converts a UNet of the published code.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): The published names and tensors; floating-point, any precision.
+        config (`dict`): The arguments of the published constructor (`UNetModel`, or `SuperResModel`), where
+            `attention_resolutions` are downsampling factors.
+        super_resolution (`bool`, defaults to `False`): The model is an upsampler, which takes a low-resolution image
+            of `in_channels` channels beside the noisy one.
+
+    Returns:
+        [`ADMUNet2DModel`]: In float32 and in evaluation mode.
+
+    Raises:
+        `ValueError`: If names or shapes do not fit the config, naming the first of them, or if the config has an
+            argument that the published constructor does not know.
+    """
+    arguments = _shared_arguments(config)
+    new_order = arguments.pop("use_new_attention_order", False)
+    if super_resolution:
+        arguments["low_res_channels"] = arguments["in_channels"]
+    heads_upsample = arguments.pop("num_heads_upsample", -1)
+    if heads_upsample != -1 and arguments["num_heads"] is not None:
+        arguments["num_heads_upsample"] = heads_upsample
+    with torch.device("meta"):
+        model = ADMUNet2DModel(**arguments)
+    return _load(model, state_dict, new_order)
+
+
+def convert_openai_classifier(
+    state_dict: dict[str, torch.Tensor], config: dict[str, Any]
+) -> ADMForImageClassification:
+    """Converts a noisy-image classifier of the published code.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): The published names and tensors; floating-point, any precision.
+        config (`dict`): The arguments of the published constructor, `EncoderUNetModel`; `out_channels` is the number
+            of classes. Arguments of [`ADMClassifierConfig`] that the published one lacks, such as `beta_schedule` or
+            `id2label`, may stand beside them.
+
+    Returns:
+        [`ADMForImageClassification`]: In float32 and in evaluation mode.
+
+    Raises:
+        `ValueError`: As [`convert_openai_unet`].
+    """
+    arguments = _shared_arguments(config)
+    new_order = arguments.pop("use_new_attention_order", False)
+    arguments.pop("num_heads_upsample", None)
+    num_labels = arguments.pop("out_channels")
+    with torch.device("meta"):
+        model = ADMForImageClassification(
+            ADMClassifierConfig(**{"num_labels": num_labels, "pool": "adaptive", **arguments})
+        )
+    return _load(model, state_dict, new_order)
+
+
+def _shared_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """The published constructors' arguments and defaults in this library's spelling."""
+    try:
+        image_size = config["image_size"]
+        factors = config["attention_resolutions"]
+    except KeyError as error:
+        raise ValueError(f"The published constructor's argument {error} is missing from the config.") from None
+    head_dim = config.get("num_head_channels", -1)
+    arguments = {
+        # the published constructor's defaults, where they differ from ours
+        "channel_mult": (1, 2, 4, 8),
+        "use_scale_shift_norm": False,
+        "resblock_updown": False,
+        **{RENAMED_ARGUMENTS.get(name, name): value for name, value in config.items()},
+        "sample_size": image_size,
+        "attention_resolutions": [image_size // factor for factor in factors],
+        "num_heads": config.get("num_heads", 1) if head_dim == -1 else None,
+        "attention_head_dim": None if head_dim == -1 else head_dim,
+    }
+    for name in IGNORED_ARGUMENTS - {"num_heads"}:
+        arguments.pop(name, None)
+    return arguments
+
+
+def _load(model: Any, state_dict: dict[str, torch.Tensor], new_order: bool) -> Any:
+    """Fills a model on the meta device from the published tensors, without drawing random weights first."""
+    remaining = dict(state_dict)
+    converted: dict[str, torch.Tensor] = {}
+    for ours, theirs, module in published_names(model):
+        if isinstance(module, ADMAttention | ADMAttentionPool):
+            pooling = isinstance(module, ADMAttentionPool)
+            for kind in ("weight", "bias"):
+                name = f"{theirs}.{'qkv_proj' if pooling else 'qkv'}.{kind}"
+                rows = _take(remaining, name).flatten(1) if kind == "weight" else _take(remaining, name)
+                for part, tensor in zip("qkv", _split_qkv(rows, module.heads, new_order or pooling), strict=True):
+                    converted[f"{ours}.to_{part}.{kind}"] = tensor
+            if pooling:
+                converted[f"{ours}.position_embedding"] = _take(remaining, f"{theirs}.positional_embedding").T
+        else:
+            for kind, parameter in module.named_parameters(recurse=False):
+                tensor = _take(remaining, f"{theirs}.{kind}")
+                if parameter.ndim == 2 and tensor.ndim > 2:  # a 1x1 convolution that is a linear layer here
+                    tensor = tensor.flatten(1)
+                converted[f"{ours}.{kind}"] = tensor
+
+    expected = model.state_dict()
+    for name, tensor in converted.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"The tensor for {name} has shape {tuple(tensor.shape)} where the config expects "
+                f"{tuple(expected[name].shape)}; the checkpoint belongs to another config."
+            )
+    if remaining:
+        raise ValueError(
+            f"The checkpoint holds {len(remaining)} tensors that the config does not know, such as "
+            f"{min(remaining)}; the checkpoint belongs to another config."
+        )
+    converted = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in converted.items()}
+    model.load_state_dict(converted, assign=True)
+    return model.eval()
+
+
+def _take(state_dict: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    if name not in state_dict:
+        raise ValueError(f"The checkpoint has no tensor {name}, which the config asks for; it belongs to another.")
+    return state_dict.pop(name)
+
+
+def _split_qkv(rows: torch.Tensor, heads: int, new_order: bool) -> tuple[torch.Tensor, ...]:
+    """The rows of query, key and value, ordered by head, from either published layout."""
+    if new_order:
+        return rows.chunk(3)
+    return tuple(part.flatten(0, 1) for part in rows.unflatten(0, (heads, 3, -1)).unbind(1))
+
+
+def published_names(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Yields `(our name, published name, module)` for every module with tensors of its own.
+
+    Attention layers come as one, since their query, key and value are one tensor in the published code; what else they
+    hold follows under its own name.
+    """
+    yield from _walk(model, "time_embedding.linear_1", "time_embed.0")
+    yield from _walk(model, "time_embedding.linear_2", "time_embed.2")
+    if getattr(model, "class_embedding", None) is not None:
+        yield from _walk(model, "class_embedding", "label_emb")
+    yield from _walk(model, "conv_in", "input_blocks.0.0")
+
+    index = 1
+    for level, block in enumerate(model.down_blocks):
+        for i in range(len(block.resnets)):
+            yield from _walk(model, f"down_blocks.{level}.resnets.{i}", f"input_blocks.{index}.0")
+            if block.attentions:
+                yield from _walk(model, f"down_blocks.{level}.attentions.{i}", f"input_blocks.{index}.1")
+            index += 1
+        if block.resamplers:
+            yield from _walk(model, f"down_blocks.{level}.resamplers.0", f"input_blocks.{index}.0")
+            index += 1
+
+    yield from _walk(model, "mid_block.resnets.0", "middle_block.0")
+    yield from _walk(model, "mid_block.attentions.0", "middle_block.1")
+    yield from _walk(model, "mid_block.resnets.1", "middle_block.2")
+
+    if isinstance(model, ADMUNet2DModel):
+        index = 0
+        for level, block in enumerate(model.up_blocks):
+            for i in range(len(block.resnets)):
+                yield from _walk(model, f"up_blocks.{level}.resnets.{i}", f"output_blocks.{index}.0")
+                if block.attentions:
+                    yield from _walk(model, f"up_blocks.{level}.attentions.{i}", f"output_blocks.{index}.1")
+                index += 1
+            if block.resamplers:  # the last layer of the level's last block
+                position = 2 if block.attentions else 1
+                yield from _walk(model, f"up_blocks.{level}.resamplers.0", f"output_blocks.{index - 1}.{position}")
+        yield from _walk(model, "conv_norm_out", "out.0")
+        yield from _walk(model, "conv_out", "out.2")
+    else:
+        for ours, theirs in {
+            "adaptive": {"head.norm": "out.0", "head.classifier.2": "out.3"},
+            "attention": {"head.norm": "out.0", "head.classifier": "out.2"},
+            "spatial": {"head.linear_1": "out.0", "head.linear_2": "out.2"},
+            "spatial_v2": {"head.linear_1": "out.0", "head.norm": "out.1", "head.linear_2": "out.3"},
+        }[model.config.pool].items():
+            yield from _walk(model, ours, theirs)
+
+
+def _walk(model: nn.Module, ours: str, theirs: str) -> Iterator[tuple[str, str, nn.Module]]:
+    """The modules with tensors inside one layer."""
+    module = model.get_submodule(ours)
+    if isinstance(module, ADMResnetBlock):
+        for our_part, their_part in RESNET_NAMES.items():
+            yield f"{ours}.{our_part}", f"{theirs}.{their_part}", module.get_submodule(our_part)
+    elif isinstance(module, ADMAttention):
+        yield ours, theirs, module
+        yield f"{ours}.group_norm", f"{theirs}.norm", module.group_norm
+        yield f"{ours}.to_out", f"{theirs}.proj_out", module.to_out
+    elif isinstance(module, ADMAttentionPool):
+        yield ours, theirs, module
+        yield f"{ours}.to_out", f"{theirs}.c_proj", module.to_out
+    elif hasattr(module, "conv"):
+        yield f"{ours}.conv", f"{theirs}.{'op' if isinstance(module, Downsample2D) else 'conv'}", module.conv
+    else:
+        yield ours, theirs, module

@@ -1,0 +1,137 @@
+"""What training minimises: the simple objective, the variational bound, and their hybrid.
+
+DDPM (arXiv 2006.11239), equations 5, 13 and 14; Improved DDPM (arXiv 2102.09672), equation 16, which ADM trains with.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .schedulers.gaussian_process import Gaussian, GaussianProcess, upcast
+from .schedulers.scheduling_adm import ADMScheduler
+
+LOSS_TYPES = ("simple", "hybrid", "vlb")
+
+
+@dataclass
+class DiffusionLoss:
+    """
+    Attributes:
+        loss (`torch.Tensor` of shape `(batch,)`): What to minimise.
+        mse (`torch.Tensor` of shape `(batch,)`): Mean squared error of the model's prediction.
+        vb (`torch.Tensor` of shape `(batch,)`): Term of the variational bound at the timestep, in bits per dimension;
+            times T / 1000 with the hybrid loss, as published.
+    """
+
+    loss: torch.Tensor
+    mse: torch.Tensor
+    vb: torch.Tensor
+
+
+def diffusion_loss(
+    scheduler: ADMScheduler,
+    model_output: torch.Tensor,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    loss_type: str = "hybrid",
+) -> DiffusionLoss:
+    r"""The loss of each image at its timestep of the training schedule. Never clips.
+
+    Args:
+        scheduler ([`ADMScheduler`]): Its training schedule, prediction type and variance type; respacing is ignored.
+        model_output (`torch.Tensor` of shape `(batch, C or 2C, height, width)`): The UNet's output for
+            `scheduler.add_noise(clean, noise, timesteps)`.
+        clean (`torch.Tensor` of shape `(batch, C, height, width)`): Images in [-1, 1].
+        noise (`torch.Tensor` of the same shape): The noise that was added.
+        timesteps (`torch.Tensor` of shape `(batch,)`): Training timesteps.
+        loss_type (`str`, defaults to `"hybrid"`): `"simple"`: mse (DDPM, eq. 14). `"hybrid"`: mse + vb, where vb
+            trains the variance only (Improved DDPM, eq. 16 and section 3.1). `"vlb"`: T * vb, in bits per dimension.
+
+    Returns:
+        [`DiffusionLoss`]
+
+    Raises:
+        `ValueError`: For another loss type, channels that do not fit the scheduler's variance type, or a hybrid loss
+            without a learned variance.
+    """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type={loss_type!r} is not one of {', '.join(map(repr, LOSS_TYPES))}.")
+    process = scheduler.training_process
+    if loss_type == "hybrid" and process.variance_type != "learned_range":
+        raise ValueError(
+            f"loss_type='hybrid' trains a learned variance, and variance_type={process.variance_type!r} has none; use "
+            f"loss_type='simple', or a scheduler with variance_type='learned_range'."
+        )
+    model_output, clean, noise = upcast(model_output), upcast(clean), upcast(noise)
+    sample = process.add_noise(clean, noise, timesteps)
+    prediction, variance_output = process.split(model_output, clean.shape[1])
+    target = {
+        "epsilon": lambda: noise,
+        "sample": lambda: clean,
+        "v_prediction": lambda: scheduler.get_velocity(clean, noise, timesteps),
+    }[process.prediction_type]()
+    mse = mean_over_pixels((target - prediction) ** 2)
+
+    if loss_type != "vlb" and variance_output is not None:
+        model_output = torch.cat([prediction.detach(), variance_output], dim=1)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and loss_type != "simple"):
+        vb = variational_bound_term(
+            process, process.predict(model_output, timesteps, sample), clean, sample, timesteps
+        )
+
+    total = len(process.timesteps)
+    if loss_type == "simple":
+        return DiffusionLoss(loss=mse, mse=mse, vb=vb)
+    if loss_type == "vlb":
+        return DiffusionLoss(loss=vb * total, mse=mse, vb=vb)
+    vb = vb * (total / 1000)  # without the factor it would drown the mse of other numbers of timesteps
+    return DiffusionLoss(loss=mse + vb, mse=mse, vb=vb)
+
+
+def variational_bound_term(
+    process: GaussianProcess, predicted: Gaussian, clean: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """One term of the bound on the negative log-likelihood, in bits per dimension, of shape `(batch,)`.
+
+    DDPM, equation 5: the KL divergence between the posterior and the model at a timestep, and at the first timestep the
+    model's negative log-likelihood of the 8-bit image.
+    """
+    posterior = process.posterior(clean, timesteps, sample)
+    kl = normal_kl(posterior.mean, posterior.log_variance, predicted.mean, predicted.log_variance)
+    nll = -discretized_gaussian_log_likelihood(clean, predicted.mean, 0.5 * predicted.log_variance)
+    first = (timesteps == process.timesteps[0]).to(clean.device)
+    return torch.where(first, mean_over_pixels(nll), mean_over_pixels(kl)) / math.log(2)
+
+
+def normal_kl(
+    mean_1: torch.Tensor, log_variance_1: torch.Tensor, mean_2: torch.Tensor, log_variance_2: torch.Tensor
+) -> torch.Tensor:
+    """KL divergence between two Gaussians, in nats, elementwise."""
+    ratio = torch.exp(log_variance_1 - log_variance_2)
+    distance = (mean_1 - mean_2) ** 2 * torch.exp(-log_variance_2)
+    return 0.5 * (log_variance_2 - log_variance_1 + ratio + distance - 1)
+
+
+def discretized_gaussian_log_likelihood(
+    images: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor
+) -> torch.Tensor:
+    """Log-probability, in nats, of 8-bit images in [-1, 1] (DDPM, equation 13), elementwise.
+
+    The normal distribution's integral is the tanh approximation of the published code; both ends are open.
+    """
+    inverse_scale = torch.exp(-log_scale)
+    upper = _normal_cdf(inverse_scale * (images - mean + 1 / 255))
+    lower = _normal_cdf(inverse_scale * (images - mean - 1 / 255))
+    probability = torch.where(images < -0.999, upper, torch.where(images > 0.999, 1 - lower, upper - lower))
+    return probability.clamp(min=1e-12).log()
+
+
+def _normal_cdf(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def mean_over_pixels(x: torch.Tensor) -> torch.Tensor:
+    """The mean of each image's values, `(batch,)`."""
+    return x.flatten(1).mean(1)

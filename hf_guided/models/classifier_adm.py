@@ -1,0 +1,292 @@
+"""The noisy-image classifier of ADM, arXiv 2105.05233, section 4: the UNet's encoder with a pooling head."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..registration import register_with_diffusers
+from .image_processing_adm import ADMImageProcessor
+from .layers import (
+    NORM_GROUPS,
+    ADMAttention,
+    ADMAttentionPool,
+    ADMResnetBlock,
+    Downsample2D,
+    ZeroLinear,
+    check_sides,
+    expand_timestep,
+    level_attention,
+    level_widths,
+    make_encoder,
+)
+
+POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
+
+
+@strict
+class ADMClassifierConfig(PreTrainedConfig):
+    r"""
+    Args:
+        sample_size (`int` or pair, defaults to 64): Side length in pixels, or `[height, width]`.
+        in_channels (`int`, defaults to 3): Channels of the image.
+        model_channels (`int`, defaults to 128): Base width.
+        channel_mult (list of `float`, defaults to `[1, 2, 3, 4]`): Width of each level as a multiple of the base.
+        num_res_blocks (`int`, defaults to 2): Residual blocks per level.
+        attention_resolutions (list of `int`, defaults to `[32, 16, 8]`): Side lengths in pixels with attention.
+        num_heads (`int`, *optional*): A fixed number of attention heads.
+        attention_head_dim (`int`, *optional*): A fixed width of a head instead; 64 if neither is given.
+        dropout (`float`, defaults to 0.0): Rate of dropout in residual blocks.
+        conv_resample (`bool`, defaults to `True`): Downsample with learned convolutions; plain otherwise.
+        resblock_updown (`bool`, defaults to `True`): Downsample with residual blocks instead of both.
+        use_scale_shift_norm (`bool`, defaults to `True`): Adaptive group normalisation instead of addition.
+        pool (`str`, defaults to `"attention"`): The head: `"adaptive"` (mean, linear), `"attention"` (attention from
+            the mean, section 4.1), `"spatial"` or `"spatial_v2"` (the means of every layer, two linear layers).
+        beta_schedule, num_train_timesteps, trained_betas, rescale_timesteps: The noise schedule that the classifier
+            was trained on, spelled as in [`ADMScheduler`].
+    """
+
+    model_type = "adm-classifier"
+
+    sample_size: int | list[int] | tuple[int, ...] = 64
+    in_channels: int = 3
+    model_channels: int = 128
+    channel_mult: list[int | float] | tuple[int | float, ...] = (1, 2, 3, 4)
+    num_res_blocks: int = 2
+    attention_resolutions: list[int] | tuple[int, ...] = (32, 16, 8)
+    num_heads: int | None = None
+    attention_head_dim: int | None = None
+    dropout: float | int = 0.0
+    conv_resample: bool = True
+    resblock_updown: bool = True
+    use_scale_shift_norm: bool = True
+    pool: str = "attention"
+    beta_schedule: str = "linear"
+    num_train_timesteps: int = 1000
+    trained_betas: list[float] | None = None
+    rescale_timesteps: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.pool not in POOLS:
+            raise ValueError(f"pool={self.pool!r} is not one of {', '.join(POOLS)}.")
+        super().__post_init__(**kwargs)
+
+
+class TransformersAttnProcessor:
+    """Attention through the implementations of transformers, as `set_attn_implementation` chooses them."""
+
+    def __init__(self, config: PreTrainedConfig):
+        self.config = config
+
+    def __call__(self, attn: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attn.is_causal = False
+        attended, _ = interface(
+            attn,
+            *(x.transpose(1, 2) for x in (query, key, value)),
+            None,
+            dropout=0.0,
+            scaling=query.shape[-1] ** -0.5,
+        )
+        return attended
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out; arguments are `(batch, heads, tokens, head_dim)`, the softmax is in float32."""
+    weights = torch.softmax((query * scaling) @ key.transpose(-2, -1), dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class PooledHead(nn.Module):
+    """Heads that look at the last feature map: `"adaptive"` takes its mean, `"attention"` attends from it."""
+
+    def __init__(self, config: ADMClassifierConfig, channels: int, num_tokens: int, processor: Callable):
+        super().__init__()
+        self.norm = nn.GroupNorm(NORM_GROUPS, channels)
+        self.classifier: nn.Module
+        if config.pool == "attention":
+            self.classifier = ADMAttentionPool(
+                num_tokens, channels, config.num_labels, config.num_heads, config.attention_head_dim, processor
+            )
+        else:
+            self.classifier = nn.Sequential(
+                nn.AdaptiveAvgPool2d(1), nn.Flatten(), ZeroLinear(channels, config.num_labels)
+            )
+
+    def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return self.classifier(F.silu(self.norm(feature_maps[-1])))
+
+
+class SpatialHead(nn.Module):
+    """Heads that look at the mean of every layer's feature map (`"spatial"`, `"spatial_v2"`)."""
+
+    def __init__(self, config: ADMClassifierConfig, channels: int, hidden_size: int = 2048):
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, hidden_size)
+        self.norm: nn.Module = nn.Identity()
+        self.activation: nn.Module = nn.ReLU()
+        if config.pool == "spatial_v2":
+            self.norm = nn.GroupNorm(NORM_GROUPS, hidden_size)
+            self.activation = nn.SiLU()
+        self.linear_2 = nn.Linear(hidden_size, config.num_labels)
+
+    def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        means = torch.cat([feature_map.mean(dim=(2, 3)) for feature_map in feature_maps], dim=1)
+        return self.linear_2(self.activation(self.norm(self.linear_1(means))))
+
+
+@register_with_diffusers
+class ADMForImageClassification(PreTrainedModel):
+    r"""Classifies images at every level of noise: `p(y | x_t, t)`, whose gradient guides sampling (Algorithm 1).
+
+    Without a timestep it takes the image for a clean one, so `AutoModelForImageClassification` and
+    `pipeline("image-classification")` accept it; its image processor is saved beside it.
+    """
+
+    config: ADMClassifierConfig
+    config_class = ADMClassifierConfig
+    base_model_prefix = "classifier"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ADMResnetBlock", "ADMAttention", "ADMAttentionPool"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: ADMClassifierConfig):
+        super().__init__(config)
+        widths = level_widths(config.model_channels, config.channel_mult)
+        temb_channels = 4 * config.model_channels
+        processor = TransformersAttnProcessor(config)
+        resnet = partial(
+            ADMResnetBlock,
+            temb_channels=temb_channels,
+            dropout=config.dropout,
+            use_scale_shift_norm=config.use_scale_shift_norm,
+        )
+
+        def downsample(channels: int) -> nn.Module:
+            if config.resblock_updown:
+                return resnet(channels, channels, resample="down")
+            return Downsample2D(channels, use_conv=config.conv_resample)
+
+        self.time_proj = Timesteps(config.model_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(config.model_channels, temb_channels)
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks, self.mid_block, skip_channels = make_encoder(
+            widths,
+            config.num_res_blocks,
+            level_attention(config.sample_size, len(widths), config.attention_resolutions),
+            resnet,
+            partial(ADMAttention, num_heads=config.num_heads, head_dim=config.attention_head_dim, processor=processor),
+            downsample,
+        )
+
+        self.head: nn.Module
+        if config.pool in ("adaptive", "attention"):
+            height, width = image_size(config)
+            num_tokens = (height >> (len(widths) - 1)) * (width >> (len(widths) - 1))
+            self.head = PooledHead(config, widths[-1], num_tokens, processor)
+        else:
+            self.head = SpatialHead(config, sum(skip_channels) + widths[-1])
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        timestep: torch.Tensor | float | None = None,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput | tuple:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Images in [-1, 1], noised to
+                `timestep`.
+            timestep (`torch.Tensor` of shape `()` or `(batch,)`, or a number, *optional*): Timesteps; fractions are
+                allowed. `None` means clean images, timestep 0.
+            labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class ids; with them `.loss`, the mean cross
+                entropy in nats, is returned.
+            output_hidden_states (`bool`, *optional*): Also return the feature maps of every layer, `(batch, channels,
+                h, w)`, the middle block's last.
+            return_dict (`bool`, *optional*): Return an output object (the default) instead of a tuple.
+
+        Returns:
+            [`~transformers.modeling_outputs.ImageClassifierOutput`]: `.logits` of shape `(batch, num_labels)`.
+
+        Raises:
+            `ValueError`: If the sides do not divide, or do not fit the attention pool.
+        """
+        height, width = pixel_values.shape[-2:]
+        check_sides(height, width, num_levels=len(self.down_blocks))
+        if self.config.pool == "attention" and (height, width) != image_size(self.config):
+            expected = "x".join(map(str, image_size(self.config)))
+            raise ValueError(
+                f"Images of {height}x{width} were given; pool='attention' has an embedding per pixel and takes exactly "
+                f"{expected}. Resize the images, or use a classifier with another pool."
+            )
+
+        timestep = expand_timestep(0 if timestep is None else timestep, pixel_values)
+        temb = F.silu(self.time_embedding(self.time_proj(timestep).to(pixel_values.dtype)))
+        hidden_states = self.conv_in(pixel_values)
+        feature_maps: tuple[torch.Tensor, ...] = (hidden_states,)
+        for down_block in self.down_blocks:
+            hidden_states, block_maps = down_block(hidden_states, temb)
+            feature_maps += block_maps
+        feature_maps += (self.mid_block(hidden_states, temb),)
+        logits = self.head(feature_maps)
+
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        output = ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=feature_maps if output_hidden_states else None
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves config, safetensors and the image processor of clean images. Takes what transformers' models take."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        height, width = image_size(self.config)
+        ADMImageProcessor(
+            size={"height": height, "width": width}, num_channels=self.config.in_channels
+        ).save_pretrained(save_directory)
+
+
+def image_size(config: ADMClassifierConfig) -> tuple[int, int]:
+    """Height and width in pixels that the classifier is made for."""
+    size = config.sample_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+AutoConfig.register(ADMClassifierConfig.model_type, ADMClassifierConfig, exist_ok=True)
+AutoModelForImageClassification.register(ADMClassifierConfig, ADMForImageClassification, exist_ok=True)
+AutoImageProcessor.register(ADMClassifierConfig, image_processor_classes={"pil": ADMImageProcessor}, exist_ok=True)

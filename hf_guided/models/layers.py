@@ -1,0 +1,368 @@
+"""The layers that the ADM UNet and the noisy-image classifier are made of.
+
+Section 3 of "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233) with the residual blocks of
+"Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672). Hidden states are `(batch, channels, height,
+width)`; `temb` is the activated embedding of timestep and class, `(batch, 4 * model_channels)`.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import nn
+
+NORM_GROUPS = 32
+
+
+class ZeroConv2d(nn.Conv2d):
+    """A convolution that starts at zero, so that its residual branch starts as the identity."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Upsample2D(nn.Module):
+    """Nearest-neighbour upsampling by two, then a 3x3 convolution if `use_conv`."""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+
+
+class Downsample2D(nn.Module):
+    """Halves both sides: a 3x3 convolution of stride two if `use_conv`, else the mean of 2x2 pixels."""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        return self.conv(hidden_states)
+
+
+class ADMResnetBlock(nn.Module):
+    """The residual block of ADM, BigGAN's up- and downsampling included (section 3, table 3).
+
+    Args:
+        in_channels (`int`): Channels of the input.
+        out_channels (`int`): Channels of the output.
+        temb_channels (`int`): Width of `temb`.
+        dropout (`float`): Rate of dropout before the second convolution.
+        use_scale_shift_norm (`bool`): Adaptive group normalisation, `AdaGN(h, y) = y_s GroupNorm(h) + y_b`
+            (section 3.1); otherwise the projected embedding is added to the hidden states.
+        resample (`"up"`, `"down"` or `None`): Resample both branches by two in front of their convolutions.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        temb_channels: int,
+        dropout: float,
+        use_scale_shift_norm: bool,
+        resample: str | None = None,
+    ):
+        super().__init__()
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.resample = resample
+        self.norm1 = nn.GroupNorm(NORM_GROUPS, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(temb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
+        self.norm2 = nn.GroupNorm(NORM_GROUPS, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = ZeroConv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = (
+            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, kernel_size=1)
+        )
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = F.silu(self.norm1(hidden_states))
+        if self.resample == "up":
+            residual = F.interpolate(residual, scale_factor=2.0, mode="nearest")
+            hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+        elif self.resample == "down":
+            residual = F.avg_pool2d(residual, 2)
+            hidden_states = F.avg_pool2d(hidden_states, 2)
+        hidden_states = self.conv1(hidden_states)
+
+        embedding = self.time_emb_proj(temb)[:, :, None, None]
+        if self.use_scale_shift_norm:
+            scale, shift = embedding.chunk(2, dim=1)
+            hidden_states = torch.addcmul(shift, self.norm2(hidden_states), 1 + scale)
+        else:
+            hidden_states = self.norm2(hidden_states + embedding)
+
+        hidden_states = self.conv2(self.dropout(F.silu(hidden_states)))
+        return self.conv_shortcut(residual) + hidden_states
+
+
+class ADMAttnProcessor:
+    """Attention through the backends of diffusers, as `set_attention_backend` chooses them."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+
+
+class ADMAttention(nn.Module, AttentionModuleMixin):
+    """Self-attention over pixels with a residual connection (section 3).
+
+    Args:
+        channels (`int`): Channels of the hidden states.
+        num_heads (`int`, *optional*): A fixed number of heads.
+        head_dim (`int`, *optional*): A fixed width of a head instead (64, if neither is given).
+        processor (`Callable`, *optional*): Maps query, key and value of shape `(batch, tokens, heads, head_dim)` to
+            the attended values of the same shape.
+    """
+
+    _default_processor_cls = ADMAttnProcessor
+    _available_processors = [ADMAttnProcessor]  # noqa: RUF012
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        processor: Callable | None = None,
+    ):
+        super().__init__()
+        self.heads = count_heads(channels, num_heads, head_dim)
+        self.use_bias = True
+        self.group_norm = nn.GroupNorm(NORM_GROUPS, channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = ZeroLinear(channels, channels)
+        self.set_processor(processor or self._default_processor_cls())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = self.group_norm(hidden_states).flatten(2).transpose(1, 2)
+        if self.fused_projections:
+            projected = self.to_qkv(tokens).chunk(3, dim=-1)
+        else:
+            projected = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        attended = self.processor(self, *(x.unflatten(-1, (self.heads, -1)) for x in projected))
+        attended = self.to_out(attended.flatten(2))
+        return hidden_states + attended.transpose(1, 2).reshape(hidden_states.shape)
+
+
+class ADMAttentionPool(nn.Module):
+    """Pools a feature map by attention from its mean, as CLIP does (section 4.1: the classifier's head).
+
+    Args:
+        num_tokens (`int`): Pixels of the feature map, `height * width`.
+        channels (`int`): Channels of the feature map.
+        out_features (`int`): Width of the output.
+        num_heads (`int`, *optional*), head_dim (`int`, *optional*): As for [`ADMAttention`].
+        processor (`Callable`, *optional*): As for [`ADMAttention`].
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        channels: int,
+        out_features: int,
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        processor: Callable | None = None,
+    ):
+        super().__init__()
+        self.heads = count_heads(channels, num_heads, head_dim)
+        self.position_embedding = nn.Parameter(torch.empty(num_tokens + 1, channels))
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Linear(channels, out_features)
+        self.processor = processor or ADMAttnProcessor()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.position_embedding, std=self.position_embedding.shape[1] ** -0.5)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = hidden_states.flatten(2).transpose(1, 2)
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.position_embedding
+        # Only the mean asks: the answers to the other tokens would be thrown away.
+        projected = self.to_q(tokens[:, :1]), self.to_k(tokens), self.to_v(tokens)
+        attended = self.processor(self, *(x.unflatten(-1, (self.heads, -1)) for x in projected))
+        return self.to_out(attended.flatten(1))
+
+
+class ADMBlock(nn.Module):
+    """One side length of the UNet: residual blocks, each with its attention, then a change of the side length.
+
+    Args:
+        resnets (`Sequence[nn.Module]`): Residual blocks, called with `(hidden_states, temb)`.
+        attentions (`Sequence[nn.Module]`): As many attention layers, or none.
+        resampler (`nn.Module`, *optional*): What ends the level, called with `(hidden_states, temb)`.
+    """
+
+    def __init__(
+        self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module], resampler: nn.Module | None = None
+    ):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.resamplers = nn.ModuleList([] if resampler is None else [resampler])
+        self.gradient_checkpointing = False
+
+    def call(self, layer: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+        """Calls a layer, keeping its activations or, with gradient checkpointing, computing them again."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(layer, *args)
+        return layer(*args)
+
+
+class ADMDownBlock(ADMBlock):
+    """A level of the encoder; also returns what the decoder is given on the same level."""
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+        skips: tuple[torch.Tensor, ...] = ()
+        for i, resnet in enumerate(self.resnets):
+            hidden_states = self.call(resnet, hidden_states, temb)
+            if self.attentions:
+                hidden_states = self.call(self.attentions[i], hidden_states)
+            skips += (hidden_states,)
+        for resampler in self.resamplers:
+            hidden_states = self.call(resampler, hidden_states, temb)
+            skips += (hidden_states,)
+        return hidden_states, skips
+
+
+class ADMMidBlock(ADMBlock):
+    """The lowest resolution: residual block, attention, residual block."""
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.call(self.resnets[0], hidden_states, temb)
+        hidden_states = self.call(self.attentions[0], hidden_states)
+        return self.call(self.resnets[1], hidden_states, temb)
+
+
+class ADMUpBlock(ADMBlock):
+    """A level of the decoder; takes one of the encoder's outputs, last first, into each residual block."""
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor, skips: tuple) -> torch.Tensor:
+        for i, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
+            hidden_states = self.call(resnet, torch.cat([hidden_states, skip], dim=1), temb)
+            if self.attentions:
+                hidden_states = self.call(self.attentions[i], hidden_states)
+        for resampler in self.resamplers:
+            hidden_states = self.call(resampler, hidden_states, temb)
+        return hidden_states
+
+
+def make_encoder(
+    widths: Sequence[int],
+    num_res_blocks: int,
+    has_attention: Sequence[bool],
+    resnet: Callable[..., nn.Module],
+    attention: Callable[[int], nn.Module],
+    downsample: Callable[[int], nn.Module],
+) -> tuple[nn.ModuleList, ADMMidBlock, list[int]]:
+    """The half that the UNet and the classifier share.
+
+    Args:
+        widths (`Sequence[int]`): Channels of each level, from the full resolution down.
+        num_res_blocks (`int`): Residual blocks on each level.
+        has_attention (`Sequence[bool]`): Whether a level has attention.
+        resnet, attention, downsample (`Callable`): Make a layer from its channels.
+
+    Returns:
+        The down blocks, the middle block, and the channels of every skip connection, first to last.
+    """
+    down_blocks = nn.ModuleList()
+    skip_channels = [widths[0]]
+    for level, (before, width) in enumerate(pairwise([widths[0], *widths])):
+        inputs = [before] + [width] * (num_res_blocks - 1)
+        down_blocks.append(
+            ADMDownBlock(
+                resnets=[resnet(channels, width) for channels in inputs],
+                attentions=[attention(width) for _ in inputs if has_attention[level]],
+                resampler=downsample(width) if level < len(widths) - 1 else None,
+            )
+        )
+        skip_channels += [width] * (num_res_blocks + (level < len(widths) - 1))
+    last = widths[-1]
+    return down_blocks, ADMMidBlock([resnet(last, last), resnet(last, last)], [attention(last)]), skip_channels
+
+
+def level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[int]:
+    """Channels of each level; a width that group normalisation cannot split is an error."""
+    widths = [int(mult * model_channels) for mult in channel_mult]
+    for mult, width in zip(channel_mult, widths, strict=True):
+        if width == 0 or width % NORM_GROUPS:
+            raise ValueError(
+                f"model_channels={model_channels} times the entry {mult} of channel_mult gives {width} channels; group "
+                f"normalisation needs a multiple of {NORM_GROUPS}, so choose model_channels accordingly."
+            )
+    return widths
+
+
+def level_attention(
+    sample_size: int | Sequence[int], num_levels: int, attention_resolutions: Sequence[int]
+) -> list[bool]:
+    """Whether each level has attention: its side length (of the height, for a pair) is among the resolutions."""
+    height = sample_size if isinstance(sample_size, int) else sample_size[0]
+    return [height % 2**level == 0 and height // 2**level in attention_resolutions for level in range(num_levels)]
+
+
+def count_heads(channels: int, num_heads: int | None, head_dim: int | None) -> int:
+    """How many heads `channels` are split into: a fixed number, or heads of a fixed width (64, if neither is given,
+    the paper's choice; section 3, table 2). Both at once, and an uneven split, are errors."""
+    if num_heads is not None and head_dim is not None:
+        raise ValueError(
+            f"num_heads={num_heads} and attention_head_dim={head_dim} contradict each other; give a fixed number of "
+            f"heads or a fixed width of a head, and leave the other None."
+        )
+    if num_heads is None:
+        num_heads, rest = divmod(channels, head_dim or 64)
+        if rest:
+            raise ValueError(
+                f"{channels} channels do not divide into attention heads of width {head_dim or 64}; choose an "
+                f"attention_head_dim that divides every width with attention, or give num_heads instead."
+            )
+    elif channels % num_heads:
+        raise ValueError(
+            f"{channels} channels do not divide into {num_heads} attention heads; choose a num_heads that divides "
+            f"every width with attention, or give attention_head_dim instead."
+        )
+    return num_heads
+
+
+def check_sides(height: int, width: int, num_levels: int) -> None:
+    """Both sides must halve evenly on the way down."""
+    divisor = 2 ** (num_levels - 1)
+    if height % divisor or width % divisor:
+        raise ValueError(
+            f"Images of {height}x{width} cannot be halved {num_levels - 1} times; with {num_levels} levels in "
+            f"channel_mult both sides must be multiples of {divisor}."
+        )
+
+
+def expand_timestep(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
+    """A number, a 0-d tensor or one timestep per image, as a tensor of shape `(batch,)` beside `sample`."""
+    if not torch.is_tensor(timestep):
+        timestep = torch.tensor(timestep, device=sample.device)
+    return timestep.to(sample.device).reshape(-1).expand(sample.shape[0])

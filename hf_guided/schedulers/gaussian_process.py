@@ -1,0 +1,189 @@
+"""The forward process q, its posterior, and the model p, on all timesteps or on those that a respacing keeps.
+
+Equation numbers are those of DDPM (arXiv 2006.11239) unless another paper is named. Tables are computed in float64 and
+used in float32 or better; they are indexed by the timestep of the training schedule, so nothing here has a state.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass
+class Gaussian:
+    """A diagonal Gaussian over images, and the clean image that it was computed from.
+
+    Attributes:
+        mean, variance, log_variance (`torch.Tensor`): Broadcastable to `(batch, channels, height, width)`.
+            `log_variance` is clipped where the variance is 0, at the first timestep.
+        pred_original_sample (`torch.Tensor`): The (predicted) clean image.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    log_variance: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+class GaussianProcess:
+    """A diffusion that visits some of the timesteps of a training schedule.
+
+    Args:
+        alphas_cumprod (`np.ndarray` of shape `(num_train_timesteps,)`): Of the training schedule, float64.
+        timesteps (`Sequence[int]`): The timesteps visited, ascending. Their betas follow from `alphas_cumprod`
+            (Improved DDPM, arXiv 2102.09672, equation 19).
+        prediction_type (`str`): What the model predicts: `"epsilon"`, `"sample"` or `"v_prediction"`.
+        variance_type (`str`): `"learned_range"` (Improved DDPM, equation 15), `"fixed_small"` or `"fixed_large"`.
+    """
+
+    def __init__(self, alphas_cumprod: np.ndarray, timesteps: Sequence[int], prediction_type: str, variance_type: str):
+        self.timesteps = list(timesteps)
+        self.prediction_type = prediction_type
+        self.variance_type = variance_type
+
+        alpha_bar = alphas_cumprod[self.timesteps]
+        alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
+        self.betas = betas = 1 - alpha_bar / alpha_bar_prev
+        posterior_variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)  # eq. 7
+        # 0 at the first timestep, whose logarithm is therefore taken from the second
+        clipped_variance = posterior_variance.copy()
+        clipped_variance[0] = posterior_variance[1] if len(betas) > 1 else betas[0]
+        large_variance = betas.copy()
+        large_variance[0] = clipped_variance[0]
+        tables = {
+            "alpha_bar": alpha_bar,
+            "alpha_bar_prev": alpha_bar_prev,
+            "sqrt_alpha_bar": np.sqrt(alpha_bar),
+            "sqrt_one_minus_alpha_bar": np.sqrt(1 - alpha_bar),
+            "sqrt_recip_alpha_bar": np.sqrt(1 / alpha_bar),
+            "sqrt_recipm1_alpha_bar": np.sqrt(1 / alpha_bar - 1),
+            "posterior_original_coef": betas * np.sqrt(alpha_bar_prev) / (1 - alpha_bar),
+            "posterior_sample_coef": (1 - alpha_bar_prev) * np.sqrt(1 - betas) / (1 - alpha_bar),
+            "posterior_variance": posterior_variance,
+            "posterior_log_variance": np.log(clipped_variance),
+            "large_variance": large_variance,
+            "log_beta": np.log(betas),
+            "is_noisy": np.arange(len(betas)) > 0,  # the last step of sampling adds no noise
+        }
+        # One row a table, one column a training timestep; NaN at timesteps that are not visited.
+        self._rows = {name: row for row, name in enumerate(tables)}
+        self._tables = torch.full((len(tables), len(alphas_cumprod)), torch.nan, dtype=torch.float64)
+        self._tables[:, self.timesteps] = torch.from_numpy(np.stack([np.float64(t) for t in tables.values()]))
+        self._on_device: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+    def at(self, timestep: torch.Tensor | int, sample: torch.Tensor, *names: str) -> tuple[torch.Tensor, ...]:
+        """The named constants at a timestep (a number, or one per image), as tensors that broadcast over `sample`."""
+        key = (sample.device, compute_dtype(sample))
+        if key not in self._on_device:
+            self._on_device[key] = self._tables.to(*key)
+        if not torch.is_tensor(timestep):
+            timestep = torch.tensor(timestep)
+        if timestep.device.type == "cpu":
+            self._check(timestep)
+        columns = self._on_device[key][:, timestep.to(sample.device).reshape(-1)]
+        return tuple(columns[self._rows[name]].view(-1, *[1] * (sample.ndim - 1)) for name in names)
+
+    def _check(self, timestep: torch.Tensor) -> None:
+        if (
+            timestep.is_floating_point()
+            or not ((timestep >= 0) & (timestep < self._tables.shape[1])).all()
+            or self._tables[0, timestep].isnan().any()
+        ):
+            raise ValueError(
+                f"timestep {timestep.flatten().tolist()} is not among the {len(self.timesteps)} timesteps that are "
+                f"visited ({self.timesteps[0]} … {self.timesteps[-1]}); call set_timesteps for others."
+            )
+
+    def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor | int) -> torch.Tensor:
+        """Draws from `q(x_t | x_0)` with given noise (eq. 4)."""
+        signal, noise_scale = self.at(timestep, original, "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
+        return signal * upcast(original) + noise_scale * upcast(noise)
+
+    def predict_original(
+        self, prediction: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """The clean image that a model's prediction stands for (eq. 15 for epsilon)."""
+        sample, prediction = upcast(sample), upcast(prediction)
+        if self.prediction_type == "sample":
+            return prediction
+        if self.prediction_type == "v_prediction":  # arXiv 2202.00512, appendix D
+            signal, noise_scale = self.at(timestep, sample, "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
+            return signal * sample - noise_scale * prediction
+        scale, epsilon_scale = self.at(timestep, sample, "sqrt_recip_alpha_bar", "sqrt_recipm1_alpha_bar")
+        return scale * sample - epsilon_scale * prediction
+
+    def epsilon_of(self, original: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor) -> torch.Tensor:
+        """The noise that leads from a clean image to `sample`."""
+        scale, epsilon_scale = self.at(timestep, sample, "sqrt_recip_alpha_bar", "sqrt_recipm1_alpha_bar")
+        return (scale * upcast(sample) - original) / epsilon_scale
+
+    def posterior(self, original: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor) -> Gaussian:
+        """`q(x_{t-1} | x_t, x_0)` (eq. 6 and 7)."""
+        original_coef, sample_coef, variance, log_variance = self.at(
+            timestep,
+            sample,
+            "posterior_original_coef",
+            "posterior_sample_coef",
+            "posterior_variance",
+            "posterior_log_variance",
+        )
+        mean = original_coef * upcast(original) + sample_coef * upcast(sample)
+        return Gaussian(mean, variance, log_variance, original)
+
+    def predict(
+        self,
+        model_output: torch.Tensor,
+        timestep: torch.Tensor | int,
+        sample: torch.Tensor,
+        clip_sample: bool = False,
+    ) -> Gaussian:
+        """The model's `p(x_{t-1} | x_t)` (eq. 1), before any guidance.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch, C or 2C, height, width)`): Twice the channels if the
+                variance is learned.
+            timestep (`torch.Tensor` of shape `()` or `(batch,)`, or `int`): Timesteps of the training schedule.
+            sample (`torch.Tensor` of shape `(batch, C, height, width)`): `x_t`.
+            clip_sample (`bool`): Clip the predicted clean image to [-1, 1].
+
+        Raises:
+            `ValueError`: If the channels do not fit `variance_type`.
+        """
+        prediction, variance_output = self.split(model_output, sample.shape[1])
+        original = self.predict_original(prediction, timestep, sample)
+        gaussian = self.posterior(original.clamp(-1, 1) if clip_sample else original, timestep, sample)
+        if variance_output is not None:  # between the two bounds on a logarithmic scale
+            (log_beta,) = self.at(timestep, sample, "log_beta")
+            fraction = (upcast(variance_output) + 1) / 2
+            gaussian.log_variance = fraction * log_beta + (1 - fraction) * gaussian.log_variance
+            gaussian.variance = gaussian.log_variance.exp()
+        elif self.variance_type == "fixed_large":
+            (gaussian.variance,) = self.at(timestep, sample, "large_variance")
+            gaussian.log_variance = gaussian.variance.log()
+        return gaussian
+
+    def split(self, model_output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Parts a model's output into its prediction and what it says of the variance, if that is learned."""
+        expected = 2 * channels if self.variance_type == "learned_range" else channels
+        if model_output.shape[1] != expected:
+            raise ValueError(
+                f"The model's output has {model_output.shape[1]} channels where variance_type={self.variance_type!r} "
+                f"and a sample of {channels} channels need {expected}; the scheduler's variance_type must be the one "
+                f"that the model was trained with ('learned_range' doubles the channels)."
+            )
+        if self.variance_type == "learned_range":
+            prediction, variance_output = model_output.split(channels, dim=1)
+            return prediction, variance_output
+        return model_output, None
+
+
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Float32, or float64 for a float64 tensor."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def upcast(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32 or better."""
+    return tensor.to(compute_dtype(tensor))

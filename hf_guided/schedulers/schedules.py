@@ -1,0 +1,98 @@
+"""How much noise each timestep holds, and which timesteps sampling visits."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def make_betas(beta_schedule: str, num_train_timesteps: int) -> np.ndarray:
+    """The variances that each step of the forward process adds.
+
+    Args:
+        beta_schedule (`str`): `"linear"`, from 1e-4 to 0.02 at 1,000 steps (DDPM, arXiv 2006.11239, section 4) and
+            scaled by `1000 / num_train_timesteps` for other numbers of steps; or `"squaredcos_cap_v2"`, the cosine
+            schedule of Improved DDPM (arXiv 2102.09672, equation 17).
+        num_train_timesteps (`int`): Number of steps.
+
+    Returns:
+        `np.ndarray` of shape `(num_train_timesteps,)`, float64.
+
+    Raises:
+        `ValueError`: For another schedule, or so few steps that a linear beta reaches 1.
+    """
+    if beta_schedule == "linear":
+        scale = 1000 / num_train_timesteps
+        if scale * 0.02 >= 1:
+            raise ValueError(
+                f"The linear schedule has no {num_train_timesteps} steps: its last beta would be {scale * 0.02:g}, and "
+                f"betas stay below 1. Use 21 steps or more, or beta_schedule='squaredcos_cap_v2'."
+            )
+        return np.linspace(scale * 0.0001, scale * 0.02, num_train_timesteps, dtype=np.float64)
+    if beta_schedule == "squaredcos_cap_v2":
+        times = np.arange(num_train_timesteps + 1) / num_train_timesteps
+        alpha_bar = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    raise ValueError(f"beta_schedule={beta_schedule!r} is neither 'linear' nor 'squaredcos_cap_v2'.")
+
+
+def space_timesteps(num_train_timesteps: int, respacing: str) -> list[int]:
+    """The timesteps that a respacing keeps, in OpenAI's notation (Improved DDPM, section 4; ADM, appendix on sampling).
+
+    Args:
+        num_train_timesteps (`int`): Number of timesteps of the training schedule.
+        respacing (`str`): `"250"`: so many, evenly spaced from first to last. `"90,60,60,20,20"`: the schedule in
+            sections of equal length (the least noisy first), so many evenly spaced in each. `"ddim25"`: so many at a
+            constant integer stride from 0 (DDIM).
+
+    Returns:
+        `list[int]`: Timesteps in ascending order.
+
+    Raises:
+        `ValueError`: If the notation is not one of these, or asks for more timesteps than there are.
+    """
+    stride_count = respacing.removeprefix("ddim")
+    counts = [stride_count] if respacing.startswith("ddim") else respacing.split(",")
+    if not all(count.strip().isdecimal() and int(count) > 0 for count in counts):
+        raise ValueError(
+            f"respacing={respacing!r} is not understood; write a number of steps ('250'), one for each section "
+            f"('90,60,60,20,20'), or 'ddim' and a number ('ddim25')."
+        )
+    if respacing.startswith("ddim"):
+        wanted = int(stride_count)
+        for stride in range(1, num_train_timesteps + 1):
+            kept = range(0, num_train_timesteps, stride)
+            if len(kept) == wanted:
+                return list(kept)
+        raise ValueError(
+            f"respacing={respacing!r}: no integer stride over {num_train_timesteps} timesteps keeps exactly {wanted} "
+            f"of them; try another number, or '{wanted}' without 'ddim'."
+        )
+
+    sizes = [len(section) for section in np.array_split(np.arange(num_train_timesteps), len(counts))]
+    timesteps: list[int] = []
+    start = 0
+    for size, count in zip(sizes, map(int, counts), strict=True):
+        if count > size:
+            raise ValueError(
+                f"respacing={respacing!r} asks for {count} timesteps of a section that has {size}; "
+                f"all {len(counts)} sections together have {num_train_timesteps}."
+            )
+        stride = (size - 1) / (count - 1) if count > 1 else 1
+        position = 0.0  # summed, not multiplied: the published code's rounding
+        for _ in range(count):
+            timesteps.append(start + round(position))
+            position += stride
+        start += size
+    return sorted(set(timesteps))
+
+
+def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[int]:
+    """Explicit timesteps in descending order, as sampling visits them; anything else is an error."""
+    timesteps = [int(timestep) for timestep in timesteps]
+    if not timesteps or any(a <= b for a, b in zip(timesteps, timesteps[1:], strict=False)):
+        raise ValueError(f"timesteps must be given in descending order without repeats; got {timesteps}.")
+    if timesteps[0] >= num_train_timesteps or timesteps[-1] < 0:
+        raise ValueError(
+            f"timesteps must lie between 0 and {num_train_timesteps - 1}; got {timesteps[0]} to {timesteps[-1]}."
+        )
+    return timesteps

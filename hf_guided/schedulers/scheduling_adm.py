@@ -1,0 +1,261 @@
+"""The sampler of ADM (arXiv 2105.05233): DDPM with Algorithm 1's guidance, DDIM with Algorithm 2's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..registration import register_with_diffusers
+from .gaussian_process import GaussianProcess, compute_dtype, upcast
+from .schedules import check_timesteps, make_betas, space_timesteps
+
+CHOICES = {
+    "variance_type": ("learned_range", "fixed_small", "fixed_large"),
+    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "algorithm_type": ("ddpm", "ddim"),
+}
+
+
+@dataclass
+class ADMSchedulerOutput(BaseOutput):
+    """
+    Args:
+        prev_sample (`torch.Tensor` of shape `(batch, channels, height, width)`): The sample one step less noisy, in
+            the dtype of the sample given.
+        pred_original_sample (`torch.Tensor` of the same shape): The predicted clean image; with DDIM, as guided.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+@register_with_diffusers
+class ADMScheduler(SchedulerMixin, ConfigMixin):
+    r"""Adds noise and takes it away. Without hidden state: any visited timestep may be stepped at any time.
+
+    Its config carries its betas (`trained_betas`), so that `DDIMScheduler.from_config(scheduler.config)` and the like
+    run on the same schedule; a config with other betas under the same name cannot be meant.
+
+    Args:
+        num_train_timesteps (`int`, defaults to 1000): Number of timesteps of training.
+        beta_schedule (`str`, defaults to `"linear"`): `"linear"` (scaled with `1000 / num_train_timesteps`) or
+            `"squaredcos_cap_v2"`, the cosine schedule.
+        trained_betas (`Sequence[float]`, *optional*): Betas of another schedule, one per timestep.
+        variance_type (`str`, defaults to `"learned_range"`): `"learned_range"` (Improved DDPM, equation 15),
+            `"fixed_small"` (the posterior's) or `"fixed_large"` (beta).
+        prediction_type (`str`, defaults to `"epsilon"`): `"epsilon"`, `"sample"` or `"v_prediction"`.
+        algorithm_type (`str`, defaults to `"ddpm"`): `"ddpm"` (Algorithm 1) or `"ddim"` (Algorithm 2).
+        clip_sample (`bool`, defaults to `True`): Clip predicted clean images to [-1, 1].
+        rescale_timesteps (`bool`, defaults to `False`): The model was trained on timesteps scaled to [0, 1000), see
+            [`model_timesteps`].
+
+    Raises:
+        `ValueError`: For an unknown choice, or `trained_betas` that contradict the other arguments.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        variance_type: str = "learned_range",
+        prediction_type: str = "epsilon",
+        algorithm_type: str = "ddpm",
+        clip_sample: bool = True,
+        rescale_timesteps: bool = False,
+    ):
+        for name, choices in CHOICES.items():
+            if (given := self.config[name]) not in choices:
+                raise ValueError(f"{name}={given!r} is not one of {', '.join(map(repr, choices))}.")
+        betas = check_betas(trained_betas, beta_schedule, num_train_timesteps)
+        # Schedulers of diffusers leave what is listed here at their own defaults: they mean something else by these.
+        private = ["algorithm_type", "variance_type"] + ["rescale_timesteps"] * (not rescale_timesteps)
+        self.register_to_config(trained_betas=betas.tolist(), _use_default_values=private)
+
+        alphas_cumprod = np.cumprod(1 - betas)
+        self.betas = torch.from_numpy(betas).float()
+        self.alphas_cumprod = torch.from_numpy(alphas_cumprod).float()
+        self.init_noise_sigma = 1.0
+        self.training_process = self.process_of(range(num_train_timesteps))
+        self.set_timesteps()
+
+    def process_of(self, timesteps: Sequence[int]) -> GaussianProcess:
+        """The diffusion over some of the training timesteps, ascending; leaves the scheduler as it is."""
+        alphas_cumprod = np.cumprod(1 - np.asarray(self.config.trained_betas))
+        return GaussianProcess(alphas_cumprod, timesteps, self.config.prediction_type, self.config.variance_type)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        respacing: str | None = None,
+        timesteps: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Chooses the timesteps that sampling visits; all of them, if nothing is given.
+
+        Args:
+            num_inference_steps (`int`, *optional*): So many, evenly spaced; the same as `respacing` of that number.
+            respacing (`str`, *optional*): OpenAI's notation: `"250"`, `"ddim25"`, `"90,60,60,20,20"`.
+            timesteps (`Sequence[int]`, *optional*): The timesteps themselves, descending.
+            device (`torch.device`, *optional*): Where `scheduler.timesteps` goes.
+
+        Raises:
+            `ValueError`: If more than one is given, or one that the schedule cannot satisfy.
+        """
+        if sum(given is not None for given in (num_inference_steps, respacing, timesteps)) > 1:
+            raise ValueError("Give only one of num_inference_steps, respacing and timesteps.")
+        total = self.config.num_train_timesteps
+        if timesteps is not None:
+            descending = check_timesteps(timesteps, total)
+        else:
+            if num_inference_steps is not None:
+                respacing = str(num_inference_steps)
+            descending = (space_timesteps(total, respacing) if respacing else list(range(total)))[::-1]
+        self.num_inference_steps = len(descending)
+        self.timesteps = torch.tensor(descending, device=device)
+        complete = len(descending) == total
+        self.process = self.training_process if complete else self.process_of(descending[::-1])
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: torch.Tensor | int,
+        sample: torch.Tensor,
+        *,
+        gradient: torch.Tensor | None = None,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> ADMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        r"""Goes from `sample` at `timestep` to the sample at the next timestep of `scheduler.timesteps`.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch, C or 2C, height, width)`): The UNet's output.
+            timestep (`torch.Tensor` of shape `()` or `(batch,)`, or `int`): One of `scheduler.timesteps`.
+            sample (`torch.Tensor` of shape `(batch, C, height, width)`): The noisy images.
+            gradient (`torch.Tensor` like `sample`, *optional*): The scaled gradient of log p(y | x_t). DDPM moves
+                the mean by variance * gradient (Algorithm 1), DDIM moves epsilon by
+                -sqrt(1 - alpha_bar) * gradient (Algorithm 2).
+            eta (`float`, defaults to 0.0): DDIM's share of noise, from 0 (none) to 1 (DDPM's; arXiv 2010.02502,
+                equation 16).
+            generator (`torch.Generator` or a list, *optional*): Draws the noise; a list has one per image.
+            variance_noise (`torch.Tensor` like `sample`, *optional*): The noise itself.
+            return_dict (`bool`, defaults to `True`): Return an output object instead of a tuple.
+
+        Returns:
+            [`ADMSchedulerOutput`]: `.prev_sample` and `.pred_original_sample`.
+
+        Raises:
+            `ValueError`: For a timestep that is not visited, channels that do not fit `variance_type`, or an `eta`
+                outside [0, 1] or beside DDPM.
+        """
+        if not 0 <= eta <= 1 or (eta and self.config.algorithm_type != "ddim"):
+            raise ValueError(
+                f"eta={eta} with algorithm_type={self.config.algorithm_type!r}: eta lies between 0 and 1 and belongs "
+                f"to 'ddim'."
+            )
+        if eta or self.config.algorithm_type == "ddpm":
+            if variance_noise is None:
+                variance_noise = randn_tensor(
+                    sample.shape, generator=generator, device=sample.device, dtype=compute_dtype(sample)
+                )
+            noise = upcast(variance_noise).to(sample.device)
+            (is_noisy,) = self.process.at(timestep, sample, "is_noisy")
+            noise = is_noisy * noise
+
+        predicted = self.process.predict(model_output, timestep, sample, self.config.clip_sample)
+        if self.config.algorithm_type == "ddpm":
+            mean = predicted.mean
+            if gradient is not None:
+                mean = mean + predicted.variance * upcast(gradient)
+            prev_sample = mean + (0.5 * predicted.log_variance).exp() * noise
+            original = predicted.pred_original_sample
+        else:
+            alpha_bar, alpha_bar_prev = self.process.at(timestep, sample, "alpha_bar", "alpha_bar_prev")
+            original = predicted.pred_original_sample
+            epsilon = self.process.epsilon_of(original, timestep, sample)
+            if gradient is not None:
+                epsilon = epsilon - (1 - alpha_bar).sqrt() * upcast(gradient)
+                scale, epsilon_scale = self.process.at(
+                    timestep, sample, "sqrt_recip_alpha_bar", "sqrt_recipm1_alpha_bar"
+                )
+                original = scale * upcast(sample) - epsilon_scale * epsilon
+            # arXiv 2010.02502, equations 12 and 16; rounding may take the direction's square below 0
+            sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_prev).sqrt()
+            direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt()
+            prev_sample = alpha_bar_prev.sqrt() * original + direction * epsilon
+            if eta:
+                prev_sample = prev_sample + sigma * noise
+
+        prev_sample, original = prev_sample.to(sample.dtype), original.to(sample.dtype)
+        if not return_dict:
+            return prev_sample, original
+        return ADMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=original)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Noises clean images to training timesteps of shape `(batch,)`: draws from q(x_t | x_0) (DDPM, eq. 4)."""
+        return self.training_process.add_noise(original_samples, noise, timesteps).to(original_samples.dtype)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The target of v-prediction, sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (arXiv 2202.00512)."""
+        signal, noise_scale = self.training_process.at(timesteps, sample, "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
+        velocity = signal * upcast(noise) - noise_scale * upcast(sample)
+        return velocity.to(sample.dtype)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | int | None = None) -> torch.Tensor:
+        """Returns `sample`: this scheduler's samples need no scaling."""
+        return sample
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        complete = {name: value for name, value in config_dict.items() if name != "_use_default_values"}
+        return super().extract_init_dict(complete, **kwargs)
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        return [cls, *super()._get_compatibles()]
+
+
+def check_betas(trained_betas: Sequence[float] | None, beta_schedule: str, num_train_timesteps: int) -> np.ndarray:
+    """The betas of the config, float64 of shape `(num_train_timesteps,)`."""
+    betas = make_betas(beta_schedule, num_train_timesteps) if trained_betas is None else np.float64(trained_betas)
+    if betas.shape != (num_train_timesteps,) or not ((betas > 0) & (betas < 1)).all():
+        raise ValueError(
+            f"trained_betas must be {num_train_timesteps} numbers between 0 and 1, one per timestep; got {betas.size}. "
+            f"To choose another num_train_timesteps, give trained_betas=None beside it."
+        )
+    if trained_betas is not None:
+        for name in {"linear", "squaredcos_cap_v2"} - {beta_schedule}:
+            if num_train_timesteps > 20 and np.array_equal(betas, make_betas(name, num_train_timesteps)):
+                raise ValueError(
+                    f"trained_betas are those of beta_schedule={name!r}, and beta_schedule={beta_schedule!r} was asked "
+                    f"for; to change the schedule, give trained_betas=None beside it."
+                )
+    return betas
+
+
+def model_timesteps(scheduler: SchedulerMixin, timesteps: torch.Tensor) -> torch.Tensor:
+    """Timesteps as a model is told them: scaled to [0, 1000) if it was trained so (`rescale_timesteps`).
+
+    Args:
+        scheduler (`SchedulerMixin`): An [`ADMScheduler`], or one of diffusers made from its config.
+        timesteps (`torch.Tensor`): Timesteps of the training schedule, of any shape.
+    """
+    if scheduler.config.get("rescale_timesteps", False):
+        return timesteps * (1000.0 / scheduler.config.num_train_timesteps)
+    return timesteps
