@@ -17,7 +17,7 @@ _MODULE_OF = {
     "ClassifierGuidedPipeline": "pipelines.pipeline_classifier_guided",
 }
 
-__all__ = [*_MODULE_OF, "__version__"]  # noqa: PLE0604
+__all__ = [*_MODULE_OF, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -77,9 +77,7 @@ def diffusion_loss(
     if loss_type != "vlb" and variance_output is not None:
         model_output = torch.cat([prediction.detach(), variance_output], dim=1)
     with torch.set_grad_enabled(torch.is_grad_enabled() and loss_type != "simple"):
-        vb = variational_bound_term(
-            process, process.predict(model_output, timesteps, sample), clean, sample, timesteps
-        )
+        vb = variational_bound_term(process, process.predict(model_output, timesteps, sample), clean, sample, timesteps)
 
     total = len(process.timesteps)
     if loss_type == "simple":

@@ -60,9 +60,7 @@ def convert_openai_unet(
     return _load(model, state_dict, new_order)
 
 
-def convert_openai_classifier(
-    state_dict: dict[str, torch.Tensor], config: dict[str, Any]
-) -> ADMForImageClassification:
+def convert_openai_classifier(state_dict: dict[str, torch.Tensor], config: dict[str, Any]) -> ADMForImageClassification:
     """Converts a noisy-image classifier of the published code.
 
     Args:

@@ -171,7 +171,7 @@ class ADMForImageClassification(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ADMResnetBlock", "ADMAttention", "ADMAttentionPool"]  # noqa: RUF012
+    _no_split_modules = ["ADMResnetBlock", "ADMAttention", "ADMAttentionPool"]
     _supports_sdpa = True
     _supports_attention_backend = True
 

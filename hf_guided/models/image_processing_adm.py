@@ -33,7 +33,7 @@ class ADMImageProcessor(PilBackend):
 
     valid_kwargs = ADMImageProcessorKwargs
     resample = PILImageResampling.BICUBIC
-    size = {"height": 64, "width": 64}  # noqa: RUF012
+    size = {"height": 64, "width": 64}
     image_mean = 0.5
     image_std = 0.5
     num_channels = 3

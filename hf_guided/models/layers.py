@@ -138,7 +138,7 @@ class ADMAttention(nn.Module, AttentionModuleMixin):
     """
 
     _default_processor_cls = ADMAttnProcessor
-    _available_processors = [ADMAttnProcessor]  # noqa: RUF012
+    _available_processors = [ADMAttnProcessor]
 
     def __init__(
         self,

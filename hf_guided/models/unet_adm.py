@@ -45,7 +45,8 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         attention_resolutions (`tuple[int]`, defaults to `(32, 16, 8)`): Side lengths in pixels (of the height, for a
             pair) at which attention sits; those that no level reaches are ignored.
         num_heads (`int`, *optional*): A fixed number of attention heads.
-        attention_head_dim (`int`, *optional*): A fixed width of a head instead; 64, as in the paper, if neither is given.
+        attention_head_dim (`int`, *optional*): A fixed width of a head instead; 64, as in the paper, if neither is
+            given.
         num_heads_upsample (`int`, *optional*): Another number of heads in the decoder, beside `num_heads`.
         dropout (`float`, defaults to 0.0): Rate of dropout in residual blocks.
         conv_resample (`bool`, defaults to `True`): Resample with learned convolutions; plain otherwise.
@@ -61,9 +62,9 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["ADMResnetBlock", "ADMAttention"]  # noqa: RUF012
-    _repeated_blocks = ["ADMResnetBlock", "ADMAttention"]  # noqa: RUF012
-    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding", "conv_in", "conv_out"]  # noqa: RUF012
+    _no_split_modules = ["ADMResnetBlock", "ADMAttention"]
+    _repeated_blocks = ["ADMResnetBlock", "ADMAttention"]
+    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding", "conv_in", "conv_out"]
 
     @register_to_config
     def __init__(

@@ -1,6 +1,7 @@
 """How much noise each timestep holds, and which timesteps sampling visits."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def space_timesteps(num_train_timesteps: int, respacing: str) -> list[int]:
 def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[int]:
     """Explicit timesteps in descending order, as sampling visits them; anything else is an error."""
     timesteps = [int(timestep) for timestep in timesteps]
-    if not timesteps or any(a <= b for a, b in zip(timesteps, timesteps[1:], strict=False)):
+    if not timesteps or any(a <= b for a, b in pairwise(timesteps)):
         raise ValueError(f"timesteps must be given in descending order without repeats; got {timesteps}.")
     if timesteps[0] >= num_train_timesteps or timesteps[-1] < 0:
         raise ValueError(

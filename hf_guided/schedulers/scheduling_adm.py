@@ -59,7 +59,7 @@ class ADMScheduler(SchedulerMixin, ConfigMixin):
         `ValueError`: For an unknown choice, or `trained_betas` that contradict the other arguments.
     """
 
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
 
     @register_to_config
