@@ -1,0 +1,448 @@
+"""Class-conditional images by classifier-guided diffusion (ADM, arXiv 2105.05233, section 4)."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+# The classes that a saved pipeline may name register themselves with diffusers when they are imported.
+from ..guidance.classifier import ClassifierGuidance
+from ..models.classifier_adm import ADMForImageClassification
+from ..models.unet_adm import ADMUNet2DModel
+from ..schedulers.schedules import space_timesteps
+from ..schedulers.scheduling_adm import ADMScheduler, check_betas, model_timesteps
+
+Labels = int | str | Sequence[int | str] | torch.Tensor
+
+
+class ClassifierGuidedPipeline(DiffusionPipeline):
+    r"""Makes images of given classes: a diffusion model, steered by a classifier of noisy images.
+
+    Args:
+        unet ([`ADMUNet2DModel`] or [`~diffusers.UNet2DModel`]): Predicts the noise, class-conditional or not.
+        scheduler ([`ADMScheduler`], or one of diffusers): Takes the noise away.
+        classifier ([`ADMForImageClassification`], *optional*): Steers. Without it the UNet alone makes the images.
+        classifier_processor (`BaseImageProcessor`, *optional*): Prepares clean images for a classifier that wants them
+            otherwise than in [-1, 1].
+        guide_unet ([`ADMUNet2DModel`], *optional*): A second, weaker UNet for guidance by comparison.
+        id2label (`dict[int, str]`, *optional*): Class names; the classifier's, by default.
+        sampling_defaults (`dict`, *optional*): What `None` means for `num_inference_steps`, `respacing`, `timesteps`,
+            `guidance_scale` and `eta` when the pipeline is called.
+    """
+
+    model_cpu_offload_seq = "classifier->unet"
+    _optional_components = ["classifier", "classifier_processor", "guide_unet"]
+    _callback_tensor_inputs = ["latents", "model_output", "gradient"]
+
+    def __init__(
+        self,
+        unet: ADMUNet2DModel | ModelMixin,
+        scheduler: ADMScheduler | SchedulerMixin,
+        classifier: ADMForImageClassification | PreTrainedModel | None = None,
+        classifier_processor: BaseImageProcessor | None = None,
+        guide_unet: ADMUNet2DModel | ModelMixin | None = None,
+        id2label: dict[int, str] | None = None,
+        sampling_defaults: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            unet=unet,
+            scheduler=scheduler,
+            classifier=classifier,
+            classifier_processor=classifier_processor,
+            guide_unet=guide_unet,
+        )
+        self.register_to_config(id2label=id2label, sampling_defaults=sampling_defaults)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class names by id; empty if there are no classes."""
+        names = self.config.id2label
+        if names is None and self.classifier is not None:
+            names = self.classifier.config.id2label
+        return {int(label): name for label, name in (names or {}).items()}
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes, or `None` for an unconditional model without a classifier."""
+        of_unet = self.unet.config.num_class_embeds
+        return of_unet if of_unet is not None or self.classifier is None else self.classifier.config.num_labels
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Labels | None = None,
+        num_images_per_label: int = 1,
+        num_inference_steps: int | None = None,
+        *,
+        respacing: str | None = None,
+        timesteps: Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        guidance: ClassifierGuidance | Sequence[ClassifierGuidance] | None = None,
+        condition_unet: bool = True,
+        eta: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        variance_noise: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        r"""Samples images: noise -> (UNet -> guidance -> scheduler step) x N -> image.
+
+        Args:
+            class_labels (`int`, `str`, a list of them, or a `torch.Tensor`, *optional*): Classes by id or by name from
+                `id2label`. `None` samples without a class and without guidance.
+            num_images_per_label (`int`, defaults to 1): Images of each label, side by side; without labels, of all.
+            num_inference_steps (`int`, *optional*): Number of steps. This, `respacing` or `timesteps` may be given;
+                with none of them the saved default holds, or else the scheduler's.
+            respacing (`str`, *optional*): OpenAI's notation: `"250"`, `"ddim25"`, `"90,60,60,20,20"`.
+            timesteps (`Sequence[int]`, *optional*): The timesteps themselves, descending.
+            guidance_scale (`float`, *optional*): Scale of classifier guidance; 0 is none. The default is the saved
+                one, or else 1, if there are labels and a classifier.
+            guidance ([`ClassifierGuidance`] or a list, *optional*): Instead of `guidance_scale`.
+            condition_unet (`bool`, defaults to `True`): Tell a class-conditional UNet the labels. `False` tells it the
+                null label, so that the classifier alone steers.
+            eta (`float`, *optional*): DDIM's share of noise, 0 to 1; 0 by default.
+            generator (`torch.Generator` or a list, *optional*): A single one gives image i the i-th integer drawn from
+                it as its own seed, so that images do not depend on the batch; a list means one per image.
+            latents (`torch.Tensor` of shape `(batch, channels, height, width)`, *optional*): The initial noise, of
+                standard deviation 1.
+            variance_noise (`torch.Tensor` of shape `(steps, batch, channels, height, width)`, *optional*): The noise
+                of each step.
+            output_type (`str`, defaults to `"pil"`): `"pil"`; `"np"` `(batch, height, width, channels)` in [0, 1];
+                `"pt"` `(batch, channels, height, width)` in [0, 1]; `"latent"`, the same in [-1, 1], as sampled.
+            return_dict (`bool`, defaults to `True`): Return an output object instead of a tuple.
+            callback_on_step_end (`Callable`, *optional*): Called as `(pipeline, step, timestep, tensors)` after each
+                step; what it returns for `"latents"` replaces them.
+            callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`): Tensors that the callback
+                is given, of `latents`, `model_output` and `gradient`.
+
+        Returns:
+            [`~diffusers.pipelines.pipeline_utils.ImagePipelineOutput`]: `.images`.
+
+        Raises:
+            `ValueError`: For unknown labels, guidance that cannot work with these components, contradicting arguments
+                or tensors of the wrong shape.
+
+        Examples:
+            ```py
+            >>> import torch
+            >>> from hf_guided import ClassifierGuidedPipeline
+
+            >>> pipe = ClassifierGuidedPipeline.from_pretrained("outputs/digits/pipeline")
+            >>> images = pipe(["3", "7"], guidance_scale=3.0, generator=torch.Generator().manual_seed(0)).images
+            ```
+        """
+        # 1. What is asked for
+        labels = self.resolve_labels(class_labels, num_images_per_label)
+        guidances = self.resolve_guidance(guidance, guidance_scale, labels)
+        self.check_inputs(labels, guidances, condition_unet, output_type, callback_on_step_end_tensor_inputs)
+        eta = self.default("eta", 0.0) if eta is None else eta
+        batch_size = num_images_per_label if labels is None else len(labels)
+        unet_labels = labels if condition_unet and self.unet.config.num_class_embeds is not None else None
+
+        # 2. Timesteps and noise
+        self.set_timesteps(num_inference_steps, respacing, timesteps)
+        generators = self.prepare_generators(generator, batch_size)
+        latents = self.prepare_latents(latents, batch_size, generators)
+        if variance_noise is not None and variance_noise.shape != (len(self.scheduler.timesteps), *latents.shape):
+            raise ValueError(
+                f"variance_noise has shape {tuple(variance_noise.shape)}; {len(self.scheduler.timesteps)} steps of "
+                f"this batch need {(len(self.scheduler.timesteps), *latents.shape)}."
+            )
+
+        # 3. noise -> (UNet -> guidance -> scheduler step) x N -> image
+        schedule = self.scheduler.timesteps.tolist()  # on the host once, not step by step
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            model_input = self.scheduler.scale_model_input(latents, t)
+            told = model_timesteps(self.scheduler, t)
+            model_output = self.predict(model_input, told, unet_labels)
+
+            gradient = None
+            for kind in guidances:
+                if kind.acts_at(schedule[i]):
+                    term = kind.gradient(self.classifier, model_input, told, labels)
+                    gradient = term if gradient is None else gradient + term
+
+            noise = None if variance_noise is None else variance_noise[i].to(latents)
+            latents = self.step(model_output, t, schedule[i], model_input, latents, gradient, eta, generators, noise)
+
+            if callback_on_step_end is not None:
+                callback_kwargs = {}
+                for name in callback_on_step_end_tensor_inputs:
+                    callback_kwargs[name] = locals()[name]
+                latents = callback_on_step_end(self, i, t, callback_kwargs).pop("latents", latents)
+
+        image = latents
+        if output_type != "latent":
+            image = self.image_processor.postprocess(image, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=image) if return_dict else (image,)
+
+    def predict(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        """The UNet's output in float32, `(batch, C or 2C, height, width)`."""
+        conditions = {} if class_labels is None else {"class_labels": class_labels}
+        return self.unet(sample.to(self.unet.dtype), timestep, **conditions).sample.float()
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: torch.Tensor,
+        timestep_value: float,
+        model_input: torch.Tensor,
+        latents: torch.Tensor,
+        gradient: torch.Tensor | None,
+        eta: float,
+        generators: list[torch.Generator],
+        variance_noise: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One step of the scheduler; for one of diffusers the gradient corrects what the UNet predicts (Algorithm 2)."""
+        options = {"eta": eta, "generator": generators, "variance_noise": variance_noise}
+        if isinstance(self.scheduler, ADMScheduler):
+            return self.scheduler.step(model_output, timestep, latents, gradient=gradient, **options).prev_sample
+
+        prediction = model_output[:, : latents.shape[1]]  # these schedulers have no use for a learned variance
+        config = self.scheduler.config
+        clip_sample = config.get("clip_sample", False)
+        if gradient is not None or clip_sample:
+            alpha_bar = alpha_bar_at(self.scheduler, timestep_value)
+            prediction = correct_prediction(
+                prediction, model_input, gradient, alpha_bar, config.prediction_type, clip_sample
+            )
+        accepted = inspect.signature(self.scheduler.step).parameters
+        if variance_noise is not None and "variance_noise" not in accepted:
+            raise ValueError(f"{type(self.scheduler).__name__} takes no variance_noise; leave it out.")
+        options = {name: value for name, value in options.items() if name in accepted}
+        return self.scheduler.step(prediction, timestep, latents, **options).prev_sample
+
+    def default(self, name: str, otherwise: Any) -> Any:
+        """A saved default of the call, or `otherwise`."""
+        saved = (self.config.sampling_defaults or {}).get(name)
+        return otherwise if saved is None else saved
+
+    def resolve_labels(self, class_labels: Labels | None, num_images_per_label: int) -> torch.Tensor | None:
+        """Ids and names as a tensor of ids, each `num_images_per_label` times; `None` stays `None`."""
+        if num_images_per_label < 1:
+            raise ValueError(f"num_images_per_label={num_images_per_label} makes no images; give 1 or more.")
+        if class_labels is None:
+            return None
+        if torch.is_tensor(class_labels):
+            class_labels = class_labels.flatten().tolist()
+        elif isinstance(class_labels, int | str):
+            class_labels = [class_labels]
+        if self.num_classes is None:
+            raise ValueError(
+                "class_labels were given, but this pipeline has no classes: its UNet is unconditional and it has no "
+                "classifier. Leave them out, or load a classifier."
+            )
+        ids = [self.id_of_name(label) if isinstance(label, str) else int(label) for label in class_labels]
+        unknown = [label for label in ids if not 0 <= label < self.num_classes]
+        if unknown or not ids:
+            raise ValueError(
+                f"class_labels {unknown} are not among the ids of the {self.num_classes} classes, 0 to "
+                f"{self.num_classes - 1}."
+            )
+        return torch.tensor(ids, device=self._execution_device).repeat_interleave(num_images_per_label)
+
+    def id_of_name(self, name: str) -> int:
+        """The id of a class name, or of one of the synonyms that a name separates by commas; case does not matter."""
+        ids_of: dict[str, list[int]] = {}
+        for label, names in self.id2label.items():
+            for spelling in {names, *names.split(",")}:
+                ids_of.setdefault(spelling.strip().casefold(), []).append(label)
+        ids = ids_of.get(name.strip().casefold(), [])
+        if len(ids) > 1:
+            listed = ", ".join(f"{label} ({self.id2label[label]})" for label in ids)
+            raise ValueError(f"The class name {name!r} belongs to several ids: {listed}. Give the id.")
+        if not ids:
+            near = difflib.get_close_matches(name.strip().casefold(), ids_of, n=3, cutoff=0.5)
+            known = [repr(self.id2label[ids_of[spelling][0]]) for spelling in near]
+            hint = f"the nearest are {', '.join(known)}" if known else "pipe.id2label lists all names"
+            raise ValueError(f"There is no class named {name!r}; {hint}.")
+        return ids[0]
+
+    def resolve_guidance(
+        self,
+        guidance: ClassifierGuidance | Sequence[ClassifierGuidance] | None,
+        guidance_scale: float | None,
+        labels: torch.Tensor | None,
+    ) -> list[ClassifierGuidance]:
+        """What steers, without what a neutral scale turns off."""
+        if guidance is not None and guidance_scale is not None:
+            raise ValueError("Give guidance_scale or guidance, not both: the former is short for ClassifierGuidance.")
+        if guidance is None:
+            if guidance_scale is None:
+                possible = labels is not None and self.classifier is not None
+                guidance_scale = self.default("guidance_scale", 1.0) if possible else 0.0
+            guidance = ClassifierGuidance(guidance_scale)
+        kinds = [guidance] if isinstance(guidance, ClassifierGuidance) else list(guidance)
+        return [kind for kind in kinds if kind.scale != 0]
+
+    def check_inputs(
+        self,
+        labels: torch.Tensor | None,
+        guidances: list[ClassifierGuidance],
+        condition_unet: bool,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Refuses, before the first step, what could only fail or mislead later."""
+        config = self.unet.config
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} is not one of 'pil', 'np', 'pt', 'latent'.")
+        if output_type == "pil" and config.in_channels not in (1, 3):
+            raise ValueError(
+                f"Images of {config.in_channels} channels cannot be PIL images; choose output_type='np' or 'pt'."
+            )
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs {sorted(unknown)} are not among {self._callback_tensor_inputs}."
+            )
+        if config.num_class_embeds is not None and not config.get("null_class_label", False):
+            if labels is None:
+                raise ValueError(
+                    f"This UNet knows no null label, so class_labels must be given: ids from 0 to "
+                    f"{config.num_class_embeds - 1}, or names."
+                )
+            if not condition_unet:
+                raise ValueError(
+                    "condition_unet=False needs a UNet with a null label (null_class_label=True), trained with label "
+                    "dropout; this one must be told the classes."
+                )
+        if guidances:
+            self.check_classifier(labels)
+
+    def check_classifier(self, labels: torch.Tensor | None) -> None:
+        """Refuses to steer without labels, or with a classifier that does not belong to this diffusion."""
+        if self.classifier is None:
+            raise ValueError("Guidance needs a classifier and this pipeline has none; load one, or set the scale to 0.")
+        if labels is None:
+            raise ValueError("Guidance needs class_labels to steer towards; give them, or set the scale to 0.")
+        config, name = self.classifier.config, type(self.classifier).__name__
+        if "timestep" not in inspect.signature(self.classifier.forward).parameters:
+            raise ValueError(
+                f"{name} takes no timestep: it knows clean images only. Guidance by the gradient at noisy images needs "
+                f"a classifier trained on them, such as ADMForImageClassification (see training/train_classifier.py)."
+            )
+        if config.in_channels != self.unet.config.in_channels:
+            raise ValueError(
+                f"The classifier takes images of {config.in_channels} channels and the UNet of "
+                f"{self.unet.config.in_channels}; they must be trained on the same images."
+            )
+        if self.num_classes != config.num_labels:
+            raise ValueError(f"The classifier knows {config.num_labels} classes and the UNet {self.num_classes}.")
+        betas = check_betas(config.trained_betas, config.beta_schedule, config.num_train_timesteps)
+        alphas_cumprod = torch.from_numpy(1 - betas).cumprod(0)
+        theirs = self.scheduler.alphas_cumprod.cpu().double()
+        if theirs.shape != alphas_cumprod.shape or not torch.allclose(theirs, alphas_cumprod, atol=1e-4):
+            raise ValueError(
+                f"The classifier was trained on another noise schedule ({config.beta_schedule!r}, "
+                f"{config.num_train_timesteps} timesteps) than the scheduler's, so it would misread the noise; use the "
+                f"schedule that both were trained on."
+            )
+
+    def set_timesteps(
+        self, num_inference_steps: int | None, respacing: str | None, timesteps: Sequence[int] | None
+    ) -> None:
+        """Sets the scheduler's timesteps from the one argument given, or from the saved default."""
+        given: dict[str, Any] = {
+            "num_inference_steps": num_inference_steps,
+            "respacing": respacing,
+            "timesteps": timesteps,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"Give only one of num_inference_steps, respacing and timesteps; got {', '.join(given)}.")
+        if not given:
+            names = ("num_inference_steps", "respacing", "timesteps")
+            given = {name: value for name in names if (value := self.default(name, None)) is not None}
+        if not isinstance(self.scheduler, ADMScheduler):
+            if "respacing" in given:
+                kept = space_timesteps(self.scheduler.config.num_train_timesteps, given.pop("respacing"))
+                given["timesteps"] = kept[::-1]
+            if "timesteps" in given and "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+                raise ValueError(
+                    f"{type(self.scheduler).__name__} chooses its own timesteps; give num_inference_steps instead of "
+                    f"respacing or timesteps."
+                )
+            given = given or {"num_inference_steps": 50}
+        self.scheduler.set_timesteps(**given, device=self._execution_device)
+
+    def prepare_generators(
+        self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int
+    ) -> list[torch.Generator]:
+        """One generator for each image, so that an image does not depend on the batch that it is made in."""
+        if isinstance(generator, list | tuple):
+            if len(generator) != batch_size:
+                raise ValueError(f"{len(generator)} generators were given for {batch_size} images; give one per image.")
+            return list(generator)
+        device = "cpu" if generator is None else generator.device
+        seeds = torch.randint(2**63 - 1, (batch_size,), generator=generator, device=device)
+        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+
+    def prepare_latents(
+        self, latents: torch.Tensor | None, batch_size: int, generators: list[torch.Generator]
+    ) -> torch.Tensor:
+        """The initial noise in float32, `(batch, channels, height, width)`, as strong as the scheduler wants it."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        channels = self.unet.config.in_channels
+        if latents is None:
+            shape = (batch_size, channels, height, width)
+            latents = randn_tensor(shape, generators, self._execution_device, torch.float32)
+        elif latents.ndim != 4 or latents.shape[:2] != (batch_size, channels):
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}; {batch_size} images of this UNet need "
+                f"({batch_size}, {channels}, height, width)."
+            )
+        return latents.to(self._execution_device, torch.float32) * self.scheduler.init_noise_sigma
+
+
+def alpha_bar_at(scheduler: SchedulerMixin, timestep: float) -> float:
+    """`alphas_cumprod` at a timestep; between two, by interpolation of the logarithm of the signal-to-noise ratio."""
+    below = min(int(timestep), len(scheduler.alphas_cumprod) - 2)
+    log_snr = torch.logit(scheduler.alphas_cumprod[below : below + 2].cpu().double())
+    return torch.lerp(log_snr[0], log_snr[1], timestep - below).sigmoid().item()
+
+
+def correct_prediction(
+    prediction: torch.Tensor,
+    sample: torch.Tensor,
+    gradient: torch.Tensor | None,
+    alpha_bar: float,
+    prediction_type: str,
+    clip_sample: bool,
+) -> torch.Tensor:
+    """Algorithm 2 in whatever a model predicts: epsilon - sqrt(1 - alpha_bar) * gradient, its clean image clipped.
+
+    Solvers that clip nothing explode where hardly any signal is left (cosine schedule, last timesteps); and DDIM of
+    diffusers clips the clean image but goes on with a noise that no longer belongs to it.
+    """
+    signal, noise_scale = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    if prediction_type == "epsilon":
+        original = (sample - noise_scale * prediction) / signal
+    elif prediction_type == "v_prediction":
+        original = signal * sample - noise_scale * prediction
+    else:
+        original = prediction
+    if gradient is not None:
+        original = original + noise_scale**2 / signal * gradient
+    if clip_sample:
+        original = original.clamp(-1, 1)
+    if prediction_type == "sample":
+        return original
+    epsilon = (sample - signal * original) / noise_scale
+    return epsilon if prediction_type == "epsilon" else signal * epsilon - noise_scale * original
