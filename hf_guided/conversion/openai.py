@@ -24,9 +24,39 @@ RESNET_NAMES = {
     "conv_shortcut": "skip_connection",
 }
 
-# The published constructors' arguments without a counterpart: they choose how to compute, not what.
-IGNORED_ARGUMENTS = {"dims", "use_checkpoint", "use_fp16", "image_size", "num_heads", "num_head_channels"}
-RENAMED_ARGUMENTS = {"num_classes": "num_class_embeds"}
+REQUIRED_ARGUMENTS = (
+    "image_size",
+    "in_channels",
+    "model_channels",
+    "out_channels",
+    "num_res_blocks",
+    "attention_resolutions",
+)
+
+# The published constructors' arguments in this library's spelling. Those with None choose how to compute, not what, or
+# are translated one by one.
+CONSTRUCTOR_ARGUMENTS = {
+    "image_size": "sample_size",
+    "in_channels": "in_channels",
+    "model_channels": "model_channels",
+    "out_channels": "out_channels",
+    "num_res_blocks": "num_res_blocks",
+    "attention_resolutions": None,
+    "dropout": "dropout",
+    "channel_mult": "channel_mult",
+    "conv_resample": "conv_resample",
+    "dims": None,
+    "num_classes": "num_class_embeds",
+    "use_checkpoint": None,
+    "use_fp16": None,
+    "num_heads": None,
+    "num_head_channels": None,
+    "num_heads_upsample": None,
+    "use_scale_shift_norm": "use_scale_shift_norm",
+    "resblock_updown": "resblock_updown",
+    "use_new_attention_order": None,
+    "pool": "pool",
+}
 
 
 def convert_openai_unet(
@@ -48,16 +78,15 @@ def convert_openai_unet(
         `ValueError`: If names or shapes do not fit the config, naming the first of them, or if the config has an
             argument that the published constructor does not know.
     """
-    arguments = _shared_arguments(config)
-    new_order = arguments.pop("use_new_attention_order", False)
+    arguments = _our_arguments(config, foreign="pool")
     if super_resolution:
         arguments["low_res_channels"] = arguments["in_channels"]
-    heads_upsample = arguments.pop("num_heads_upsample", -1)
+    heads_upsample = config.get("num_heads_upsample", -1)
     if heads_upsample != -1 and arguments["num_heads"] is not None:
         arguments["num_heads_upsample"] = heads_upsample
     with torch.device("meta"):
         model = ADMUNet2DModel(**arguments)
-    return _load(model, state_dict, new_order)
+    return _load(model, state_dict, config.get("use_new_attention_order", False))
 
 
 def convert_openai_classifier(state_dict: dict[str, torch.Tensor], config: dict[str, Any]) -> ADMForImageClassification:
@@ -75,39 +104,38 @@ def convert_openai_classifier(state_dict: dict[str, torch.Tensor], config: dict[
     Raises:
         `ValueError`: As [`convert_openai_unet`].
     """
-    arguments = _shared_arguments(config)
-    new_order = arguments.pop("use_new_attention_order", False)
-    arguments.pop("num_heads_upsample", None)
+    own = {
+        name: config[name] for name in ADMClassifierConfig().to_dict().keys() - CONSTRUCTOR_ARGUMENTS if name in config
+    }
+    published = {name: value for name, value in config.items() if name not in own}
+    arguments = _our_arguments(published, foreign="num_classes")
     num_labels = arguments.pop("out_channels")
     with torch.device("meta"):
         model = ADMForImageClassification(
-            ADMClassifierConfig(**{"num_labels": num_labels, "pool": "adaptive", **arguments})
+            ADMClassifierConfig(**{"num_labels": num_labels, "pool": "adaptive", **arguments, **own})
         )
-    return _load(model, state_dict, new_order)
+    return _load(model, state_dict, config.get("use_new_attention_order", False))
 
 
-def _shared_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """The published constructors' arguments and defaults in this library's spelling."""
-    try:
-        image_size = config["image_size"]
-        factors = config["attention_resolutions"]
-    except KeyError as error:
-        raise ValueError(f"The published constructor's argument {error} is missing from the config.") from None
+def _our_arguments(config: dict[str, Any], foreign: str) -> dict[str, Any]:
+    """A published constructor's arguments and defaults in this library's spelling; `foreign` only the other one has."""
+    for name in REQUIRED_ARGUMENTS:
+        if name not in config:
+            raise ValueError(f"The published constructor's argument {name!r} is missing from the config.")
+    for name in config:
+        if name not in CONSTRUCTOR_ARGUMENTS or name == foreign:
+            raise ValueError(f"The published constructor has no argument {name!r}, which the config gives.")
     head_dim = config.get("num_head_channels", -1)
-    arguments = {
+    return {
         # the published constructor's defaults, where they differ from ours
         "channel_mult": (1, 2, 4, 8),
         "use_scale_shift_norm": False,
         "resblock_updown": False,
-        **{RENAMED_ARGUMENTS.get(name, name): value for name, value in config.items()},
-        "sample_size": image_size,
-        "attention_resolutions": [image_size // factor for factor in factors],
+        **{ours: config[name] for name, ours in CONSTRUCTOR_ARGUMENTS.items() if ours and name in config},
+        "attention_resolutions": [config["image_size"] // factor for factor in config["attention_resolutions"]],
         "num_heads": config.get("num_heads", 1) if head_dim == -1 else None,
         "attention_head_dim": None if head_dim == -1 else head_dim,
     }
-    for name in IGNORED_ARGUMENTS - {"num_heads"}:
-        arguments.pop(name, None)
-    return arguments
 
 
 def _load(model: Any, state_dict: dict[str, torch.Tensor], new_order: bool) -> Any:
@@ -117,27 +145,17 @@ def _load(model: Any, state_dict: dict[str, torch.Tensor], new_order: bool) -> A
     for ours, theirs, module in published_names(model):
         if isinstance(module, ADMAttention | ADMAttentionPool):
             pooling = isinstance(module, ADMAttentionPool)
-            for kind in ("weight", "bias"):
+            for kind, parameter in module.to_q.named_parameters():
                 name = f"{theirs}.{'qkv_proj' if pooling else 'qkv'}.{kind}"
-                rows = _take(remaining, name).flatten(1) if kind == "weight" else _take(remaining, name)
+                rows = _take(remaining, name, (3 * len(parameter), *parameter.shape[1:]))
                 for part, tensor in zip("qkv", _split_qkv(rows, module.heads, new_order or pooling), strict=True):
                     converted[f"{ours}.to_{part}.{kind}"] = tensor
-            if pooling:
-                converted[f"{ours}.position_embedding"] = _take(remaining, f"{theirs}.positional_embedding").T
+            if isinstance(module, ADMAttentionPool):
+                shape = module.position_embedding.T.shape
+                converted[f"{ours}.position_embedding"] = _take(remaining, f"{theirs}.positional_embedding", shape).T
         else:
             for kind, parameter in module.named_parameters(recurse=False):
-                tensor = _take(remaining, f"{theirs}.{kind}")
-                if parameter.ndim == 2 and tensor.ndim > 2:  # a 1x1 convolution that is a linear layer here
-                    tensor = tensor.flatten(1)
-                converted[f"{ours}.{kind}"] = tensor
-
-    expected = model.state_dict()
-    for name, tensor in converted.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"The tensor for {name} has shape {tuple(tensor.shape)} where the config expects "
-                f"{tuple(expected[name].shape)}; the checkpoint belongs to another config."
-            )
+                converted[f"{ours}.{kind}"] = _take(remaining, f"{theirs}.{kind}", parameter.shape)
     if remaining:
         raise ValueError(
             f"The checkpoint holds {len(remaining)} tensors that the config does not know, such as "
@@ -148,10 +166,19 @@ def _load(model: Any, state_dict: dict[str, torch.Tensor], new_order: bool) -> A
     return model.eval()
 
 
-def _take(state_dict: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+def _take(state_dict: dict[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Takes a tensor out; where a linear layer is wanted, it may be a 1x1 convolution."""
     if name not in state_dict:
-        raise ValueError(f"The checkpoint has no tensor {name}, which the config asks for; it belongs to another.")
-    return state_dict.pop(name)
+        raise ValueError(
+            f"The checkpoint has no tensor {name}, which the config asks for; the checkpoint belongs to another config."
+        )
+    tensor = state_dict.pop(name)
+    if tensor.shape != (*shape, *[1] * (tensor.ndim - len(shape))):
+        raise ValueError(
+            f"The tensor {name} has shape {tuple(tensor.shape)} where the config expects {tuple(shape)}; the "
+            f"checkpoint belongs to another config."
+        )
+    return tensor.reshape(shape)
 
 
 def _split_qkv(rows: torch.Tensor, heads: int, new_order: bool) -> tuple[torch.Tensor, ...]:

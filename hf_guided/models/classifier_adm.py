@@ -55,7 +55,7 @@ class ADMClassifierConfig(PreTrainedConfig):
         resblock_updown (`bool`, defaults to `True`): Downsample with residual blocks instead of both.
         use_scale_shift_norm (`bool`, defaults to `True`): Adaptive group normalisation instead of addition.
         pool (`str`, defaults to `"attention"`): The head: `"adaptive"` (mean, linear), `"attention"` (attention from
-            the mean, section 4.1), `"spatial"` or `"spatial_v2"` (the means of every layer, two linear layers).
+            the mean, section 4.3), `"spatial"` or `"spatial_v2"` (the means of every layer, two linear layers).
         beta_schedule, num_train_timesteps, trained_betas, rescale_timesteps: The noise schedule that the classifier
             was trained on, spelled as in [`ADMScheduler`].
     """
@@ -94,13 +94,12 @@ class TransformersAttnProcessor:
 
     def __call__(self, attn: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        attn.is_causal = False
         attended, _ = interface(
             attn,
             *(x.transpose(1, 2) for x in (query, key, value)),
-            None,
-            dropout=0.0,
+            attention_mask=None,
             scaling=query.shape[-1] ** -0.5,
+            is_causal=False,
         )
         return attended
 
@@ -236,8 +235,8 @@ class ADMForImageClassification(PreTrainedModel):
             labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class ids; with them `.loss`, the mean cross
                 entropy in nats, is returned.
             output_hidden_states (`bool`, *optional*): Also return the feature maps of every layer, `(batch, channels,
-                h, w)`, the middle block's last.
-            return_dict (`bool`, *optional*): Return an output object (the default) instead of a tuple.
+                h, w)`, the middle block's last; as the config says by default.
+            return_dict (`bool`, *optional*): Return an output object instead of a tuple; as the config says by default.
 
         Returns:
             [`~transformers.modeling_outputs.ImageClassifierOutput`]: `.logits` of shape `(batch, num_labels)`.
@@ -267,10 +266,12 @@ class ADMForImageClassification(PreTrainedModel):
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.return_dict
         output = ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=feature_maps if output_hidden_states else None
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if return_dict else output.to_tuple()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves config, safetensors and the image processor of clean images. Takes what transformers' models take."""

@@ -58,7 +58,7 @@ class Downsample2D(nn.Module):
 
 
 class ADMResnetBlock(nn.Module):
-    """The residual block of ADM, BigGAN's up- and downsampling included (section 3, table 3).
+    """The residual block of ADM, BigGAN's up- and downsampling included (section 3, tables 1 and 3).
 
     Args:
         in_channels (`int`): Channels of the input.
@@ -169,7 +169,7 @@ class ADMAttention(nn.Module, AttentionModuleMixin):
 
 
 class ADMAttentionPool(nn.Module):
-    """Pools a feature map by attention from its mean, as CLIP does (section 4.1: the classifier's head).
+    """Pools a feature map by attention from its mean, as CLIP does (section 4.3: the classifier's head).
 
     Args:
         num_tokens (`int`): Pixels of the feature map, `height * width`.

@@ -63,7 +63,7 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ADMResnetBlock", "ADMAttention"]
-    _repeated_blocks = ["ADMResnetBlock", "ADMAttention"]
+    _repeated_blocks = ["ADMAttention"]  # residual blocks differ in shape too often to compile them one by one
     _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding", "conv_in", "conv_out"]
 
     @register_to_config
@@ -152,7 +152,8 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         r"""
         Args:
-            sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Noisy images; 1 is white, -1 black.
+            sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Noisy images, in [-1, 1]
+                where clean.
             timestep (`torch.Tensor` of shape `()` or `(batch,)`, or a number): Timesteps; fractions are allowed.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class ids. `None` means no class, for
                 unconditional models and for those with a null label.
@@ -182,7 +183,7 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError("This UNet is unconditional (num_class_embeds=None): class_labels must be None.")
         temb = F.silu(temb)
 
-        # 2. The image to upsample (section 3 of the appendix on upsampling: bilinear, then concatenated)
+        # 2. The image to upsample (section 5.2: interpolated and concatenated)
         if (low_res is None) != (self.config.low_res_channels is None):
             raise ValueError(
                 f"low_res must be given exactly if the UNet is an upsampler; here "

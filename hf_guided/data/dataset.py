@@ -1,0 +1,449 @@
+"""From the name of a dataset to two sets of images, one to train on and one held out."""
+
+import importlib
+import itertools
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from .images import BAD_IMAGE_ERRORS, open_image, resize_and_crop, to_channels, to_pixel_values
+
+logger = logging.getLogger(__name__)
+
+DIGITS = "digits"
+NUM_DIGITS_HELD_OUT = 297  # of 1,797
+HELD_OUT_SEED = 0  # never the training seed: every run is measured on the same images
+USUAL_IMAGE_COLUMNS = ("image", "img", "images", "picture", "photo")
+USUAL_LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category", "target")
+TEXT_TYPES = ("string", "large_string")
+
+
+@dataclass
+class DataArguments:
+    """Which images to train on, and how they are brought to the model's size; each field is a command-line flag."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset on the Hub, or a local path that `datasets` can load. 'digits', also used when neither "
+            "this nor --train_data_dir is given, is scikit-learn's built-in set of 8x8 digits."
+        },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset, for datasets that have several."}
+    )
+    train_data_dir: str | None = field(
+        default=None, metadata={"help": "Folder with one sub-folder of images per class, or with a metadata.jsonl."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "Split to hold out. Without it, a part of the training split is held out."}
+    )
+    held_out_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Part of the training split to hold out if there is no --validation_split, in equal shares of "
+            "each class, the same images for every seed. Default: 0.1, and 297 images of the digits. 0: none."
+        },
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of the images. Default: found by its type or usual name."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the class labels. Default: found by its type or usual name."}
+    )
+    resolution: list[int] | None = field(
+        default=None,
+        metadata={"help": "Side of the images in pixels, or their height and width. Default: 8 for the digits."},
+    )
+    image_channels: int | None = field(
+        default=None, metadata={"help": "1 (gray) or 3 (RGB). Default: 3, and 1 for the digits."}
+    )
+    random_crop: bool = field(
+        default=False,
+        metadata={"help": "Crop training images at random scales and places instead of at the centre."},
+    )
+    random_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images left to right."})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Processes that load images; any number gives the same batches. 0: the main one."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where `datasets` keeps what it downloads and prepares."}
+    )
+
+    @property
+    def source(self) -> str:
+        """What the images are taken from: the folder, the dataset's name, or 'digits'."""
+        return self.train_data_dir or self.dataset_name or DIGITS
+
+
+class LabelledImages(Dataset):
+    """
+    Images of one size, with or without labels. Made by `load_labelled_images`.
+
+    `dataset[index, epoch]` is `{"pixel_values": tensor, "labels": int}`: float32 of shape (channels, height, width) in
+    -1..1, without "labels" if the dataset has none. Crops and flips depend on `(seed, index, epoch)` and nothing else;
+    a bare index means epoch 0. An image that cannot be decoded is replaced by the next one that can, with its label.
+
+    Args:
+        images (`Sequence`): Rows whose "image" is what `open_image` takes.
+        rows (`numpy.ndarray`): The rows of `images` that belong to this dataset, shape (length,).
+        labels (`numpy.ndarray`, *optional*): The class of each of these rows from 0, shape (length,). None: no labels.
+        id2label (`dict[int, str]`): The name of each class. Empty without labels.
+        name (`str`): What the dataset is called in messages.
+        resolution (`tuple[int, int]`): Height and width in pixels to scale and crop the images to.
+        image_channels (`int`): 1 (gray) or 3 (RGB).
+        seed (`int`, defaults to 0): Seed of crops and flips.
+        random_crop (`bool`, defaults to False): Crop at random scales and places instead of at the centre.
+        random_flip (`bool`, defaults to False): Mirror half of the images left to right.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[dict[str, Any]],
+        rows: np.ndarray,
+        labels: np.ndarray | None,
+        id2label: dict[int, str],
+        name: str,
+        resolution: tuple[int, int],
+        image_channels: int,
+        seed: int = 0,
+        random_crop: bool = False,
+        random_flip: bool = False,
+    ):
+        self.images = images
+        self.rows = rows
+        self.labels = labels
+        self.id2label = id2label
+        self.name = name
+        self.resolution = resolution
+        self.image_channels = image_channels
+        self.seed = seed
+        self.random_crop = random_crop
+        self.random_flip = random_flip
+        # In shared memory, so that the main process knows what its loader's workers met.
+        self._is_bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes; 0 without labels."""
+        return len(self.id2label)
+
+    @property
+    def bad_files(self) -> list[str]:
+        """The files met so far, by any loader worker, that could not be decoded and were substituted."""
+        return [self.file_name(index) for index in self._is_bad.nonzero().flatten().tolist()]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def open(self, index: int) -> Image.Image:
+        """The image as it is in the file, upright. Raises one of `BAD_IMAGE_ERRORS` if there is none."""
+        return open_image(self.images[int(self.rows[index])]["image"])
+
+    def file_name(self, index: int) -> str:
+        """The file's path, or the row's number where the image has no path."""
+        record = self.images[int(self.rows[index])]["image"]
+        return (isinstance(record, dict) and record["path"]) or f"row {self.rows[index]}"
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        if not 0 <= index < len(self):
+            raise IndexError(f"Index {index} is not in 0 to {len(self) - 1}.")
+        index, image = self._next_good_image(index)
+
+        rng = np.random.default_rng((self.seed, index, epoch)) if self.random_crop or self.random_flip else None
+        image = resize_and_crop(image, self.resolution, crop_rng=rng if self.random_crop else None)
+        pixel_values = to_pixel_values(image, self.image_channels)
+        if self.random_flip and rng is not None and rng.random() < 0.5:
+            pixel_values = pixel_values[:, :, ::-1]
+
+        item: dict[str, Any] = {"pixel_values": torch.from_numpy(np.ascontiguousarray(pixel_values))}
+        if self.labels is not None:
+            item["labels"] = int(self.labels[index])
+        return item
+
+    def _next_good_image(self, index: int) -> tuple[int, Image.Image]:
+        for candidate in itertools.chain(range(index, len(self)), range(index)):
+            if self._is_bad[candidate]:
+                continue
+            try:
+                return candidate, to_channels(self.open(candidate), self.image_channels)
+            except BAD_IMAGE_ERRORS as error:
+                self._is_bad[candidate] = True
+                logger.warning("Substituting a bad image of '%s': %s (%s)", self.name, self.file_name(candidate), error)
+        raise ValueError(f"None of the {len(self)} images of '{self.name}' can be decoded; give another dataset.")
+
+
+def load_labelled_images(
+    args: DataArguments, seed: int, require_labels: bool = True
+) -> tuple[LabelledImages, LabelledImages | None]:
+    """
+    Loads the training images and the held-out ones.
+
+    The held-out images are the validation split, or a part of the training split, drawn in equal shares of each class
+    and the same for every `seed`. They are never augmented. At least one image of each class stays in training.
+
+    Args:
+        args (`DataArguments`): Which images, and how they are brought to the model's size.
+        seed (`int`): Seed of the augmentation, and of nothing else.
+        require_labels (`bool`, defaults to True): Whether to insist on usable labels of two or more classes. If False,
+            a dataset without usable labels is taken as one without labels (`labels` is None).
+
+    Returns:
+        `tuple[LabelledImages, LabelledImages | None]`: the training images and the held-out ones; None if there is no
+        validation split and the held-out fraction is 0.
+
+    Raises:
+        `FileNotFoundError`: if the folder does not exist.
+        `ValueError`: if the arguments contradict each other, or the dataset, its columns or its labels cannot be used.
+        `ImportError`: if `datasets` or `scikit-learn` is not installed.
+    """
+    if args.dataset_name is not None and args.train_data_dir is not None:
+        raise ValueError(
+            f"Both --dataset_name '{args.dataset_name}' and --train_data_dir '{args.train_data_dir}' are given; "
+            "give only one."
+        )
+    is_digits = args.train_data_dir is None and args.dataset_name in (None, DIGITS)
+    if is_digits and args.validation_split is not None:
+        raise ValueError(f"The digits have no split '{args.validation_split}'; use --held_out_fraction instead.")
+    image_channels = args.image_channels if args.image_channels is not None else (1 if is_digits else 3)
+    if image_channels not in (1, 3):
+        raise ValueError(f"--image_channels {image_channels} must be 1 (gray) or 3 (RGB).")
+
+    images, labels, names = _load_digits() if is_digits else _load_split(args, args.train_split, require_labels)
+    if require_labels and len(names) < 2:
+        raise ValueError(
+            f"'{args.source}' has the single class '{names[0]}', where guidance needs two or more; "
+            "add images of another class."
+        )
+    resolution = _check_resolution(args, [8] if is_digits else None, images)
+
+    if args.validation_split is not None:
+        rows = np.arange(len(images))
+        held_out_images, held_out_labels, _ = _load_split(args, args.validation_split, labels is not None, names)
+        held_out_rows = np.arange(len(held_out_images))
+    else:
+        num_held_out = _num_held_out(args.held_out_fraction, is_digits, len(images))
+        rows, held_out_rows = split_by_class(np.zeros(len(images), int) if labels is None else labels, num_held_out)
+        held_out_images, held_out_labels = images, labels
+
+    shared: dict[str, Any] = {
+        "id2label": dict(enumerate(names)),
+        "name": args.source,
+        "resolution": resolution,
+        "image_channels": image_channels,
+    }
+    train = LabelledImages(
+        images,
+        rows,
+        None if labels is None else labels[rows],
+        seed=seed,
+        random_crop=args.random_crop,
+        random_flip=args.random_flip,
+        **shared,
+    )
+    if len(held_out_rows) == 0:
+        return train, None
+    if labels is None or held_out_labels is None:
+        return train, LabelledImages(held_out_images, held_out_rows, None, **shared)
+    return train, LabelledImages(held_out_images, held_out_rows, held_out_labels[held_out_rows], **shared)
+
+
+def split_by_class(labels: np.ndarray, num_held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Splits rows so that each class is held out in proportion, always the same way.
+
+    Args:
+        labels (`numpy.ndarray`): The class of each row, shape (rows,).
+        num_held_out (`int`): Rows to hold out; fewer are if each class would not keep one.
+
+    Returns:
+        `tuple[numpy.ndarray, numpy.ndarray]`: the rows to train on and the rows held out, both ascending.
+    """
+    shuffled = np.random.default_rng(HELD_OUT_SEED).permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    first_of_class = np.unique(labels[by_class], return_index=True)[1]
+    candidates = np.delete(by_class, first_of_class)
+    num_held_out = min(num_held_out, len(candidates))
+    # Evenly spaced along the sorted classes: each class gives its share, rounded up or down, and the total is exact.
+    held_out = np.sort(candidates[(2 * np.arange(num_held_out) + 1) * len(candidates) // max(1, 2 * num_held_out)])
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
+def _num_held_out(fraction: float | None, is_digits: bool, num_images: int) -> int:
+    if fraction is None and is_digits:
+        return NUM_DIGITS_HELD_OUT
+    fraction = 0.1 if fraction is None else fraction
+    if not 0 <= fraction < 1:
+        raise ValueError(f"--held_out_fraction {fraction} must be at least 0 and less than 1.")
+    return max(1, round(fraction * num_images)) if fraction > 0 else 0
+
+
+def _load_digits() -> tuple[Sequence[dict[str, Any]], np.ndarray, list[str]]:
+    digits = _import("sklearn.datasets").load_digits()
+    # Sixteenths as floats, which scaling to -1..1 keeps exact: x / 8 - 1.
+    images = [{"image": Image.fromarray((image / 16).astype(np.float32))} for image in digits.images]
+    return images, digits.target.astype(np.int64), [str(name) for name in digits.target_names]
+
+
+def _load_split(
+    args: DataArguments, split: str, require_labels: bool, known_names: list[str] | None = None
+) -> tuple[Any, np.ndarray | None, list[str]]:
+    """The images of a split, one undecoded "image" a row, with their labels and the names of the classes."""
+    datasets = _import("datasets")
+    path, where = args.dataset_name, f"split '{split}' of '{args.source}'"
+    hint = "check the name and the split"
+    if args.train_data_dir is not None:
+        path, hint = "imagefolder", "a folder needs one sub-folder of images per class"
+        if not os.path.isdir(args.train_data_dir):
+            raise FileNotFoundError(f"--train_data_dir '{args.train_data_dir}' is not a folder; {hint}.")
+    try:
+        dataset = datasets.load_dataset(
+            path, args.dataset_config_name, data_dir=args.train_data_dir, split=split, cache_dir=args.cache_dir
+        )
+    except (FileNotFoundError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"Cannot load {where} ({reason}); {hint}.") from error
+    if len(dataset) == 0:
+        raise ValueError(f"There are no images in {where}; {hint}.")
+    columns = ", ".join(dataset.column_names)
+
+    image_column = _find_column(dataset, "image", args.image_column, datasets.Image, USUAL_IMAGE_COLUMNS, where)
+    if image_column is None:
+        raise ValueError(f"Found no column of images in {where} (columns: {columns}); name it with --image_column.")
+    feature = dataset.features[image_column]
+    kind = getattr(feature, "dtype", "")
+    if not isinstance(feature, datasets.Image) and kind not in (*TEXT_TYPES, "binary"):
+        raise ValueError(
+            f"Column '{image_column}' of {where} holds no images but {feature}; name another --image_column."
+        )
+    images = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    if image_column != "image":
+        images = images.rename_column(image_column, "image")
+
+    label_column = _find_column(dataset, "label", args.label_column, datasets.ClassLabel, USUAL_LABEL_COLUMNS, where)
+    if label_column is None:
+        if require_labels:
+            folders = "put the images of each class, two or more, in a folder of their own, or "
+            raise ValueError(
+                f"Found no column of labels in {where} (columns: {columns}); "
+                f"{folders if args.train_data_dir else ''}name it with --label_column."
+            )
+        return images, None, []
+    try:
+        labels, names = _read_labels(dataset, label_column, where, known_names)
+    except ValueError as error:
+        if require_labels:
+            raise
+        logger.warning("Going without labels: %s", error)
+        return images, None, []
+    return images, labels, names
+
+
+def _find_column(
+    dataset: Any, kind: str, requested: str | None, feature_type: type, usual_names: Sequence[str], where: str
+) -> str | None:
+    columns = dataset.column_names
+    if requested is not None:
+        if requested not in columns:
+            raise ValueError(
+                f"There is no column '{requested}' in {where}; set --{kind}_column to one of: {', '.join(columns)}."
+            )
+        return requested
+    typed = [column for column in columns if isinstance(dataset.features[column], feature_type)]
+    if len(typed) == 1:
+        return typed[0]
+    usual = [column for column in usual_names if column in (typed or columns)]
+    if typed and not usual:
+        raise ValueError(f"Several columns of {where} are {kind}s; set --{kind}_column to one of: {', '.join(typed)}.")
+    return usual[0] if usual else None
+
+
+def _read_labels(dataset: Any, column: str, where: str, known_names: list[str] | None) -> tuple[np.ndarray, list[str]]:
+    """
+    Labels from 0 and the names of the classes. `known_names` are those of the training split, which the labels of
+    another split must be among, and need not cover.
+    """
+    values = dataset.select_columns([column]).with_format("arrow")[:][column]
+    if values.null_count:
+        raise ValueError(
+            f"Column '{column}' of {where} lacks {values.null_count:,} of its labels; "
+            "fill them in, or remove these images."
+        )
+    feature = dataset.features[column]
+    names = getattr(feature, "names", None) or known_names  # `names`: of a ClassLabel
+    kind = getattr(feature, "dtype", "")
+    if "int" in kind:
+        labels = values.to_numpy().astype(np.int64)
+        if names is None:
+            names = [str(label) for label in range(labels.max() + 1)]
+    elif kind in (*TEXT_TYPES, "bool"):
+        texts = [str(value) for value in values.to_pylist()]
+        names = names or sorted(set(texts))
+        label_of = {name: label for label, name in enumerate(names)}
+        unknown = sorted(set(texts) - set(names))
+        if unknown:
+            raise ValueError(
+                f"Column '{column}' of {where} has the label '{unknown[0]}', unknown in the training split; remove it."
+            )
+        labels = np.array([label_of[text] for text in texts], dtype=np.int64)
+    else:
+        raise ValueError(
+            f"Column '{column}' of {where} holds {feature}, where integers or strings are meant; "
+            "name another --label_column."
+        )
+
+    if labels.min() < 0 or labels.max() >= len(names):
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise ValueError(
+            f"Column '{column}' of {where} has the label {wrong}, outside 0 to {len(names) - 1}; "
+            "choose a split whose labels are public, or renumber them."
+        )
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
+    if known_names is None and len(empty):
+        raise ValueError(
+            f"Class {empty[0]} ('{names[empty[0]]}'), one of {len(empty):,} such, has no image in {where}; "
+            f"column '{column}' must use every label from 0 to {len(names) - 1}: renumber them, or take more rows."
+        )
+    return labels, list(names)
+
+
+def _check_resolution(
+    args: DataArguments, default: list[int] | None, images: Sequence[dict[str, Any]]
+) -> tuple[int, int]:
+    sides = args.resolution or default
+    if sides is None:
+        raise ValueError(
+            f"--resolution is needed for '{args.source}'; most of its images are {_most_common_size(images)} pixels."
+        )
+    if len(sides) > 2 or min(sides) < 1:
+        given = " ".join(map(str, sides))
+        raise ValueError(f"--resolution {given} must be one side, or a height and a width, in pixels.")
+    return sides[0], sides[-1]
+
+
+def _most_common_size(images: Sequence[dict[str, Any]], num_looked_at: int = 100) -> str:
+    sizes: Counter[str] = Counter()
+    for row in np.linspace(0, len(images) - 1, min(num_looked_at, len(images))).astype(int).tolist():
+        try:
+            image = open_image(images[row]["image"])
+        except BAD_IMAGE_ERRORS:
+            continue
+        sizes[f"{image.height} x {image.width} (height x width)"] += 1
+    return sizes.most_common(1)[0][0] if sizes else "unreadable, and none has a known number of"
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f'Loading images needs {module}; install it with: pip install "hf-guided[train]"') from error

@@ -1,0 +1,135 @@
+"""What is wrong with a dataset, found before training instead of in the middle of it."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from .dataset import LabelledImages
+from .images import BAD_IMAGE_ERRORS, to_channels
+
+NUM_DRAWN = 1_000  # images decoded of a set that is too large to be decoded whole
+MAX_BAD_FRACTION = 0.1
+FEW_PER_CLASS = 10
+
+
+@dataclass
+class ImageReport:
+    """
+    What `check_images` found; `str(report)` says it in a few lines.
+
+    Args:
+        name (`str`): The dataset.
+        num_images (`int`): Images in the dataset.
+        num_checked (`int`): Images that were decoded, or tried to be.
+        resolution (`tuple[int, int]`): Height and width in pixels that the images are brought to.
+        class_counts (`dict[str, int]`): Images per class name, of the whole dataset. Empty without labels.
+        sizes (`Counter[tuple[int, int]]`): Checked images per (height, width) in pixels.
+        modes (`Counter[str]`): Checked images per Pillow mode.
+        bad_files (`list[str]`): Each file that cannot be used, with the reason.
+    """
+
+    name: str
+    num_images: int
+    num_checked: int
+    resolution: tuple[int, int]
+    class_counts: dict[str, int]
+    sizes: Counter[tuple[int, int]]
+    modes: Counter[str]
+    bad_files: list[str]
+
+    @property
+    def num_upscaled(self) -> int:
+        """Checked images that are smaller than the resolution in height or width, and are therefore blown up."""
+        height, width = self.resolution
+        return sum(count for (h, w), count in self.sizes.items() if h < height or w < width)
+
+    @property
+    def small_classes(self) -> list[str]:
+        """Names of the classes with fewer than 10 images."""
+        return [name for name, count in self.class_counts.items() if count < FEW_PER_CLASS]
+
+    def __str__(self) -> str:
+        def size(pair: tuple[int, int]) -> str:
+            return f"{pair[0]}x{pair[1]}"
+
+        lines = [f"{self.name}: {self.num_images:,} images, {self.num_checked:,} checked, {len(self.bad_files):,} bad"]
+        if self.class_counts:
+            counts = self.class_counts.values()
+            lines.append(f"  classes: {len(counts):,}, with {min(counts):,} to {max(counts):,} images each")
+        by_area = sorted(self.sizes, key=lambda pair: (pair[0] * pair[1], pair))
+        lines.append(
+            f"  height x width: {size(by_area[0])} to {size(by_area[-1])}, most often "
+            f"{size(self.sizes.most_common(1)[0][0])}, brought to {size(self.resolution)}"
+        )
+        lines.append("  modes: " + ", ".join(f"{mode} ({count:,})" for mode, count in self.modes.most_common()))
+        if self.num_upscaled:
+            lines.append(f"  warning: {self.num_upscaled:,} are smaller than {size(self.resolution)} and are blown up")
+        if self.small_classes:
+            lines.append(
+                f"  warning: fewer than {FEW_PER_CLASS} images in {len(self.small_classes):,} of the classes: "
+                + _first_few(self.small_classes)
+            )
+        if self.bad_files:
+            lines.append(f"  warning: other images stand in for bad files: {_first_few(self.bad_files)}")
+        return "\n".join(lines)
+
+
+def check_images(dataset: LabelledImages, whole_up_to: int = 10_000) -> ImageReport:
+    """
+    Decodes a dataset before training does.
+
+    Args:
+        dataset (`LabelledImages`): The images, as training will see them.
+        whole_up_to (`int`, defaults to 10,000): Sets of up to this many images are decoded whole. Of larger ones 1,000
+            are drawn, always the same.
+
+    Returns:
+        `ImageReport`: counts, sizes, modes and bad files; print it.
+
+    Raises:
+        `ValueError`: if more than 10 % of the checked files are bad, naming the first few.
+    """
+    indices = np.arange(len(dataset))
+    if len(indices) > whole_up_to:
+        indices = np.sort(np.random.default_rng(0).choice(indices, min(NUM_DRAWN, len(indices)), replace=False))
+
+    sizes: Counter[tuple[int, int]] = Counter()
+    modes: Counter[str] = Counter()
+    bad_files = []
+    for index in tqdm(indices.tolist(), desc=f"Checking {dataset.name}", unit="image", leave=False):
+        try:
+            image = dataset.open(index)
+            to_channels(image, dataset.image_channels)
+        except BAD_IMAGE_ERRORS as error:
+            bad_files.append(f"{dataset.file_name(index)} ({error})")
+            continue
+        sizes[image.height, image.width] += 1
+        modes[image.mode] += 1
+
+    if len(bad_files) > MAX_BAD_FRACTION * len(indices):
+        raise ValueError(
+            f"{len(bad_files):,} of {len(indices):,} checked images of '{dataset.name}' cannot be used, more than "
+            f"{MAX_BAD_FRACTION:.0%}; repair or remove them, first of all {_first_few(bad_files)}."
+        )
+
+    class_counts = {}
+    if dataset.labels is not None:
+        counts = np.bincount(dataset.labels, minlength=dataset.num_classes).tolist()
+        class_counts = {name: counts[label] for label, name in dataset.id2label.items()}
+    return ImageReport(
+        name=dataset.name,
+        num_images=len(dataset),
+        num_checked=len(indices),
+        resolution=dataset.resolution,
+        class_counts=class_counts,
+        sizes=sizes,
+        modes=modes,
+        bad_files=bad_files,
+    )
+
+
+def _first_few(names: list[str], count: int = 3) -> str:
+    rest = len(names) - count
+    return ", ".join(names[:count]) + (f" and {rest:,} more" if rest > 0 else "")

@@ -1,0 +1,77 @@
+"""Which examples each training step sees: a function of the step alone, so that resuming is exact."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class StepBatchSampler(Sampler[list[tuple[int, int]]]):
+    """
+    Batches of `(index, epoch)` keys for micro-steps `start_step`, `start_step + 1`, …
+
+    The examples form one endless stream: epoch after epoch, each in an order drawn from `(seed, epoch)`. Micro-step
+    `s` of process `p` takes positions `(s * num_processes + p) * batch_size` and on, `batch_size` of them. There is no
+    other state: starting at `s` gives what an uninterrupted run sees at `s`, with any number of loader workers. A
+    batch may span epochs, and every example is seen once an epoch.
+
+    Args:
+        num_examples (`int`): Length of the dataset.
+        batch_size (`int`): Examples per process and micro-step. May exceed `num_examples`.
+        seed (`int`): Seed of the orders, the same in all processes.
+        num_processes (`int`, defaults to 1): Number of processes that share the stream.
+        process_index (`int`, defaults to 0): Which of them this one is.
+        start_step (`int`, defaults to 0): First micro-step, that is batches already taken: with gradient accumulation,
+            optimizer steps times accumulation steps.
+        num_steps (`int`, *optional*): Number of batches to yield. None yields for ever.
+
+    Raises:
+        `ValueError`: if there are no examples, or no such process.
+
+    Examples:
+        ```py
+        sampler = StepBatchSampler(len(dataset), batch_size=64, seed=0, start_step=global_step)
+        loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=2)
+        ```
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        batch_size: int,
+        seed: int,
+        num_processes: int = 1,
+        process_index: int = 0,
+        start_step: int = 0,
+        num_steps: int | None = None,
+    ):
+        if num_examples < 1 or batch_size < 1:
+            raise ValueError(
+                f"Batches of {batch_size} cannot be drawn from {num_examples} examples; both must be 1 or more."
+            )
+        if not 0 <= process_index < num_processes:
+            raise ValueError(
+                f"process_index {process_index} must lie in 0 to {num_processes - 1}, the processes there are."
+            )
+        self.num_examples = num_examples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.start_step = start_step
+        self.num_steps = num_steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        steps = itertools.count(self.start_step)
+        order_epoch, order = -1, np.empty(0, dtype=np.int64)
+        for step in itertools.islice(steps, self.num_steps):
+            first = (step * self.num_processes + self.process_index) * self.batch_size
+            batch = []
+            for position in range(first, first + self.batch_size):
+                epoch, place = divmod(position, self.num_examples)
+                if epoch != order_epoch:
+                    order_epoch = epoch
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.num_examples)
+                batch.append((int(order[place]), epoch))
+            yield batch

@@ -1,0 +1,199 @@
+"""The model card: a README.md that says what a pipeline draws, how it was trained, how good it is, how to run it."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+_METRICS = {"accuracy": "Accuracy", "fid": "FID", "kid": "KID", "precision": "Precision", "recall": "Recall"}
+_HEADINGS = {"guidance_scale": "Guidance scale", "condition_unet": "UNet told the class", **_METRICS}
+
+_CARD = """\
+---
+{data}
+---
+
+# {title}
+
+A class-conditional diffusion model with classifier guidance (ADM,
+[Diffusion Models Beat GANs on Image Synthesis](https://arxiv.org/abs/2105.05233)), trained on {dataset} with
+`hf-guided`.
+
+{picture}
+
+## Usage
+
+`pip install hf-guided`, then:
+
+```python
+import torch
+from hf_guided import ClassifierGuidedPipeline
+
+pipe = ClassifierGuidedPipeline.from_pretrained({source})
+generator = torch.Generator().manual_seed(0)
+images = pipe(class_labels=[{label}], num_images_per_label=4, generator=generator).images
+images[0].save("sample.png")
+```
+
+Steps and guidance scale are the saved defaults; `num_inference_steps=` and `guidance_scale=` change them. A higher
+scale gives images that are more typical of their class and less varied.
+
+## Classes
+
+{classes}
+
+## Training
+
+{training}
+"""
+
+_RESULTS = """
+## Results
+
+{table}
+
+{notes}
+"""
+
+
+def write_model_card(
+    folder: str | os.PathLike,
+    *,
+    title: str,
+    dataset: str,
+    class_names: Sequence[str],
+    training: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]] = (),
+    features: str = "the judge's features",
+    dataset_id: str | None = None,
+    repo_id: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Writes the model card `README.md` of a pipeline folder; it shows `grid.png` and `trade_off.png` where present.
+
+    Args:
+        folder (`str` or `os.PathLike`): The saved pipeline.
+        title (`str`): Heading of the card, and the name of the model in its metadata.
+        dataset (`str`): The training data in words, such as `"scikit-learn's 8x8 digits"`.
+        class_names (`Sequence[str]`): Name of each class, in the order of the ids.
+        training (`Mapping[str, Any]`): How it was trained, shown as a table in this order: steps, batch size, time,
+            hardware, versions of packages ... A nested mapping becomes one row. Of paths only the last part is shown.
+        results (`Sequence[Mapping[str, Any]]`, *optional*): Rows of the report, shown as a table with the first row's
+            keys as columns. Of its metrics (`accuracy`, `fid`, `kid`, `precision`, `recall`) the metadata has a
+            `model-index`.
+        features (`str`, defaults to `"the judge's features"`): What FID, precision and recall were computed in.
+        dataset_id (`str`, *optional*): The data's id on the Hub.
+        repo_id (`str`, *optional*): Where the pipeline will be on the Hub; the usage then loads it from there. By
+            default it loads the current folder.
+        license (`str`, *optional*): Identifier of the licence, such as `"apache-2.0"`.
+
+    Returns:
+        `Path`: The card.
+    """
+    folder, dataset = Path(folder), _public(dataset)
+    data = ModelCardData(
+        library_name="diffusers",
+        # The Hub has no tag for class-conditional models; this is where those on ImageNet are listed.
+        pipeline_tag="unconditional-image-generation",
+        tags=["hf-guided", "diffusers", "adm", "classifier-guidance", "class-conditional-image-generation"],
+        license=license,
+        datasets=None if dataset_id is None else [dataset_id],
+        model_name=title,
+        eval_results=_eval_results(results, features, dataset, dataset_id) or None,
+    )
+    pictures = {
+        "grid.png": "Samples, one row per class",
+        "trade_off.png": "Precision, recall and FID by guidance scale",
+    }
+    card = _CARD.format(
+        data=data.to_yaml(),
+        title=title,
+        dataset=dataset,
+        picture="\n\n".join(f"![{text}]({name})" for name, text in pictures.items() if (folder / name).is_file()),
+        source=json.dumps(repo_id or "."),
+        label=json.dumps(class_names[0], ensure_ascii=False),
+        classes=_class_list(class_names),
+        training=_table(["", ""], [[_heading(name), _public(value)] for name, value in training.items()]),
+    )
+    if results:
+        columns = list(results[0])
+        headings = [_heading(column) for column in columns]
+        table = _table(headings, [[_public(row.get(column)) for column in columns] for row in results])
+        notes = (
+            f"FID, precision and recall are computed in {features}, and compare only with others in the same features."
+        )
+        if "accuracy" in columns:
+            notes += (
+                "\nAccuracy is the share of samples in which an independent classifier, not the one that guides, "
+                "sees the class that was asked for."
+            )
+        card += _RESULTS.format(table=table, notes=notes)
+
+    path = folder / "README.md"
+    temporary = folder / "README.md.tmp"
+    ModelCard(card).save(temporary)
+    os.replace(temporary, path)
+    return path
+
+
+def _eval_results(
+    results: Sequence[Mapping[str, Any]], features: str, dataset: str, dataset_id: str | None
+) -> list[EvalResult]:
+    """Every metric of every row, named after its features and its row's settings."""
+    evaluations = []
+    for row in results:
+        settings = "".join(
+            f", {_heading(key)}: {_public(value)}"
+            for key, value in row.items()
+            if key not in _METRICS and value is not None
+        )
+        for metric, name in _METRICS.items():
+            if row.get(metric) is not None:
+                evaluations.append(
+                    EvalResult(
+                        task_type="unconditional-image-generation",
+                        dataset_type=dataset_id or re.sub(r"\W+", "-", dataset).strip("-").lower(),
+                        dataset_name=dataset,
+                        metric_type=metric,
+                        metric_name=name + ("" if metric == "accuracy" else f" in {features}") + settings,
+                        metric_value=float(row[metric]),
+                    )
+                )
+    return evaluations
+
+
+def _heading(column: str) -> str:
+    return _HEADINGS.get(column, column.replace("_", " ").capitalize())
+
+
+def _class_list(class_names: Sequence[str]) -> str:
+    names = ", ".join(f"`{name}`" for name in class_names)
+    if len(class_names) <= 40:
+        return names
+    return f"<details><summary>All {len(class_names)} classes</summary>\n\n{names}\n\n</details>"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _public(value: Any) -> str:
+    """Text for a public page: short numbers, no tokens, and of the machine's folders only the last part of a path."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_public(item)}" for key, item in value.items())
+    text = re.sub(r"hf_[A-Za-z0-9]{20,}", "hf_...", " ".join(str(value).split()))
+    for flavour in (PurePosixPath, PureWindowsPath):
+        if flavour(text).is_absolute():
+            return flavour(text).name
+    return text

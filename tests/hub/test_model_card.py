@@ -1,0 +1,129 @@
+import getpass
+import socket
+
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from hf_guided.hub import write_model_card
+
+ROWS = [
+    {
+        "guidance_scale": 0.0,
+        "condition_unet": False,
+        "accuracy": 0.1,
+        "fid": 28.123456,
+        "precision": 0.5,
+        "recall": 0.9,
+    },
+    {"guidance_scale": 3.0, "condition_unet": True, "accuracy": 0.95, "fid": 6.2, "precision": 0.87, "recall": None},
+]
+
+
+def write(folder, **changes):
+    arguments = {
+        "title": "Digits | guided",
+        "dataset": "scikit-learn's 8x8 digits",
+        "class_names": ["zero", 'one "1"', "zwölf"],
+        "training": {
+            "steps": 1000,
+            "learning_rate": 1e-4,
+            "train_data_dir": folder / "secret" / "digits",
+            "wall_time": 61234.5,
+            "versions": {"torch": "2.13.0", "diffusers": "0.42.0"},
+            "options": "a|b",
+            "hub_token": "hf_" + "x1Y" * 10,
+        },
+        "results": ROWS,
+    }
+    return write_model_card(folder, **arguments | changes)
+
+
+def test_metadata_is_read_back(tmp_path):
+    card = ModelCard.load(write(tmp_path, dataset_id="ada/digits", license="apache-2.0"))
+    data = card.data
+    assert (data.library_name, data.license, data.datasets) == ("diffusers", "apache-2.0", ["ada/digits"])
+    assert data.pipeline_tag == "unconditional-image-generation"
+    assert {"hf-guided", "classifier-guidance", "adm"} <= set(data.tags)
+    assert data.model_name == "Digits | guided"
+    values = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert len(values) == 7  # each row's numbers under a name of their own; None is left out
+    assert values["FID in the judge's features, Guidance scale: 0, UNet told the class: no"] == 28.123456
+    assert values["Accuracy, Guidance scale: 3, UNet told the class: yes"] == 0.95
+    assert {result.dataset_type for result in data.eval_results} == {"ada/digits"}
+
+
+def test_nothing_is_claimed_that_was_not_said(tmp_path):
+    path = write(tmp_path, results=())
+    metadata = yaml.safe_load(path.read_text().split("---")[1])
+    assert not metadata.keys() & {"license", "datasets", "model-index"}
+    assert "Results" not in path.read_text()
+    assert "![" not in path.read_text()
+
+
+def test_text_shows_what_it_was_given(tmp_path):
+    for name in ("grid.png", "trade_off.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    text = write(tmp_path, features="Inception's pool_3").read_text()
+    for line in [
+        "# Digits | guided",
+        "![Samples, one row per class](grid.png)",
+        "![Precision, recall and FID by guidance scale](trade_off.png)",
+        '`zero`, `one "1"`, `zwölf`',
+        "| Steps | 1000 |",
+        "| Learning rate | 0.0001 |",
+        "| Train data dir | digits |",
+        "| Wall time | 61234 |",
+        "| Versions | torch 2.13.0, diffusers 0.42.0 |",
+        "| Options | a\\|b |",
+        "| Guidance scale | UNet told the class | Accuracy | FID | Precision | Recall |",
+        "| 0 | no | 0.1 | 28.12 | 0.5 | 0.9 |",
+        "| 3 | yes | 0.95 | 6.2 | 0.87 | - |",
+    ]:
+        assert line in text.splitlines(), line
+    assert "computed in Inception's pool_3" in text
+
+
+def test_the_machine_stays_private(tmp_path):
+    text = write(tmp_path).read_text()
+    for secret in (str(tmp_path), "secret", "x1Y", socket.gethostname(), f"/{getpass.getuser()}"):
+        assert secret not in text
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]  # no temporary file is left
+
+
+def test_many_classes_are_folded(tmp_path):
+    names = [f"class {i}" for i in range(1000)]
+    text = write(tmp_path, class_names=names).read_text()
+    assert "<details><summary>All 1000 classes</summary>" in text
+    assert "`class 999`" in text
+
+
+def test_usage_is_code_that_runs(tmp_path, monkeypatch):
+    """The card of a real pipeline, its usage run as it stands, in the folder that it describes."""
+    from hf_guided import (
+        ADMClassifierConfig,
+        ADMForImageClassification,
+        ADMScheduler,
+        ADMUNet2DModel,
+        ClassifierGuidedPipeline,
+    )
+
+    shared = {"sample_size": 8, "in_channels": 1, "model_channels": 32, "channel_mult": (1,), "attention_head_dim": 16}
+    names = {0: "zero", 1: 'one "1"', 2: "zwölf"}
+    ClassifierGuidedPipeline(
+        ADMUNet2DModel(**shared, out_channels=2, num_class_embeds=3),
+        ADMScheduler(),
+        ADMForImageClassification(ADMClassifierConfig(**shared, id2label=names)),
+        sampling_defaults={"num_inference_steps": 2},
+    ).save_pretrained(tmp_path)
+    card = write(tmp_path, class_names=list(names.values())[::-1]).read_text()
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(card.split("```python\n")[1].split("```")[0], "README.md", "exec"), names)
+    assert [image.size for image in names["images"]] == [(8, 8)] * 4
+    assert (tmp_path / "sample.png").is_file()
+    assert 'class_labels=["zwölf"]' in card
+
+
+def test_usage_loads_from_the_hub_once_it_is_there(tmp_path):
+    assert 'from_pretrained("ada/digits")' in write(tmp_path, repo_id="ada/digits").read_text()

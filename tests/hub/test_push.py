@@ -1,0 +1,157 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub_server import HubError, HubServer, User
+
+from hf_guided.hub import push_folder, write_model_card
+
+WRITE, READ, REVOKED = ("hf_" + kind + "Aa0" * 10 for kind in ("write", "read", "revoked"))
+
+PUSH = "import json, sys; from hf_guided.hub import push_folder; print(push_folder(**json.loads(sys.argv[1])))"
+PULL = "import json, sys; from huggingface_hub import snapshot_download as pull; print(pull(**json.loads(sys.argv[1])))"
+
+
+@pytest.fixture
+def hub():
+    with HubServer({WRITE: User("ada"), READ: User("ada", role="read")}) as server:
+        yield server
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What training leaves: a pipeline, its card, and things that are nobody's business."""
+    folder = tmp_path / "pipeline"
+    for path, content in {
+        "model_index.json": b'{"_class_name": "ClassifierGuidedPipeline"}',
+        "grid.png": b"\x89PNG\r\n\x1a\n\0\0",
+        "unet/config.json": b"{}\n",
+        "unet/diffusion_pytorch_model.safetensors": np.random.default_rng(0).bytes(3_000_001),
+        "classifier/model.safetensors": np.random.default_rng(1).bytes(70_000),
+        "scheduler/scheduler_config.json": "{'é': 1}\r\n".encode(),
+        "checkpoint-500/optimizer.bin": b"momentum",
+        "logs/train/events.out.tfevents.1": b"curve",
+        "unet/config.json.tmp": b"half",
+    }.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    write_model_card(folder, title="Digits", dataset="digits", class_names=["0", "1"], training={"steps": 3})
+    return folder
+
+
+LEFT_BEHIND = {"checkpoint-500/optimizer.bin", "logs/train/events.out.tfevents.1", "unet/config.json.tmp"}
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()
+    }
+
+
+def client(code, hub, home, token=None, **arguments):
+    """Runs the real client, talkative, in a process of its own."""
+    environment = hub.environment(home, token) | {"HF_HUB_VERBOSITY": "debug"}
+    command = [sys.executable, "-c", code, json.dumps(arguments, default=str)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_a_folder_arrives_whole_in_one_commit_and_comes_back(hub, folder, tmp_path):
+    pushed = client(PUSH, hub, tmp_path / "home", WRITE, folder=folder, repo_id="digits", commit_message="First")
+    assert pushed.stdout.strip() == f"{hub.endpoint}/ada/digits", pushed.stderr
+    repo = hub.repos["ada/digits"]
+    assert [commit.message for commit in repo.history()] == ["First", "initial commit"]
+    expected = {path: content for path, content in contents(folder).items() if path not in LEFT_BEHIND}
+    assert len(expected) == len(contents(folder)) - 3
+    assert repo.head().large >= {"classifier/model.safetensors", "unet/diffusion_pytorch_model.safetensors"}
+
+    pulled = client(PULL, hub, tmp_path / "reader", repo_id="ada/digits")
+    received = contents(pulled.stdout.strip())
+    assert received.pop(".gitattributes")
+    assert received == expected
+
+    # Again, to a branch, with one file changed: one more commit, there only, and nothing is uploaded twice.
+    (folder / "unet/config.json").write_bytes(b'{"sample_size": 8}\n')
+    before = len(hub.requests)
+    again = client(PUSH, hub, tmp_path / "home", WRITE, folder=folder, repo_id="ada/digits", revision="v2/beta")
+    assert again.returncode == 0, again.stderr
+    assert [commit.message for commit in repo.history("v2/beta")] == [
+        "Upload with hf-guided",
+        "First",
+        "initial commit",
+    ]
+    assert len(repo.history()) == 2
+    assert repo.head("v2/beta").files == {**repo.head().files, "unet/config.json": b'{"sample_size": 8}\n'}
+    assert not [request for request in hub.requests[before:] if request[0] == "PUT"]
+
+    # The token went to the Hub and nowhere else.
+    outputs = pushed.stdout + pushed.stderr + again.stdout + again.stderr
+    assert "preupload" in outputs  # the client did talk
+    assert WRITE not in outputs
+    assert not [path for path, content in contents(tmp_path).items() if WRITE.encode() in content]
+
+
+def test_a_private_repo_is_seen_by_its_owner_alone(hub, folder, tmp_path):
+    pushed = client(PUSH, hub, tmp_path / "home", WRITE, folder=folder, repo_id="ada/digits", private=True)
+    assert pushed.returncode == 0, pushed.stderr
+    assert hub.repos["ada/digits"].private
+    assert "RepositoryNotFoundError" in client(PULL, hub, tmp_path / "stranger", repo_id="ada/digits").stderr
+    assert client(PULL, hub, tmp_path / "owner", READ, repo_id="ada/digits").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "sentence"),
+    [
+        (None, "ada/digits", "No Hugging Face token was found: log in with `hf auth login`"),
+        (READ, "ada/digits", "This token may not write to ada/digits, being read-only or"),
+        (READ, "ada/existing", "This token may not write to ada/existing, being read-only or"),
+        (WRITE, "bob/digits", "This token may not write to bob/digits, being read-only or"),
+        (REVOKED, "ada/digits", "The Hub does not accept this token, which may have expired"),
+    ],
+    ids=["no token", "read-only", "read-only, existing repo", "someone else's", "revoked"],
+)
+def test_refusals_become_one_sentence(hub, folder, tmp_path, token, repo_id, sentence):
+    existing = hub.add_repo("ada/existing")
+    pushed = client(PUSH, hub, tmp_path / "home", token, folder=folder, repo_id=repo_id)
+    assert pushed.returncode == 1
+    message = pushed.stderr.strip().splitlines()[-1]
+    assert message.startswith(f"RuntimeError: {sentence}")
+    assert message.endswith("using a token with write access (https://huggingface.co/settings/tokens).")
+    assert "direct cause" in pushed.stderr  # the client's own error is kept
+    assert token is None or token not in pushed.stdout + pushed.stderr
+    assert list(hub.repos) == ["ada/existing"]
+    assert len(existing.history()) == 1
+
+
+def test_an_upload_that_fails_halfway_changes_nothing(hub, folder, tmp_path):
+    repo = hub.add_repo("ada/digits")
+    hub.objects = Full()
+    pushed = client(PUSH, hub, tmp_path / "home", WRITE, folder=folder, repo_id="ada/digits")
+    message = pushed.stderr.strip().splitlines()[-1]
+    assert message == "RuntimeError: Pushing to ada/digits failed, the Hub answered 413: The storage is full"
+    assert len(repo.history()) == 1
+
+
+class Full(dict):
+    """Storage that takes nothing."""
+
+    def __setitem__(self, oid, content):
+        raise HubError(413, "The storage is full")
+
+
+def test_no_hub_to_be_reached(folder, tmp_path):
+    with HubServer({}) as hub:
+        pass
+    pushed = client(PUSH, hub, tmp_path / "home", WRITE, folder=folder, repo_id="ada/digits")
+    message = pushed.stderr.strip().splitlines()[-1]
+    assert message.startswith("RuntimeError: Pushing to ada/digits failed, the Hub could not be reached: ")
+
+
+def test_only_saved_models_are_pushed(tmp_path):
+    (tmp_path / "notes.txt").write_text("not a model")
+    with pytest.raises(ValueError, match=r"has neither model_index.json nor config.json: give the folder that"):
+        push_folder(tmp_path, "ada/digits", token=WRITE)
+    with pytest.raises(ValueError, match="missing has neither"):
+        push_folder(tmp_path / "missing", "ada/digits", token=WRITE)

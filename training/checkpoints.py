@@ -1,0 +1,130 @@
+"""Checkpoints that are whole or not there at all, and that say what they were trained with."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+STATE_FILE = "training_state.json"
+
+# Flags that may change between two sittings of one training: they decide where, how often and what is told, not what is
+# computed.
+FREE_FLAGS = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "validation_steps",
+    "preview_steps",
+    "preview_respacing",
+    "logging_steps",
+    "report_to",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private",
+    "hub_token",
+    "dataloader_num_workers",
+    "cache_dir",
+}
+
+
+def fingerprint(arguments: list[Any], data: Any, num_processes: int) -> dict[str, Any]:
+    """Everything that a resumed training must have in common with what it resumes, by flag or by name."""
+    merged: dict[str, Any] = {}
+    for part in arguments:
+        merged.update(dataclasses.asdict(part))
+    if merged["lr_scheduler"] in ("constant", "constant_with_warmup"):
+        merged.pop("max_train_steps")  # the other schedules depend on where training ends
+    known = {name: value for name, value in merged.items() if name not in FREE_FLAGS}
+    names = None if data.id2label is None else list(data.id2label.values())
+    return json.loads(
+        json.dumps({**known, "number of processes": num_processes, "number of images": len(data), "classes": names})
+    )
+
+
+def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
+    """The newest whole checkpoint for `"latest"`, or the folder named; `None` if there is none yet.
+
+    Raises:
+        `ValueError`: If the folder named is not a whole checkpoint.
+    """
+    if wanted != "latest":
+        if not (Path(wanted) / STATE_FILE).is_file():
+            raise ValueError(
+                f"--resume_from_checkpoint {wanted} is not a whole checkpoint ({STATE_FILE} is missing); name a folder "
+                f"such as {output_dir}/checkpoint-500, or 'latest'."
+            )
+        return Path(wanted)
+    whole = list_checkpoints(output_dir)
+    return whole[-1] if whole else None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The whole checkpoints, oldest first."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if (path / STATE_FILE).is_file()]
+    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path, current: dict[str, Any]) -> int:
+    """Restores everything and returns the number of updates done.
+
+    Raises:
+        `ValueError`: If it was trained with other flags, data or another number of processes, naming each.
+    """
+    state = json.loads((folder / STATE_FILE).read_text())
+    saved = state["fingerprint"]
+    differing = [
+        f"{name} was {saved.get(name)!r} and is now {current.get(name)!r}"
+        for name in sorted({*saved, *current})
+        if saved.get(name) != current.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} cannot be gone on from, since it was trained otherwise: {'; '.join(differing)}. Use the same "
+            f"flags, or another --output_dir to start anew."
+        )
+    accelerator.load_state(str(folder))
+    return state["step"]
+
+
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: Path, step: int, current: dict[str, Any], total_limit: int
+) -> Path:
+    """Saves all under a temporary name, renames it, and only then removes the oldest; called by all processes."""
+    folder, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (partial / STATE_FILE).write_text(json.dumps({"step": step, "fingerprint": current}, indent=2))
+        replace_folder(partial, folder)
+        for old in list_checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def save_folder(save: Callable[[str], Any], folder: Path) -> None:
+    """Has a folder written under a temporary name and renames it, so that nobody finds half of it."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save(str(partial))
+    replace_folder(partial, folder)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Renames a finished folder to its name, in the place of an older one."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,341 @@
+"""The training loop, one for all trainers.
+
+Whatever is random in a step follows from (seed, step, process): resuming is running the same command again, and gives
+the same bits as never having stopped.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import signal
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..data import DataArguments, LabelledImages, StepBatchSampler, check_images
+from ..hub.push import push_folder
+from .arguments import LoopArguments, RunArguments
+from .checkpoints import find_checkpoint, fingerprint, load_checkpoint, save_checkpoint, save_folder
+from .timestep_sampling import TimestepSampler
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, torch.Tensor]
+
+
+class Task(ABC):
+    """What is trained: a model, its loss, and how progress shows.
+
+    Attributes:
+        name (`str`): Of the stage, for logs and folders.
+        model (`nn.Module`): Is trained.
+        timestep_sampler (`TimestepSampler`): Which timesteps batches are noised to.
+    """
+
+    name: str
+    model: nn.Module
+    timestep_sampler: TimestepSampler
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The loss of each image at its timestep, `(batch,)`, and tensors `(batch,)` worth logging, by name."""
+
+    @abstractmethod
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """The model's arguments for a batch, to estimate the memory that it needs."""
+
+    def preview(self, model: nn.Module, path: Path) -> None:
+        """Draws what the model can do by now; needed with `preview_steps`."""
+        raise ValueError(f"--preview_steps: the {self.name} has no preview; set it to 0.")
+
+
+def train(
+    task: Task,
+    train_images: LabelledImages,
+    held_out_images: LabelledImages | None,
+    args: LoopArguments,
+    data_args: DataArguments,
+) -> bool:
+    """Trains `task.model`; at the end it holds the moving average of its weights.
+
+    Args:
+        task ([`Task`]): What is trained.
+        train_images, held_out_images ([`LabelledImages`]): What it is trained on, and what its loss is watched on.
+        args ([`LoopArguments`]): The loop's flags.
+        data_args ([`DataArguments`]): The data's, for the record.
+
+    Returns:
+        `bool`: `False` if a signal stopped it; its state is then saved, and the same call goes on from there.
+
+    Raises:
+        `ValueError`: If a checkpoint to go on from was trained otherwise, or the loss is not finite.
+        `OSError`: If `output_dir` cannot be written.
+    """
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+    )
+    preflight(task, train_images, args, accelerator)
+    if args.gradient_checkpointing:
+        enable = getattr(task.model, "enable_gradient_checkpointing", None)
+        (enable or task.model.gradient_checkpointing_enable)()  # as diffusers and transformers call it
+    parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+    model, optimizer = accelerator.prepare(task.model, optimizer)
+    ema = EMAModel(parameters, decay=args.ema_decay)
+    ema.to(accelerator.device)
+    accelerator.register_for_checkpointing(ema, lr_scheduler, task.timestep_sampler)
+
+    current = fingerprint([args, data_args], train_images, accelerator.num_processes)
+    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    step = load_checkpoint(accelerator, checkpoint, current) if checkpoint else 0
+    if checkpoint and accelerator.is_main_process:
+        logger.info(f"Going on from {checkpoint}, after {step} of {args.max_train_steps} steps.")
+    if accelerator.log_with:
+        config = {name: str(value) for name, value in current.items()}
+        accelerator.init_trackers(task.name, config=config)
+
+    sampler = StepBatchSampler(
+        len(train_images),
+        args.train_batch_size,
+        seed=args.seed,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        start_step=step * args.gradient_accumulation_steps,
+    )
+    batches = iter(DataLoader(train_images, batch_sampler=sampler, num_workers=data_args.dataloader_num_workers))
+    progress = tqdm(
+        initial=step, total=args.max_train_steps, desc=task.name, disable=not accelerator.is_main_process, mininterval=1
+    )
+
+    def due(every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    model.train()
+    with stop_requests(accelerator) as stop_requested:
+        while step < args.max_train_steps:
+            for micro_step in range(args.gradient_accumulation_steps):
+                seed_everything(args.seed, step, micro_step, accelerator.process_index)
+                batch = to_device(next(batches), accelerator.device)
+                timesteps, weights = task.timestep_sampler.sample(len(batch["pixel_values"]))
+                timesteps, weights = timesteps.to(accelerator.device), weights.to(accelerator.device)
+                with accelerator.accumulate(model):
+                    losses, logs = task.losses(model, batch, timesteps)
+                    accelerator.backward((losses * weights).mean())
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                task.timestep_sampler.update(*accelerator.gather((timesteps, losses.detach())))
+            lr_scheduler.step()
+            ema.step(parameters)
+            step += 1
+            progress.update()
+
+            if due(args.logging_steps) or step == args.max_train_steps:
+                values = {name: value.float().mean() for name, value in {"loss": losses.detach(), **logs}.items()}
+                values = {name: accelerator.reduce(value, "mean").item() for name, value in values.items()}
+                check_finite(values["loss"], step)
+                progress.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
+                accelerator.log({**values, "learning_rate": lr_scheduler.get_last_lr()[0]}, step=step)
+            validating, previewing = due(args.validation_steps) and held_out_images, due(args.preview_steps)
+            if accelerator.is_main_process and (validating or previewing):
+                with averaged_weights(ema, parameters):
+                    if validating:
+                        accelerator.log(validate(task, held_out_images, args, accelerator.device), step=step)
+                    if previewing:
+                        task.preview(task.model, output_dir / f"preview-{step:06d}.png")
+
+            stopping = stop_requested()
+            if stopping or due(args.checkpointing_steps) or step == args.max_train_steps:
+                check_finite(losses.mean().item(), step)
+                folder = save_checkpoint(accelerator, output_dir, step, current, args.checkpoints_total_limit)
+            if stopping and step < args.max_train_steps:
+                progress.close()
+                if accelerator.is_main_process:
+                    logger.info(f"Stopped after {step} steps and saved {folder}; the same command goes on from there.")
+                accelerator.end_training()
+                return False
+
+    progress.close()
+    accelerator.end_training()
+    ema.copy_to(parameters)
+    accelerator.unwrap_model(model).eval()
+    if accelerator.is_main_process and train_images.bad_files:
+        logger.warning(f"{len(train_images.bad_files)} images could not be read and were replaced by others.")
+    return True
+
+
+def finish(save: Callable[[str], Any], folder: Path, args: RunArguments) -> Path:
+    """Writes the finished folder, whole or not at all, and pushes it if asked to; called by all processes.
+
+    Args:
+        save (`Callable`): Writes the folder that it is given, as `save_pretrained` does.
+        folder (`Path`): Where the folder goes.
+        args ([`RunArguments`]): Its `push_to_hub` and `hub_…` say whether and where to push.
+
+    Returns:
+        `Path`: The folder.
+    """
+    state = PartialState()
+    if state.is_main_process:
+        save_folder(save, folder)
+        logger.info(f"Saved {folder}")
+        if args.push_to_hub:
+            url = push_folder(folder, args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
+            logger.info(f"Pushed to {url}")
+    state.wait_for_everyone()
+    return folder
+
+
+def preflight(task: Task, images: LabelledImages, args: LoopArguments, accelerator: Accelerator) -> None:
+    """Says what will happen, and finds out early what would go wrong late."""
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(output_dir, os.W_OK):
+            raise PermissionError(f"--output_dir {output_dir} cannot be written; choose another folder.")
+        if args.push_to_hub and not args.hub_model_id:
+            raise ValueError("--push_to_hub needs --hub_model_id user/name to know where.")
+        report = check_images(images)
+        num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        height, width = images.resolution
+        logger.info(
+            f"\n== {task.name} ==\n{report}\n"
+            f"model     {num_parameters:,} parameters, {height}x{width} pixels, "
+            f"about {estimate_memory(task, images, args) / 2**30:.2g} GiB a process to train\n"
+            f"training  {args.max_train_steps} steps of {batch_size} images on {accelerator.num_processes} "
+            f"{accelerator.device.type} process(es), {args.max_train_steps * batch_size / len(images):.1f} epochs\n"
+            f"writes    {output_dir}: checkpoints every {args.checkpointing_steps} steps, logs, the finished model"
+        )
+    accelerator.wait_for_everyone()
+
+
+def estimate_memory(task: Task, images: LabelledImages, args: LoopArguments) -> int:
+    """Bytes for weights, gradients, AdamW's moments, the moving average, and a batch's activations.
+
+    The activations are counted on the meta device, where nothing is computed.
+    """
+    kept: dict[tuple, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[(id(tensor.untyped_storage()), len(kept) if tensor.device.type != "meta" else 0)] = tensor.nbytes
+        return tensor
+
+    model = copy.deepcopy(task.model).to("meta").train()
+    size = (args.train_batch_size, images.image_channels, *images.resolution)
+    batch = {"pixel_values": torch.empty(size, device="meta")}
+    batch["labels"] = torch.zeros(args.train_batch_size, dtype=torch.long, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**task.inputs(batch))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return 5 * weights + sum(kept.values()) // (2 if args.mixed_precision != "no" else 1)
+
+
+@torch.no_grad()
+def validate(task: Task, images: LabelledImages, args: LoopArguments, device: torch.device) -> dict[str, float]:
+    """Mean losses on held-out images, each noised to the same timesteps with the same noise every time."""
+    was_training = task.model.training
+    task.model.eval()
+    with torch.random.fork_rng():
+        seed_everything(0, 0, 0, 0)
+        keys = [(index, 0) for index in range(min(len(images), 1024))]
+        totals: dict[str, float] = {}
+        for batch in DataLoader(images, sampler=keys, batch_size=args.train_batch_size):
+            batch = to_device(batch, device)
+            timesteps, _ = TimestepSampler(task.timestep_sampler.num_train_timesteps).sample(len(batch["pixel_values"]))
+            losses, logs = task.losses(task.model, batch, timesteps.to(device))
+            for name, value in {"loss": losses, **logs}.items():
+                totals[name] = totals.get(name, 0.0) + value.float().sum().item() / len(keys)
+    task.model.train(was_training)
+    return {f"held_out/{name}": value for name, value in totals.items()}
+
+
+def seed_everything(seed: int, step: int, micro_step: int, process_index: int) -> None:
+    """Makes what is random in a forward pass a function of its place in the training."""
+    digest = hashlib.sha256(f"{seed}/{step}/{micro_step}/{process_index}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def check_finite(loss: float, step: int) -> None:
+    if loss != loss or abs(loss) == float("inf"):
+        raise ValueError(
+            f"The loss is {loss} at step {step}. Lower --learning_rate, add --lr_warmup_steps, or use bf16 instead of "
+            f"fp16; the same command goes on from the last checkpoint."
+        )
+
+
+@contextmanager
+def averaged_weights(ema: EMAModel, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Lends the model its moving average."""
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+@contextmanager
+def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
+    """Turns Ctrl-C and SIGTERM into a question that the loop asks after each step; a second Ctrl-C ends at once."""
+    requested = threading.Event()
+
+    def handle(signum: int, frame: Any) -> None:
+        if requested.is_set():
+            signal.default_int_handler(signum, frame)
+        requested.set()
+
+    def stop_requested() -> bool:
+        if accelerator.num_processes == 1:
+            return requested.is_set()
+        flag = torch.tensor(float(requested.is_set()), device=accelerator.device)
+        return accelerator.reduce(flag, "sum").item() > 0  # all processes stop after the same step
+
+    previous = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop_requested
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Writes under a temporary name and renames."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)

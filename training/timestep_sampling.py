@@ -1,0 +1,78 @@
+"""Which timesteps a batch is noised to."""
+
+import numpy as np
+import torch
+
+
+class TimestepSampler:
+    """Draws timesteps uniformly.
+
+    Args:
+        num_train_timesteps (`int`): Number of timesteps of the schedule.
+    """
+
+    def __init__(self, num_train_timesteps: int):
+        self.num_train_timesteps = num_train_timesteps
+
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws from torch's global generator.
+
+        Returns:
+            Timesteps and the weights of their losses that keep the mean unbiased, each of shape `(batch_size,)`.
+        """
+        probabilities = self.probabilities()
+        timesteps = torch.multinomial(probabilities, batch_size, replacement=True)
+        return timesteps, (1 / (self.num_train_timesteps * probabilities[timesteps])).float()
+
+    def probabilities(self) -> torch.Tensor:
+        """Of each timestep, `(num_train_timesteps,)`, float64."""
+        return torch.full((self.num_train_timesteps,), 1 / self.num_train_timesteps, dtype=torch.float64)
+
+    def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
+        """Is told the losses of all processes at the timesteps drawn."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        pass
+
+
+class LossSecondMomentSampler(TimestepSampler):
+    """Draws a timestep in proportion to the root of its loss's second moment (arXiv 2102.09672, section 3.3).
+
+    Uniform until every timestep has been drawn `history` times. It suits the variational bound, whose terms differ by
+    orders of magnitude.
+
+    Args:
+        num_train_timesteps (`int`): Number of timesteps of the schedule.
+        history (`int`, defaults to 10): Losses that are remembered for each timestep.
+        uniform (`float`, defaults to 0.001): Share of uniform draws, so that no timestep is forgotten.
+    """
+
+    def __init__(self, num_train_timesteps: int, history: int = 10, uniform: float = 0.001):
+        super().__init__(num_train_timesteps)
+        self.uniform = uniform
+        self.losses = torch.zeros(num_train_timesteps, history, dtype=torch.float64)
+        self.counts = torch.zeros(num_train_timesteps, dtype=torch.int64)
+
+    def probabilities(self) -> torch.Tensor:
+        history = self.losses.shape[1]
+        if self.counts.min() < history:
+            return super().probabilities()
+        weights = self.losses.square().mean(dim=1).sqrt()
+        return (1 - self.uniform) * weights / weights.sum() + self.uniform / self.num_train_timesteps
+
+    def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
+        history = self.losses.shape[1]
+        for timestep, loss in zip(timesteps.tolist(), losses.double().tolist(), strict=True):
+            if np.isfinite(loss):
+                self.losses[timestep, self.counts[timestep] % history] = loss
+                self.counts[timestep] += 1
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"losses": self.losses, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.losses.copy_(state["losses"])
+        self.counts.copy_(state["counts"])

@@ -1,0 +1,111 @@
+"""Trains a classifier of noisy images, which guides, or of clean ones, which judges.
+
+    accelerate launch training/train_classifier.py                                   # the built-in digits
+    accelerate launch training/train_classifier.py --train_data_dir photos --resolution 64
+    accelerate launch --multi_gpu training/train_classifier.py --recipe imagenet128 --train_data_dir imagenet
+    accelerate launch -m hf_guided.training.train_classifier                         # from an installed wheel
+
+arXiv 2105.05233, section 4.1: the encoder of the UNet with an attention pool, trained on images noised to uniformly
+drawn timesteps. The finished classifier is `<output_dir>/classifier`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_guided import ADMClassifierConfig, ADMForImageClassification, ADMScheduler
+from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
+from hf_guided.schedulers.scheduling_adm import model_timesteps
+from hf_guided.training.arguments import (
+    ArchitectureArguments,
+    LoopArguments,
+    ScheduleArguments,
+    flag,
+    parse_arguments,
+    run_script,
+)
+from hf_guided.training.loop import Batch, Task, finish, train
+from hf_guided.training.timestep_sampling import TimestepSampler
+
+
+@dataclass
+class ClassifierArguments(LoopArguments, ScheduleArguments, ArchitectureArguments):
+    """A classifier's flags."""
+
+    pool: str = flag("attention", "Pooling head.", choices=("adaptive", "attention", "spatial", "spatial_v2"))
+    noisy: bool = flag(True, "Train on noised images, to guide; otherwise on clean ones, to judge.")
+
+
+class ClassifierTask(Task):
+    """Cross entropy of the class of an image, noised or clean."""
+
+    def __init__(self, name: str, model: ADMForImageClassification, scheduler: ADMScheduler, noisy: bool):
+        self.name = name
+        self.model = model
+        self.scheduler = scheduler
+        self.noisy = noisy
+        self.timestep_sampler = TimestepSampler(scheduler.config.num_train_timesteps)
+
+    def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        images, told = batch["pixel_values"], None
+        if self.noisy:
+            images = self.scheduler.add_noise(images, torch.randn_like(images), timesteps)
+            told = model_timesteps(self.scheduler, timesteps)
+        logits = model(images, told).logits.float()
+        accuracy = (logits.argmax(dim=-1) == batch["labels"]).float()
+        return F.cross_entropy(logits, batch["labels"], reduction="none"), {"accuracy": accuracy}
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        return {"pixel_values": batch["pixel_values"]}
+
+
+def train_classifier(
+    data_args: DataArguments,
+    args: ClassifierArguments,
+    images: tuple[LabelledImages, LabelledImages | None] | None = None,
+    name: str = "classifier",
+) -> Path | None:
+    """Trains and saves a classifier.
+
+    Args:
+        data_args ([`DataArguments`]), args ([`ClassifierArguments`]): The flags.
+        images (a pair of [`LabelledImages`], *optional*): To train on and to watch the loss on, if loaded already.
+        name (`str`, defaults to `"classifier"`): What it is called in logs, and the finished folder's name.
+
+    Returns:
+        `Path`: The finished folder; `None` if a signal stopped the training.
+    """
+    train_images, held_out_images = images or load_labelled_images(data_args, seed=args.seed)
+    torch.manual_seed(args.seed)
+    schedule = {
+        "beta_schedule": args.beta_schedule,
+        "num_train_timesteps": args.num_train_timesteps,
+        "rescale_timesteps": args.rescale_timesteps,
+    }
+    config = ADMClassifierConfig(
+        sample_size=list(train_images.resolution),
+        in_channels=train_images.image_channels,
+        pool=args.pool,
+        id2label=train_images.id2label,
+        label2id={label: id for id, label in train_images.id2label.items()},
+        **args.architecture(),
+        **schedule,
+    )
+    model = ADMForImageClassification(config)
+    task = ClassifierTask(name, model, ADMScheduler(**schedule), args.noisy)
+    if not train(task, train_images, held_out_images, args, data_args):
+        return None
+    return finish(model.save_pretrained, Path(args.output_dir) / name, args)
+
+
+def main() -> None:
+    data_args, stages = parse_arguments({"classifier": ClassifierArguments}, description=__doc__)
+    train_classifier(data_args, stages["classifier"])
+
+
+if __name__ == "__main__":
+    run_script(main)
