@@ -35,7 +35,7 @@ def diffusion_loss(
     clean: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
-    loss_type: str = "hybrid",
+    loss_type: str = "simple",
 ) -> DiffusionLoss:
     r"""The loss of each image at its timestep of the training schedule. Never clips.
 
@@ -46,7 +46,7 @@ def diffusion_loss(
         clean (`torch.Tensor` of shape `(batch, C, height, width)`): Images in [-1, 1].
         noise (`torch.Tensor` of the same shape): The noise that was added.
         timesteps (`torch.Tensor` of shape `(batch,)`): Training timesteps.
-        loss_type (`str`, defaults to `"hybrid"`): `"simple"`: mse (DDPM, eq. 14). `"hybrid"`: mse + vb, where vb
+        loss_type (`str`, defaults to `"simple"`): `"simple"`: mse (DDPM, eq. 14). `"hybrid"`: mse + vb, where vb
             trains the variance only (Improved DDPM, eq. 16 and section 3.1). `"vlb"`: T * vb, in bits per dimension.
 
     Returns:

@@ -50,8 +50,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         classifier: ADMForImageClassification | PreTrainedModel | None = None,
         classifier_processor: BaseImageProcessor | None = None,
         guide_unet: ADMUNet2DModel | ModelMixin | None = None,
-        id2label: dict[int, str] | None = None,
-        sampling_defaults: dict[str, Any] | None = None,
+        id2label: dict | None = None,
+        sampling_defaults: dict | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -173,7 +173,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             gradient = None
             for kind in guidances:
                 if kind.acts_at(schedule[i]):
-                    term = kind.gradient(self.classifier, model_input, told, labels)
+                    term = kind.gradient(self.classifier, model_input, told, labels)  # type: ignore[arg-type]
                     gradient = term if gradient is None else gradient + term
 
             noise = None if variance_noise is None else variance_noise[i].to(latents)
@@ -208,7 +208,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         generators: list[torch.Generator],
         variance_noise: torch.Tensor | None,
     ) -> torch.Tensor:
-        """One step of the scheduler; for one of diffusers the gradient corrects what the UNet predicts (Algorithm 2)."""
+        """One step of the scheduler; for one of diffusers the gradient corrects the prediction (Algorithm 2)."""
         options = {"eta": eta, "generator": generators, "variance_noise": variance_noise}
         if isinstance(self.scheduler, ADMScheduler):
             return self.scheduler.step(model_output, timestep, latents, gradient=gradient, **options).prev_sample

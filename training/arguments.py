@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from ..data import DataArguments
+from ..hub.push import PushError
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -38,6 +40,10 @@ class RunArguments:
     hub_model_id: str | None = flag(None, "Repository to push to, user/name.")
     hub_private: bool = flag(False, "Make the repository private, if it is new.")
     hub_token: str | None = flag(None, "Token to push with; the saved login, by default.")
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("--push_to_hub needs --hub_model_id user/name to know where.")
 
 
 @dataclass
@@ -168,9 +174,11 @@ def run_script(main: Any) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, PushError) as error:
         logging.getLogger(__name__).debug("", exc_info=True)
         raise SystemExit(f"error: {error}") from None
+    finally:
+        PartialState().destroy_process_group()
 
 
 def _flags_of(stages: list[type], prefix: str = "") -> type:
@@ -182,8 +190,9 @@ def _flags_of(stages: list[type], prefix: str = "") -> type:
 
 
 def _copy(f: dataclasses.Field) -> Any:
-    defaults = {"default": f.default, "default_factory": f.default_factory}
-    return field(**{k: v for k, v in defaults.items() if v is not dataclasses.MISSING}, metadata=f.metadata)
+    if f.default_factory is not dataclasses.MISSING:
+        return field(default_factory=f.default_factory, metadata=f.metadata)
+    return field(default=f.default, metadata=f.metadata)
 
 
 def _fill(stage: type, name: str, recipe: dict[str, Any], given: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -42,12 +43,12 @@ class Task(ABC):
 
     Attributes:
         name (`str`): Of the stage, for logs and folders.
-        model (`nn.Module`): Is trained.
+        model ([`ADMUNet2DModel`] or [`ADMForImageClassification`]): Is trained.
         timestep_sampler (`TimestepSampler`): Which timesteps batches are noised to.
     """
 
     name: str
-    model: nn.Module
+    model: Any
     timestep_sampler: TimestepSampler
 
     @abstractmethod
@@ -86,6 +87,7 @@ def train(
         `OSError`: If `output_dir` cannot be written.
     """
     output_dir = Path(args.output_dir)
+    AcceleratorState._reset_state()  # an earlier stage of this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -95,7 +97,7 @@ def train(
     preflight(task, train_images, args, accelerator)
     if args.gradient_checkpointing:
         enable = getattr(task.model, "enable_gradient_checkpointing", None)
-        (enable or task.model.gradient_checkpointing_enable)()  # as diffusers and transformers call it
+        (enable or task.model.activation_checkpointing_enable)()  # as diffusers and transformers call it
     parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
@@ -167,12 +169,11 @@ def train(
                 check_finite(values["loss"], step)
                 progress.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
                 accelerator.log({**values, "learning_rate": lr_scheduler.get_last_lr()[0]}, step=step)
-            validating, previewing = due(args.validation_steps) and held_out_images, due(args.preview_steps)
-            if accelerator.is_main_process and (validating or previewing):
+            if accelerator.is_main_process and (due(args.validation_steps) or due(args.preview_steps)):
                 with averaged_weights(ema, parameters):
-                    if validating:
+                    if due(args.validation_steps) and held_out_images is not None:
                         accelerator.log(validate(task, held_out_images, args, accelerator.device), step=step)
-                    if previewing:
+                    if due(args.preview_steps):
                         task.preview(task.model, output_dir / f"preview-{step:06d}.png")
 
             stopping = stop_requested()
@@ -183,11 +184,11 @@ def train(
                 progress.close()
                 if accelerator.is_main_process:
                     logger.info(f"Stopped after {step} steps and saved {folder}; the same command goes on from there.")
-                accelerator.end_training()
+                finish_trackers(accelerator)
                 return False
 
     progress.close()
-    accelerator.end_training()
+    finish_trackers(accelerator)
     ema.copy_to(parameters)
     accelerator.unwrap_model(model).eval()
     if accelerator.is_main_process and train_images.bad_files:
@@ -210,7 +211,7 @@ def finish(save: Callable[[str], Any], folder: Path, args: RunArguments) -> Path
     if state.is_main_process:
         save_folder(save, folder)
         logger.info(f"Saved {folder}")
-        if args.push_to_hub:
+        if args.push_to_hub and args.hub_model_id:
             url = push_folder(folder, args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
             logger.info(f"Pushed to {url}")
     state.wait_for_everyone()
@@ -224,8 +225,6 @@ def preflight(task: Task, images: LabelledImages, args: LoopArguments, accelerat
         output_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(output_dir, os.W_OK):
             raise PermissionError(f"--output_dir {output_dir} cannot be written; choose another folder.")
-        if args.push_to_hub and not args.hub_model_id:
-            raise ValueError("--push_to_hub needs --hub_model_id user/name to know where.")
         report = check_images(images)
         num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -332,6 +331,12 @@ def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Ends the logs, but not the processes' connection, which later stages need."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def write_json(content: Any, path: Path) -> None:

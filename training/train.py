@@ -27,6 +27,7 @@ from hf_guided import ClassifierGuidedPipeline
 from hf_guided.data import LabelledImages, load_labelled_images
 from hf_guided.evaluation import classifier_features, judge_samples, labelled_grid, save_png, trade_off_curve
 from hf_guided.hub import write_model_card
+from hf_guided.schedulers.schedules import space_timesteps
 from hf_guided.training.arguments import RunArguments, flag, parse_arguments, run_script
 from hf_guided.training.loop import finish, write_json
 from hf_guided.training.train_classifier import ClassifierArguments, train_classifier
@@ -59,8 +60,7 @@ def main() -> None:
     output_dir = Path(args.output_dir)
     for name in ("judge", "classifier", "diffusion"):  # the finished folder alone is pushed
         stages[name].output_dir, stages[name].push_to_hub = str(output_dir / name), False
-    if args.push_to_hub and not args.hub_model_id:
-        raise ValueError("--push_to_hub needs --hub_model_id user/name to know where.")
+    check_stages(stages)
     started = time.monotonic()
 
     # 1. Train: what judges, what guides, what makes images
@@ -93,9 +93,8 @@ def main() -> None:
             pipeline.save_pretrained(folder)
             names = list(pipeline.id2label)[:10]
             draw_grid(pipeline, names, args.default_scale, Path(folder) / "grid.png")
-            trade_off_curve(
-                [row for row in report if row["guidance_scale"] is not None], Path(folder) / "trade_off.png"
-            )
+            generated = [row for row in report if row["guidance_scale"] is not None]
+            trade_off_curve(generated, Path(folder) / "trade_off.png")
             write_model_card(
                 folder,
                 title=f"Guided diffusion on {images[0].name}",
@@ -119,6 +118,24 @@ def main() -> None:
         )
 
 
+def check_stages(stages: dict[str, Any]) -> None:
+    """Refuses at once what would only fail when all is trained."""
+    classifier, diffusion, report = stages["classifier"], stages["diffusion"], stages["report"]
+    for name in ("beta_schedule", "num_train_timesteps", "rescale_timesteps"):
+        if getattr(classifier, name) != getattr(diffusion, name):
+            raise ValueError(
+                f"The classifier's {name} is {getattr(classifier, name)!r} and the UNet's "
+                f"{getattr(diffusion, name)!r}; both must see the same noise, so give --{name} once, for all stages."
+            )
+    space_timesteps(diffusion.num_train_timesteps, report.respacing)
+    if diffusion.class_conditional and diffusion.label_dropout == 0 and report.guidance_scales:
+        raise ValueError(
+            "The report's guidance_scales are for a classifier that steers alone, beside a UNet that is not told the "
+            "class; with label_dropout 0 this UNet must always be told. Give --label_dropout 0.1, or a recipe whose "
+            "report has guidance_scales: []."
+        )
+
+
 def make_report(
     pipeline: ClassifierGuidedPipeline,
     judge: torch.nn.Module,
@@ -135,14 +152,20 @@ def make_report(
         rows.append({"samples": "held-out images", "guidance_scale": None, "condition_unet": None, **verdict})
 
     settings = [(scale, False) for scale in args.guidance_scales]
-    settings += [(scale, True) for scale in args.conditional_scales]
+    if pipeline.unet.config.num_class_embeds is not None:
+        settings += [(scale, True) for scale in args.conditional_scales]
     for scale, condition_unet in tqdm(settings, desc="sampling"):
-        labels = torch.arange(args.num_images) % pipeline.num_classes
+        labels = torch.arange(args.num_images) % len(pipeline.id2label)
         generator = torch.Generator().manual_seed(args.seed)
         batches = [
             pipeline(
-                batch, guidance_scale=scale, condition_unet=condition_unet, generator=generator, output_type="pt"
-            ).images.cpu()
+                batch,
+                guidance_scale=scale,
+                condition_unet=condition_unet,
+                generator=generator,
+                output_type="pt",
+                return_dict=False,
+            )[0].cpu()
             for batch in labels.split(args.sampling_batch_size)
         ]
         samples = (torch.cat(batches) * 255).round() / 127.5 - 1  # as the 8-bit images that a user gets
@@ -164,7 +187,8 @@ def draw_grid(
         guidance_scale=scale,
         condition_unet=condition_unet,
         generator=torch.Generator().manual_seed(0),
-    ).images
+        return_dict=False,
+    )[0]
     names = [pipeline.id2label[label] for label in labels]
     told = "the UNet is told the class" if condition_unet else "the classifier alone steers"
     save_png(labelled_grid(images, names, title=f"scale {scale:g}: {told}"), path)
@@ -198,12 +222,12 @@ def describe(
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """The report on the screen."""
-    lines = [f"\n{'':30}{'accuracy':>10}{'FID':>8}{'precision':>11}{'recall':>8}   (in the judge's features)"]
+    lines = [f"\n{'':30}{'accuracy':>10}{'FID':>9}{'precision':>11}{'recall':>8}   (in the judge's features)"]
     for row in rows:
         name = row["samples"]
         if row["guidance_scale"] is not None:
             name = f"scale {row['guidance_scale']:g}, UNet {'told' if row['condition_unet'] else 'not told'} the class"
-        lines.append(f"{name:34}{row['accuracy']:6.3f}{row['fid']:8.1f}{row['precision']:11.3f}{row['recall']:8.3f}")
+        lines.append(f"{name:34}{row['accuracy']:6.3f}{row['fid']:9.3g}{row['precision']:11.3f}{row['recall']:8.3f}")
     logger.info("\n".join(lines))
 
 

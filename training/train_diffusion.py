@@ -96,7 +96,8 @@ class DiffusionTask(Task):
             num_images_per_label=8,
             respacing=self.args.preview_respacing,
             generator=torch.Generator().manual_seed(0),
-        ).images
+            return_dict=False,
+        )[0]
         save_png(labelled_grid(images, names), path)
         model.train(was_training)
 

@@ -188,7 +188,7 @@ def _split_qkv(rows: torch.Tensor, heads: int, new_order: bool) -> tuple[torch.T
     return tuple(part.flatten(0, 1) for part in rows.unflatten(0, (heads, 3, -1)).unbind(1))
 
 
-def published_names(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+def published_names(model: Any) -> Iterator[tuple[str, str, nn.Module]]:
     """Yields `(our name, published name, module)` for every module with tensors of its own.
 
     Attention layers come as one, since their query, key and value are one tensor in the published code; what else they
@@ -252,6 +252,10 @@ def _walk(model: nn.Module, ours: str, theirs: str) -> Iterator[tuple[str, str, 
         yield ours, theirs, module
         yield f"{ours}.to_out", f"{theirs}.c_proj", module.to_out
     elif hasattr(module, "conv"):
-        yield f"{ours}.conv", f"{theirs}.{'op' if isinstance(module, Downsample2D) else 'conv'}", module.conv
+        yield (
+            f"{ours}.conv",
+            f"{theirs}.{'op' if isinstance(module, Downsample2D) else 'conv'}",
+            module.get_submodule("conv"),
+        )
     else:
         yield ours, theirs, module

@@ -313,8 +313,6 @@ def _load_split(
     except (FileNotFoundError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"Cannot load {where} ({reason}); {hint}.") from error
-    if len(dataset) == 0:
-        raise ValueError(f"There are no images in {where}; {hint}.")
     columns = ", ".join(dataset.column_names)
 
     image_column = _find_column(dataset, "image", args.image_column, datasets.Image, USUAL_IMAGE_COLUMNS, where)

@@ -66,24 +66,24 @@ def bits_per_dim(
             f"noise has shape {tuple(noise.shape)}; {len(descending)} timesteps of images of shape "
             f"{tuple(images.shape)} need {(len(descending), *images.shape)}."
         )
+    conditions = {} if class_labels is None else {"class_labels": class_labels}
     was_training = unet.training
     unet.eval()
     vb, mse, xstart_mse = [], [], []
-    for i, timestep in enumerate(descending):
-        timesteps = torch.full((len(images),), timestep, device=images.device)
-        step_noise = torch.randn_like(images) if noise is None else noise[i].to(images)
-        sample = process.add_noise(images, step_noise, timesteps)
-        model_input = sample.to(unet.dtype)
-        told = model_timesteps(scheduler, timesteps)
-        model_output = unet(
-            model_input, told, **({} if class_labels is None else {"class_labels": class_labels})
-        ).sample
-        predicted = process.predict(model_output, timesteps, sample, scheduler.config.clip_sample)
-        original = predicted.pred_original_sample
-        vb.append(variational_bound_term(process, predicted, images, sample, timesteps))
-        mse.append(mean_over_pixels((process.epsilon_of(original, timesteps, sample) - step_noise) ** 2))
-        xstart_mse.append(mean_over_pixels((original - images) ** 2))
-    unet.train(was_training)
+    try:
+        for i, timestep in enumerate(descending):
+            timesteps = torch.full((len(images),), timestep, device=images.device)
+            step_noise = torch.randn_like(images) if noise is None else noise[i].to(images)
+            sample = process.add_noise(images, step_noise, timesteps)
+            told = model_timesteps(scheduler, timesteps)
+            model_output = unet(sample.to(unet.dtype), told, **conditions).sample
+            predicted = process.predict(model_output, timesteps, sample, scheduler.config.clip_sample)
+            original = predicted.pred_original_sample
+            vb.append(variational_bound_term(process, predicted, images, sample, timesteps))
+            mse.append(mean_over_pixels((process.epsilon_of(original, timesteps, sample) - step_noise) ** 2))
+            xstart_mse.append(mean_over_pixels((original - images) ** 2))
+    finally:
+        unet.train(was_training)
 
     # in float64: at the last timestep so little is left that float32 would round it away
     signal, alpha_bar = process.at(descending[0], images.double(), "sqrt_alpha_bar", "alpha_bar")

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 class ClassifierGuidance:
@@ -36,7 +37,7 @@ class ClassifierGuidance:
         return self.scale != 0 and inside
 
     def gradient(
-        self, classifier: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
+        self, classifier: PreTrainedModel, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
     ) -> torch.Tensor:
         r"""
         Args:

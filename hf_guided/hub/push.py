@@ -12,6 +12,10 @@ _IGNORED = ["checkpoint-*", "*/checkpoint-*", "logs/*", "*/logs/*", "*.log", "*.
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN, using a token with write access (https://huggingface.co/settings/tokens)"
 
 
+class PushError(RuntimeError):
+    """The Hub could not be reached or refused; the message says how to mend it."""
+
+
 def push_folder(
     folder: str | os.PathLike,
     repo_id: str,
@@ -39,7 +43,7 @@ def push_folder(
 
     Raises:
         `ValueError`: If the folder is not a saved pipeline or model, or its model card has invalid metadata.
-        `RuntimeError`: If the Hub cannot be reached or refuses: the sentence says how to mend it.
+        `PushError`: If the Hub cannot be reached or refuses: the sentence says how to mend it.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("model_index.json", "config.json")):
@@ -59,7 +63,7 @@ def push_folder(
             ignore_patterns=_IGNORED.copy(),  # the client appends to the list
         )
     except (HTTPError, OSError, RuntimeError) as error:
-        raise RuntimeError(_mend(error, repo_id)) from error
+        raise PushError(_mend(error, repo_id)) from error
     return str(repo)
 
 

@@ -214,8 +214,9 @@ class ADMForImageClassification(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset_parameters: Callable | None = getattr(module, "reset_parameters", None)
+        if reset_parameters is not None:
+            reset_parameters()
 
     def forward(
         self,

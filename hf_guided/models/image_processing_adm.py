@@ -11,7 +11,7 @@ from transformers.processing_utils import ImagesKwargs
 from ..registration import register_with_diffusers
 
 
-class ADMImageProcessorKwargs(ImagesKwargs, total=False):
+class ADMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """What [`ADMImageProcessor`] takes beside the usual.
 
     Attributes:

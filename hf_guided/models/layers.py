@@ -139,6 +139,7 @@ class ADMAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = ADMAttnProcessor
     _available_processors = [ADMAttnProcessor]
+    to_qkv: nn.Linear  # in place of the three projections after `fuse_projections`
 
     def __init__(
         self,
@@ -155,7 +156,7 @@ class ADMAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = ZeroLinear(channels, channels)
-        self.set_processor(processor or self._default_processor_cls())
+        self.processor: Callable = processor or self._default_processor_cls()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = self.group_norm(hidden_states).flatten(2).transpose(1, 2)
@@ -219,6 +220,8 @@ class ADMBlock(nn.Module):
         resampler (`nn.Module`, *optional*): What ends the level, called with `(hidden_states, temb)`.
     """
 
+    _gradient_checkpointing_func: Callable  # set by both libraries' models when they enable gradient checkpointing
+
     def __init__(
         self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module], resampler: nn.Module | None = None
     ):
@@ -261,16 +264,18 @@ class ADMMidBlock(ADMBlock):
 
 
 class ADMUpBlock(ADMBlock):
-    """A level of the decoder; takes one of the encoder's outputs, last first, into each residual block."""
+    """A level of the decoder; takes one of the encoder's outputs, last first, into each residual block, and also
+    returns those that are left."""
 
-    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor, skips: tuple) -> torch.Tensor:
-        for i, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor, skips: tuple) -> tuple[torch.Tensor, tuple]:
+        for i, resnet in enumerate(self.resnets):
+            skips, skip = skips[:-1], skips[-1]
             hidden_states = self.call(resnet, torch.cat([hidden_states, skip], dim=1), temb)
             if self.attentions:
                 hidden_states = self.call(self.attentions[i], hidden_states)
         for resampler in self.resamplers:
             hidden_states = self.call(resampler, hidden_states, temb)
-        return hidden_states
+        return hidden_states, skips
 
 
 def make_encoder(

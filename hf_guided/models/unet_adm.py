@@ -152,8 +152,8 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         r"""
         Args:
-            sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Noisy images, in [-1, 1]
-                where clean.
+            sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Noisy images; clean ones are
+                in [-1, 1].
             timestep (`torch.Tensor` of shape `()` or `(batch,)`, or a number): Timesteps; fractions are allowed.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class ids. `None` means no class, for
                 unconditional models and for those with a null label.
@@ -167,7 +167,8 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         Raises:
             `ValueError`: If sides do not divide, or if labels or `low_res` are missing or not expected.
         """
-        check_sides(*sample.shape[-2:], num_levels=len(self.down_blocks))
+        height, width = sample.shape[-2:]
+        check_sides(height, width, num_levels=len(self.down_blocks))
 
         # 1. Timestep and class
         temb = self.time_embedding(self.time_proj(expand_timestep(timestep, sample)).to(sample.dtype))
@@ -190,7 +191,7 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
                 f"low_res_channels={self.config.low_res_channels} and low_res is {'not ' * (low_res is None)}given."
             )
         if low_res is not None:
-            upsampled = F.interpolate(low_res.to(sample.dtype), sample.shape[-2:], mode="bilinear")
+            upsampled = F.interpolate(low_res.to(sample.dtype), (height, width), mode="bilinear")
             sample = torch.cat([sample, upsampled], dim=1)
 
         # 3. Down, middle, up
@@ -201,9 +202,7 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             skips += block_skips
         hidden_states = self.mid_block(hidden_states, temb)
         for up_block in self.up_blocks:
-            taken = len(up_block.resnets)
-            hidden_states = up_block(hidden_states, temb, skips[-taken:])
-            skips = skips[:-taken]
+            hidden_states, skips = up_block(hidden_states, temb, skips)
 
         # 4. Output
         output = self.conv_out(F.silu(self.conv_norm_out(hidden_states)))

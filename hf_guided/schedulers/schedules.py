@@ -78,11 +78,11 @@ def space_timesteps(num_train_timesteps: int, respacing: str) -> list[int]:
                 f"respacing={respacing!r} asks for {count} timesteps of a section that has {size}; "
                 f"all {len(counts)} sections together have {num_train_timesteps}."
             )
-        stride = (size - 1) / (count - 1) if count > 1 else 1
+        spacing = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0  # summed, not multiplied: the published code's rounding
         for _ in range(count):
             timesteps.append(start + round(position))
-            position += stride
+            position += spacing
         start += size
     return sorted(set(timesteps))
 

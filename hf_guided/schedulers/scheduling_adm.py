@@ -224,6 +224,10 @@ class ADMScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         complete = {name: value for name, value in config_dict.items() if name != "_use_default_values"}
+        # A linear schedule of diffusers is known by its ends, which do not scale with its length as ours do.
+        if "beta_start" in complete and complete["beta_schedule"] == "linear" and complete["trained_betas"] is None:
+            ends = complete["beta_start"], complete["beta_end"]
+            complete["trained_betas"] = np.linspace(*ends, complete["num_train_timesteps"]).tolist()
         return super().extract_init_dict(complete, **kwargs)
 
     @classmethod
@@ -233,7 +237,9 @@ class ADMScheduler(SchedulerMixin, ConfigMixin):
 
 def check_betas(trained_betas: Sequence[float] | None, beta_schedule: str, num_train_timesteps: int) -> np.ndarray:
     """The betas of the config, float64 of shape `(num_train_timesteps,)`."""
-    betas = make_betas(beta_schedule, num_train_timesteps) if trained_betas is None else np.float64(trained_betas)
+    betas = (
+        make_betas(beta_schedule, num_train_timesteps) if trained_betas is None else np.asarray(trained_betas, float)
+    )
     if betas.shape != (num_train_timesteps,) or not ((betas > 0) & (betas < 1)).all():
         raise ValueError(
             f"trained_betas must be {num_train_timesteps} numbers between 0 and 1, one per timestep; got {betas.size}. "

@@ -1,5 +1,6 @@
 """The published code's outputs, and every published checkpoint's names and shapes."""
 
+import json
 import re
 
 import pytest
@@ -121,6 +122,44 @@ def test_config_arguments_are_checked(reference, name):
         missing = {key: value for key, value in stored.config.items() if key != argument}
         with pytest.raises(ValueError, match=f"{argument}.* missing"):
             convert(type(stored)(missing, stored.weights, {}), name)
+
+
+def settings(model):
+    return json.loads((model if isinstance(model, ADMUNet2DModel) else model.config).to_json_string())
+
+
+@pytest.mark.parametrize("name", ["classifier_adaptive", "unet_uncond_legacy"])
+def test_what_the_config_leaves_out_has_the_published_default(reference, name):
+    stored = reference(name)
+    defaults = {
+        "pool": "adaptive", "use_scale_shift_norm": False, "resblock_updown": False, "conv_resample": True,
+        "num_classes": None, "use_new_attention_order": False,
+    }  # fmt: skip
+    given = {key: value for key, value in stored.config.items() if defaults.get(key, "none") != value}
+    assert len(given) < len(stored.config)
+    model = convert(type(stored)(given, stored.weights, {}), name)
+    assert settings(model) == settings(convert(stored, name))
+
+
+def test_published_default_widths_and_heads():
+    config = {
+        "image_size": 8, "in_channels": 3, "model_channels": 32, "out_channels": 3, "num_res_blocks": 1,
+        "attention_resolutions": [1],
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = ADMUNet2DModel(
+            sample_size=8,
+            out_channels=3,
+            model_channels=32,
+            channel_mult=(1, 2, 4, 8),
+            num_res_blocks=1,
+            attention_resolutions=(8,),
+            num_heads=1,
+            resblock_updown=False,
+            use_scale_shift_norm=False,
+        )
+    weights = {name: torch.zeros(shape) for name, shape in published_shapes(model).items()}
+    assert settings(convert_openai_unet(weights, config)) == settings(model)
 
 
 def test_arguments_that_choose_how_to_compute_change_nothing(reference):

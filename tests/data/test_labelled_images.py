@@ -248,7 +248,7 @@ def test_columns_that_are_ambiguous_missing_or_wrong(tmp_path, noise_image):
         ({"image_column": "number"}, r"Column 'number' .* holds no images but Value\('int64'\)"),
         ({"image_column": "left"}, r"Found no column of labels .* name it with --label_column\."),
         ({"image_column": "left", "label_column": "x"}, r"no column 'x' .* set --label_column to one of"),
-        ({"train_split": "train[:0]"}, r"There are no images in split 'train\[:0\]' .*; check the name and the split"),
+        ({"train_split": "train[:0]"}, r"Cannot load split 'train\[:0\]' .*no data!\); check the name and the split\."),
         ({"train_split": "test"}, r"Cannot load split 'test' .*Should be one of \['train'\]"),
     ):
         with pytest.raises(ValueError, match=message):

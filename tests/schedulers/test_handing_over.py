@@ -95,8 +95,26 @@ def test_a_config_may_be_changed_on_the_way():
 def test_betas_that_contradict_the_schedule_are_refused():
     with pytest.raises(ValueError, match="trained_betas are those of beta_schedule='linear', and"):
         ADMScheduler.from_config(ADMScheduler().config, beta_schedule="squaredcos_cap_v2")
-    with pytest.raises(ValueError, match="trained_betas must be 50 numbers.* give trained_betas=None beside it"):
+    with pytest.raises(ValueError, match=r"trained_betas must be 50 numbers.* give trained_betas=None beside it"):
         ADMScheduler.from_config(ADMScheduler().config, num_train_timesteps=50)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_train_timesteps": 100}, {"beta_start": 8.5e-4, "beta_end": 0.012}])
+def test_configs_of_diffusers_keep_their_betas(arguments):
+    theirs = diffusers.DDPMScheduler(**arguments)
+    ours = ADMScheduler.from_config(theirs.config)
+    torch.testing.assert_close(ours.betas, theirs.betas, rtol=1e-5, atol=0)
+    assert ours.config.variance_type == "fixed_small"
+    for name in ("scaled_linear", "sigmoid"):
+        with pytest.raises(ValueError, match=f"beta_schedule='{name}' is neither"):
+            ADMScheduler.from_config(diffusers.DDPMScheduler(beta_schedule=name).config)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+def test_there_and_back(schedule):
+    ours = ADMScheduler(100, schedule)
+    back = ADMScheduler.from_config(diffusers.DDIMScheduler.from_config(ours.config).config)
+    assert torch.equal(back.betas, ours.betas)
 
 
 def test_ours_is_among_the_compatible_ones():

@@ -239,9 +239,9 @@ def test_ddim_is_its_equation(inputs, error, eta):
         assert error(step.pred_original_sample, clean) < 1e-9
 
 
-@pytest.mark.parametrize("eta", [0, 0.3, 0.8, 1, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.8, 1.0])
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize("respacing", ["1", "2", "8", "ddim10", "30,10", "250", ""])
+@pytest.mark.parametrize("respacing", ["1", "2", "8", "ddim10", "30,10", "100"])
 def test_ddim_is_finite(randn, schedule, respacing, eta):
     scheduler = make(respacing, beta_schedule=schedule, algorithm_type="ddim")
     output, sample, noise = randn(1, 2, 2, 2), randn(1, 1, 2, 2), randn(1, 1, 2, 2, seed=1)

@@ -1,0 +1,59 @@
+"""The command line on a small saved pipeline."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
+from hf_guided.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    unet = ADMUNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=2,
+        model_channels=32,
+        channel_mult=(1, 1),
+        num_res_blocks=1,
+        num_heads=2,
+        num_class_embeds=3,
+        null_class_label=True,
+    )
+    for parameter in unet.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    names = {0: "zero", 1: "one", 2: "7"}
+    pipe = ClassifierGuidedPipeline(unet, ADMScheduler(), id2label=names, sampling_defaults={"respacing": "3"})
+    path = tmp_path_factory.mktemp("cli") / "pipeline"
+    pipe.save_pretrained(path)
+    return path
+
+
+def test_sample_draws_a_grid(folder, tmp_path, capsys):
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    main(["sample", str(folder), "--output", str(paths[0])])
+    assert "Saved 24 samples" in capsys.readouterr().out
+    for path, labels in zip(paths[1:], (["one", "7"], ["1", "2"], ["2", "1"]), strict=True):
+        main(["sample", str(folder), "--labels", *labels, "--num_images_per_label", "2", "--output", str(path)])
+    pictures = [Image.open(path).tobytes() for path in paths]
+    assert pictures[1] == pictures[2] != pictures[3]
+
+
+def test_mistakes_end_in_one_sentence(folder, tmp_path):
+    for argv, message in [
+        (["sample", str(folder), "--labels", "two"], "no class named 'two'"),
+        (["sample", str(folder), "--guidance_scale", "1"], "needs a classifier"),
+        (["sample", str(tmp_path / "nowhere")], "nowhere"),
+        (["push", str(tmp_path), "me/model"], "neither model_index.json nor config.json"),
+    ]:
+        with pytest.raises(SystemExit, match="error: ") as caught:
+            main(argv)
+        assert message in str(caught.value)
+    result = subprocess.run([sys.executable, "-m", "hf_guided.cli"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "usage: hf-guided" in result.stderr

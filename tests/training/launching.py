@@ -1,0 +1,41 @@
+"""What the training tests share: flags for a tiny model, and ways to run a script."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TINY_MODEL = [
+    *("--model_channels", "32"),
+    *("--channel_mult", "1", "1"),
+    *("--num_res_blocks", "1"),
+    *("--attention_resolutions", "4"),
+    *("--num_heads", "2"),
+    *("--dropout", "0.1"),
+]
+TINY_RUN = [*TINY_MODEL, *("--train_batch_size", "4"), *("--report_to", "none"), *("--validation_steps", "0")]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **extra}
+
+
+def script(name: str, *arguments: str, processes: int = 1) -> list[str]:
+    """The command that runs a training script of the installed package."""
+    module = f"hf_guided.training.{name}"
+    if processes == 1:
+        return [sys.executable, "-m", module, *arguments]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", module]
+    return [sys.executable, *launch, *arguments]
+
+
+def run(name: str, *arguments: str, processes: int = 1, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        script(name, *arguments, processes=processes),
+        env=environment(),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )

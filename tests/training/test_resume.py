@@ -1,0 +1,186 @@
+"""A training that was stopped, killed or copied ends with the same bits as one that never was."""
+
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from launching import TINY_RUN, environment, run, script
+
+from hf_guided.training.arguments import parse_arguments
+from hf_guided.training.checkpoints import STATE_FILE, find_checkpoint, list_checkpoints
+from hf_guided.training.train_diffusion import DiffusionArguments, train_diffusion
+
+STEPS = 6
+FLAGS = [
+    *TINY_RUN,
+    *("--max_train_steps", str(STEPS), "--checkpointing_steps", "2", "--checkpoints_total_limit", "10"),
+    *("--resolution", "8", "--random_flip", "--random_crop", "--held_out_fraction", "0.1"),
+]
+
+
+def train(output_dir: Path, photos: Path, *flags: str) -> Path | None:
+    argv = [*FLAGS, "--train_data_dir", str(photos), "--output_dir", str(output_dir), *flags]
+    data_args, stages = parse_arguments({"diffusion": DiffusionArguments}, argv)
+    return train_diffusion(data_args, stages["diffusion"])
+
+
+def bits(output_dir: Path, step: int = STEPS) -> dict[str, bytes]:
+    """Everything that training computes: weights, optimizer, moving average, schedule, and the finished UNet."""
+    folders = [output_dir / f"checkpoint-{step}", output_dir / "pipeline" / "unet"]
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin")]
+    files += sorted((output_dir / f"checkpoint-{step}").glob("custom_checkpoint_*"))
+    assert len(files) >= 5
+    return {str(path.relative_to(output_dir)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, photos) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert train(folder, photos) == folder / "pipeline"
+    return folder
+
+
+def test_every_checkpoint_leads_to_the_same_bits(uninterrupted, photos, tmp_path):
+    for step in (2, 4):
+        folder = tmp_path / str(step)
+        shutil.copytree(uninterrupted / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        train(folder, photos)
+        assert list_checkpoints(folder)[0].name == f"checkpoint-{step}"
+        assert bits(folder) == bits(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--gradient_accumulation_steps", "2", "--timestep_sampler", "loss_second_moment"],
+        ["--dataloader_num_workers", "2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"],
+        ["--mixed_precision", "bf16", "--gradient_checkpointing", "--adam_weight_decay", "0.1"],
+    ],
+)
+def test_the_same_with_other_flags(photos, tmp_path, flags):
+    train(tmp_path / "whole", photos, *flags)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    train(tmp_path / "resumed", photos, *flags)
+    assert bits(tmp_path / "resumed") == bits(tmp_path / "whole")
+
+
+def test_another_seed_gives_other_bits(uninterrupted, photos, tmp_path):
+    train(tmp_path, photos, "--seed", "1")
+    assert bits(tmp_path) != bits(uninterrupted)
+
+
+def test_two_processes(uninterrupted, photos, tmp_path):
+    def go(folder: Path) -> None:
+        flags = [*FLAGS, "--train_data_dir", str(photos), "--output_dir", str(folder)]
+        result = run("train_diffusion", *flags, processes=2)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "on 2 cpu process" in result.stderr
+
+    go(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    go(tmp_path / "resumed")
+    assert bits(tmp_path / "resumed") == bits(tmp_path / "whole")
+    assert bits(tmp_path / "whole") != bits(uninterrupted)
+
+    # one process cannot go on where two were
+    with pytest.raises(ValueError, match="number of processes was 2 and is now 1"):
+        train(tmp_path / "whole", photos, "--max_train_steps", "8")
+
+
+def start(folder: Path, photos: Path) -> subprocess.Popen:
+    flags = [*FLAGS, "--checkpointing_steps", "1", "--train_data_dir", str(photos), "--output_dir", str(folder)]
+    return subprocess.Popen(
+        script("train_diffusion", *flags),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_progress(process: subprocess.Popen, folder: Path) -> None:
+    """Until a checkpoint appears that was not there before, or the process has ended."""
+    known = set(list_checkpoints(folder)) if folder.exists() else set()
+    while process.poll() is None and not (folder.exists() and set(list_checkpoints(folder)) - known):
+        time.sleep(0.002)
+
+
+def test_killed_at_random_moments(photos, tmp_path):
+    chance = random.Random(0)
+    whole = start(tmp_path / "whole", photos)
+    assert whole.wait(timeout=120) == 0, whole.communicate()[0][-3000:]
+
+    killed = tmp_path / "killed"
+    for _ in range(3):
+        process = start(killed, photos)
+        wait_for_progress(process, killed)
+        time.sleep(chance.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+        for checkpoint in list_checkpoints(killed):  # what is taken for whole is whole
+            assert {"model.safetensors", "optimizer.bin", STATE_FILE} <= {path.name for path in checkpoint.iterdir()}
+    last = start(killed, photos)
+    assert last.wait(timeout=120) == 0, last.communicate()[0][-3000:]
+    assert bits(killed) == bits(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_exit_cleanly(uninterrupted, photos, tmp_path, signum):
+    process = start(tmp_path, photos)
+    wait_for_progress(process, tmp_path)
+    process.send_signal(signum)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    assert "Traceback" not in output
+    if not (tmp_path / "pipeline").exists():  # else it was done before the signal came
+        assert "the same command goes on from there" in output
+    last = start(tmp_path, photos)
+    assert last.wait(timeout=120) == 0
+    assert bits(tmp_path) == bits(uninterrupted)
+
+
+def test_other_flags_are_named_and_refused_unless_they_cannot_matter(uninterrupted, photos, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(uninterrupted, folder)
+    with pytest.raises(
+        ValueError, match=r"learning_rate was 0.0001 and is now 0.1; train_batch_size was 4 and is now 8"
+    ):
+        train(folder, photos, "--train_batch_size", "8", "--learning_rate", "0.1")
+    train(folder, photos, "--max_train_steps", "8", "--checkpointing_steps", "3", "--logging_steps", "1")
+    assert (folder / "checkpoint-8" / STATE_FILE).is_file()
+    shutil.rmtree(folder / "checkpoint-8")
+    train(folder, photos, "--max_train_steps", "7", "--resume_from_checkpoint", str(folder / "checkpoint-4"))
+    with pytest.raises(ValueError, match="is not a whole checkpoint"):
+        train(folder, photos, "--resume_from_checkpoint", str(folder / "checkpoint-5"))
+    (photos / "apple" / "0.png").rename(tmp_path / "0.png")
+    try:
+        with pytest.raises(ValueError, match="number of images was 54 and is now 5"):
+            train(folder, photos)
+    finally:
+        (tmp_path / "0.png").rename(photos / "apple" / "0.png")
+
+
+def test_half_a_checkpoint_is_never_found(uninterrupted, tmp_path):
+    assert find_checkpoint(tmp_path, "latest") is None
+    shutil.copytree(uninterrupted / "checkpoint-4", tmp_path / "checkpoint-4")
+    shutil.copytree(uninterrupted / "checkpoint-6", tmp_path / ".checkpoint-6.partial")
+    shutil.copytree(uninterrupted / "checkpoint-6", tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / STATE_FILE).unlink()
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-4"
+
+
+def test_old_checkpoints_go_only_after_a_new_one_is_there(photos, tmp_path, monkeypatch):
+    train(tmp_path, photos, "--checkpoints_total_limit", "2")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+
+    def full_disk(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("accelerate.Accelerator.save_state", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        train(tmp_path, photos, "--checkpoints_total_limit", "2", "--max_train_steps", "8")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]

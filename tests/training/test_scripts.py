@@ -1,0 +1,137 @@
+"""The scripts as users run them, on a folder of their own pictures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hub_server import HubServer, User
+from launching import TINY_MODEL, TINY_RUN, environment, run
+from PIL import Image
+from transformers import AutoModelForImageClassification, pipeline
+
+from hf_guided import ClassifierGuidedPipeline
+from hf_guided.training.arguments import parse_arguments
+from hf_guided.training.train_classifier import ClassifierArguments, train_classifier
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_whole_walk_on_a_folder_of_pictures(photos, tmp_path):
+    flags = [
+        *TINY_MODEL,
+        *("--train_data_dir", str(photos), "--resolution", "8", "--train_batch_size", "4", "--max_train_steps", "2"),
+        *("--num_images", "12", "--respacing", "3", "--guidance_scales", "0", "2", "--conditional_scales", "2"),
+        *("--output_dir", "out", "--diffusion_preview_steps", "2", "--diffusion_preview_respacing", "2"),
+        *("--validation_steps", "1", "--label_dropout", "0.2"),
+    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command = [*launch, str(ROOT / "training" / "train.py"), *flags]
+    first = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr[-3000:]
+    for said in ("54 images", "3", "parameters", "GiB", "2 steps of 4 images", "writes", "held-out images", "scale 2"):
+        assert said in first.stderr
+
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())["rows"]
+    assert [(row["guidance_scale"], row["condition_unet"]) for row in report] == [
+        (None, None),
+        (0.0, False),
+        (2.0, False),
+        (2.0, True),
+    ]
+    assert all(0 <= row[name] <= 1 for row in report for name in ("accuracy", "precision", "recall"))
+    for picture in ("pipeline/grid.png", "pipeline/trade_off.png", "diffusion/preview-000002.png"):
+        Image.open(out / picture).verify()
+    assert "scale 2" in (out / "pipeline" / "README.md").read_text().lower() or report
+    assert list((out / "diffusion" / "logs").rglob("*tfevents*"))
+
+    pipe = ClassifierGuidedPipeline.from_pretrained(out / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert list(pipe.id2label.values()) == ["apple", "banana", "cherry"]
+    picture = pipe("banana", generator=torch.Generator().manual_seed(0)).images[0]
+    assert (picture.mode, picture.size) == ("RGB", (8, 8))
+    assert pipe.scheduler.timesteps.tolist() == [999, 500, 0]
+
+    classify = pipeline("image-classification", model=str(out / "pipeline" / "classifier"))
+    assert {answer["label"] for answer in classify(Image.open(photos / "apple" / "3.png"))} <= {
+        "apple",
+        "banana",
+        "cherry",
+    }
+
+    # the same command again: nothing is trained anew, and the result is the same
+    before = (out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    second = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert second.stderr.count("after 2 of 2 steps") == 3
+    assert (out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert json.loads((out / "report.json").read_text())["rows"] == report
+
+
+def test_pushes_the_finished_pipeline_in_one_commit(photos, tmp_path):
+    with HubServer({"hf_secret": User("me", "write")}) as hub:
+        flags = [*TINY_RUN, "--train_data_dir", str(photos), "--resolution", "8", "--max_train_steps", "1"]
+        flags += ["--output_dir", "out", "--push_to_hub", "--hub_model_id", "me/fruit"]
+        result = subprocess.run(
+            [sys.executable, "-m", "hf_guided.training.train_diffusion", *flags],
+            cwd=tmp_path,
+            env={**os.environ, **hub.environment(tmp_path / "home", "hf_secret"), "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "Pushed to" in result.stderr
+        assert "hf_secret" not in result.stderr + result.stdout
+        files = set(hub.repos["me/fruit"].head().files)
+    assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"} <= files
+    assert not any("checkpoint" in name for name in files)
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or b"hf_secret" not in path.read_bytes()
+
+
+def test_mistakes_end_in_one_sentence(photos, tmp_path):
+    (tmp_path / "file").write_text("")
+    for flags, message in [
+        (["--train_data_dir", "nowhere"], "nowhere"),
+        (["--train_data_dir", str(photos)], "resolution"),
+        (["--train_data_dir", str(photos), "--resolution", "9", "--channel_mult", "1", "2"], "multiples of 2"),
+        (["--train_data_dir", str(photos / "apple"), "--resolution", "8"], "apple"),
+        (["--output_dir", str(tmp_path / "file" / "x")], "file"),
+        (["--model_channels", "20"], "multiple of 32"),
+    ]:
+        result = run("train_diffusion", *TINY_RUN, *flags, cwd=tmp_path)
+        assert result.returncode == 1
+        assert "Traceback" not in result.stderr
+        last = result.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ")
+        assert message in last
+
+
+def test_a_classifier_learns_its_classes_at_every_noise_level(photos, tmp_path):
+    argv = [*TINY_RUN, "--train_data_dir", str(photos), "--resolution", "8", "--output_dir", str(tmp_path)]
+    argv += ["--max_train_steps", "60", "--learning_rate", "3e-3", "--ema_decay", "0.9", "--train_batch_size", "16"]
+    data_args, stages = parse_arguments({"classifier": ClassifierArguments}, argv)
+    folder = train_classifier(data_args, stages["classifier"])
+    classifier = AutoModelForImageClassification.from_pretrained(folder)
+    assert classifier.config.id2label == {0: "apple", 1: "banana", 2: "cherry"}
+    assert classifier.config.beta_schedule == stages["classifier"].beta_schedule
+    classify = pipeline("image-classification", model=str(folder))
+    random = np.random.default_rng(1)
+    for label, name in enumerate(["apple", "banana", "cherry"]):
+        pixels = random.integers(0, 120, (12, 12, 3), dtype=np.uint8)
+        pixels[..., label] += 120
+        assert classify(Image.fromarray(pixels))[0]["label"] == name
+
+
+@pytest.mark.parametrize("module", ["train", "train_classifier", "train_diffusion"])
+def test_help_tells_how_to_launch(module):
+    result = run(module, "--help")
+    assert result.returncode == 0
+    assert "accelerate launch" in result.stdout
+    assert "--train_data_dir" in result.stdout
