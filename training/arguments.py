@@ -7,11 +7,13 @@ stages take a flag for all stages (`--max_train_steps`) or for one (`--classifie
 import argparse
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import PartialState
 from transformers import HfArgumentParser
@@ -172,11 +174,16 @@ def run_script(main: Any) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "datasets", "transformers", "diffusers", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        # accelerate launches with one thread a process, also where the processor is all there is to compute on
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     try:
         main()
     except (ValueError, OSError, PushError) as error:
         logging.getLogger(__name__).debug("", exc_info=True)
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped; the same command goes on from the last checkpoint.") from None
     finally:
         PartialState().destroy_process_group()
 

@@ -5,6 +5,7 @@ the same bits as never having stopped.
 """
 
 import copy
+import functools
 import hashlib
 import json
 import logging
@@ -34,6 +35,8 @@ from .checkpoints import find_checkpoint, fingerprint, load_checkpoint, save_che
 from .timestep_sampling import TimestepSampler
 
 logger = logging.getLogger(__name__)
+
+check_once = functools.lru_cache(maxsize=1)(check_images)  # the stages of one script share their images
 
 Batch = dict[str, torch.Tensor]
 
@@ -105,6 +108,7 @@ def train(
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
+        fused=True,
     )
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -134,7 +138,13 @@ def train(
         process_index=accelerator.process_index,
         start_step=step * args.gradient_accumulation_steps,
     )
-    batches = iter(DataLoader(train_images, batch_sampler=sampler, num_workers=data_args.dataloader_num_workers))
+    loader = DataLoader(
+        train_images,
+        batch_sampler=sampler,
+        num_workers=data_args.dataloader_num_workers,
+        worker_init_fn=ignore_interrupts,
+    )
+    batches = iter(loader)
     progress = tqdm(
         initial=step, total=args.max_train_steps, desc=task.name, disable=not accelerator.is_main_process, mininterval=1
     )
@@ -178,9 +188,9 @@ def train(
 
             stopping = stop_requested()
             if stopping or due(args.checkpointing_steps) or step == args.max_train_steps:
-                check_finite(losses.mean().item(), step)
+                check_finite(accelerator.reduce(losses.detach().mean(), "mean").item(), step)
                 folder = save_checkpoint(accelerator, output_dir, step, current, args.checkpoints_total_limit)
-            if stopping and step < args.max_train_steps:
+            if stopping:
                 progress.close()
                 if accelerator.is_main_process:
                     logger.info(f"Stopped after {step} steps and saved {folder}; the same command goes on from there.")
@@ -225,7 +235,7 @@ def preflight(task: Task, images: LabelledImages, args: LoopArguments, accelerat
         output_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(output_dir, os.W_OK):
             raise PermissionError(f"--output_dir {output_dir} cannot be written; choose another folder.")
-        report = check_images(images)
+        report = check_once(images)
         num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         height, width = images.resolution
@@ -293,8 +303,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def check_finite(loss: float, step: int) -> None:
     if loss != loss or abs(loss) == float("inf"):
         raise ValueError(
-            f"The loss is {loss} at step {step}. Lower --learning_rate, add --lr_warmup_steps, or use bf16 instead of "
-            f"fp16; the same command goes on from the last checkpoint."
+            f"The loss is {loss} at step {step}. Start anew in another --output_dir with a lower --learning_rate, more "
+            f"--lr_warmup_steps, or bf16 instead of fp16; the checkpoints so far are finite."
         )
 
 
@@ -331,6 +341,11 @@ def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def ignore_interrupts(worker_id: int) -> None:
+    """Ctrl-C reaches the loader's workers too, which must live until the step is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def finish_trackers(accelerator: Accelerator) -> None:

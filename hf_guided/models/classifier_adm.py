@@ -277,10 +277,10 @@ class ADMForImageClassification(PreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves config, safetensors and the image processor of clean images. Takes what transformers' models take."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        height, width = image_size(self.config)
-        ADMImageProcessor(
-            size={"height": height, "width": width}, num_channels=self.config.in_channels
-        ).save_pretrained(save_directory)
+        if kwargs.get("is_main_process", True):
+            height, width = image_size(self.config)
+            size = {"height": height, "width": width}
+            ADMImageProcessor(size=size, num_channels=self.config.in_channels).save_pretrained(save_directory)
 
 
 def image_size(config: ADMClassifierConfig) -> tuple[int, int]:
