@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--num_images_per_label", type=int, default=8, metavar="N", help="default: 8")
     command.add_argument("--guidance_scale", type=float, metavar="S", help="default: the pipeline's own")
     command.add_argument("--respacing", metavar="R", help='timesteps, such as "250" or "ddim25"; default: its own')
+    command.add_argument("--batch_size", type=int, default=64, metavar="N", help="images at once; default: 64")
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--output", default="samples.png", metavar="PNG", help="default: samples.png")
     command.set_defaults(run=sample)
@@ -41,6 +42,7 @@ def sample(args: argparse.Namespace) -> None:
     import torch
 
     from .evaluation.pictures import labelled_grid, save_png
+    from .evaluation.sampling import sample_batches
     from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 
     pipe = ClassifierGuidedPipeline.from_pretrained(args.model)
@@ -56,14 +58,16 @@ def sample(args: argparse.Namespace) -> None:
         ]
     elif args.labels:
         raise ValueError("--labels were given, but this pipeline has no classes; leave them out.")
-    images = pipe(
-        labels,
-        num_images_per_label=args.num_images_per_label,
+    count = args.num_images_per_label
+    batches = sample_batches(
+        pipe,
+        count if labels is None else pipe.resolve_labels(labels, count).cpu(),
+        args.batch_size,
+        args.seed,
         guidance_scale=args.guidance_scale,
         respacing=args.respacing,
-        generator=torch.Generator().manual_seed(args.seed),
-        return_dict=False,
-    )[0]
+    )
+    images = [image for batch in batches for image in batch]
     ids = [] if labels is None else pipe.resolve_labels(labels, 1).tolist()
     save_png(labelled_grid(images, [pipe.id2label.get(id, str(id)) for id in ids] or ["samples"]), args.output)
     print(f"Saved {len(images)} samples as {args.output}")

@@ -141,7 +141,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             >>> import torch
             >>> from hf_guided import ClassifierGuidedPipeline
 
-            >>> pipe = ClassifierGuidedPipeline.from_pretrained("outputs/digits/pipeline")
+            >>> pipe = ClassifierGuidedPipeline.from_pretrained("outputs/pipeline")
             >>> images = pipe(["3", "7"], guidance_scale=3.0, generator=torch.Generator().manual_seed(0)).images
             ```
         """
@@ -347,11 +347,15 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         betas = check_betas(config.trained_betas, config.beta_schedule, config.num_train_timesteps)
         alphas_cumprod = torch.from_numpy(1 - betas).cumprod(0)
         theirs = self.scheduler.alphas_cumprod.cpu().double()
-        if theirs.shape != alphas_cumprod.shape or not torch.allclose(theirs, alphas_cumprod, atol=1e-4):
+        same_scale = config.num_train_timesteps == 1000 or config.rescale_timesteps == self.scheduler.config.get(
+            "rescale_timesteps", False
+        )
+        same_betas = theirs.shape == alphas_cumprod.shape and torch.allclose(theirs, alphas_cumprod, atol=1e-4)
+        if not (same_betas and same_scale):
             raise ValueError(
                 f"The classifier was trained on another noise schedule ({config.beta_schedule!r}, "
-                f"{config.num_train_timesteps} timesteps) than the scheduler's, so it would misread the noise; use the "
-                f"schedule that both were trained on."
+                f"{config.num_train_timesteps} timesteps, rescale_timesteps={config.rescale_timesteps}) than the "
+                f"scheduler's, so it would misread the noise; use the schedule that both were trained on."
             )
 
     def set_timesteps(
@@ -366,7 +370,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         given = {name: value for name, value in given.items() if value is not None}
         if len(given) > 1:
             raise ValueError(f"Give only one of num_inference_steps, respacing and timesteps; got {', '.join(given)}.")
-        if not given:
+        defaulted = not given
+        if defaulted:
             names = ("num_inference_steps", "respacing", "timesteps")
             given = {name: value for name in names if (value := self.default(name, None)) is not None}
         if not isinstance(self.scheduler, ADMScheduler):
@@ -374,10 +379,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 kept = space_timesteps(self.scheduler.config.num_train_timesteps, given.pop("respacing"))
                 given["timesteps"] = kept[::-1]
             if "timesteps" in given and "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
-                raise ValueError(
-                    f"{type(self.scheduler).__name__} chooses its own timesteps; give num_inference_steps instead of "
-                    f"respacing or timesteps."
-                )
+                if not defaulted:
+                    raise ValueError(
+                        f"{type(self.scheduler).__name__} chooses its own timesteps; give num_inference_steps instead "
+                        f"of respacing or timesteps."
+                    )
+                given = {"num_inference_steps": len(given["timesteps"])}
             given = given or {"num_inference_steps": 50}
         self.scheduler.set_timesteps(**given, device=self._execution_device)
 
@@ -390,8 +397,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 raise ValueError(f"{len(generator)} generators were given for {batch_size} images; give one per image.")
             return list(generator)
         device = "cpu" if generator is None else generator.device
-        seeds = torch.randint(2**63 - 1, (batch_size,), generator=generator, device=device)
-        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        # one by one: a generator on a GPU draws other numbers when it is asked for several at once
+        seeds = [torch.randint(2**63 - 1, (), generator=generator, device=device).item() for _ in range(batch_size)]
+        return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def prepare_latents(
         self, latents: torch.Tensor | None, batch_size: int, generators: list[torch.Generator]

@@ -63,7 +63,9 @@ class LoopArguments(RunArguments):
     adam_weight_decay: float = flag(0.0, "AdamW's weight decay.")
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon.")
     max_grad_norm: float = flag(1.0, "The gradient's norm is clipped to this.")
-    mixed_precision: str = flag("no", "Precision of the forward pass.", choices=("no", "fp16", "bf16"))
+    mixed_precision: str | None = flag(
+        None, "Precision of the forward pass; accelerate's, by default.", choices=("no", "fp16", "bf16")
+    )
     gradient_checkpointing: bool = flag(False, "Compute activations again instead of keeping them: less memory.")
     ema_decay: float = flag(0.9999, "Decay of the exponential moving average of the weights, after its ramp.")
     checkpointing_steps: int = flag(500, "Save a checkpoint every so many updates.")
@@ -82,6 +84,10 @@ class ScheduleArguments:
     beta_schedule: str = flag("squaredcos_cap_v2", "Noise schedule.", choices=("linear", "squaredcos_cap_v2"))
     num_train_timesteps: int = flag(1000, "Timesteps of the schedule.")
     rescale_timesteps: bool = flag(False, "Tell the models timesteps scaled to [0, 1000).")
+
+    def schedule(self) -> dict[str, Any]:
+        """The arguments that the scheduler's constructor and the classifier's config share."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(ScheduleArguments)}
 
 
 @dataclass
@@ -138,7 +144,7 @@ def parse_arguments(
         action.default = argparse.SUPPRESS
     given = vars(parser.parse_args(argv))
 
-    has_data = "dataset_name" in given or "train_data_dir" in given
+    has_data = "train_data_dir" in given or given.get("dataset_name", "digits") != "digits"
     recipe = read_recipe(given.pop("recipe", None) or ("images" if has_data else "digits"))
     unknown = set(recipe) - {"data", "judge", "classifier", "diffusion", "report"}
     if unknown:
@@ -174,12 +180,16 @@ def run_script(main: Any) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "datasets", "transformers", "diffusers", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+    if (
+        "ACCELERATE_MIXED_PRECISION" in os.environ
+        and os.environ.get("OMP_NUM_THREADS") == "1"
+        and hasattr(os, "sched_getaffinity")
+    ):
         # accelerate launches with one thread a process, also where the processor is all there is to compute on
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     try:
         main()
-    except (ValueError, OSError, PushError) as error:
+    except (ValueError, OSError, ImportError, PushError) as error:
         logging.getLogger(__name__).debug("", exc_info=True)
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 STATE_FILE = "training_state.json"
+OTHERS_FILE = "loop_state.pt"
 
 # Flags that may change between two sittings of one training: they decide where, how often and what is told, not what is
 # computed.
@@ -33,7 +35,7 @@ FREE_FLAGS = {
 }
 
 
-def fingerprint(arguments: list[Any], data: Any, num_processes: int) -> dict[str, Any]:
+def fingerprint(arguments: list[Any], data: Any, accelerator: Accelerator) -> dict[str, Any]:
     """Everything that a resumed training must have in common with what it resumes, by flag or by name."""
     merged: dict[str, Any] = {}
     for part in arguments:
@@ -43,7 +45,15 @@ def fingerprint(arguments: list[Any], data: Any, num_processes: int) -> dict[str
     known = {name: value for name, value in merged.items() if name not in FREE_FLAGS}
     names = None if data.id2label is None else list(data.id2label.values())
     return json.loads(
-        json.dumps({**known, "number of processes": num_processes, "number of images": len(data), "classes": names})
+        json.dumps(
+            {
+                **known,
+                "mixed_precision": accelerator.mixed_precision,
+                "number of processes": accelerator.num_processes,
+                "number of images": len(data),
+                "classes": names,
+            }
+        )
     )
 
 
@@ -70,8 +80,14 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, current: dict[str, Any]) -> int:
+def load_checkpoint(accelerator: Accelerator, folder: Path, current: dict[str, Any], others: dict[str, Any]) -> int:
     """Restores everything and returns the number of updates done.
+
+    Args:
+        accelerator (`Accelerator`): Restores what it prepared: model and optimizer.
+        folder (`Path`): The checkpoint.
+        current (`dict`): The [`fingerprint`] of this training.
+        others (`dict`): What else has a `load_state_dict`, by name.
 
     Raises:
         `ValueError`: If it was trained with other flags, data or another number of processes, naming each.
@@ -89,11 +105,19 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, current: dict[str, A
             f"flags, or another --output_dir to start anew."
         )
     accelerator.load_state(str(folder))
+    states = torch.load(folder / OTHERS_FILE, map_location=accelerator.device, weights_only=True)
+    for name, other in others.items():
+        other.load_state_dict(states[name])
     return state["step"]
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, step: int, current: dict[str, Any], total_limit: int
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    current: dict[str, Any],
+    others: dict[str, Any],
+    total_limit: int,
 ) -> Path:
     """Saves all under a temporary name, renames it, and only then removes the oldest; called by all processes."""
     folder, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
@@ -103,10 +127,11 @@ def save_checkpoint(
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        torch.save({name: other.state_dict() for name, other in others.items()}, partial / OTHERS_FILE)
         (partial / STATE_FILE).write_text(json.dumps({"step": step, "fingerprint": current}, indent=2))
         replace_folder(partial, folder)
         for old in list_checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(old)
+            remove_folder(old)
     accelerator.wait_for_everyone()
     return folder
 
@@ -122,9 +147,21 @@ def save_folder(save: Callable[[str], Any], folder: Path) -> None:
 
 def replace_folder(partial: Path, folder: Path) -> None:
     """Renames a finished folder to its name, in the place of an older one."""
+    if folder.exists():
+        remove_folder(folder)
+    os.replace(partial, folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Renames before it removes, so that half a folder is never taken for a whole one."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    os.replace(folder, old)
+    shutil.rmtree(old)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Removes what a killed process left unfinished."""
+    for pattern in (".*.partial", ".*.old"):
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import signal
 import threading
@@ -29,9 +30,16 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import DataArguments, LabelledImages, StepBatchSampler, check_images
-from ..hub.push import push_folder
+from ..hub.push import check_login, push_folder
 from .arguments import LoopArguments, RunArguments
-from .checkpoints import find_checkpoint, fingerprint, load_checkpoint, save_checkpoint, save_folder
+from .checkpoints import (
+    find_checkpoint,
+    fingerprint,
+    load_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+    save_folder,
+)
 from .timestep_sampling import TimestepSampler
 
 logger = logging.getLogger(__name__)
@@ -63,8 +71,8 @@ class Task(ABC):
         """The model's arguments for a batch, to estimate the memory that it needs."""
 
     def preview(self, model: nn.Module, path: Path) -> None:
-        """Draws what the model can do by now; needed with `preview_steps`."""
-        raise ValueError(f"--preview_steps: the {self.name} has no preview; set it to 0.")
+        """Draws what the model can do by now, if there is something to draw."""
+        return None
 
 
 def train(
@@ -89,7 +97,7 @@ def train(
         `ValueError`: If a checkpoint to go on from was trained otherwise, or the loss is not finite.
         `OSError`: If `output_dir` cannot be written.
     """
-    output_dir = Path(args.output_dir)
+    output_dir = Path(args.output_dir) / task.name
     AcceleratorState._reset_state()  # an earlier stage of this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -97,7 +105,7 @@ def train(
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
-    preflight(task, train_images, args, accelerator)
+    preflight(task, train_images, args, accelerator, output_dir)
     if args.gradient_checkpointing:
         enable = getattr(task.model, "enable_gradient_checkpointing", None)
         (enable or task.model.activation_checkpointing_enable)()  # as diffusers and transformers call it
@@ -118,12 +126,16 @@ def train(
     )
     model, optimizer = accelerator.prepare(task.model, optimizer)
     ema = EMAModel(parameters, decay=args.ema_decay)
-    ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema, lr_scheduler, task.timestep_sampler)
+    others = {"ema": ema, "lr_scheduler": lr_scheduler, "timestep_sampler": task.timestep_sampler}
 
-    current = fingerprint([args, data_args], train_images, accelerator.num_processes)
+    current = fingerprint([args, data_args], train_images, accelerator)
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    step = load_checkpoint(accelerator, checkpoint, current) if checkpoint else 0
+    step = load_checkpoint(accelerator, checkpoint, current, others) if checkpoint else 0
+    if step > args.max_train_steps:
+        raise ValueError(
+            f"{checkpoint} has {step} steps, more than --max_train_steps {args.max_train_steps}; ask for more, or use "
+            f"another --output_dir to start anew."
+        )
     if checkpoint and accelerator.is_main_process:
         logger.info(f"Going on from {checkpoint}, after {step} of {args.max_train_steps} steps.")
     if accelerator.log_with:
@@ -142,7 +154,8 @@ def train(
         train_images,
         batch_sampler=sampler,
         num_workers=data_args.dataloader_num_workers,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=ignore_signals,
+        pin_memory=accelerator.device.type == "cuda",
     )
     batches = iter(loader)
     progress = tqdm(
@@ -188,8 +201,8 @@ def train(
 
             stopping = stop_requested()
             if stopping or due(args.checkpointing_steps) or step == args.max_train_steps:
-                check_finite(accelerator.reduce(losses.detach().mean(), "mean").item(), step)
-                folder = save_checkpoint(accelerator, output_dir, step, current, args.checkpoints_total_limit)
+                check_finite(sum(parameter.detach().float().mean() for parameter in parameters).item(), step)
+                folder = save_checkpoint(accelerator, output_dir, step, current, others, args.checkpoints_total_limit)
             if stopping:
                 progress.close()
                 if accelerator.is_main_process:
@@ -207,7 +220,7 @@ def train(
 
 
 def finish(save: Callable[[str], Any], folder: Path, args: RunArguments) -> Path:
-    """Writes the finished folder, whole or not at all, and pushes it if asked to; called by all processes.
+    """Writes the finished folder, whole or not at all, and pushes it if asked to.
 
     Args:
         save (`Callable`): Writes the folder that it is given, as `save_pretrained` does.
@@ -217,24 +230,24 @@ def finish(save: Callable[[str], Any], folder: Path, args: RunArguments) -> Path
     Returns:
         `Path`: The folder.
     """
-    state = PartialState()
-    if state.is_main_process:
+    if PartialState().is_main_process:
         save_folder(save, folder)
         logger.info(f"Saved {folder}")
         if args.push_to_hub and args.hub_model_id:
             url = push_folder(folder, args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
             logger.info(f"Pushed to {url}")
-    state.wait_for_everyone()
     return folder
 
 
-def preflight(task: Task, images: LabelledImages, args: LoopArguments, accelerator: Accelerator) -> None:
+def preflight(
+    task: Task, images: LabelledImages, args: LoopArguments, accelerator: Accelerator, output_dir: Path
+) -> None:
     """Says what will happen, and finds out early what would go wrong late."""
-    output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(output_dir, os.W_OK):
-            raise PermissionError(f"--output_dir {output_dir} cannot be written; choose another folder.")
+        make_writable(output_dir)
+        remove_leftovers(output_dir)
+        if args.push_to_hub:
+            check_login(args.hub_token)
         report = check_once(images)
         num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -242,7 +255,8 @@ def preflight(task: Task, images: LabelledImages, args: LoopArguments, accelerat
         logger.info(
             f"\n== {task.name} ==\n{report}\n"
             f"model     {num_parameters:,} parameters, {height}x{width} pixels, "
-            f"about {estimate_memory(task, images, args) / 2**30:.2g} GiB a process to train\n"
+            f"about {estimate_memory(task, images, args.train_batch_size) / 2**30:.2g} GiB a process to train"
+            f"{', less with gradient checkpointing' if args.gradient_checkpointing else ''}\n"
             f"training  {args.max_train_steps} steps of {batch_size} images on {accelerator.num_processes} "
             f"{accelerator.device.type} process(es), {args.max_train_steps * batch_size / len(images):.1f} epochs\n"
             f"writes    {output_dir}: checkpoints every {args.checkpointing_steps} steps, logs, the finished model"
@@ -250,7 +264,19 @@ def preflight(task: Task, images: LabelledImages, args: LoopArguments, accelerat
     accelerator.wait_for_everyone()
 
 
-def estimate_memory(task: Task, images: LabelledImages, args: LoopArguments) -> int:
+def make_writable(output_dir: Path) -> None:
+    """Makes the folder, or says which one to change."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / ".writable").touch()
+        (output_dir / ".writable").unlink()
+    except OSError as error:
+        raise OSError(
+            f"--output_dir {output_dir} cannot be written ({error.strerror}); choose another folder."
+        ) from None
+
+
+def estimate_memory(task: Task, images: LabelledImages, batch_size: int) -> int:
     """Bytes for weights, gradients, AdamW's moments, the moving average, and a batch's activations.
 
     The activations are counted on the meta device, where nothing is computed.
@@ -262,13 +288,13 @@ def estimate_memory(task: Task, images: LabelledImages, args: LoopArguments) -> 
         return tensor
 
     model = copy.deepcopy(task.model).to("meta").train()
-    size = (args.train_batch_size, images.image_channels, *images.resolution)
+    size = (batch_size, images.image_channels, *images.resolution)
     batch = {"pixel_values": torch.empty(size, device="meta")}
-    batch["labels"] = torch.zeros(args.train_batch_size, dtype=torch.long, device="meta")
+    batch["labels"] = torch.zeros(batch_size, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(**task.inputs(batch))
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    return 5 * weights + sum(kept.values()) // (2 if args.mixed_precision != "no" else 1)
+    return 5 * weights + sum(kept.values())
 
 
 @torch.no_grad()
@@ -278,7 +304,8 @@ def validate(task: Task, images: LabelledImages, args: LoopArguments, device: to
     task.model.eval()
     with torch.random.fork_rng():
         seed_everything(0, 0, 0, 0)
-        keys = [(index, 0) for index in range(min(len(images), 1024))]
+        spread = torch.linspace(0, len(images) - 1, min(len(images), 1024)).long()  # rows may be sorted by class
+        keys = [(index, 0) for index in spread.tolist()]
         totals: dict[str, float] = {}
         for batch in DataLoader(images, sampler=keys, batch_size=args.train_batch_size):
             batch = to_device(batch, device)
@@ -300,11 +327,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def check_finite(loss: float, step: int) -> None:
-    if loss != loss or abs(loss) == float("inf"):
+def check_finite(value: float, step: int) -> None:
+    if not math.isfinite(value):
         raise ValueError(
-            f"The loss is {loss} at step {step}. Start anew in another --output_dir with a lower --learning_rate, more "
-            f"--lr_warmup_steps, or bf16 instead of fp16; the checkpoints so far are finite."
+            f"The training has diverged: a number is {value} at step {step}. Start anew in another --output_dir with a "
+            f"lower --learning_rate, more --lr_warmup_steps, or bf16 instead of fp16; saved checkpoints are finite."
         )
 
 
@@ -329,7 +356,13 @@ def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
             signal.default_int_handler(signum, frame)
         requested.set()
 
+    # `accelerate launch` of one process does not pass SIGTERM on: its end is then the sign
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ
+    parent = os.getppid()
+
     def stop_requested() -> bool:
+        if launched and os.getppid() != parent:
+            requested.set()
         if accelerator.num_processes == 1:
             return requested.is_set()
         flag = torch.tensor(float(requested.is_set()), device=accelerator.device)
@@ -343,9 +376,10 @@ def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
             signal.signal(signum, handler)
 
 
-def ignore_interrupts(worker_id: int) -> None:
-    """Ctrl-C reaches the loader's workers too, which must live until the step is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker_id: int) -> None:
+    """Signals may reach the loader's workers too, which must live until the step is done."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def finish_trackers(accelerator: Accelerator) -> None:

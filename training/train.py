@@ -10,14 +10,17 @@ with `pipeline/` (for `ClassifierGuidedPipeline.from_pretrained`), grids, curves
 the same command goes on where it was.
 """
 
+import copy
 import logging
 import platform
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
@@ -25,13 +28,17 @@ from transformers import AutoModelForImageClassification
 
 from hf_guided import ClassifierGuidedPipeline
 from hf_guided.data import LabelledImages, load_labelled_images
-from hf_guided.evaluation import classifier_features, judge_samples, labelled_grid, save_png, trade_off_curve
+from hf_guided.evaluation import classifier_features, judge_features, labelled_grid, save_png, trade_off_curve
+from hf_guided.evaluation.sampling import sample_batches
+from hf_guided.guidance import ClassifierGuidance
 from hf_guided.hub import write_model_card
+from hf_guided.hub.push import check_login
 from hf_guided.schedulers.schedules import space_timesteps
-from hf_guided.training.arguments import RunArguments, flag, parse_arguments, run_script
+from hf_guided.training.arguments import LoopArguments, RunArguments, flag, parse_arguments, run_script
+from hf_guided.training.checkpoints import save_folder
 from hf_guided.training.loop import finish, write_json
-from hf_guided.training.train_classifier import ClassifierArguments, train_classifier
-from hf_guided.training.train_diffusion import DiffusionArguments, train_diffusion
+from hf_guided.training.train_classifier import ClassifierArguments, make_classifier, train_classifier
+from hf_guided.training.train_diffusion import DiffusionArguments, make_unet, train_diffusion
 
 logger = logging.getLogger(__name__)
 
@@ -59,19 +66,21 @@ def main() -> None:
     args: ReportArguments = stages["report"]
     output_dir = Path(args.output_dir)
     for name in ("judge", "classifier", "diffusion"):  # the finished folder alone is pushed
-        stages[name].output_dir, stages[name].push_to_hub = str(output_dir / name), False
-    check_stages(stages)
+        stages[name].push_to_hub = False
     started = time.monotonic()
 
     # 1. Train: what judges, what guides, what makes images
     images = load_labelled_images(data_args, seed=args.seed)
+    check_stages(stages, images[0])
+    if args.push_to_hub and PartialState().is_main_process:
+        check_login(args.hub_token)
     judge_folder = train_classifier(data_args, stages["judge"], images, name="judge")
     classifier_folder = judge_folder and train_classifier(data_args, stages["classifier"], images)
     diffusion_folder = classifier_folder and train_diffusion(data_args, stages["diffusion"], images)
-    if diffusion_folder is None:
+    if diffusion_folder is None or not PartialState().is_main_process:
         return
 
-    # 2. Assemble
+    # 2. Assemble, and save what can already be used
     device = PartialState().device
     judge = AutoModelForImageClassification.from_pretrained(judge_folder).to(device)
     pipeline = ClassifierGuidedPipeline.from_pretrained(
@@ -80,45 +89,43 @@ def main() -> None:
         sampling_defaults={"respacing": args.respacing, "guidance_scale": args.default_scale},
     ).to(device)
     pipeline.set_progress_bar_config(disable=True)
+    save_folder(pipeline.save_pretrained, output_dir / "pipeline")
+    minutes = (time.monotonic() - started) / 60
 
     # 3. Sample, judge, publish
-    if PartialState().is_main_process:
-        trained = time.monotonic()
-        logger.info("\n== report ==")
-        report = make_report(pipeline, judge, images, args, output_dir)
-        minutes = {"training": (trained - started) / 60, "report": (time.monotonic() - trained) / 60}
-        write_json({"seed": args.seed, "rows": report, "minutes": minutes}, output_dir / "report.json")
+    logger.info("\n== report ==")
+    report = make_report(pipeline, judge, images, args, output_dir)
+    write_json({"seed": args.seed, "rows": report}, output_dir / "report.json")
 
-        def save(folder: str) -> None:
-            pipeline.save_pretrained(folder)
-            names = list(pipeline.id2label)[:10]
-            draw_grid(pipeline, names, args.default_scale, Path(folder) / "grid.png")
-            generated = [row for row in report if row["guidance_scale"] is not None]
-            trade_off_curve(generated, Path(folder) / "trade_off.png")
-            write_model_card(
-                folder,
-                title=f"Guided diffusion on {images[0].name}",
-                dataset=images[0].name,
-                class_names=list(pipeline.id2label.values()),
-                training=describe(stages, images, minutes["training"]),
-                results=report,
-                dataset_id=data_args.dataset_name if "/" in (data_args.dataset_name or "") else None,
-                repo_id=args.hub_model_id,
-            )
-    else:
-        save = pipeline.save_pretrained
-    finish(save, output_dir / "pipeline", args)
-    if PartialState().is_main_process:
-        print_table(report)
-        logger.info(f"\nPictures, numbers and the pipeline are in {output_dir}. Try:\n")
-        logger.info(
-            f"  from hf_guided import ClassifierGuidedPipeline\n"
-            f'  pipe = ClassifierGuidedPipeline.from_pretrained("{output_dir / "pipeline"}")\n'
-            f"  pipe({[pipeline.id2label[0]]}).images[0].save('sample.png')"
+    def save(folder: str) -> None:
+        pipeline.save_pretrained(folder)
+        draw_grid(pipeline, args.default_scale, Path(folder) / "grid.png", args.sampling_batch_size)
+        generated = [row for row in report if row["guidance_scale"] is not None]
+        trade_off_curve(generated, Path(folder) / "trade_off.png")
+        name = Path(data_args.train_data_dir or data_args.dataset_name or "").name
+        on_hub = data_args.dataset_name and "/" in data_args.dataset_name and not Path(data_args.dataset_name).exists()
+        write_model_card(
+            folder,
+            title=f"Guided diffusion on {name}",
+            dataset=name,
+            class_names=list(pipeline.id2label.values()),
+            training=describe(stages, images, minutes),
+            results=report,
+            dataset_id=data_args.dataset_name if on_hub else None,
+            repo_id=args.hub_model_id,
         )
 
+    finish(save, output_dir / "pipeline", args)
+    print_table(report)
+    logger.info(
+        f"\nPictures, numbers and the pipeline are in {output_dir}. Try:\n\n"
+        f"  from hf_guided import ClassifierGuidedPipeline\n"
+        f'  pipe = ClassifierGuidedPipeline.from_pretrained("{output_dir / "pipeline"}")\n'
+        f"  pipe({[pipeline.id2label[0]]}).images[0].save('sample.png')"
+    )
 
-def check_stages(stages: dict[str, Any]) -> None:
+
+def check_stages(stages: dict[str, Any], images: LabelledImages) -> None:
     """Refuses at once what would only fail when all is trained."""
     classifier, diffusion, report = stages["classifier"], stages["diffusion"], stages["report"]
     for name in ("beta_schedule", "num_train_timesteps", "rescale_timesteps"):
@@ -127,13 +134,26 @@ def check_stages(stages: dict[str, Any]) -> None:
                 f"The classifier's {name} is {getattr(classifier, name)!r} and the UNet's "
                 f"{getattr(diffusion, name)!r}; both must see the same noise, so give --{name} once, for all stages."
             )
-    space_timesteps(diffusion.num_train_timesteps, report.respacing)
+    for respacing in (report.respacing, diffusion.preview_respacing):
+        space_timesteps(diffusion.num_train_timesteps, respacing)
+    for scale in (*report.guidance_scales, *report.conditional_scales, report.default_scale):
+        ClassifierGuidance(scale)
+    if report.num_images < 4:
+        raise ValueError(
+            f"--num_images {report.num_images} is too few to judge precision and recall by; take 4 or more."
+        )
     if diffusion.class_conditional and diffusion.label_dropout == 0 and report.guidance_scales:
         raise ValueError(
             "The report's guidance_scales are for a classifier that steers alone, beside a UNet that is not told the "
             "class; with label_dropout 0 this UNet must always be told. Give --label_dropout 0.1, or a recipe whose "
             "report has guidance_scales: []."
         )
+    with torch.device("meta"):  # where making a model and passing an image through it costs nothing
+        noisy = torch.empty(1, images.image_channels, *images.resolution)
+        for name in ("judge", "classifier"):
+            make_classifier(stages[name], images)(noisy)
+        labels = torch.zeros(1, dtype=torch.long) if diffusion.class_conditional else None
+        make_unet(diffusion, images)(noisy, torch.zeros(1), labels)
 
 
 def make_report(
@@ -144,11 +164,16 @@ def make_report(
     output_dir: Path,
 ) -> list[dict[str, Any]]:
     """Samples at every setting, judged by a network that never guides; the held-out images are the floor."""
-    train_features = classifier_features(judge, all_images(images[0])[0])[0]
+
+    def judged(batches: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        features, probabilities = zip(*(classifier_features(judge, batch) for batch in batches), strict=True)
+        return np.concatenate(features), np.concatenate(probabilities)
+
+    train_features = judged(real_batches(images[0], args.sampling_batch_size))[0]
     rows: list[dict[str, Any]] = []
     if images[1] is not None and len(images[1]) > 3:
-        pixel_values, labels = all_images(images[1])
-        verdict = judge_samples(judge, pixel_values, labels, train_features)
+        labels = torch.as_tensor(images[1].labels)[real_order(images[1])]
+        verdict = judge_features(*judged(real_batches(images[1], args.sampling_batch_size)), labels, train_features)
         rows.append({"samples": "held-out images", "guidance_scale": None, "condition_unet": None, **verdict})
 
     settings = [(scale, False) for scale in args.guidance_scales]
@@ -156,62 +181,57 @@ def make_report(
         settings += [(scale, True) for scale in args.conditional_scales]
     for scale, condition_unet in tqdm(settings, desc="sampling"):
         labels = torch.arange(args.num_images) % len(pipeline.id2label)
-        generator = torch.Generator().manual_seed(args.seed)
-        batches = [
-            pipeline(
-                batch,
-                guidance_scale=scale,
-                condition_unet=condition_unet,
-                generator=generator,
-                output_type="pt",
-                return_dict=False,
-            )[0].cpu()
-            for batch in labels.split(args.sampling_batch_size)
-        ]
-        samples = (torch.cat(batches) * 255).round() / 127.5 - 1  # as the 8-bit images that a user gets
-        verdict = judge_samples(judge, samples, labels, train_features)
+        arguments = {"guidance_scale": scale, "condition_unet": condition_unet, "output_type": "pt"}
+        batches = sample_batches(pipeline, labels, args.sampling_batch_size, args.seed, **arguments)
+        as_8_bit = ((batch * 255).round() / 127.5 - 1 for batch in batches)  # as the images that a user gets
+        verdict = judge_features(*judged(as_8_bit), labels, train_features)
         rows.append({"samples": "generated", "guidance_scale": scale, "condition_unet": condition_unet, **verdict})
-        who = "told" if condition_unet else "not-told"
-        path = output_dir / f"grid-scale-{scale:g}-unet-{who}.png"
-        draw_grid(pipeline, list(pipeline.id2label)[:10], scale, path, condition_unet)
+        path = output_dir / f"grid-scale-{scale:g}-unet-{'told' if condition_unet else 'not-told'}.png"
+        draw_grid(pipeline, scale, path, args.sampling_batch_size, condition_unet)
     return rows
 
 
 def draw_grid(
-    pipeline: ClassifierGuidedPipeline, labels: list[int], scale: float, path: Path, condition_unet: bool = True
+    pipeline: ClassifierGuidedPipeline, scale: float, path: Path, batch_size: int, condition_unet: bool = True
 ) -> None:
-    """Ten samples of each class, a row each."""
-    images = pipeline(
-        labels,
-        num_images_per_label=10,
-        guidance_scale=scale,
-        condition_unet=condition_unet,
-        generator=torch.Generator().manual_seed(0),
-        return_dict=False,
-    )[0]
-    names = [pipeline.id2label[label] for label in labels]
-    told = "the UNet is told the class" if condition_unet else "the classifier alone steers"
-    save_png(labelled_grid(images, names, title=f"scale {scale:g}: {told}"), path)
+    """Ten samples of each of the first ten classes, a row each."""
+    names = list(pipeline.id2label.values())[:10]
+    labels = torch.arange(len(names)).repeat_interleave(10)
+    arguments: dict[str, Any] = {"guidance_scale": scale, "condition_unet": condition_unet}
+    pictures = [picture for batch in sample_batches(pipeline, labels, batch_size, **arguments) for picture in batch]
+    title = f"guidance scale {scale:g}, the UNet is {'told' if condition_unet else 'not told'} the class"
+    save_png(labelled_grid(pictures, names, title=title), path)
 
 
-def all_images(images: LabelledImages) -> tuple[torch.Tensor, torch.Tensor]:
-    """Up to 10,000 images without augmentation, `(n, channels, height, width)` in [-1, 1], and their labels."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:10_000].tolist()
-    examples = [images[index] for index in order]
-    return torch.stack([e["pixel_values"] for e in examples]), torch.tensor([e["labels"] for e in examples])
+def real_order(images: LabelledImages) -> list[int]:
+    """Up to 10,000 images, drawn by the same chance every time."""
+    return torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:10_000].tolist()
+
+
+def real_batches(images: LabelledImages, batch_size: int) -> Iterator[torch.Tensor]:
+    """Real images as they are, neither mirrored nor cropped at random, `(batch, channels, height, width)`."""
+    plain = copy.copy(images)
+    plain.random_flip = plain.random_crop = False
+    for indices in torch.tensor(real_order(images)).split(batch_size):
+        yield torch.stack([plain[index]["pixel_values"] for index in indices.tolist()])
 
 
 def describe(
     stages: dict[str, Any], images: tuple[LabelledImages, LabelledImages | None], minutes: float
 ) -> dict[str, Any]:
     """How it was trained, for the model card."""
-    device = PartialState().device
+    device, processes = PartialState().device, PartialState().num_processes
+
+    def steps(args: LoopArguments) -> str:
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * processes
+        return f"{args.max_train_steps} steps of {batch_size} images"
+
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     packages = ("hf-guided", "torch", "diffusers", "transformers", "accelerate")
     return {
         "images": f"{len(images[0])} to train on, {len(images[1] or ())} held out",
-        "classifier": f"{stages['classifier'].max_train_steps} steps of {stages['classifier'].train_batch_size}",
-        "UNet": f"{stages['diffusion'].max_train_steps} steps of {stages['diffusion'].train_batch_size}",
+        "classifier": steps(stages["classifier"]),
+        "UNet": steps(stages["diffusion"]),
         "noise schedule": stages["diffusion"].beta_schedule,
         "seed": stages["diffusion"].seed,
         "minutes": round(minutes, 1),

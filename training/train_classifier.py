@@ -5,8 +5,8 @@
     accelerate launch --multi_gpu training/train_classifier.py --recipe imagenet128 --train_data_dir imagenet
     accelerate launch -m hf_guided.training.train_classifier                         # from an installed wheel
 
-arXiv 2105.05233, section 4.1: the encoder of the UNet with an attention pool, trained on images noised to uniformly
-drawn timesteps. The finished classifier is `<output_dir>/classifier`.
+arXiv 2105.05233, section 4.3: the encoder of the UNet with an attention pool, trained on images noised to uniformly
+drawn timesteps. The finished classifier is `<output_dir>/classifier/model`.
 """
 
 from dataclasses import dataclass
@@ -74,32 +74,32 @@ def train_classifier(
     Args:
         data_args ([`DataArguments`]), args ([`ClassifierArguments`]): The flags.
         images (a pair of [`LabelledImages`], *optional*): To train on and to watch the loss on, if loaded already.
-        name (`str`, defaults to `"classifier"`): What it is called in logs, and the finished folder's name.
+        name (`str`, defaults to `"classifier"`): What it is called in logs and in `output_dir`.
 
     Returns:
         `Path`: The finished folder; `None` if a signal stopped the training.
     """
     train_images, held_out_images = images or load_labelled_images(data_args, seed=args.seed)
     torch.manual_seed(args.seed)
-    schedule = {
-        "beta_schedule": args.beta_schedule,
-        "num_train_timesteps": args.num_train_timesteps,
-        "rescale_timesteps": args.rescale_timesteps,
-    }
-    config = ADMClassifierConfig(
-        sample_size=list(train_images.resolution),
-        in_channels=train_images.image_channels,
-        pool=args.pool,
-        id2label=train_images.id2label,
-        label2id={label: id for id, label in train_images.id2label.items()},
-        **args.architecture(),
-        **schedule,
-    )
-    model = ADMForImageClassification(config)
-    task = ClassifierTask(name, model, ADMScheduler(**schedule), args.noisy)
+    task = ClassifierTask(name, make_classifier(args, train_images), ADMScheduler(**args.schedule()), args.noisy)
     if not train(task, train_images, held_out_images, args, data_args):
         return None
-    return finish(model.save_pretrained, Path(args.output_dir) / name, args)
+    return finish(task.model.save_pretrained, Path(args.output_dir) / name / "model", args)
+
+
+def make_classifier(args: ClassifierArguments, images: LabelledImages) -> ADMForImageClassification:
+    """A fresh classifier of the images' size, channels and classes."""
+    return ADMForImageClassification(
+        ADMClassifierConfig(
+            sample_size=list(images.resolution),
+            in_channels=images.image_channels,
+            pool=args.pool,
+            id2label=images.id2label,
+            label2id={label: id for id, label in images.id2label.items()},
+            **args.architecture(),
+            **args.schedule(),
+        )
+    )
 
 
 def main() -> None:

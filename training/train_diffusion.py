@@ -6,7 +6,7 @@
     accelerate launch -m hf_guided.training.train_diffusion                          # from an installed wheel
 
 arXiv 2105.05233, sections 2 and 3: the hybrid objective with a learned variance. The finished pipeline, UNet and
-scheduler without a classifier, is `<output_dir>/pipeline`.
+scheduler without a classifier, is `<output_dir>/diffusion/pipeline`.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from torch import nn
 from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.pictures import labelled_grid, save_png
+from hf_guided.evaluation.sampling import sample_batches
 from hf_guided.losses import diffusion_loss
 from hf_guided.schedulers.scheduling_adm import model_timesteps
 from hf_guided.training.arguments import (
@@ -91,14 +92,10 @@ class DiffusionTask(Task):
         pipeline = ClassifierGuidedPipeline(model.eval(), ADMScheduler.from_config(self.scheduler.config))
         pipeline.set_progress_bar_config(disable=True)
         names = list(self.id2label.values())[:10] if self.args.class_conditional else ["samples"]
-        images = pipeline(
-            list(range(len(names))) if self.args.class_conditional else None,
-            num_images_per_label=8,
-            respacing=self.args.preview_respacing,
-            generator=torch.Generator().manual_seed(0),
-            return_dict=False,
-        )[0]
-        save_png(labelled_grid(images, names), path)
+        labels = torch.arange(len(names)).repeat_interleave(8) if self.args.class_conditional else 8
+        batches = sample_batches(pipeline, labels, self.args.train_batch_size, respacing=self.args.preview_respacing)
+        pictures = [picture for batch in batches for picture in batch]
+        save_png(labelled_grid(pictures, names), path)
         model.train(was_training)
 
 
@@ -120,29 +117,28 @@ def train_diffusion(
         data_args, seed=args.seed, require_labels=args.class_conditional
     )
     torch.manual_seed(args.seed)
-    channels = train_images.image_channels
-    model = ADMUNet2DModel(
-        sample_size=train_images.resolution,
-        in_channels=channels,
-        out_channels=2 * channels if args.variance_type == "learned_range" else channels,
-        num_heads_upsample=args.num_heads_upsample,
-        num_class_embeds=train_images.num_classes if args.class_conditional else None,
-        null_class_label=args.class_conditional and args.label_dropout > 0,
-        **args.architecture(),
-    )
-    scheduler = ADMScheduler(
-        num_train_timesteps=args.num_train_timesteps,
-        beta_schedule=args.beta_schedule,
-        rescale_timesteps=args.rescale_timesteps,
-        variance_type=args.variance_type,
-        prediction_type=args.prediction_type,
-    )
+    model = make_unet(args, train_images)
+    scheduler = ADMScheduler(variance_type=args.variance_type, prediction_type=args.prediction_type, **args.schedule())
     task = DiffusionTask(model, scheduler, args, train_images.id2label)
     if not train(task, train_images, held_out_images, args, data_args):
         return None
     id2label = train_images.id2label if args.class_conditional else None
     pipeline = ClassifierGuidedPipeline(model, scheduler, id2label=id2label)
-    return finish(pipeline.save_pretrained, Path(args.output_dir) / "pipeline", args)
+    return finish(pipeline.save_pretrained, Path(args.output_dir) / task.name / "pipeline", args)
+
+
+def make_unet(args: DiffusionArguments, images: LabelledImages) -> ADMUNet2DModel:
+    """A fresh UNet of the images' size, channels and classes."""
+    channels = images.image_channels
+    return ADMUNet2DModel(
+        sample_size=images.resolution,
+        in_channels=channels,
+        out_channels=2 * channels if args.variance_type == "learned_range" else channels,
+        num_heads_upsample=args.num_heads_upsample,
+        num_class_embeds=images.num_classes if args.class_conditional else None,
+        null_class_label=args.class_conditional and args.label_dropout > 0,
+        **args.architecture(),
+    )
 
 
 def main() -> None:

@@ -44,33 +44,30 @@ def classifier_features(
     return torch.cat(features).numpy(), torch.cat(probabilities).numpy()
 
 
-def judge_samples(
-    judge: PreTrainedModel,
-    generated: torch.Tensor,
+def judge_features(
+    features: np.ndarray,
+    probabilities: np.ndarray,
     labels: Sequence[int] | torch.Tensor,
     reference_features: np.ndarray,
-    batch_size: int = 256,
 ) -> dict[str, float]:
     """What an independent classifier says of generated samples: one row of a report.
 
     The judge must not be the classifier that guided the samples: guidance would be asked whether it pleased itself.
 
     Args:
-        judge (`PreTrainedModel`): An image classifier trained apart from the one that guides.
-        generated (`torch.Tensor` of shape `(n, channels, height, width)`): Samples in [-1, 1].
+        features (`np.ndarray` of shape `(n, dim)`), probabilities (`np.ndarray` of shape `(n, classes)`): What
+            [`classifier_features`] gives for the samples with a classifier trained apart from the one that guides.
         labels (`Sequence[int]` or `torch.Tensor` of shape `(n,)`): The class id that each sample was asked to show.
-        reference_features (`np.ndarray` of shape `(m, dim)`): `classifier_features(judge, real_images)[0]`, computed
+        reference_features (`np.ndarray` of shape `(m, dim)`): The same classifier's features of real images, computed
             once for all rows of a report.
-        batch_size (`int`, defaults to 256): Samples per call of the judge.
 
     Returns:
         `dict[str, float]`: `accuracy`, the fraction of samples that the judge finds to be what was asked; `fid`,
         `precision` and `recall` (k = 3), in the judge's features.
     """
     requested = np.asarray(torch.as_tensor(labels).cpu())
-    if requested.shape != (len(generated),):
-        raise ValueError(f"Each sample needs one label, got labels of shape {requested.shape} for {len(generated)}.")
-    features, probabilities = classifier_features(judge, generated, batch_size)
+    if requested.shape != (len(features),):
+        raise ValueError(f"Each sample needs one label, got labels of shape {requested.shape} for {len(features)}.")
     precision, recall = precision_recall(features, reference_features)
     return {
         "accuracy": float((probabilities.argmax(axis=1) == requested).mean()),

@@ -146,10 +146,12 @@ def _eval_results(
     """Every metric of every row, named after its features and its row's settings."""
     evaluations = []
     for row in results:
+        if row.get("samples", "generated") != "generated":  # real images, for comparison: no result of the model
+            continue
         settings = "".join(
             f", {_heading(key)}: {_public(value)}"
             for key, value in row.items()
-            if key not in _METRICS and value is not None
+            if key not in (*_METRICS, "samples") and value is not None
         )
         for metric, name in _METRICS.items():
             if row.get(metric) is not None:
@@ -167,7 +169,8 @@ def _eval_results(
 
 
 def _heading(column: str) -> str:
-    return _HEADINGS.get(column, column.replace("_", " ").capitalize())
+    heading = column.replace("_", " ")
+    return _HEADINGS.get(column, heading[:1].upper() + heading[1:])
 
 
 def _class_list(class_names: Sequence[str]) -> str:

@@ -16,6 +16,18 @@ class PushError(RuntimeError):
     """The Hub could not be reached or refused; the message says how to mend it."""
 
 
+def check_login(token: str | None = None) -> str:
+    """The user whom the Hub takes the token for; finds out before a long training what a push would meet after it.
+
+    Raises:
+        `PushError`: If there is no token, or the Hub does not accept it.
+    """
+    try:
+        return HfApi(token=token or True).whoami()["name"]
+    except (HTTPError, HfHubHTTPError, LocalTokenNotFoundError) as error:
+        raise PushError(_mend(error, "the Hub")) from error
+
+
 def push_folder(
     folder: str | os.PathLike,
     repo_id: str,

@@ -4,7 +4,7 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from hf_guided.evaluation.distances import frechet_distance, precision_recall
-from hf_guided.evaluation.features import classifier_features, judge_samples
+from hf_guided.evaluation.features import classifier_features, judge_features
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +71,14 @@ def test_half_precision_classifier_gives_float32(classifier):
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
 
 
-def test_judge_samples(classifier):
+def test_judge_features(classifier):
     reference, _ = classifier_features(classifier, images(50, seed=2))
     generated = images(40, seed=3) * 0.7
     features, probabilities = classifier_features(classifier, generated)
     labels = torch.from_numpy(probabilities.argmax(axis=1))
     labels[:10] = (labels[:10] + 1) % 5  # a quarter asked for something else
 
-    row = judge_samples(classifier, generated, labels, reference)
+    row = judge_features(features, probabilities, labels, reference)
     precision, recall = precision_recall(features, reference)
     assert row == {
         "accuracy": 0.75,
@@ -87,9 +87,10 @@ def test_judge_samples(classifier):
         "recall": recall,
     }
     assert {type(value) for value in row.values()} == {float}  # so that json takes them
-    assert judge_samples(classifier, generated, labels.tolist(), reference, batch_size=7)["accuracy"] == 0.75
+    assert judge_features(features, probabilities, labels.tolist(), reference)["accuracy"] == 0.75
     # Real images of the same kind are nearer to the reference than the faded ones.
-    assert judge_samples(classifier, images(40, seed=3), labels, reference)["fid"] < row["fid"]
+    vivid = classifier_features(classifier, images(40, seed=3))
+    assert judge_features(*vivid, labels, reference)["fid"] < row["fid"]
 
 
 def test_bad_input(classifier):
@@ -99,4 +100,4 @@ def test_bad_input(classifier):
     with pytest.raises(ValueError, match=r"got torch.float32 of shape \(1, 16, 16\)"):
         classifier_features(classifier, torch.zeros(1, 16, 16))
     with pytest.raises(ValueError, match=r"labels of shape \(3,\) for 4"):
-        judge_samples(classifier, images(4), [0, 1, 2], reference)
+        judge_features(*classifier_features(classifier, images(4)), [0, 1, 2], reference)

@@ -293,6 +293,14 @@ def test_guidance_that_cannot_work_is_refused_before_the_first_step(pipe):
         ),
         (make_pipeline(classifier=make_classifier(channels=3)), {"class_labels": 1}, "3 channels and the UNet of 1"),
         (
+            make_pipeline(
+                ADMScheduler(num_train_timesteps=500, beta_schedule="squaredcos_cap_v2"),
+                classifier=make_classifier(num_train_timesteps=500, rescale_timesteps=True),
+            ),
+            {"class_labels": 1},
+            "rescale_timesteps=True",
+        ),
+        (
             make_pipeline(classifier=make_classifier(id2label={0: "a", 1: "b"})),
             {"class_labels": 1},
             "2 classes and the UNet 5",
@@ -393,7 +401,8 @@ def test_callback_sees_and_replaces_tensors(pipe):
 )
 def test_schedulers_of_diffusers(name, channels):
     adm = ADMScheduler(beta_schedule="squaredcos_cap_v2")
-    pipe = make_pipeline(getattr(diffusers, name).from_config(adm.config), channels, sampling_defaults=None)
+    pipe = make_pipeline(getattr(diffusers, name).from_config(adm.config), channels)
+    assert sample(pipe, ["daisy"]).shape == (1, channels, 8, 8)  # with the saved default, a respacing
     images = sample(pipe, ["daisy", 0], num_inference_steps=8, guidance_scale=5.0)
     assert images.shape == (2, channels, 8, 8)
     assert images.abs().max() < 1.1  # cosine: unclipped, the first steps would explode to thousands
@@ -470,3 +479,10 @@ def test_non_square_images():
     wide.load_state_dict(unet.state_dict())
     pipe = make_pipeline(unet=wide, classifier=make_classifier(pool="adaptive"))
     assert pipe(2, generator=seeded()).images[0].size == (16, 8)
+
+
+def test_components_make_another_pipeline(pipe):
+    assert set(pipe.components) == {"unet", "scheduler", "classifier", "classifier_processor", "guide_unet"}
+    other = ClassifierGuidedPipeline(**pipe.components, sampling_defaults={"respacing": "5"})
+    other.set_progress_bar_config(disable=True)
+    assert torch.equal(sample(other, [2]), sample(pipe, [2]))

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from hf_guided import ADMClassifierConfig, ADMForImageClassification, ADMUNet2DModel
+from hf_guided.data import load_labelled_images
 from hf_guided.training.arguments import RECIPES, parse_arguments, read_recipe
 from hf_guided.training.train import ReportArguments, check_stages
 from hf_guided.training.train_classifier import ClassifierArguments
@@ -56,6 +57,8 @@ def test_own_data_take_the_place_of_the_recipes():
     data, stages = parse_arguments(STAGES, ["--train_data_dir", "photos", "--resolution", "64"])
     assert (data.dataset_name, data.train_data_dir, data.resolution) == (None, "photos", [64])
     assert stages["diffusion"].max_train_steps == read_recipe("images")["diffusion"]["max_train_steps"]
+    data, stages = parse_arguments(STAGES, ["--dataset_name", "digits"])
+    assert stages["diffusion"].max_train_steps == read_recipe("digits")["diffusion"]["max_train_steps"]
     data, _ = parse_arguments(STAGES, ["--recipe", "cifar10", "--train_data_dir", "photos"])
     assert (data.dataset_name, data.resolution) == (None, [32])
 
@@ -65,7 +68,6 @@ def test_every_recipe_makes_its_models(path):
     import torch
 
     data, stages = parse_arguments(STAGES, ["--recipe", path.stem])
-    check_stages({**stages, "diffusion": dataclasses.replace(stages["diffusion"], label_dropout=0.1)})
     resolution = (data.resolution or [8 if data.dataset_name == "digits" else 64])[0]
     with torch.device("meta"):
         unet = ADMUNet2DModel(sample_size=resolution, num_class_embeds=10, **stages["diffusion"].architecture())
@@ -97,6 +99,14 @@ def test_stages_that_contradict_each_other_are_refused():
         (["--classifier_beta_schedule", "linear"], "both must see the same noise"),
         (["--label_dropout", "0"], "must always be told"),
         (["--respacing", "ddim7777"], "no integer stride"),
+        (["--preview_respacing", "x"], "not understood"),
+        (["--default_scale", "-1"], "finite number from 0 up"),
+        (["--num_images", "3"], "take 4 or more"),
+        (["--diffusion_channel_mult", "1", "1", "1", "1", "1"], "cannot be halved 4 times"),
+        (["--classifier_num_heads", "5"], "do not divide into 5 attention heads"),
+        (["--judge_model_channels", "20"], "multiple of 32"),
     ]:
+        data, stages = parse_arguments(STAGES, argv)
+        images = load_labelled_images(data, seed=0)[0]
         with pytest.raises(ValueError, match=message):
-            check_stages(parse_arguments(STAGES, argv)[1])
+            check_stages(stages, images)

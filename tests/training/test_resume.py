@@ -1,9 +1,11 @@
 """A training that was stopped, killed or copied ends with the same bits as one that never was."""
 
+import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from launching import TINY_RUN, environment, run, script
 
 from hf_guided.training.arguments import parse_arguments
-from hf_guided.training.checkpoints import STATE_FILE, find_checkpoint, list_checkpoints
+from hf_guided.training.checkpoints import OTHERS_FILE, STATE_FILE, find_checkpoint, list_checkpoints
 from hf_guided.training.train_diffusion import DiffusionArguments, train_diffusion
 
 STEPS = 6
@@ -30,26 +32,31 @@ def train(output_dir: Path, photos: Path, *flags: str) -> Path | None:
 
 def bits(output_dir: Path, step: int = STEPS) -> dict[str, bytes]:
     """Everything that training computes: weights, optimizer, moving average, schedule, and the finished UNet."""
-    folders = [output_dir / f"checkpoint-{step}", output_dir / "pipeline" / "unet"]
-    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin")]
-    files += sorted((output_dir / f"checkpoint-{step}").glob("custom_checkpoint_*"))
-    assert len(files) >= 5
+    folders = [output_dir / "diffusion" / f"checkpoint-{step}", output_dir / "diffusion" / "pipeline" / "unet"]
+    kinds = (".safetensors", ".bin", ".pt")
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in kinds]
+    assert len(files) == 4  # model, optimizer, the rest of the loop, and the finished UNet
     return {str(path.relative_to(output_dir)): path.read_bytes() for path in files}
+
+
+def copy_checkpoint(source: Path, target: Path, step: int) -> None:
+    name = Path("diffusion") / f"checkpoint-{step}"
+    shutil.copytree(source / name, target / name)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, photos) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    assert train(folder, photos) == folder / "pipeline"
+    assert train(folder, photos) == folder / "diffusion" / "pipeline"
     return folder
 
 
 def test_every_checkpoint_leads_to_the_same_bits(uninterrupted, photos, tmp_path):
     for step in (2, 4):
         folder = tmp_path / str(step)
-        shutil.copytree(uninterrupted / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        copy_checkpoint(uninterrupted, folder, step)
         train(folder, photos)
-        assert list_checkpoints(folder)[0].name == f"checkpoint-{step}"
+        assert list_checkpoints(folder / "diffusion")[0].name == f"checkpoint-{step}"
         assert bits(folder) == bits(uninterrupted)
 
 
@@ -63,7 +70,7 @@ def test_every_checkpoint_leads_to_the_same_bits(uninterrupted, photos, tmp_path
 )
 def test_the_same_with_other_flags(photos, tmp_path, flags):
     train(tmp_path / "whole", photos, *flags)
-    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    copy_checkpoint(tmp_path / "whole", tmp_path / "resumed", 4)
     train(tmp_path / "resumed", photos, *flags)
     assert bits(tmp_path / "resumed") == bits(tmp_path / "whole")
 
@@ -81,7 +88,7 @@ def test_two_processes(uninterrupted, photos, tmp_path):
         assert "on 2 cpu process" in result.stderr
 
     go(tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    copy_checkpoint(tmp_path / "whole", tmp_path / "resumed", 4)
     go(tmp_path / "resumed")
     assert bits(tmp_path / "resumed") == bits(tmp_path / "whole")
     assert bits(tmp_path / "whole") != bits(uninterrupted)
@@ -91,21 +98,22 @@ def test_two_processes(uninterrupted, photos, tmp_path):
         train(tmp_path / "whole", photos, "--max_train_steps", "8")
 
 
-def start(folder: Path, photos: Path) -> subprocess.Popen:
-    flags = [*FLAGS, "--checkpointing_steps", "1", "--train_data_dir", str(photos), "--output_dir", str(folder)]
+def start(folder: Path, photos: Path, *more: str) -> subprocess.Popen:
+    flags = [*FLAGS, "--checkpointing_steps", "1", "--train_data_dir", str(photos), "--output_dir", str(folder), *more]
     return subprocess.Popen(
         script("train_diffusion", *flags),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
 def wait_for_progress(process: subprocess.Popen, folder: Path) -> None:
     """Until a checkpoint appears that was not there before, or the process has ended."""
-    known = set(list_checkpoints(folder)) if folder.exists() else set()
-    while process.poll() is None and not (folder.exists() and set(list_checkpoints(folder)) - known):
+    known = set(list_checkpoints(folder / "diffusion"))
+    while process.poll() is None and not set(list_checkpoints(folder / "diffusion")) - known:
         time.sleep(0.002)
 
 
@@ -121,26 +129,47 @@ def test_killed_at_random_moments(photos, tmp_path):
         time.sleep(chance.uniform(0, 0.1))
         process.kill()
         process.wait()
-        for checkpoint in list_checkpoints(killed):  # what is taken for whole is whole
-            assert {"model.safetensors", "optimizer.bin", STATE_FILE} <= {path.name for path in checkpoint.iterdir()}
+        for checkpoint in list_checkpoints(killed / "diffusion"):  # what is taken for whole is whole
+            assert {"model.safetensors", "optimizer.bin", OTHERS_FILE, STATE_FILE} <= {
+                path.name for path in checkpoint.iterdir()
+            }
     last = start(killed, photos)
     assert last.wait(timeout=120) == 0, last.communicate()[0][-3000:]
     assert bits(killed) == bits(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_and_exit_cleanly(uninterrupted, photos, tmp_path, signum):
-    process = start(tmp_path, photos)
+@pytest.mark.parametrize(("signum", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
+def test_signals_save_and_exit_cleanly(photos, tmp_path, signum, workers):
+    """Also if the whole process group gets the signal, as from a terminal or a cluster's scheduler."""
+    flags = ("--dataloader_num_workers", str(workers), "--max_train_steps", "2000")
+    process = start(tmp_path, photos, *flags)
     wait_for_progress(process, tmp_path)
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0
+    assert process.returncode == 0, output[-3000:]
     assert "Traceback" not in output
-    if not (tmp_path / "pipeline").exists():  # else it was done before the signal came
-        assert "the same command goes on from there" in output
-    last = start(tmp_path, photos)
-    assert last.wait(timeout=120) == 0
-    assert bits(tmp_path) == bits(uninterrupted)
+    assert "the same command goes on from there" in output
+    step = int(list_checkpoints(tmp_path / "diffusion")[-1].name.rpartition("-")[2])
+    copy_checkpoint(tmp_path, tmp_path / "resumed", step)
+    train(tmp_path / "resumed", photos, "--max_train_steps", str(step + 2))
+    train(tmp_path / "whole", photos, "--max_train_steps", str(step + 2))
+    assert bits(tmp_path / "resumed", step + 2) == bits(tmp_path / "whole", step + 2)
+
+
+def test_sigterm_to_the_launcher_reaches_the_training(photos, tmp_path):
+    flags = [*FLAGS, "--checkpointing_steps", "1", "--max_train_steps", "2000", "--train_data_dir", str(photos)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "-m", "hf_guided.training.train_diffusion"]
+    process = subprocess.Popen(
+        [*launch, *flags, "--output_dir", str(tmp_path)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for_progress(process, tmp_path)
+    process.terminate()
+    output = process.communicate(timeout=60)[0]  # ends when the training has closed its end of the pipe
+    assert "the same command goes on from there" in output
 
 
 def test_other_flags_are_named_and_refused_unless_they_cannot_matter(uninterrupted, photos, tmp_path):
@@ -151,11 +180,13 @@ def test_other_flags_are_named_and_refused_unless_they_cannot_matter(uninterrupt
     ):
         train(folder, photos, "--train_batch_size", "8", "--learning_rate", "0.1")
     train(folder, photos, "--max_train_steps", "8", "--checkpointing_steps", "3", "--logging_steps", "1")
-    assert (folder / "checkpoint-8" / STATE_FILE).is_file()
-    shutil.rmtree(folder / "checkpoint-8")
-    train(folder, photos, "--max_train_steps", "7", "--resume_from_checkpoint", str(folder / "checkpoint-4"))
+    checkpoints = folder / "diffusion"
+    assert (checkpoints / "checkpoint-8" / STATE_FILE).is_file()
+    with pytest.raises(ValueError, match="has 8 steps, more than --max_train_steps 7"):
+        train(folder, photos, "--max_train_steps", "7")
+    train(folder, photos, "--max_train_steps", "7", "--resume_from_checkpoint", str(checkpoints / "checkpoint-4"))
     with pytest.raises(ValueError, match="is not a whole checkpoint"):
-        train(folder, photos, "--resume_from_checkpoint", str(folder / "checkpoint-5"))
+        train(folder, photos, "--resume_from_checkpoint", str(checkpoints / "checkpoint-5"))
     (photos / "apple" / "0.png").rename(tmp_path / "0.png")
     try:
         with pytest.raises(ValueError, match="number of images was 54 and is now 5"):
@@ -166,16 +197,17 @@ def test_other_flags_are_named_and_refused_unless_they_cannot_matter(uninterrupt
 
 def test_half_a_checkpoint_is_never_found(uninterrupted, tmp_path):
     assert find_checkpoint(tmp_path, "latest") is None
-    shutil.copytree(uninterrupted / "checkpoint-4", tmp_path / "checkpoint-4")
-    shutil.copytree(uninterrupted / "checkpoint-6", tmp_path / ".checkpoint-6.partial")
-    shutil.copytree(uninterrupted / "checkpoint-6", tmp_path / "checkpoint-10")
+    checkpoints = uninterrupted / "diffusion"
+    shutil.copytree(checkpoints / "checkpoint-4", tmp_path / "checkpoint-4")
+    shutil.copytree(checkpoints / "checkpoint-6", tmp_path / ".checkpoint-6.partial")
+    shutil.copytree(checkpoints / "checkpoint-6", tmp_path / "checkpoint-10")
     (tmp_path / "checkpoint-10" / STATE_FILE).unlink()
     assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-4"
 
 
 def test_old_checkpoints_go_only_after_a_new_one_is_there(photos, tmp_path, monkeypatch):
     train(tmp_path, photos, "--checkpoints_total_limit", "2")
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+    assert [path.name for path in list_checkpoints(tmp_path / "diffusion")] == ["checkpoint-4", "checkpoint-6"]
 
     def full_disk(*args, **kwargs):
         raise OSError("No space left on device")
@@ -183,4 +215,4 @@ def test_old_checkpoints_go_only_after_a_new_one_is_there(photos, tmp_path, monk
     monkeypatch.setattr("accelerate.Accelerator.save_state", full_disk)
     with pytest.raises(OSError, match="No space left"):
         train(tmp_path, photos, "--checkpoints_total_limit", "2", "--max_train_steps", "8")
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+    assert [path.name for path in list_checkpoints(tmp_path / "diffusion")] == ["checkpoint-4", "checkpoint-6"]

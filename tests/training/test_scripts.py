@@ -47,7 +47,9 @@ def test_the_whole_walk_on_a_folder_of_pictures(photos, tmp_path):
     assert all(0 <= row[name] <= 1 for row in report for name in ("accuracy", "precision", "recall"))
     for picture in ("pipeline/grid.png", "pipeline/trade_off.png", "diffusion/preview-000002.png"):
         Image.open(out / picture).verify()
-    assert "scale 2" in (out / "pipeline" / "README.md").read_text().lower() or report
+    card = (out / "pipeline" / "README.md").read_text()
+    assert "`apple`, `banana`, `cherry`" in card
+    assert str(photos.parent) not in card
     assert list((out / "diffusion" / "logs").rglob("*tfevents*"))
 
     pipe = ClassifierGuidedPipeline.from_pretrained(out / "pipeline")
