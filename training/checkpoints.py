@@ -105,7 +105,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, current: dict[str, A
             f"flags, or another --output_dir to start anew."
         )
     accelerator.load_state(str(folder))
-    states = torch.load(folder / OTHERS_FILE, map_location=accelerator.device, weights_only=True)
+    states = torch.load(folder / OTHERS_FILE, map_location="cpu", weights_only=True)
     for name, other in others.items():
         other.load_state_dict(states[name])
     return state["step"]

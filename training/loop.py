@@ -131,6 +131,7 @@ def train(
     current = fingerprint([args, data_args], train_images, accelerator)
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
     step = load_checkpoint(accelerator, checkpoint, current, others) if checkpoint else 0
+    ema.to(accelerator.device)
     if step > args.max_train_steps:
         raise ValueError(
             f"{checkpoint} has {step} steps, more than --max_train_steps {args.max_train_steps}; ask for more, or use "

@@ -117,7 +117,7 @@ def test_refusals_become_one_sentence(hub, folder, tmp_path, token, repo_id, sen
     pushed = client(PUSH, hub, tmp_path / "home", token, folder=folder, repo_id=repo_id)
     assert pushed.returncode == 1
     message = pushed.stderr.strip().splitlines()[-1]
-    assert message.startswith(f"RuntimeError: {sentence}")
+    assert message.startswith(f"hf_guided.hub.push.PushError: {sentence}")
     assert message.endswith("using a token with write access (https://huggingface.co/settings/tokens).")
     assert "direct cause" in pushed.stderr  # the client's own error is kept
     assert token is None or token not in pushed.stdout + pushed.stderr
@@ -130,7 +130,7 @@ def test_an_upload_that_fails_halfway_changes_nothing(hub, folder, tmp_path):
     hub.objects = Full()
     pushed = client(PUSH, hub, tmp_path / "home", WRITE, folder=folder, repo_id="ada/digits")
     message = pushed.stderr.strip().splitlines()[-1]
-    assert message == "RuntimeError: Pushing to ada/digits failed, the Hub answered 413: The storage is full"
+    assert message == "hf_guided.hub.push.PushError: Pushing to ada/digits failed, the Hub answered 413: The storage is full"
     assert len(repo.history()) == 1
 
 
@@ -146,7 +146,7 @@ def test_no_hub_to_be_reached(folder, tmp_path):
         pass
     pushed = client(PUSH, hub, tmp_path / "home", WRITE, folder=folder, repo_id="ada/digits")
     message = pushed.stderr.strip().splitlines()[-1]
-    assert message.startswith("RuntimeError: Pushing to ada/digits failed, the Hub could not be reached: ")
+    assert message.startswith("hf_guided.hub.push.PushError: Pushing to ada/digits failed, the Hub could not be reached: ")
 
 
 def test_only_saved_models_are_pushed(tmp_path):
