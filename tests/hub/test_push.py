@@ -130,7 +130,10 @@ def test_an_upload_that_fails_halfway_changes_nothing(hub, folder, tmp_path):
     hub.objects = Full()
     pushed = client(PUSH, hub, tmp_path / "home", WRITE, folder=folder, repo_id="ada/digits")
     message = pushed.stderr.strip().splitlines()[-1]
-    assert message == "hf_guided.hub.push.PushError: Pushing to ada/digits failed, the Hub answered 413: The storage is full"
+    assert (
+        message
+        == "hf_guided.hub.push.PushError: Pushing to ada/digits failed, the Hub answered 413: The storage is full"
+    )
     assert len(repo.history()) == 1
 
 
@@ -146,7 +149,9 @@ def test_no_hub_to_be_reached(folder, tmp_path):
         pass
     pushed = client(PUSH, hub, tmp_path / "home", WRITE, folder=folder, repo_id="ada/digits")
     message = pushed.stderr.strip().splitlines()[-1]
-    assert message.startswith("hf_guided.hub.push.PushError: Pushing to ada/digits failed, the Hub could not be reached: ")
+    assert message.startswith(
+        "hf_guided.hub.push.PushError: Pushing to ada/digits failed, the Hub could not be reached: "
+    )
 
 
 def test_only_saved_models_are_pushed(tmp_path):

@@ -17,6 +17,7 @@ from transformers import AutoModelForImageClassification, pipeline
 from hf_guided import ClassifierGuidedPipeline
 from hf_guided.training.arguments import parse_arguments
 from hf_guided.training.train_classifier import ClassifierArguments, train_classifier
+from hf_guided.training.train_diffusion import DiffusionArguments, train_diffusion
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,3 +138,50 @@ def test_help_tells_how_to_launch(module):
     assert result.returncode == 0
     assert "accelerate launch" in result.stdout
     assert "--train_data_dir" in result.stdout
+
+
+def test_an_unconditional_model_of_pictures_without_labels(photos, tmp_path):
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for i, path in enumerate(sorted(photos.rglob("*.png"))[:12]):
+        (folder / f"{i}.png").write_bytes(path.read_bytes())
+    argv = [*TINY_RUN, "--train_data_dir", str(folder), "--resolution", "8", "--output_dir", str(tmp_path / "out")]
+    argv += ["--no_class_conditional", "--max_train_steps", "2", "--preview_steps", "1", "--preview_respacing", "2"]
+    data_args, stages = parse_arguments({"diffusion": DiffusionArguments}, argv)
+    finished = train_diffusion(data_args, stages["diffusion"])
+    Image.open(tmp_path / "out" / "diffusion" / "preview-000002.png").verify()
+    pipe = ClassifierGuidedPipeline.from_pretrained(finished)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.num_classes is None
+    assert len(pipe(num_images_per_label=3, respacing="2").images) == 3
+
+
+def test_held_out_loss_is_the_same_every_time_and_falls(photos, tmp_path):
+    """The moving average is lent for the measurement, and given back."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def held_out(folder: Path, *flags: str) -> list[float]:
+        argv = [*TINY_MODEL, "--train_batch_size", "16", "--train_data_dir", str(photos), "--resolution", "8"]
+        argv += [
+            "--output_dir",
+            str(folder),
+            "--max_train_steps",
+            "40",
+            "--learning_rate",
+            "3e-3",
+            "--ema_decay",
+            "0.8",
+        ]
+        data_args, stages = parse_arguments({"classifier": ClassifierArguments}, [*argv, *flags])
+        train_classifier(data_args, stages["classifier"])
+        values = []
+        for events in (folder / "classifier" / "logs").rglob("*tfevents*"):
+            accumulator = EventAccumulator(str(events)).Reload()
+            if "held_out/loss" in accumulator.Tags()["scalars"]:
+                values += [event.value for event in accumulator.Scalars("held_out/loss")]
+        return values
+
+    every_ten = held_out(tmp_path / "ten", "--validation_steps", "10")
+    assert len(every_ten) == 4
+    assert every_ten[-1] < every_ten[0]
+    assert held_out(tmp_path / "twenty", "--validation_steps", "20") == every_ten[1::2]
