@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
+from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
 from ..data import DataArguments
@@ -75,6 +76,17 @@ class LoopArguments(RunArguments):
     preview_steps: int = flag(0, "Draw a grid of samples every so many updates; 0 is never.")
     logging_steps: int = flag(10, "Log every so many updates.")
     report_to: str = flag("tensorboard", "Tracker, as accelerate names them; 'none' for none.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [scheduler.value for scheduler in SchedulerType]
+        if self.lr_scheduler not in names:
+            raise ValueError(f"--lr_scheduler {self.lr_scheduler} is not one of {', '.join(names)}.")
+        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} is too small; give 1 or more.")
+        if self.checkpoints_total_limit < 1 or self.logging_steps < 1:
+            raise ValueError("--checkpoints_total_limit and --logging_steps must be 1 or more.")
 
 
 @dataclass
@@ -195,7 +207,8 @@ def run_script(main: Any) -> None:
     except KeyboardInterrupt:
         raise SystemExit("Stopped; the same command goes on from the last checkpoint.") from None
     finally:
-        PartialState().destroy_process_group()
+        if PartialState._shared_state:  # else nothing was started
+            PartialState().destroy_process_group()
 
 
 def _flags_of(stages: list[type], prefix: str = "") -> type:

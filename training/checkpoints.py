@@ -61,13 +61,19 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     """The newest whole checkpoint for `"latest"`, or the folder named; `None` if there is none yet.
 
     Raises:
-        `ValueError`: If the folder named is not a whole checkpoint.
+        `ValueError`: If the folder named is not a whole checkpoint, or lies beside newer ones.
     """
     if wanted != "latest":
         if not (Path(wanted) / STATE_FILE).is_file():
             raise ValueError(
                 f"--resume_from_checkpoint {wanted} is not a whole checkpoint ({STATE_FILE} is missing); name a folder "
                 f"such as {output_dir}/checkpoint-500, or 'latest'."
+            )
+        newer = [path.name for path in list_checkpoints(output_dir) if step_of(path) > step_of(Path(wanted))]
+        if newer and Path(wanted).resolve().parent == output_dir.resolve():
+            raise ValueError(
+                f"{output_dir} holds newer checkpoints than {Path(wanted).name}: {', '.join(newer)}. Go on from the "
+                f"newest with --resume_from_checkpoint latest, or remove them."
             )
         return Path(wanted)
     whole = list_checkpoints(output_dir)
@@ -77,7 +83,12 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The whole checkpoints, oldest first."""
     folders = [path for path in output_dir.glob("checkpoint-*") if (path / STATE_FILE).is_file()]
-    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(folders, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of updates that a checkpoint's name tells."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path, current: dict[str, Any], others: dict[str, Any]) -> int:

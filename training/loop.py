@@ -44,6 +44,8 @@ from .timestep_sampling import TimestepSampler
 
 logger = logging.getLogger(__name__)
 
+LAUNCHER = os.getppid()
+
 check_once = functools.lru_cache(maxsize=1)(check_images)  # the stages of one script share their images
 
 Batch = dict[str, torch.Tensor]
@@ -207,7 +209,10 @@ def train(
             if stopping:
                 progress.close()
                 if accelerator.is_main_process:
-                    logger.info(f"Stopped after {step} steps and saved {folder}; the same command goes on from there.")
+                    how = "" if args.resume_from_checkpoint == "latest" else " with --resume_from_checkpoint latest"
+                    logger.info(
+                        f"Stopped after {step} steps, saved {folder}; the same command{how} goes on from there."
+                    )
                 finish_trackers(accelerator)
                 return False
 
@@ -282,20 +287,23 @@ def estimate_memory(task: Task, images: LabelledImages, batch_size: int) -> int:
 
     The activations are counted on the meta device, where nothing is computed.
     """
-    kept: dict[tuple, int] = {}
+    model = copy.deepcopy(task.model).to("meta").train()
+    weights = {parameter.untyped_storage()._cdata: parameter.nbytes for parameter in model.parameters()}
+    activations: dict[int, int] = {}  # by storage: what several layers keep is there once
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[(id(tensor.untyped_storage()), len(kept) if tensor.device.type != "meta" else 0)] = tensor.nbytes
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            activations[storage._cdata] = storage.nbytes()
         return tensor
 
-    model = copy.deepcopy(task.model).to("meta").train()
     size = (batch_size, images.image_channels, *images.resolution)
     batch = {"pixel_values": torch.empty(size, device="meta")}
     batch["labels"] = torch.zeros(batch_size, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(**task.inputs(batch))
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    return 5 * weights + sum(kept.values())
+        output = model(**task.inputs(batch))  # kept alive, and with it every storage counted
+    del output
+    return 5 * sum(weights.values()) + sum(activations.values())
 
 
 @torch.no_grad()
@@ -350,19 +358,20 @@ def averaged_weights(ema: EMAModel, parameters: list[nn.Parameter]) -> Iterator[
 @contextmanager
 def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
     """Turns Ctrl-C and SIGTERM into a question that the loop asks after each step; a second Ctrl-C ends at once."""
-    requested = threading.Event()
+    requested, interrupted = threading.Event(), threading.Event()
 
     def handle(signum: int, frame: Any) -> None:
-        if requested.is_set():
-            signal.default_int_handler(signum, frame)
-        requested.set()
+        if signum == signal.SIGINT:
+            if interrupted.is_set():
+                signal.default_int_handler(signum, frame)
+            interrupted.set()
+        requested.set()  # SIGTERM may well come several times: from a launcher, and from a cluster's scheduler
 
     # `accelerate launch` of one process does not pass SIGTERM on: its end is then the sign
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ
-    parent = os.getppid()
 
     def stop_requested() -> bool:
-        if launched and os.getppid() != parent:
+        if launched and os.getppid() != LAUNCHER:
             requested.set()
         if accelerator.num_processes == 1:
             return requested.is_set()

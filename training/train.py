@@ -12,6 +12,7 @@ the same command goes on where it was.
 
 import copy
 import logging
+import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
 
@@ -35,7 +37,7 @@ from hf_guided.hub import write_model_card
 from hf_guided.hub.push import check_login
 from hf_guided.schedulers.schedules import space_timesteps
 from hf_guided.training.arguments import LoopArguments, RunArguments, flag, parse_arguments, run_script
-from hf_guided.training.checkpoints import save_folder
+from hf_guided.training.checkpoints import list_checkpoints, save_folder
 from hf_guided.training.loop import finish, write_json
 from hf_guided.training.train_classifier import ClassifierArguments, make_classifier, train_classifier
 from hf_guided.training.train_diffusion import DiffusionArguments, make_unet, train_diffusion
@@ -72,8 +74,9 @@ def main() -> None:
     # 1. Train: what judges, what guides, what makes images
     images = load_labelled_images(data_args, seed=args.seed)
     check_stages(stages, images[0])
-    if args.push_to_hub and PartialState().is_main_process:
+    if args.push_to_hub and os.environ.get("RANK", "0") == "0":
         check_login(args.hub_token)
+    is_resumed = any(list_checkpoints(output_dir / name) for name in ("judge", "classifier", "diffusion"))
     judge_folder = train_classifier(data_args, stages["judge"], images, name="judge")
     classifier_folder = judge_folder and train_classifier(data_args, stages["classifier"], images)
     diffusion_folder = classifier_folder and train_diffusion(data_args, stages["diffusion"], images)
@@ -90,7 +93,7 @@ def main() -> None:
     ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     save_folder(pipeline.save_pretrained, output_dir / "pipeline")
-    minutes = (time.monotonic() - started) / 60
+    minutes = None if is_resumed else round((time.monotonic() - started) / 60, 1)
 
     # 3. Sample, judge, publish
     logger.info("\n== report ==")
@@ -134,10 +137,18 @@ def check_stages(stages: dict[str, Any], images: LabelledImages) -> None:
                 f"The classifier's {name} is {getattr(classifier, name)!r} and the UNet's "
                 f"{getattr(diffusion, name)!r}; both must see the same noise, so give --{name} once, for all stages."
             )
-    for respacing in (report.respacing, diffusion.preview_respacing):
-        space_timesteps(diffusion.num_train_timesteps, respacing)
+    if stages["judge"].noisy or not classifier.noisy:
+        raise ValueError(
+            "The classifier guides and must be trained on noised images (--classifier_noisy true); the judge judges "
+            "clean ones (--judge_noisy false)."
+        )
+    space_timesteps(diffusion.num_train_timesteps, report.respacing)
     for scale in (*report.guidance_scales, *report.conditional_scales, report.default_scale):
         ClassifierGuidance(scale)
+    if report.sampling_batch_size < 1:
+        raise ValueError(f"--sampling_batch_size {report.sampling_batch_size} is too small; give 1 or more.")
+    if len(images) < 4:
+        raise ValueError(f"{len(images)} images are too few to train on and to judge by; give 4 or more.")
     if report.num_images < 4:
         raise ValueError(
             f"--num_images {report.num_images} is too few to judge precision and recall by; take 4 or more."
@@ -169,11 +180,21 @@ def make_report(
         features, probabilities = zip(*(classifier_features(judge, batch) for batch in batches), strict=True)
         return np.concatenate(features), np.concatenate(probabilities)
 
-    train_features = judged(real_batches(images[0], args.sampling_batch_size))[0]
+    def judged_real(images: LabelledImages) -> tuple[tuple[np.ndarray, np.ndarray], torch.Tensor]:
+        labels: list[torch.Tensor] = []
+
+        def pixels() -> Iterator[torch.Tensor]:
+            for batch in real_batches(images, args.sampling_batch_size):
+                labels.append(batch["labels"])  # of the image that stands in, where a file is corrupt
+                yield batch["pixel_values"]
+
+        return judged(pixels()), torch.cat(labels)
+
+    train_features = judged_real(images[0])[0][0]
     rows: list[dict[str, Any]] = []
     if images[1] is not None and len(images[1]) > 3:
-        labels = torch.as_tensor(images[1].labels)[real_order(images[1])]
-        verdict = judge_features(*judged(real_batches(images[1], args.sampling_batch_size)), labels, train_features)
+        features, labels = judged_real(images[1])
+        verdict = judge_features(*features, labels, train_features)
         rows.append({"samples": "held-out images", "guidance_scale": None, "condition_unet": None, **verdict})
 
     settings = [(scale, False) for scale in args.guidance_scales]
@@ -199,25 +220,21 @@ def draw_grid(
     labels = torch.arange(len(names)).repeat_interleave(10)
     arguments: dict[str, Any] = {"guidance_scale": scale, "condition_unet": condition_unet}
     pictures = [picture for batch in sample_batches(pipeline, labels, batch_size, **arguments) for picture in batch]
-    title = f"guidance scale {scale:g}, the UNet is {'told' if condition_unet else 'not told'} the class"
+    told = condition_unet and pipeline.unet.config.num_class_embeds is not None
+    title = f"guidance scale {scale:g}, the UNet is {'told' if told else 'not told'} the class"
     save_png(labelled_grid(pictures, names, title=title), path)
 
 
-def real_order(images: LabelledImages) -> list[int]:
-    """Up to 10,000 images, drawn by the same chance every time."""
-    return torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:10_000].tolist()
-
-
-def real_batches(images: LabelledImages, batch_size: int) -> Iterator[torch.Tensor]:
-    """Real images as they are, neither mirrored nor cropped at random, `(batch, channels, height, width)`."""
+def real_batches(images: LabelledImages, batch_size: int) -> Iterable[dict[str, torch.Tensor]]:
+    """Up to 10,000 real images, drawn by the same chance every time, neither mirrored nor cropped at random."""
     plain = copy.copy(images)
     plain.random_flip = plain.random_crop = False
-    for indices in torch.tensor(real_order(images)).split(batch_size):
-        yield torch.stack([plain[index]["pixel_values"] for index in indices.tolist()])
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:10_000].tolist()
+    return DataLoader(plain, sampler=[(index, 0) for index in order], batch_size=batch_size)
 
 
 def describe(
-    stages: dict[str, Any], images: tuple[LabelledImages, LabelledImages | None], minutes: float
+    stages: dict[str, Any], images: tuple[LabelledImages, LabelledImages | None], minutes: float | None
 ) -> dict[str, Any]:
     """How it was trained, for the model card."""
     device, processes = PartialState().device, PartialState().num_processes
@@ -234,7 +251,7 @@ def describe(
         "UNet": steps(stages["diffusion"]),
         "noise schedule": stages["diffusion"].beta_schedule,
         "seed": stages["diffusion"].seed,
-        "minutes": round(minutes, 1),
+        "minutes": minutes,
         "hardware": f"{hardware}, {platform.system()}",
         "versions": {name: version(name) for name in packages},
     }

@@ -21,6 +21,7 @@ from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.pictures import labelled_grid, save_png
 from hf_guided.evaluation.sampling import sample_batches
 from hf_guided.losses import diffusion_loss
+from hf_guided.schedulers.schedules import space_timesteps
 from hf_guided.schedulers.scheduling_adm import model_timesteps
 from hf_guided.training.arguments import (
     ArchitectureArguments,
@@ -50,6 +51,15 @@ class DiffusionArguments(LoopArguments, ScheduleArguments, ArchitectureArguments
     class_conditional: bool = flag(True, "Tell the UNet the class.")
     label_dropout: float = flag(0.1, "Share of images whose class is withheld, so that one UNet does both.")
     preview_respacing: str = flag("25", "Timesteps of previews, in OpenAI's notation.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        space_timesteps(self.num_train_timesteps, self.preview_respacing)
+        if self.loss_type == "hybrid" and self.variance_type != "learned_range":
+            raise ValueError(
+                f"--loss_type hybrid trains a learned variance, and --variance_type {self.variance_type} has none; add "
+                f"--loss_type simple."
+            )
 
 
 class DiffusionTask(Task):

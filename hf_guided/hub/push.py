@@ -17,15 +17,18 @@ class PushError(RuntimeError):
 
 
 def check_login(token: str | None = None) -> str:
-    """The user whom the Hub takes the token for; finds out before a long training what a push would meet after it.
+    """The user whom the Hub takes the token for, asked before a long training whose result is to be pushed.
 
     Raises:
-        `PushError`: If there is no token, or the Hub does not accept it.
+        `PushError`: If there is no token, the Hub does not accept it, or it may only read.
     """
     try:
-        return HfApi(token=token or True).whoami()["name"]
+        user = HfApi(token=token or True).whoami()
     except (HTTPError, HfHubHTTPError, LocalTokenNotFoundError) as error:
         raise PushError(_mend(error, "the Hub")) from error
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise PushError(f"This token may only read, not push: {_LOGIN}.")
+    return user["name"]
 
 
 def push_folder(

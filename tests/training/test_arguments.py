@@ -42,14 +42,14 @@ def test_a_flag_is_for_all_stages_or_for_one():
 
 
 def test_every_key_is_a_flag():
-
     arguments = {"str": "x", "int": "3", "float": "0.5", "bool": "true"}
+    valid = {"lr_scheduler": "linear", "preview_respacing": "7"}
+    beside = {"push_to_hub": ["--hub_model_id", "me/x"], "variance_type": ["--loss_type", "simple"]}
     for field in dataclasses.fields(DiffusionArguments):
         kind = next((name for name in arguments if name in str(field.type)), "str")
-        value = field.metadata.get("choices", [arguments[kind]])[-1]
-        extra = ["--hub_model_id", "me/x"] if field.name == "push_to_hub" else []
-        _, changed = parse_arguments({"diffusion": DiffusionArguments}, [f"--{field.name}", value, *extra])
-        given = getattr(changed["diffusion"], field.name)
+        value = valid.get(field.name) or field.metadata.get("choices", [arguments[kind]])[-1]
+        argv = [f"--{field.name}", value, *beside.get(field.name, [])]
+        given = getattr(parse_arguments({"diffusion": DiffusionArguments}, argv)[1]["diffusion"], field.name)
         assert str(given[0] if isinstance(given, list) else given).lower().removesuffix(".0") == value
 
 
@@ -90,8 +90,16 @@ def test_mistakes_are_named(tmp_path):
     recipe.write_text(yaml.safe_dump({"unet": {}}))
     with pytest.raises(ValueError, match="sections that no script knows: unet"):
         parse_arguments(STAGES, ["--recipe", str(recipe)])
-    with pytest.raises(ValueError, match="--push_to_hub needs --hub_model_id"):
-        parse_arguments(STAGES, ["--push_to_hub"])
+    for argv, message in [
+        (["--push_to_hub"], "--push_to_hub needs --hub_model_id"),
+        (["--preview_respacing", "x"], "not understood"),
+        (["--lr_scheduler", "nonsense"], "nonsense is not one of .*cosine"),
+        (["--classifier_train_batch_size", "0"], "--train_batch_size 0 is too small"),
+        (["--checkpoints_total_limit", "0"], "must be 1 or more"),
+        (["--variance_type", "fixed_small"], "add --loss_type simple"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            parse_arguments(STAGES, argv)
 
 
 def test_stages_that_contradict_each_other_are_refused():
@@ -99,7 +107,9 @@ def test_stages_that_contradict_each_other_are_refused():
         (["--classifier_beta_schedule", "linear"], "both must see the same noise"),
         (["--label_dropout", "0"], "must always be told"),
         (["--respacing", "ddim7777"], "no integer stride"),
-        (["--preview_respacing", "x"], "not understood"),
+        (["--no_classifier_noisy"], "must be trained on noised images"),
+        (["--judge_noisy"], "must be trained on noised images"),
+        (["--sampling_batch_size", "0"], "give 1 or more"),
         (["--default_scale", "-1"], "finite number from 0 up"),
         (["--num_images", "3"], "take 4 or more"),
         (["--diffusion_channel_mult", "1", "1", "1", "1", "1"], "cannot be halved 4 times"),

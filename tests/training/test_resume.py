@@ -145,6 +145,8 @@ def test_signals_save_and_exit_cleanly(photos, tmp_path, signum, workers):
     process = start(tmp_path, photos, *flags)
     wait_for_progress(process, tmp_path)
     os.killpg(process.pid, signum)
+    if signum == signal.SIGTERM:  # from the launcher and from the scheduler
+        os.killpg(process.pid, signum)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output[-3000:]
     assert "Traceback" not in output
@@ -184,7 +186,11 @@ def test_other_flags_are_named_and_refused_unless_they_cannot_matter(uninterrupt
     assert (checkpoints / "checkpoint-8" / STATE_FILE).is_file()
     with pytest.raises(ValueError, match="has 8 steps, more than --max_train_steps 7"):
         train(folder, photos, "--max_train_steps", "7")
-    train(folder, photos, "--max_train_steps", "7", "--resume_from_checkpoint", str(checkpoints / "checkpoint-4"))
+    with pytest.raises(ValueError, match="holds newer checkpoints than checkpoint-4: checkpoint-6, checkpoint-8"):
+        train(folder, photos, "--resume_from_checkpoint", str(checkpoints / "checkpoint-4"))
+    elsewhere = ("--resume_from_checkpoint", str(checkpoints / "checkpoint-4"), "--checkpoints_total_limit", "1")
+    train(tmp_path / "elsewhere", photos, *elsewhere)
+    assert bits(tmp_path / "elsewhere") == bits(uninterrupted)
     with pytest.raises(ValueError, match="is not a whole checkpoint"):
         train(folder, photos, "--resume_from_checkpoint", str(checkpoints / "checkpoint-5"))
     (photos / "apple" / "0.png").rename(tmp_path / "0.png")

@@ -91,6 +91,7 @@ def test_pushes_the_finished_pipeline_in_one_commit(photos, tmp_path):
         assert result.returncode == 0, result.stderr[-3000:]
         assert "Pushed to" in result.stderr
         assert "hf_secret" not in result.stderr + result.stdout
+        assert len(hub.repos["me/fruit"].history()) == 2  # the Hub's own first commit, and ours
         files = set(hub.repos["me/fruit"].head().files)
     assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"} <= files
     assert not any("checkpoint" in name for name in files)
