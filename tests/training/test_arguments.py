@@ -44,7 +44,11 @@ def test_a_flag_is_for_all_stages_or_for_one():
 def test_every_key_is_a_flag():
     arguments = {"str": "x", "int": "3", "float": "0.5", "bool": "true"}
     valid = {"lr_scheduler": "linear", "preview_respacing": "7"}
-    beside = {"push_to_hub": ["--hub_model_id", "me/x"], "variance_type": ["--loss_type", "simple"]}
+    beside = {
+        "push_to_hub": ["--hub_model_id", "me/x"],
+        "variance_type": ["--loss_type", "simple"],
+        "num_train_timesteps": ["--preview_respacing", "3"],
+    }
     for field in dataclasses.fields(DiffusionArguments):
         kind = next((name for name in arguments if name in str(field.type)), "str")
         value = valid.get(field.name) or field.metadata.get("choices", [arguments[kind]])[-1]
