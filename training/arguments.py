@@ -119,8 +119,7 @@ class ArchitectureArguments:
 
     def architecture(self) -> dict[str, Any]:
         """The arguments of the models' constructors."""
-        names = [field.name for field in dataclasses.fields(ArchitectureArguments)]
-        return {name: getattr(self, name) for name in names}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(ArchitectureArguments)}
 
 
 def parse_arguments(

@@ -183,7 +183,8 @@ def train(
                         accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-                task.timestep_sampler.update(*accelerator.gather((timesteps, losses.detach())))
+                if task.timestep_sampler.learns_from_losses:
+                    task.timestep_sampler.update(*accelerator.gather((timesteps, losses.detach())))
             lr_scheduler.step()
             ema.step(parameters)
             step += 1

@@ -11,6 +11,8 @@ class TimestepSampler:
         num_train_timesteps (`int`): Number of timesteps of the schedule.
     """
 
+    learns_from_losses = False
+
     def __init__(self, num_train_timesteps: int):
         self.num_train_timesteps = num_train_timesteps
 
@@ -49,6 +51,8 @@ class LossSecondMomentSampler(TimestepSampler):
         history (`int`, defaults to 10): Losses that are remembered for each timestep.
         uniform (`float`, defaults to 0.001): Share of uniform draws, so that no timestep is forgotten.
     """
+
+    learns_from_losses = True
 
     def __init__(self, num_train_timesteps: int, history: int = 10, uniform: float = 0.001):
         super().__init__(num_train_timesteps)

@@ -131,7 +131,7 @@ def main() -> None:
 def check_stages(stages: dict[str, Any], images: LabelledImages) -> None:
     """Refuses at once what would only fail when all is trained."""
     classifier, diffusion, report = stages["classifier"], stages["diffusion"], stages["report"]
-    for name in ("beta_schedule", "num_train_timesteps", "rescale_timesteps"):
+    for name in classifier.schedule():
         if getattr(classifier, name) != getattr(diffusion, name):
             raise ValueError(
                 f"The classifier's {name} is {getattr(classifier, name)!r} and the UNet's "

@@ -111,8 +111,12 @@ class GaussianProcess:
         if self.prediction_type == "v_prediction":  # arXiv 2202.00512, appendix D
             signal, noise_scale = self.at(timestep, sample, "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
             return signal * sample - noise_scale * prediction
+        return self.original_of(prediction, timestep, sample)
+
+    def original_of(self, epsilon: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor) -> torch.Tensor:
+        """The clean image that lies under `sample` if its noise is `epsilon` (eq. 15)."""
         scale, epsilon_scale = self.at(timestep, sample, "sqrt_recip_alpha_bar", "sqrt_recipm1_alpha_bar")
-        return scale * sample - epsilon_scale * prediction
+        return scale * upcast(sample) - epsilon_scale * epsilon
 
     def epsilon_of(self, original: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor) -> torch.Tensor:
         """The noise that leads from a clean image to `sample`."""

@@ -188,10 +188,7 @@ class ADMScheduler(SchedulerMixin, ConfigMixin):
             epsilon = self.process.epsilon_of(original, timestep, sample)
             if gradient is not None:
                 epsilon = epsilon - (1 - alpha_bar).sqrt() * upcast(gradient)
-                scale, epsilon_scale = self.process.at(
-                    timestep, sample, "sqrt_recip_alpha_bar", "sqrt_recipm1_alpha_bar"
-                )
-                original = scale * upcast(sample) - epsilon_scale * epsilon
+                original = self.process.original_of(epsilon, timestep, sample)
             # arXiv 2010.02502, equations 12 and 16; rounding may take the direction's square below 0
             sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_prev).sqrt()
             direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt()
