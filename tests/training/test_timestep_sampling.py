@@ -65,6 +65,8 @@ sampler = LossSecondMomentSampler(2, history=1)
 mine = accelerator.process_index  # process 0 draws timestep 0, process 1 timestep 1
 sampler.update(*accelerator.gather((torch.tensor([mine]), torch.tensor([1.0 + 2 * mine]))))
 assert torch.allclose(sampler.probabilities(), 0.999 * torch.tensor([0.25, 0.75]).double() + 0.0005)
+accelerator.wait_for_everyone()  # a process that is gone aborts the one that still talks to it
+accelerator.end_training()
 """
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
