@@ -15,6 +15,7 @@ _MODULE_OF = {
     "ADMImageProcessor": "models.image_processing_adm",
     "ADMScheduler": "schedulers.scheduling_adm",
     "ClassifierGuidedPipeline": "pipelines.pipeline_classifier_guided",
+    "ClassifierGuidedUpscalePipeline": "pipelines.pipeline_classifier_guided_upscale",
 }
 
 __all__ = [*_MODULE_OF, "__version__"]
@@ -36,4 +37,7 @@ if TYPE_CHECKING:
     from .models.image_processing_adm import ADMImageProcessor as ADMImageProcessor
     from .models.unet_adm import ADMUNet2DModel as ADMUNet2DModel
     from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline as ClassifierGuidedPipeline
+    from .pipelines.pipeline_classifier_guided_upscale import (
+        ClassifierGuidedUpscalePipeline as ClassifierGuidedUpscalePipeline,
+    )
     from .schedulers.scheduling_adm import ADMScheduler as ADMScheduler

@@ -5,23 +5,28 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 # The classes that a saved pipeline may name register themselves with diffusers when they are imported.
+from ..data.images import to_channels, to_pixel_values
 from ..guidance.classifier import ClassifierGuidance
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.unet_adm import ADMUNet2DModel
+from ..schedulers.repaint import RePaint, jump_positions
 from ..schedulers.schedules import space_timesteps
 from ..schedulers.scheduling_adm import ADMScheduler, check_betas, model_timesteps
 
 Labels = int | str | Sequence[int | str] | torch.Tensor
+Images = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image | np.ndarray | torch.Tensor]
 
 
 class ClassifierGuidedPipeline(DiffusionPipeline):
@@ -78,6 +83,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         of_unet = self.unet.config.num_class_embeds
         return of_unet if of_unet is not None or self.classifier is None else self.classifier.config.num_labels
 
+    @property
+    def sample_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the UNet is made for."""
+        size = self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
     @torch.no_grad()
     def __call__(
         self,
@@ -98,6 +109,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        image: Images | None = None,
+        strength: float | None = None,
+        mask_image: Images | None = None,
+        jump_length: int = 10,
+        jump_n_sample: int = 10,
     ) -> ImagePipelineOutput | tuple:
         r"""Samples images: noise -> (UNet -> guidance -> scheduler step) x N -> image.
 
@@ -128,6 +144,16 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 step; what it returns for `"latents"` replaces them.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`): Tensors that the callback
                 is given, of `latents`, `model_output` and `gradient`.
+            image (PIL image, array, tensor or a list of them, *optional*): What to start from, of the UNet's size, see
+                [`images_to_tensor`]; one for all labels, or one for each.
+            strength (`float`, *optional*): How much of the walk is gone, in (0, 1]: the image is noised to that share
+                of the timesteps and made anew from there (SDEdit, arXiv 2108.01073). 1 starts from noise alone. The
+                default is 0.8, with a mask 1.
+            mask_image (PIL image, array or tensor, *optional*): White where `image` is to be made anew, black where it
+                is kept, to the pixel (RePaint, arXiv 2201.09865).
+            jump_length (`int`, defaults to 10), jump_n_sample (`int`, defaults to 10): RePaint's resampling: after
+                every so many steps as many are undone by noise and walked again, until they were walked so often. 1
+                walks each step once: far fewer UNet calls, a less coherent filling.
 
         Returns:
             [`~diffusers.pipelines.pipeline_utils.ImagePipelineOutput`]: `.images`.
@@ -147,28 +173,75 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """
         # 1. What is asked for
         labels = self.resolve_labels(class_labels, num_images_per_label)
+        original = None
+        if image is None and (strength is not None or mask_image is not None):
+            raise ValueError("strength and mask_image say what to do with an image: give image= too.")
+        if image is not None:
+            original, labels = self.match_labels(self.prepare_image(image, latents), labels, num_images_per_label)
         guidances = self.resolve_guidance(guidance, guidance_scale, labels)
         self.check_inputs(labels, guidances, condition_unet, output_type, callback_on_step_end_tensor_inputs)
+        if self.unet.config.get("low_res_channels") is not None:
+            raise ValueError("This UNet is an upsampler: load it with ClassifierGuidedUpscalePipeline.")
         eta = self.default("eta", 0.0) if eta is None else eta
-        batch_size = num_images_per_label if labels is None else len(labels)
-        unet_labels = labels if condition_unet and self.unet.config.num_class_embeds is not None else None
 
         # 2. Timesteps and noise
         self.set_timesteps(num_inference_steps, respacing, timesteps)
+        batch_size = num_images_per_label if labels is None else len(labels)
+        if original is not None:
+            batch_size = len(original)
         generators = self.prepare_generators(generator, batch_size)
         latents = self.prepare_latents(latents, batch_size, generators)
-        if variance_noise is not None and variance_noise.shape != (len(self.scheduler.timesteps), *latents.shape):
-            raise ValueError(
-                f"variance_noise has shape {tuple(variance_noise.shape)}; {len(self.scheduler.timesteps)} steps of "
-                f"this batch need {(len(self.scheduler.timesteps), *latents.shape)}."
-            )
+        visited, repaint = self.scheduler.timesteps, None
+        if original is not None:
+            if strength is None:
+                strength = 0.8 if mask_image is None else 1.0
+            visited, latents = self.start_from(original, latents, strength)
+        if original is not None and mask_image is not None:
+            repaint = self.prepare_repaint(mask_image, original)
+            visited = visited[jump_positions(len(visited), jump_length, jump_n_sample)]
 
         # 3. noise -> (UNet -> guidance -> scheduler step) x N -> image
-        schedule = self.scheduler.timesteps.tolist()  # on the host once, not step by step
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        conditions = self.unet_conditions(labels if condition_unet else None)
+        latents = self.denoise(
+            latents,
+            visited,
+            conditions,
+            guidances,
+            labels,
+            eta,
+            generators,
+            variance_noise,
+            repaint,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        return self.finish(latents, output_type, return_dict)
+
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        visited: torch.Tensor,
+        conditions: dict[str, torch.Tensor],
+        guidances: list[ClassifierGuidance],
+        labels: torch.Tensor | None,
+        eta: float,
+        generators: list[torch.Generator],
+        variance_noise: torch.Tensor | None = None,
+        repaint: RePaint | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> torch.Tensor:
+        """The walk: (UNet -> guidance -> scheduler step) at each timestep visited, `conditions` being the UNet's."""
+        if variance_noise is not None and variance_noise.shape != (len(visited), *latents.shape):
+            raise ValueError(
+                f"variance_noise has shape {tuple(variance_noise.shape)}; {len(visited)} steps of this batch need "
+                f"{(len(visited), *latents.shape)}."
+            )
+        schedule = visited.tolist()  # on the host once, not step by step
+        for i, t in enumerate(self.progress_bar(visited)):
             model_input = self.scheduler.scale_model_input(latents, t)
             told = model_timesteps(self.scheduler, t)
-            model_output = self.predict(model_input, told, unet_labels)
+            model_output = self.unet(model_input.to(self.unet.dtype), told, **conditions).sample.float()
 
             gradient = None
             for kind in guidances:
@@ -178,23 +251,72 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
             noise = None if variance_noise is None else variance_noise[i].to(latents)
             latents = self.step(model_output, t, schedule[i], model_input, latents, gradient, eta, generators, noise)
+            if repaint is not None:
+                latents = repaint(latents, schedule[i], next(iter(schedule[i + 1 :]), None), generators)
 
             if callback_on_step_end is not None:
                 callback_kwargs = {}
                 for name in callback_on_step_end_tensor_inputs:
                     callback_kwargs[name] = locals()[name]
                 latents = callback_on_step_end(self, i, t, callback_kwargs).pop("latents", latents)
+        return latents
 
-        image = latents
+    def finish(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        """The images as they were asked for."""
+        image: Any = latents
         if output_type != "latent":
             image = self.image_processor.postprocess(image, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)
 
-    def predict(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
-        """The UNet's output in float32, `(batch, C or 2C, height, width)`."""
-        conditions = {} if class_labels is None else {"class_labels": class_labels}
-        return self.unet(sample.to(self.unet.dtype), timestep, **conditions).sample.float()
+    def unet_conditions(self, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """What the UNet is told beside sample and timestep: the labels, if it is class-conditional."""
+        return {} if labels is None or self.unet.config.num_class_embeds is None else {"class_labels": labels}
+
+    def start_from(
+        self, original: torch.Tensor, noise: torch.Tensor, strength: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The timesteps that are left of the walk at some strength, and the images noised to the first of them."""
+        steps, timesteps = self.scheduler.num_inference_steps, self.scheduler.timesteps
+        if not 0 < strength <= 1 or int(steps * strength) == 0:
+            raise ValueError(
+                f"strength={strength} leaves none of {steps} steps: it lies above 0 and up to 1, and strength times "
+                f"steps must reach 1."
+            )
+        if strength == 1:
+            return timesteps, noise
+        skipped = (steps - int(steps * strength)) * self.scheduler.order
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(skipped)
+        first = timesteps[skipped].repeat(len(original))
+        noise = noise / self.scheduler.init_noise_sigma  # which add_noise brings to the right strength itself
+        return timesteps[skipped:], self.scheduler.add_noise(original, noise, first)
+
+    def prepare_image(self, image: Images, latents: torch.Tensor | None = None) -> torch.Tensor:
+        """Images in [-1, 1] of the size that will be sampled: the latents', or the UNet's."""
+        original = images_to_tensor(image, self.unet.config.in_channels).to(self._execution_device)
+        expected = self.sample_size if latents is None else tuple(latents.shape[-2:])
+        if original.shape[-2:] != expected:
+            raise ValueError(
+                f"The image has {original.shape[-2]}x{original.shape[-1]} pixels and this UNet makes "
+                f"{expected[0]}x{expected[1]}; resize or crop it first."
+            )
+        return original
+
+    def prepare_repaint(self, mask_image: Images, original: torch.Tensor) -> RePaint:
+        """What keeps the known pixels."""
+        if not isinstance(self.scheduler, ADMScheduler):
+            raise ValueError(
+                f"mask_image needs a scheduler that can jump back in its walk, ADMScheduler; "
+                f"{type(self.scheduler).__name__} cannot."
+            )
+        mask = images_to_tensor(mask_image, 1).to(original.device) > 0
+        if mask.shape[-2:] != original.shape[-2:] or len(mask) not in (1, len(original)):
+            raise ValueError(
+                f"{len(mask)} mask(s) of {mask.shape[-2]}x{mask.shape[-1]} pixels do not fit {len(original)} image(s) "
+                f"of {original.shape[-2]}x{original.shape[-1]}; give one of the image's size, or one per image."
+            )
+        return RePaint(self.scheduler, original, mask)
 
     def step(
         self,
@@ -255,6 +377,28 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 f"{self.num_classes - 1}."
             )
         return torch.tensor(ids, device=self._execution_device).repeat_interleave(num_images_per_label)
+
+    def match_labels(
+        self, images: torch.Tensor, labels: torch.Tensor | None, num_images_per_label: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Brings images and labels together: as many of both, or one of the one for all of the other.
+
+        Args:
+            images (`torch.Tensor` of shape `(n, ...)`): One for each label, one for all, or several for one label.
+            labels (`torch.Tensor`, *optional*): As [`resolve_labels`] gives them, each repeated already.
+            num_images_per_label (`int`): How often.
+        """
+        images = images.repeat_interleave(num_images_per_label, dim=0)
+        if labels is None or len(images) == len(labels):
+            return images, labels
+        if len(images) == num_images_per_label:
+            return images.repeat(len(labels) // num_images_per_label, 1, 1, 1), labels
+        if len(labels) == num_images_per_label:
+            return images, labels.repeat(len(images) // num_images_per_label)
+        raise ValueError(
+            f"{len(images) // num_images_per_label} images and {len(labels) // num_images_per_label} class_labels do "
+            f"not fit together: give as many of both, or one of either."
+        )
 
     def id_of_name(self, name: str) -> int:
         """The id of a class name, or of one of the synonyms that a name separates by commas; case does not matter."""
@@ -405,11 +549,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         self, latents: torch.Tensor | None, batch_size: int, generators: list[torch.Generator]
     ) -> torch.Tensor:
         """The initial noise in float32, `(batch, channels, height, width)`, as strong as the scheduler wants it."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
         channels = self.unet.config.in_channels
         if latents is None:
-            shape = (batch_size, channels, height, width)
+            shape = (batch_size, channels, *self.sample_size)
             latents = randn_tensor(shape, generators, self._execution_device, torch.float32)
         elif latents.ndim != 4 or latents.shape[:2] != (batch_size, channels):
             raise ValueError(
@@ -417,6 +559,56 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 f"({batch_size}, {channels}, height, width)."
             )
         return latents.to(self._execution_device, torch.float32) * self.scheduler.init_noise_sigma
+
+
+def images_to_tensor(images: Images, channels: int) -> torch.Tensor:
+    """Images of every kind as a tensor of shape `(batch, channels, height, width)` in [-1, 1].
+
+    Args:
+        images: PIL images; arrays `(height, width)`, `(height, width, C)` or `(batch, height, width, C)`; tensors
+            `(C, height, width)` or `(batch, C, height, width)`; or a list of one kind. 8-bit integers run from 0 to
+            255, as in the published `.npz` files; floats from 0 to 1 or, if any is negative, from -1 to 1.
+        channels (`int`): 1 or 3, as the model wants them. Grey stands for three equal channels.
+
+    Raises:
+        `ValueError`: For other shapes or values, and images that differ in size.
+    """
+    several: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
+    tensors = [
+        torch.from_numpy(to_pixel_values(to_channels(image, channels), channels))[None]
+        if isinstance(image, Image.Image)
+        else _values_to_tensor(image, channels)
+        for image in several
+    ]
+    if len({tensor.shape[1:] for tensor in tensors}) != 1:
+        sizes = sorted({f"{tensor.shape[-2]}x{tensor.shape[-1]}" for tensor in tensors})
+        raise ValueError(f"Images of one batch must have one size; these have {', '.join(sizes) or 'none'}.")
+    return torch.cat(tensors)
+
+
+def _values_to_tensor(values: Any, channels: int) -> torch.Tensor:
+    """An array or tensor of one or several images as `(batch, channels, height, width)` in [-1, 1]."""
+    if isinstance(values, np.ndarray):
+        values = torch.from_numpy(np.ascontiguousarray(values))
+        values = values.movedim(-1, -3) if values.ndim > 2 else values
+    if not torch.is_tensor(values) or values.ndim not in (2, 3, 4):
+        raise ValueError(
+            f"An image is a PIL image, an array (height, width, channels) or a tensor (channels, height, width), alone "
+            f"or in a batch; got {type(values).__name__} of shape {tuple(getattr(values, 'shape', ()))}."
+        )
+    values = values.reshape(-1, values.shape[-3] if values.ndim > 2 else 1, *values.shape[-2:])
+    if values.shape[1] not in (1, channels):
+        raise ValueError(f"The images have {values.shape[1]} channels where {channels} are expected.")
+    values = values.expand(-1, channels, -1, -1)
+    if values.dtype == torch.uint8:
+        return values / 127.5 - 1
+    values = values.float()
+    low, high = values.min().item(), values.max().item()
+    if not (low >= -2 and high <= 2):  # samples may overshoot a little; also true of NaN
+        raise ValueError(
+            f"The images have values from {low:g} to {high:g}; give 8-bit integers, or floats in [0, 1] or [-1, 1]."
+        )
+    return (values if low < 0 else 2 * values - 1).clamp(-1, 1)
 
 
 def alpha_bar_at(scheduler: SchedulerMixin, timestep: float) -> float:

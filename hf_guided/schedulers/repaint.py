@@ -1,0 +1,80 @@
+"""Filling holes with an unconditional walk: RePaint (arXiv 2201.09865)."""
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from .scheduling_adm import ADMScheduler
+
+
+def jump_positions(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
+    """The steps of a walk in the order in which RePaint takes them (section 4.2 and appendix B).
+
+    Args:
+        num_steps (`int`): Steps from noise to image, numbered from 0.
+        jump_length (`int`): So many steps are undone at once. The walk is cut into stretches of that length, counted
+            from the image.
+        jump_n_sample (`int`): So often each stretch is walked; 1 is the plain walk.
+
+    Returns:
+        `list[int]`: Numbers of steps, each stretch repeated.
+
+    Raises:
+        `ValueError`: If either is less than 1.
+    """
+    if jump_length < 1 or jump_n_sample < 1:
+        raise ValueError(f"jump_length={jump_length} and jump_n_sample={jump_n_sample} must be 1 or more.")
+    jumps_left = dict.fromkeys(range(0, num_steps - jump_length, jump_length), jump_n_sample - 1)
+    positions: list[int] = []
+    left = num_steps - 1  # steps that remain after the current one
+    while left >= 0:
+        positions.append(num_steps - 1 - left)
+        left -= 1
+        if jumps_left.get(left, 0):
+            jumps_left[left] -= 1
+            left += jump_length
+    return positions
+
+
+class RePaint:
+    """Keeps the known pixels of a walk, at the noise of each step (Algorithm 1), and undoes steps by noise.
+
+    Args:
+        scheduler ([`ADMScheduler`]): Takes the steps.
+        original (`torch.Tensor` of shape `(batch, channels, height, width)`): Images in [-1, 1].
+        mask (`torch.Tensor` of shape `(1 or batch, 1, height, width)`, bool): Where they are to be made anew.
+    """
+
+    def __init__(self, scheduler: ADMScheduler, original: torch.Tensor, mask: torch.Tensor):
+        self.scheduler = scheduler
+        self.original = original
+        self.mask = mask
+
+    def __call__(
+        self,
+        sample: torch.Tensor,
+        timestep: int,
+        next_timestep: int | None,
+        generators: list[torch.Generator],
+    ) -> torch.Tensor:
+        """
+        Args:
+            sample (`torch.Tensor` like `original`): What the step at `timestep` made.
+            timestep (`int`): The step that was taken.
+            next_timestep (`int`, *optional*): The step that comes next; not below `timestep` if the walk jumps back.
+                `None` at the end, where the known pixels become the original's exactly.
+            generators (`list[torch.Generator]`): Draw the noise, one per image.
+
+        Returns:
+            `torch.Tensor`: The sample with its known pixels, noised to `next_timestep`.
+        """
+
+        def noised(image: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+            noise = randn_tensor(image.shape, generators, image.device, image.dtype)
+            return alpha_bar.sqrt() * image + (1 - alpha_bar).sqrt() * noise
+
+        (alpha_bar,) = self.scheduler.process.at(timestep, sample, "alpha_bar_prev")
+        sample = torch.where(self.mask, sample, noised(self.original, alpha_bar))  # equation 8
+        if next_timestep is not None and next_timestep >= timestep:
+            (alpha_bar_next,) = self.scheduler.process.at(next_timestep, sample, "alpha_bar")
+            sample = noised(sample, alpha_bar_next / alpha_bar)
+        return sample

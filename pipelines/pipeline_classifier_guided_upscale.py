@@ -1,0 +1,140 @@
+"""Large images from small ones by diffusion: the second stage of a cascade (ADM-U, arXiv 2105.05233, section 5.2)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..guidance.classifier import ClassifierGuidance
+from ..models.classifier_adm import ADMForImageClassification
+from ..models.unet_adm import ADMUNet2DModel
+from ..schedulers.scheduling_adm import ADMScheduler
+from .pipeline_classifier_guided import ClassifierGuidedPipeline, Images, Labels, images_to_tensor
+
+
+class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
+    r"""Makes large images of small ones: a diffusion model that is shown the small image at each step, guided or not.
+
+    Args:
+        unet ([`ADMUNet2DModel`]): An upsampler, with `low_res_channels`; class-conditional or not.
+        scheduler ([`ADMScheduler`], or one of diffusers): Takes the noise away.
+        classifier ([`ADMForImageClassification`], *optional*): Steers the large images.
+        classifier_processor, guide_unet, id2label, sampling_defaults: As for [`ClassifierGuidedPipeline`].
+        low_res_size (`int`, *optional*): Height in pixels of the small images that the UNet was trained on; others are
+            then refused.
+
+    Raises:
+        `ValueError`: If the UNet is no upsampler.
+    """
+
+    def __init__(
+        self,
+        unet: ADMUNet2DModel | ModelMixin,
+        scheduler: ADMScheduler | SchedulerMixin,
+        classifier: ADMForImageClassification | PreTrainedModel | None = None,
+        classifier_processor: BaseImageProcessor | None = None,
+        guide_unet: ADMUNet2DModel | ModelMixin | None = None,
+        id2label: dict | None = None,
+        sampling_defaults: dict | None = None,
+        low_res_size: int | None = None,
+    ):
+        super().__init__(unet, scheduler, classifier, classifier_processor, guide_unet, id2label, sampling_defaults)
+        self.register_to_config(low_res_size=low_res_size)
+        if unet.config.get("low_res_channels") is None:
+            raise ValueError(
+                "This UNet is no upsampler (its low_res_channels is None): load it with ClassifierGuidedPipeline."
+            )
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        image: Images,
+        class_labels: Labels | None = None,
+        num_images_per_label: int = 1,
+        num_inference_steps: int | None = None,
+        *,
+        respacing: str | None = None,
+        timesteps: Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        guidance: ClassifierGuidance | Sequence[ClassifierGuidance] | None = None,
+        condition_unet: bool = True,
+        eta: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        variance_noise: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        r"""Upsamples images: noise -> (UNet beside the small image -> guidance -> scheduler step) x N -> large image.
+
+        Args:
+            image (PIL image, array, tensor or a list of them): The small images, one or one for each label, see
+                [`images_to_tensor`]: what another pipeline returns for any `output_type`, or `arr_0` of a published
+                `.npz` file of samples.
+            class_labels (`int`, `str`, a list of them, or a `torch.Tensor`, *optional*): Their classes by id or name;
+                one for all images, or one for each.
+            num_images_per_label (`int`, defaults to 1): Large images of each small one, side by side.
+            num_inference_steps and all that follows: As for [`ClassifierGuidedPipeline`].
+
+        Returns:
+            [`~diffusers.pipelines.pipeline_utils.ImagePipelineOutput`]: `.images`, of the UNet's `sample_size`.
+
+        Raises:
+            `ValueError`: As [`ClassifierGuidedPipeline`], and for small images of another size or channel count than
+                the UNet was trained on.
+
+        Examples:
+            ```py
+            >>> from hf_guided import ClassifierGuidedPipeline, ClassifierGuidedUpscalePipeline
+
+            >>> base = ClassifierGuidedPipeline.from_pretrained("adm-64")
+            >>> upscale = ClassifierGuidedUpscalePipeline.from_pretrained("adm-64-256")
+            >>> image = upscale(base(207, output_type="pt").images, 207).images[0]
+            ```
+        """
+        # 1. What is asked for
+        labels = self.resolve_labels(class_labels, num_images_per_label)
+        low_res, labels = self.match_labels(self.prepare_low_res(image), labels, num_images_per_label)
+        guidances = self.resolve_guidance(guidance, guidance_scale, labels)
+        self.check_inputs(labels, guidances, condition_unet, output_type, callback_on_step_end_tensor_inputs)
+        eta = self.default("eta", 0.0) if eta is None else eta
+
+        # 2. Timesteps and noise
+        self.set_timesteps(num_inference_steps, respacing, timesteps)
+        generators = self.prepare_generators(generator, len(low_res))
+        latents = self.prepare_latents(latents, len(low_res), generators)
+
+        # 3. noise -> (UNet beside the small image -> guidance -> scheduler step) x N -> large image
+        latents = self.denoise(
+            latents,
+            self.scheduler.timesteps,
+            {**self.unet_conditions(labels if condition_unet else None), "low_res": low_res},
+            guidances,
+            labels,
+            eta,
+            generators,
+            variance_noise,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        return self.finish(latents, output_type, return_dict)
+
+    def prepare_low_res(self, image: Images) -> torch.Tensor:
+        """The small images in [-1, 1], `(batch, low_res_channels, height, width)`."""
+        low_res = images_to_tensor(image, self.unet.config.low_res_channels).to(self._execution_device)
+        height, width = low_res.shape[-2:]
+        large_height, large_width = self.sample_size
+        if self.config.low_res_size not in (None, height) or height * large_width != width * large_height:
+            small = "" if self.config.low_res_size is None else f" from {self.config.low_res_size} pixels of height"
+            raise ValueError(
+                f"The images have {height}x{width} pixels, and this UNet makes {large_height}x{large_width}{small}; "
+                f"resize or crop them first."
+            )
+        return low_res
