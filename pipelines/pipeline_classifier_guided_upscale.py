@@ -1,5 +1,6 @@
 """Large images from small ones by diffusion: the second stage of a cascade (ADM-U, arXiv 2105.05233, section 5.2)."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..data.samples import read_samples
 from ..guidance.classifier import ClassifierGuidance
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.unet_adm import ADMUNet2DModel
@@ -53,7 +55,7 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
-        image: Images,
+        image: Images | str | os.PathLike,
         class_labels: Labels | None = None,
         num_images_per_label: int = 1,
         num_inference_steps: int | None = None,
@@ -75,9 +77,9 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         r"""Upsamples images: noise -> (UNet beside the small image -> guidance -> scheduler step) x N -> large image.
 
         Args:
-            image (PIL image, array, tensor or a list of them): The small images, one or one for each label, see
-                [`images_to_tensor`]: what another pipeline returns for any `output_type`, or `arr_0` of a published
-                `.npz` file of samples.
+            image (PIL image, array, tensor or a list of them, or a path): The small images, one or one for each label,
+                see [`images_to_tensor`]: what another pipeline returns for any `output_type`. Or a published `.npz`
+                file of samples, whose labels are taken where none are given.
             class_labels (`int`, `str`, a list of them, or a `torch.Tensor`, *optional*): Their classes by id or name;
                 one for all images, or one for each.
             num_images_per_label (`int`, defaults to 1): Large images of each small one, side by side.
@@ -100,6 +102,10 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
             ```
         """
         # 1. What is asked for
+        if isinstance(image, str | os.PathLike):
+            image, labels_of_file = read_samples(image)
+            if class_labels is None and labels_of_file is not None and self.num_classes is not None:
+                class_labels = labels_of_file.tolist()
         labels = self.resolve_labels(class_labels, num_images_per_label)
         low_res, labels = self.match_labels(self.prepare_low_res(image), labels, num_images_per_label)
         guidances = self.resolve_guidance(guidance, guidance_scale, labels)

@@ -1,7 +1,7 @@
 """The noisy-image classifier of ADM, arXiv 2105.05233, section 4: the UNet's encoder with a pooling head."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -274,6 +274,7 @@ class ADMForImageClassification(PreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
+    @wraps(PreTrainedModel.save_pretrained, assigned=())  # pipelines look for "variant" among the arguments
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves config, safetensors and the image processor of clean images. Takes what transformers' models take."""
         super().save_pretrained(save_directory, *args, **kwargs)

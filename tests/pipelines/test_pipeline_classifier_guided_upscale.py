@@ -85,6 +85,15 @@ def test_every_form_of_small_images_gives_the_same(pipe, small):
     assert (upscale(pipe, arrays[:, ::-1], ["daisy", 0]) - expected).abs().max() > 1e-3
 
 
+def test_published_files_of_samples(pipe, small, tmp_path):
+    arrays = ((small + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "64_samples.npz", arrays, np.array([2, 0]))
+    expected = upscale(pipe, arrays, [2, 0])
+    assert torch.equal(upscale(pipe, tmp_path / "64_samples.npz"), expected)
+    assert torch.equal(upscale(pipe, str(tmp_path / "64_samples.npz"), ["daisy", 0]), expected)
+    assert (upscale(pipe, tmp_path / "64_samples.npz", 1) - expected).abs().max() > 1e-3
+
+
 def test_images_and_labels_come_together(pipe, small):
     expected = upscale(pipe, small, [1, 2])
     assert expected.shape == (2, 3, 16, 16)
@@ -163,7 +172,7 @@ def test_what_cannot_be_upsampled_is_refused(pipe, tiny_unet, small):
         (small[:, :2], "2 channels where 3 are expected"),
         (small * 100, "values from"),
         (torch.full_like(small, torch.nan), "values from"),
-        ("small.png", "got str"),
+        (5, "got int"),
         ([], "have none"),
         ([small[0], small[0, :, :4]], "one size; these have 4x8, 8x8"),
     ]:
