@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from . import __version__
 
@@ -22,6 +23,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--output", default="samples.png", metavar="PNG", help="default: samples.png")
     command.set_defaults(run=sample)
+
+    command = commands.add_parser("upscale", help="make large images of small ones")
+    command.add_argument("model", help="an upscaling pipeline's folder, or its name on the Hub")
+    command.add_argument(
+        "images", nargs="+", help="a .npz file of samples as OpenAI's scripts write it, or image files"
+    )
+    command.add_argument(
+        "--labels", nargs="+", metavar="LABEL", help="one class for all or one for each, by id or name"
+    )
+    command.add_argument("--guidance_scale", type=float, metavar="S", help="default: the pipeline's own")
+    command.add_argument("--respacing", metavar="R", help='timesteps, such as "250" or "ddim25"; default: its own')
+    command.add_argument("--batch_size", type=int, default=16, metavar="N", help="images at once; default: 16")
+    command.add_argument("--seed", type=int, default=0, help="default: 0")
+    command.add_argument("--output", default="upscaled.npz", metavar="NPZ|PNG", help="default: upscaled.npz")
+    command.set_defaults(run=upscale)
+
+    command = commands.add_parser("convert", help="OpenAI's checkpoints to a pipeline, and back")
+    command.add_argument(
+        "model", nargs="?", help="name of a published checkpoint; with --to openai, a folder or a name on the Hub"
+    )
+    command.add_argument("--checkpoint", metavar="PT", help="the UNet's, the upsampler's or a classifier's .pt file")
+    command.add_argument("--classifier", metavar="PT", help="the .pt file of the classifier that guides")
+    command.add_argument("--flags", help='instead of a name: "$MODEL_FLAGS $DIFFUSION_FLAGS" of the published scripts')
+    command.add_argument("--labels", metavar="TXT", help="class names, one a line; default: ImageNet's for 1,000")
+    command.add_argument("--output", required=True, help="the folder to write; with --to openai, the .pt file")
+    command.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="default: fp32")
+    command.add_argument("--to", choices=["openai"], help="write .pt files that the published code loads")
+    command.add_argument("--push_to_hub", action="store_true", help="push the folder to --hub_model_id")
+    command.add_argument("--hub_model_id", metavar="user/name", help="the repository, made if there is none")
+    command.add_argument("--hub_private", action="store_true", help="make a new repository private")
+    command.add_argument("--hub_token", metavar="TOKEN", help="default: the saved login, or HF_TOKEN")
+    command.set_defaults(run=convert)
 
     command = commands.add_parser("push", help="push a finished pipeline or model to the Hub, in one commit")
     command.add_argument("folder", help="what save_pretrained or training wrote")
@@ -47,17 +80,9 @@ def sample(args: argparse.Namespace) -> None:
 
     pipe = ClassifierGuidedPipeline.from_pretrained(args.model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    labels = None
-    if pipe.num_classes is not None:
-        names = {name.casefold() for name in pipe.id2label.values()}
-        given = args.labels or [str(label) for label in range(min(10, pipe.num_classes))]
-        # digits are ids, unless they are the names of classes themselves
-        labels = [
-            int(label) if label.isdecimal() and (args.labels is None or label not in names) else label
-            for label in given
-        ]
-    elif args.labels:
-        raise ValueError("--labels were given, but this pipeline has no classes; leave them out.")
+    labels = ids_and_names(pipe, args.labels)
+    if labels is None and pipe.num_classes is not None:
+        labels = list(range(min(10, pipe.num_classes)))
     count = args.num_images_per_label
     batches = sample_batches(
         pipe,
@@ -71,6 +96,112 @@ def sample(args: argparse.Namespace) -> None:
     ids = [] if labels is None else pipe.resolve_labels(labels, 1).tolist()
     save_png(labelled_grid(images, [pipe.id2label.get(id, str(id)) for id in ids] or ["samples"]), args.output)
     print(f"Saved {len(images)} samples as {args.output}")
+
+
+def upscale(args: argparse.Namespace) -> None:
+    """Makes large images of small ones, as an `.npz` file or as a picture of both."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from .data.samples import read_samples, write_samples
+    from .evaluation.pictures import labelled_grid, save_png
+    from .pipelines.pipeline_classifier_guided_upscale import ClassifierGuidedUpscalePipeline
+
+    if not args.output.endswith((".npz", ".png")):
+        raise ValueError(f"--output {args.output} must end in .npz or .png.")
+    images: Any
+    if len(args.images) == 1 and args.images[0].endswith(".npz"):
+        images, labels = read_samples(args.images[0])
+    else:
+        images, labels = [Image.open(path) for path in args.images], None
+
+    pipe = ClassifierGuidedUpscalePipeline.from_pretrained(args.model)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    given = ids_and_names(pipe, args.labels)
+    if given is not None:
+        if len(given) not in (1, len(images)):
+            raise ValueError(
+                f"--labels names {len(given)} classes for {len(images)} images; give one, or one for each."
+            )
+        labels = pipe.resolve_labels(given, 1).cpu().numpy().repeat(len(images) // len(given))
+    elif pipe.num_classes is None:
+        labels = None
+    generator = torch.Generator().manual_seed(args.seed)
+    batches = []
+    for start in range(0, len(images), args.batch_size):
+        part = slice(start, start + args.batch_size)
+        batches.append(
+            pipe(
+                images[part],
+                None if labels is None else torch.from_numpy(labels[part]),
+                guidance_scale=args.guidance_scale,
+                respacing=args.respacing,
+                generator=generator,
+                output_type="np",
+            ).images
+        )
+    large = (np.concatenate(batches) * 255).round().astype(np.uint8)
+    if args.output.endswith(".npz"):
+        write_samples(args.output, large, labels)
+    else:
+        small = [image if isinstance(image, Image.Image) else Image.fromarray(image.squeeze()) for image in images]
+        pairs = zip(small, (Image.fromarray(image.squeeze()) for image in large), strict=True)
+        names = [""] * len(large) if labels is None else [pipe.id2label.get(int(i), str(i)) for i in labels]
+        grid = labelled_grid([picture for pair in pairs for picture in pair], names, cell_size=max(large.shape[1:3]))
+        save_png(grid, args.output)
+    print(f"Saved {len(large)} images of {large.shape[1]}x{large.shape[2]} as {args.output}")
+
+
+def ids_and_names(pipe: Any, labels: list[str] | None) -> list[int | str] | None:
+    """Labels of the command line for the pipeline: digits are ids, unless they are the names of classes themselves."""
+    if labels is None:
+        return None
+    if pipe.num_classes is None:
+        raise ValueError("--labels were given, but this pipeline has no classes; leave them out.")
+    names = {name.casefold() for name in pipe.id2label.values()}
+    return [int(label) if label.isdecimal() and label not in names else label for label in labels]
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Converts published checkpoints to a folder, or a folder back."""
+    if args.to == "openai":
+        from .conversion.export import export_checkpoint
+
+        superfluous = [name for name in ("checkpoint", "flags", "labels", "push_to_hub") if getattr(args, name)]
+        if args.model is None or superfluous:
+            raise ValueError(
+                "--to openai takes the folder of a pipeline or model, --output and, for the pipeline's classifier, "
+                "--classifier" + "".join(f"; leave --{name} out" for name in superfluous) + "."
+            )
+        export_checkpoint(args.model, args.output, classifier=args.classifier, token=args.hub_token)
+        return
+
+    if args.checkpoint is None:
+        raise ValueError("--checkpoint is missing: the .pt file to convert.")
+    if args.push_to_hub:
+        if not args.hub_model_id:
+            raise ValueError("--push_to_hub needs --hub_model_id user/name to know where.")
+        from .hub.push import check_login
+
+        check_login(args.hub_token)
+
+    from .conversion.convert import convert_checkpoint
+
+    convert_checkpoint(
+        args.checkpoint,
+        args.output,
+        name=args.model,
+        flags=args.flags,
+        classifier=args.classifier,
+        labels=args.labels,
+        dtype=args.dtype,
+        repo_id=args.hub_model_id,
+    )
+    if args.push_to_hub:
+        from .hub import push_folder
+
+        print(push_folder(args.output, args.hub_model_id, private=args.hub_private or None, token=args.hub_token))
 
 
 def push(args: argparse.Namespace) -> None:

@@ -3,11 +3,12 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
+from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline, ClassifierGuidedUpscalePipeline
 from hf_guided.cli import main
 
 
@@ -42,6 +43,46 @@ def test_sample_draws_a_grid(folder, tmp_path, capsys):
         main(["sample", str(folder), "--labels", *labels, "--num_images_per_label", "2", "--output", str(path)])
     pictures = [Image.open(path).tobytes() for path in paths]
     assert pictures[1] == pictures[2] != pictures[3]
+
+
+def test_upscale_writes_published_files_and_pictures(tiny_unet, tmp_path, capsys):
+    pipe = ClassifierGuidedUpscalePipeline(
+        tiny_unet(low_res_channels=3),
+        ADMScheduler(),
+        id2label=dict(enumerate("abcde")),
+        sampling_defaults={"respacing": "3"},
+    )
+    pipe.save_pretrained(tmp_path / "upscaler")
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "small.npz", images, np.array([0, 1, 2, 3, 4]))
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    upscale = ["upscale", str(tmp_path / "upscaler")]
+
+    main([*upscale, str(tmp_path / "small.npz"), "--output", str(tmp_path / "large.npz"), "--batch_size", "2"])
+    assert "Saved 5 images of 16x16" in capsys.readouterr().out
+    with np.load(tmp_path / "large.npz") as large:
+        assert large["arr_0"].shape == (5, 16, 16, 3)
+        assert large["arr_0"].dtype == np.uint8
+        assert large["arr_1"].tolist() == [0, 1, 2, 3, 4]
+        expected = large["arr_0"]
+    pictures = [str(tmp_path / f"{i}.png") for i in range(5)]
+    main([*upscale, *pictures, "--labels", *"abcde", "--output", str(tmp_path / "again.npz"), "--batch_size", "5"])
+    with np.load(tmp_path / "again.npz") as again:
+        assert np.abs(again["arr_0"].astype(int) - expected).max() <= 1
+        assert again["arr_1"].tolist() == [0, 1, 2, 3, 4]
+    main([*upscale, *pictures, "--labels", "2", "--output", str(tmp_path / "grid.png")])
+    assert Image.open(tmp_path / "grid.png").width > 2 * 16
+
+    for argv, message in [
+        ([pictures[0]], "class_labels must be given"),
+        ([*pictures, "--labels", "a", "b"], "2 classes for 5 images"),
+        ([pictures[0], "--output", "large.jpg"], "must end in .npz or .png"),
+        ([str(tmp_path / "nowhere.npz")], "nowhere.npz"),
+    ]:
+        with pytest.raises(SystemExit, match="error: ") as caught:
+            main([*upscale, *argv])
+        assert message in str(caught.value)
 
 
 def test_mistakes_end_in_one_sentence(folder, tmp_path):

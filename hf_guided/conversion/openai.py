@@ -1,11 +1,11 @@
-"""State dicts of the published guided-diffusion code to this library's models.
+"""State dicts of the published guided-diffusion code to this library's models, and back.
 
 The published code numbers its layers in the order in which they run; ours are named as in diffusers. Its attention
 projects query, key and value in one product whose rows are ordered `(3, heads, width)` or, in the older layout,
 `(heads, 3, width)`; here they become three products, once, so that the models know one layout only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,15 +78,7 @@ def convert_openai_unet(
         `ValueError`: If names or shapes do not fit the config, naming the first of them, or if the config has an
             argument that the published constructor does not know.
     """
-    arguments = _our_arguments(config, foreign="pool")
-    if super_resolution:
-        arguments["low_res_channels"] = arguments["in_channels"]
-    heads_upsample = config.get("num_heads_upsample", -1)
-    if heads_upsample != -1 and arguments["num_heads"] is not None:
-        arguments["num_heads_upsample"] = heads_upsample
-    with torch.device("meta"):
-        model = ADMUNet2DModel(**arguments)
-    return _load(model, state_dict, config.get("use_new_attention_order", False))
+    return _load(make_unet(config, super_resolution), state_dict, config.get("use_new_attention_order", False))
 
 
 def convert_openai_classifier(state_dict: dict[str, torch.Tensor], config: dict[str, Any]) -> ADMForImageClassification:
@@ -104,6 +96,60 @@ def convert_openai_classifier(state_dict: dict[str, torch.Tensor], config: dict[
     Raises:
         `ValueError`: As [`convert_openai_unet`].
     """
+    return _load(make_classifier(config), state_dict, config.get("use_new_attention_order", False))
+
+
+def to_openai_state_dict(
+    model: ADMUNet2DModel | ADMForImageClassification, new_attention_order: bool = False
+) -> dict[str, torch.Tensor]:
+    """The state dict with which the published code loads a model; the way back from the two functions above.
+
+    Args:
+        model ([`ADMUNet2DModel`] or [`ADMForImageClassification`]): Converted or trained here.
+        new_attention_order (`bool`, defaults to `False`): Order the rows of query, key and value as the published
+            models with `use_new_attention_order=True` do. Either order can be written for any model, as long as the
+            published constructor is told which.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The published names and tensors in float32. Tensors whose values and order stay the
+        same share the model's memory.
+
+    Raises:
+        `ValueError`: If query, key and value are fused, which has to be undone first.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for _, theirs, module in published_names(model):
+        if isinstance(module, ADMAttention | ADMAttentionPool):
+            pooling = isinstance(module, ADMAttentionPool)
+            if getattr(module, "fused_projections", False):
+                raise ValueError("The attention layers are fused; call unfuse_qkv_projections() on the model first.")
+            for kind, query in module.to_q.named_parameters():
+                parts = [query, module.to_k.get_parameter(kind), module.to_v.get_parameter(kind)]
+                rows = _join_qkv([part.detach() for part in parts], module.heads, new_attention_order or pooling)
+                tensors[f"{theirs}.{qkv_name(module)}.{kind}"] = rows
+            if isinstance(module, ADMAttentionPool):
+                tensors[f"{theirs}.positional_embedding"] = module.position_embedding.detach().T.contiguous()
+        else:
+            for kind, parameter in module.named_parameters(recurse=False):
+                tensors[f"{theirs}.{kind}"] = parameter.detach()
+    shapes = published_shapes(model)
+    return {name: tensors[name].to(torch.float32).reshape(shape) for name, shape in shapes.items()}
+
+
+def make_unet(config: dict[str, Any], super_resolution: bool = False) -> ADMUNet2DModel:
+    """The UNet of a published config, on the meta device: names and shapes, no weights."""
+    arguments = _our_arguments(config, foreign="pool")
+    if super_resolution:
+        arguments["low_res_channels"] = arguments["in_channels"]
+    heads_upsample = config.get("num_heads_upsample", -1)
+    if heads_upsample != -1 and arguments["num_heads"] is not None:
+        arguments["num_heads_upsample"] = heads_upsample
+    with torch.device("meta"):
+        return ADMUNet2DModel(**arguments).eval()
+
+
+def make_classifier(config: dict[str, Any]) -> ADMForImageClassification:
+    """The classifier of a published config, on the meta device: names and shapes, no weights."""
     own = {
         name: config[name] for name in ADMClassifierConfig().to_dict().keys() - CONSTRUCTOR_ARGUMENTS if name in config
     }
@@ -111,10 +157,9 @@ def convert_openai_classifier(state_dict: dict[str, torch.Tensor], config: dict[
     arguments = _our_arguments(published, foreign="num_classes")
     num_labels = arguments.pop("out_channels")
     with torch.device("meta"):
-        model = ADMForImageClassification(
+        return ADMForImageClassification(
             ADMClassifierConfig(**{"num_labels": num_labels, "pool": "adaptive", **arguments, **own})
-        )
-    return _load(model, state_dict, config.get("use_new_attention_order", False))
+        ).eval()
 
 
 def _our_arguments(config: dict[str, Any], foreign: str) -> dict[str, Any]:
@@ -139,46 +184,99 @@ def _our_arguments(config: dict[str, Any], foreign: str) -> dict[str, Any]:
 
 
 def _load(model: Any, state_dict: dict[str, torch.Tensor], new_order: bool) -> Any:
-    """Fills a model on the meta device from the published tensors, without drawing random weights first."""
-    remaining = dict(state_dict)
-    converted: dict[str, torch.Tensor] = {}
+    """Fills a model on the meta device with copies of the published tensors, without drawing random weights first."""
+    check_tensors(model, state_dict)
+    converted = {
+        name: tensor.to(torch.float32, copy=True).contiguous()
+        for name, tensor in converted_tensors(model, state_dict, new_order)
+    }
+    model.load_state_dict(converted, assign=True)
+    return model
+
+
+def check_tensors(model: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Refuses a state dict whose names or shapes are not those of the model, naming the first of them."""
+    expected = published_shapes(model)
+    for name, shape in expected.items():
+        if name not in state_dict:
+            raise ValueError(
+                f"The checkpoint has no tensor {name}, which the config asks for; the checkpoint belongs to another "
+                f"config."
+            )
+        given = tuple(state_dict[name].shape)
+        if _without_trailing_ones(given) != _without_trailing_ones(shape):
+            raise ValueError(
+                f"The tensor {name} has shape {given} where the config expects {shape}; the checkpoint belongs to "
+                f"another config."
+            )
+    unknown = state_dict.keys() - expected.keys()
+    if unknown:
+        raise ValueError(
+            f"The checkpoint holds {len(unknown)} tensors that the config does not know, such as {min(unknown)}; the "
+            f"checkpoint belongs to another config."
+        )
+
+
+def converted_tensors(
+    model: Any, state_dict: Mapping[str, torch.Tensor], new_order: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields our names with the published tensors of a state dict that [`check_tensors`] found right.
+
+    One by one, and as views where the values stay in their order: a file larger than the memory can be converted.
+    """
     for ours, theirs, module in published_names(model):
         if isinstance(module, ADMAttention | ADMAttentionPool):
             pooling = isinstance(module, ADMAttentionPool)
             for kind, parameter in module.to_q.named_parameters():
-                name = f"{theirs}.{'qkv_proj' if pooling else 'qkv'}.{kind}"
-                rows = _take(remaining, name, (3 * len(parameter), *parameter.shape[1:]))
+                rows = state_dict[f"{theirs}.{qkv_name(module)}.{kind}"]
+                rows = rows.reshape(3 * len(parameter), *parameter.shape[1:])
                 for part, tensor in zip("qkv", _split_qkv(rows, module.heads, new_order or pooling), strict=True):
-                    converted[f"{ours}.to_{part}.{kind}"] = tensor
+                    yield f"{ours}.to_{part}.{kind}", tensor
             if isinstance(module, ADMAttentionPool):
-                shape = module.position_embedding.T.shape
-                converted[f"{ours}.position_embedding"] = _take(remaining, f"{theirs}.positional_embedding", shape).T
+                yield f"{ours}.position_embedding", state_dict[f"{theirs}.positional_embedding"].T
         else:
             for kind, parameter in module.named_parameters(recurse=False):
-                converted[f"{ours}.{kind}"] = _take(remaining, f"{theirs}.{kind}", parameter.shape)
-    if remaining:
-        raise ValueError(
-            f"The checkpoint holds {len(remaining)} tensors that the config does not know, such as "
-            f"{min(remaining)}; the checkpoint belongs to another config."
-        )
-    converted = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in converted.items()}
-    model.load_state_dict(converted, assign=True)
-    return model.eval()
+                yield f"{ours}.{kind}", state_dict[f"{theirs}.{kind}"].reshape(parameter.shape)
 
 
-def _take(state_dict: dict[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Takes a tensor out; where a linear layer is wanted, it may be a 1x1 convolution."""
-    if name not in state_dict:
-        raise ValueError(
-            f"The checkpoint has no tensor {name}, which the config asks for; the checkpoint belongs to another config."
-        )
-    tensor = state_dict.pop(name)
-    if tensor.shape != (*shape, *[1] * (tensor.ndim - len(shape))):
-        raise ValueError(
-            f"The tensor {name} has shape {tuple(tensor.shape)} where the config expects {tuple(shape)}; the "
-            f"checkpoint belongs to another config."
-        )
-    return tensor.reshape(shape)
+def published_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Published name -> shape for every tensor of a model of ours; its linear layers are 1x1 convolutions there."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for ours, theirs, module in published_names(model):
+        if isinstance(module, ADMAttention | ADMAttentionPool):
+            channels = module.to_q.in_features
+            shapes[f"{theirs}.{qkv_name(module)}.weight"] = (3 * channels, channels, 1)
+            shapes[f"{theirs}.{qkv_name(module)}.bias"] = (3 * channels,)
+            if isinstance(module, ADMAttentionPool):
+                shapes[f"{theirs}.positional_embedding"] = tuple(module.position_embedding.T.shape)
+        else:
+            for kind, parameter in module.named_parameters(recurse=False):
+                ones = 0
+                if kind == "weight" and theirs.endswith(("proj_out", "c_proj")):
+                    ones = 1
+                elif kind == "weight" and ours == "head.classifier.2":  # behind the adaptive pool
+                    ones = 2
+                shapes[f"{theirs}.{kind}"] = (*parameter.shape, *[1] * ones)
+    return shapes
+
+
+def qkv_name(module: ADMAttention | ADMAttentionPool) -> str:
+    """The published name of the one product that makes query, key and value."""
+    return "qkv_proj" if isinstance(module, ADMAttentionPool) else "qkv"
+
+
+def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A 1x1 convolution's shape as a linear layer's."""
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _join_qkv(parts: Sequence[torch.Tensor], heads: int, new_order: bool) -> torch.Tensor:
+    """The rows of query, key and value in either published layout; undoes [`_split_qkv`]."""
+    if new_order:
+        return torch.cat(list(parts))
+    return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 2)
 
 
 def _split_qkv(rows: torch.Tensor, heads: int, new_order: bool) -> tuple[torch.Tensor, ...]:

@@ -19,9 +19,8 @@ _CARD = """\
 
 # {title}
 
-A class-conditional diffusion model with classifier guidance (ADM,
-[Diffusion Models Beat GANs on Image Synthesis](https://arxiv.org/abs/2105.05233)), trained on {dataset} with
-`hf-guided`.
+{summary} (ADM,
+[Diffusion Models Beat GANs on Image Synthesis](https://arxiv.org/abs/2105.05233)), {origin}.
 
 {picture}
 
@@ -30,25 +29,33 @@ A class-conditional diffusion model with classifier guidance (ADM,
 `pip install hf-guided`, then:
 
 ```python
-import torch
-from hf_guided import ClassifierGuidedPipeline
-
-pipe = ClassifierGuidedPipeline.from_pretrained({source})
-generator = torch.Generator().manual_seed(0)
-images = pipe(class_labels=[{label}], num_images_per_label=4, generator=generator).images
-images[0].save("sample.png")
+{usage}
 ```
+{advice}"""
 
+_PIPELINE_USAGE = """\
+import torch{imports}
+from hf_guided import {model_class}
+
+pipe = {model_class}.from_pretrained({source})
+generator = torch.Generator().manual_seed(0)
+images = pipe({arguments}num_images_per_label=4, generator=generator).images
+images[0].save("sample.png")"""
+
+_CLASSIFIER_USAGE = """\
+from hf_guided import ADMForImageClassification  # makes it known to transformers
+from transformers import pipeline
+
+classify = pipeline("image-classification", model={source})
+print(classify("picture.png"))"""
+
+_GUIDED_ADVICE = """
 Steps and guidance scale are the saved defaults; `num_inference_steps=` and `guidance_scale=` change them. A higher
 scale gives images that are more typical of their class and less varied.
+"""
 
-## Classes
-
-{classes}
-
-## Training
-
-{training}
+_UNGUIDED_ADVICE = """
+Steps are the saved default; `num_inference_steps=` changes them.
 """
 
 _RESULTS = """
@@ -65,23 +72,31 @@ def write_model_card(
     *,
     title: str,
     dataset: str,
-    class_names: Sequence[str],
-    training: Mapping[str, Any],
+    class_names: Sequence[str] = (),
+    training: Mapping[str, Any] | None = None,
     results: Sequence[Mapping[str, Any]] = (),
     features: str = "the judge's features",
     dataset_id: str | None = None,
     repo_id: str | None = None,
     license: str | None = None,
+    model_class: str = "ClassifierGuidedPipeline",
+    summary: str = "A class-conditional diffusion model with classifier guidance",
+    origin: str | None = None,
+    guided: bool = True,
 ) -> Path:
-    """Writes the model card `README.md` of a pipeline folder; it shows `grid.png` and `trade_off.png` where present.
+    """Writes the model card `README.md` of a saved pipeline or classifier.
+
+    It shows `grid.png` and `trade_off.png` where present.
 
     Args:
         folder (`str` or `os.PathLike`): The saved pipeline.
         title (`str`): Heading of the card, and the name of the model in its metadata.
         dataset (`str`): The training data in words, such as `"scikit-learn's 8x8 digits"`.
-        class_names (`Sequence[str]`): Name of each class, in the order of the ids.
-        training (`Mapping[str, Any]`): How it was trained, shown as a table in this order: steps, batch size, time,
-            hardware, versions of packages ... A nested mapping becomes one row. Of paths only the last part is shown.
+        class_names (`Sequence[str]`, *optional*): Name of each class, in the order of the ids; none for an
+            unconditional model.
+        training (`Mapping[str, Any]`, *optional*): How it was trained, shown as a table in this order: steps, batch
+            size, time, hardware, versions of packages ... A nested mapping becomes one row. Of paths only the last
+            part is shown.
         results (`Sequence[Mapping[str, Any]]`, *optional*): Rows of the report, shown as a table with the first row's
             keys as columns. Of its metrics (`accuracy`, `fid`, `kid`, `precision`, `recall`) the metadata has a
             `model-index`.
@@ -90,16 +105,25 @@ def write_model_card(
         repo_id (`str`, *optional*): Where the pipeline will be on the Hub; the usage then loads it from there. By
             default it loads the current folder.
         license (`str`, *optional*): Identifier of the licence, such as `"apache-2.0"`.
+        model_class (`str`, defaults to `"ClassifierGuidedPipeline"`): What loads the folder: that,
+            `"ClassifierGuidedUpscalePipeline"` or `"ADMForImageClassification"`.
+        summary (`str`): What kind of model it is, in a few words.
+        origin (`str`, *optional*): Where it comes from, as the end of the first sentence; by default it was trained
+            on `dataset` with this library.
+        guided (`bool`, defaults to `True`): A classifier steers it.
 
     Returns:
         `Path`: The card.
     """
     folder, dataset = Path(folder), _public(dataset)
+    classifies = model_class == "ADMForImageClassification"
+    tags = {"hf-guided": True, "diffusers": not classifies, "adm": True, "classifier-guidance": guided or classifies}
+    tags["class-conditional-image-generation"] = bool(class_names) and not classifies
     data = ModelCardData(
-        library_name="diffusers",
+        library_name="transformers" if classifies else "diffusers",
         # The Hub has no tag for class-conditional models; this is where those on ImageNet are listed.
-        pipeline_tag="unconditional-image-generation",
-        tags=["hf-guided", "diffusers", "adm", "classifier-guidance", "class-conditional-image-generation"],
+        pipeline_tag="image-classification" if classifies else "unconditional-image-generation",
+        tags=[tag for tag, applies in tags.items() if applies],
         license=license,
         datasets=None if dataset_id is None else [dataset_id],
         model_name=title,
@@ -109,16 +133,21 @@ def write_model_card(
         "grid.png": "Samples, one row per class",
         "trade_off.png": "Precision, recall and FID by guidance scale",
     }
+    advice = _GUIDED_ADVICE if guided else _UNGUIDED_ADVICE
     card = _CARD.format(
         data=data.to_yaml(),
         title=title,
-        dataset=dataset,
+        summary=summary,
+        origin=origin or f"trained on {dataset} with\n`hf-guided`",
         picture="\n\n".join(f"![{text}]({name})" for name, text in pictures.items() if (folder / name).is_file()),
-        source=json.dumps(repo_id or "."),
-        label=json.dumps(class_names[0], ensure_ascii=False),
-        classes=_class_list(class_names),
-        training=_table(["", ""], [[_heading(name), _public(value)] for name, value in training.items()]),
+        usage=_usage(model_class, json.dumps(repo_id or "."), class_names),
+        advice="" if classifies else advice,
     )
+    if class_names:
+        card += f"\n## Classes\n\n{_class_list(class_names)}\n"
+    if training:
+        rows = [[_heading(name), _public(value)] for name, value in training.items()]
+        card += f"\n## Training\n\n{_table(['', ''], rows)}\n"
     if results:
         columns = list(results[0])
         headings = [_heading(column) for column in columns]
@@ -166,6 +195,22 @@ def _eval_results(
                     )
                 )
     return evaluations
+
+
+def _usage(model_class: str, source: str, class_names: Sequence[str]) -> str:
+    """Code that runs as it stands."""
+    if model_class == "ADMForImageClassification":
+        return _CLASSIFIER_USAGE.format(source=source)
+    arguments, imports = "", ""
+    if model_class == "ClassifierGuidedUpscalePipeline":
+        arguments, imports = "small, ", "\nfrom PIL import Image"
+    if class_names:
+        arguments += f"class_labels=[{json.dumps(class_names[0], ensure_ascii=False)}], "
+    usage = _PIPELINE_USAGE.format(imports=imports, model_class=model_class, source=source, arguments=arguments)
+    if model_class == "ClassifierGuidedUpscalePipeline":
+        opened = 'small = Image.open("small.png").resize([pipe.config.low_res_size] * 2)\n'
+        usage = usage.replace("generator = ", opened + "generator = ", 1)
+    return usage
 
 
 def _heading(column: str) -> str:

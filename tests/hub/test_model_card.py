@@ -127,3 +127,66 @@ def test_usage_is_code_that_runs(tmp_path, monkeypatch):
 
 def test_usage_loads_from_the_hub_once_it_is_there(tmp_path):
     assert 'from_pretrained("ada/digits")' in write(tmp_path, repo_id="ada/digits").read_text()
+
+
+def run_usage(card, monkeypatch, folder):
+    """Runs the code of a card in its folder and returns what it made."""
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(compile(card.split("```python\n")[1].split("```")[0], "README.md", "exec"), names)
+    return names
+
+
+def test_an_unconditional_model_has_no_classes(tmp_path, monkeypatch):
+    from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
+
+    unet = ADMUNet2DModel(
+        sample_size=8, in_channels=1, out_channels=2, model_channels=32, channel_mult=(1,), num_heads=1
+    )
+    defaults = {"num_inference_steps": 2}
+    ClassifierGuidedPipeline(unet, ADMScheduler(), sampling_defaults=defaults).save_pretrained(tmp_path)
+    card = write(
+        tmp_path,
+        class_names=(),
+        training=None,
+        results=(),
+        summary="An unconditional diffusion model",
+        origin="converted from somewhere",
+        guided=False,
+    ).read_text()
+    assert "An unconditional diffusion model (ADM" in card
+    assert "converted from somewhere." in card
+    for absent in ("## Classes", "## Training", "class_labels", "guidance", "trained on", "class-conditional"):
+        assert absent not in card, absent
+    assert len(run_usage(card, monkeypatch, tmp_path)["images"]) == 4
+
+
+def test_an_upsampler_takes_an_image(tmp_path, monkeypatch):
+    from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedUpscalePipeline
+
+    unet = ADMUNet2DModel(
+        sample_size=16, in_channels=3, model_channels=32, channel_mult=(1,), num_heads=1, num_class_embeds=2,
+        low_res_channels=3,
+    )  # fmt: skip
+    options = {"id2label": {0: "a", 1: "b"}, "sampling_defaults": {"num_inference_steps": 2}, "low_res_size": 4}
+    ClassifierGuidedUpscalePipeline(unet, ADMScheduler(), **options).save_pretrained(tmp_path)
+    Image.new("RGB", (20, 30)).save(tmp_path / "small.png")
+    card = write(tmp_path, class_names=["a", "b"], model_class="ClassifierGuidedUpscalePipeline", guided=False)
+    made = run_usage(card.read_text(), monkeypatch, tmp_path)
+    assert [image.size for image in made["images"]] == [(16, 16)] * 4
+    assert made["small"].size == (4, 4)
+
+
+def test_a_classifier_classifies(tmp_path, monkeypatch, capsys):
+    from hf_guided import ADMClassifierConfig, ADMForImageClassification
+
+    shape = {"sample_size": 8, "model_channels": 32, "channel_mult": [1], "attention_head_dim": 16}
+    names = {0: "zero", 1: "one"}
+    ADMForImageClassification(ADMClassifierConfig(**shape, id2label=names)).save_pretrained(tmp_path)
+    Image.new("RGB", (20, 30)).save(tmp_path / "picture.png")
+    path = write(tmp_path, class_names=["zero", "one"], model_class="ADMForImageClassification")
+    data = ModelCard.load(path).data
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "image-classification")
+    assert "diffusers" not in data.tags
+    run_usage(path.read_text(), monkeypatch, tmp_path)
+    assert "'label': 'zero'" in capsys.readouterr().out

@@ -1,0 +1,254 @@
+"""From a folder of ours back to `.pt` files that the published code loads: `hf-guided convert --to openai`."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+
+from ..models.classifier_adm import ADMForImageClassification
+from ..models.layers import level_attention, level_widths
+from ..models.unet_adm import ADMUNet2DModel
+from ..schedulers.schedules import make_betas
+from ..schedulers.scheduling_adm import ADMScheduler
+from .convert import IMAGENET_CLASSES, RECORD_FILE
+from .flags import SCHEDULES, parse_flags, scripts_channel_mult, spell_flags
+from .openai import to_openai_state_dict
+
+Tell = Callable[[str], Any]
+
+
+def export_checkpoint(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    classifier: str | os.PathLike | None = None,
+    token: str | None = None,
+    tell: Tell = print,
+) -> None:
+    """Writes a model as a state dict that the published code loads, and says with which flags.
+
+    What was converted comes back bit by bit, in the published file's own order of attention.
+
+    Args:
+        source (`str` or `os.PathLike`): The folder of a pipeline, a UNet or a classifier, or its name on the Hub.
+        output (`str` or `os.PathLike`): The `.pt` file to write: the UNet, or a classifier saved alone.
+        classifier (`str` or `os.PathLike`, *optional*): Another `.pt` file, for the pipeline's classifier.
+        token (`str`, *optional*): For private repositories of the Hub; the saved login, by default.
+        tell (`Callable`, defaults to `print`): Is told the flags, and what the published scripts need beside them.
+
+    Raises:
+        `ValueError`: If there is no such model, or it is one that the published code cannot express; nothing is
+            written then.
+    """
+    for path in (output, classifier):
+        if path is not None and Path(path).exists():
+            raise ValueError(f"{path} exists already; choose another file, or remove it.")
+    folder = _find(source, token)
+    record = json.loads((folder / RECORD_FILE).read_text()) if (folder / RECORD_FILE).is_file() else {}
+    parts = _load_parts(folder)
+    if "unet" not in parts and classifier is not None:
+        raise ValueError(f"{source} is a classifier itself: leave --classifier out.")
+    if classifier is not None and "classifier" not in parts:
+        raise ValueError(f"{source} has no classifier; leave --classifier out.")
+
+    files = {"unet": output, "classifier": classifier} if "unet" in parts else {"classifier": output}
+    written = {}
+    for part, path in files.items():
+        if path is None:
+            continue
+        flags, notes = (_unet_flags if part == "unet" else _classifier_flags)(parts)
+        said = parse_flags(record.get(part, {}).get("flags", ""))
+        new_order = part == "unet" and said.get("use_new_attention_order", False)
+        if new_order:
+            flags["use_new_attention_order"] = True
+        written[Path(path)] = (to_openai_state_dict(parts[part], new_order), part, flags, notes)
+    for path, (state_dict, part, flags, notes) in written.items():
+        _save(state_dict, path)
+        tell(f"Wrote {path}, which the published code loads with")
+        tell(f'  {"MODEL" if part == "unet" else "CLASSIFIER"}_FLAGS="{spell_flags(flags)}"')
+        for note in notes:
+            tell(f"  Note: {note}")
+
+
+def _find(source: str | os.PathLike, token: str | None) -> Path:
+    """A folder on this machine, or the Hub's under that name."""
+    if Path(source).exists():
+        return Path(source)
+    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise ValueError(f"There is no folder {source}.")
+    return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], token=token))
+
+
+def _load_parts(folder: Path) -> dict[str, Any]:
+    """The models and the scheduler of a pipeline's folder, or the one model of another."""
+    index = folder / "model_index.json"
+    if index.is_file():
+        components = json.loads(index.read_text())
+        if components.get("unet", [None, None])[1] != "ADMUNet2DModel":
+            raise ValueError(
+                f"The UNet of {folder} is a {components.get('unet', [None, None])[1]}; the published code knows those "
+                f"of this library only."
+            )
+        parts = {"unet": ADMUNet2DModel.from_pretrained(folder / "unet"), "index": components}
+        if components.get("classifier", [None, None])[1] == "ADMForImageClassification":
+            parts["classifier"] = ADMForImageClassification.from_pretrained(folder / "classifier")
+        if components.get("scheduler", [None, None])[1] == "ADMScheduler":
+            parts["scheduler"] = ADMScheduler.from_pretrained(folder / "scheduler")
+        return parts
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    if config.get("_class_name") == "ADMUNet2DModel":
+        return {"unet": ADMUNet2DModel.from_pretrained(folder)}
+    if config.get("model_type") == "adm-classifier":
+        return {"classifier": ADMForImageClassification.from_pretrained(folder)}
+    raise ValueError(f"{folder} holds no pipeline, UNet or classifier of this library.")
+
+
+def _unet_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The published scripts' flags for a UNet and its scheduler, and what they cannot be told."""
+    config = parts["unet"].config
+    upsampler = config.low_res_channels is not None
+    if upsampler and config.low_res_channels != config.in_channels:
+        raise ValueError(
+            f"The published upsampler takes two images of as many channels; this one takes {config.in_channels} and "
+            f"{config.low_res_channels}."
+        )
+    flags, notes = _shared_flags(config, "upsampler" if upsampler else "unet")
+    if upsampler:
+        flags["large_size"] = flags.pop("image_size")
+        small = parts.get("index", {}).get("low_res_size")
+        flags |= {} if small is None else {"small_size": small}
+        if "channel_mult" in flags:
+            notes.append("The published scripts for upsampling have no --channel_mult; call SuperResModel itself.")
+    flags |= {
+        "class_cond": config.num_class_embeds is not None,
+        "learn_sigma": config.out_channels == 2 * config.in_channels,
+        "dropout": config.dropout,
+    }
+    if config.num_heads is None:
+        flags["num_head_channels"] = config.attention_head_dim or 64
+    else:
+        flags["num_heads"] = config.num_heads
+        if config.num_heads_upsample is not None:
+            flags["num_heads_upsample"] = config.num_heads_upsample
+    if not config.resblock_updown:  # a default, and a flag that improved-diffusion does not know
+        del flags["resblock_updown"]
+        known = scripts_channel_mult("unet", flags["image_size"]) if flags.get("image_size") == 32 else None
+        if config.num_heads is not None and flags.get("channel_mult", ()) == known:
+            del flags["channel_mult"]  # improved-diffusion's own widths for images of 32 pixels
+    rows = None if config.num_class_embeds is None else config.num_class_embeds + config.null_class_label
+    if rows not in (None, IMAGENET_CLASSES):
+        notes.append(f"The published scripts have 1000 classes; set NUM_CLASSES = {rows} in their script_util.py.")
+    if config.null_class_label:
+        notes.append(
+            f"Class {config.num_class_embeds} means no class; the published scripts do not know that there is one."
+        )
+
+    scheduler = parts.get("scheduler")
+    if scheduler is None:
+        notes.append("The model was saved without a scheduler of ours: add its --diffusion_steps and --noise_schedule.")
+        return flags, notes
+    settings = scheduler.config
+    flags |= _schedule_flags(settings, notes)
+    if settings.prediction_type == "sample":
+        flags["predict_xstart"] = True
+    elif settings.prediction_type != "epsilon":
+        notes.append(f"It predicts {settings.prediction_type}, which the published scripts cannot sample from.")
+    if settings.variance_type == "fixed_small":
+        flags["sigma_small"] = True
+        notes.append("Only improved-diffusion has the flag --sigma_small.")
+    return flags, notes
+
+
+def _classifier_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The published scripts' flags for a classifier, and what they cannot be told."""
+    config = parts["classifier"].config
+    shared, notes = _shared_flags(config, "classifier")
+    widths = level_widths(config.model_channels, config.channel_mult)
+    attends = level_attention(config.sample_size, len(widths), config.attention_resolutions)
+    head_widths = {64 if config.attention_head_dim is None else config.attention_head_dim}
+    if config.num_heads is not None:
+        attended = {width for width, has in zip(widths, attends, strict=True) if has} | {widths[-1]}
+        head_widths = {width // config.num_heads for width in attended}
+        if config.pool == "attention" and len(head_widths) > 1:
+            raise ValueError(
+                f"The published classifier pools by attention with heads of one width; this one has {config.num_heads} "
+                f"heads over {' and '.join(map(str, sorted(attended)))} channels."
+            )
+    if head_widths != {64}:
+        given = f"num_heads={config.num_heads}" if len(head_widths) > 1 else f"num_head_channels={min(head_widths)}"
+        notes.append(
+            f"The published scripts give classifiers heads of 64 channels; set {given} in their script_util.py."
+        )
+    if config.num_labels != IMAGENET_CLASSES:
+        notes.append(
+            f"The published scripts have 1000 classes; set out_channels={config.num_labels} in their script_util.py."
+        )
+    spelling = {"num_channels": "classifier_width", "num_res_blocks": "classifier_depth", "image_size": "image_size"}
+    flags = {spelling.get(name, f"classifier_{name}"): value for name, value in shared.items()}
+    if flags.pop("classifier_channel_mult", None):
+        notes.append(
+            f"The published scripts have no such widths; set channel_mult={tuple(config.channel_mult)} in them."
+        )
+    return {**flags, "classifier_pool": config.pool, **_schedule_flags(config, notes)}, notes
+
+
+def _schedule_flags(config: Any, notes: list[str]) -> dict[str, Any]:
+    """The flags of a noise schedule."""
+    steps, betas = config.num_train_timesteps, config.trained_betas
+    flags: dict[str, Any] = {"diffusion_steps": steps}
+    names = {ours: theirs for theirs, ours in SCHEDULES.items()}
+    named = config.beta_schedule in names
+    if named and (betas is None or abs(make_betas(config.beta_schedule, steps) - betas).max() < 1e-6):
+        flags["noise_schedule"] = names[config.beta_schedule]
+    else:
+        notes.append("Its noise schedule is none that the published scripts have a name for.")
+    if config.rescale_timesteps or steps != 1000:  # the defaults of the two published codes differ
+        flags["rescale_timesteps"] = config.rescale_timesteps
+    return flags
+
+
+def _shared_flags(config: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
+    """Flags of what UNets and classifiers have in common, under the UNet's names."""
+    notes = []
+    size = config.sample_size
+    if not isinstance(size, int):
+        if len(set(size)) > 1 and getattr(config, "pool", None) == "attention":
+            raise ValueError(f"The published classifier pools square images by attention; this one's are {list(size)}.")
+        if len(set(size)) > 1:
+            notes.append(f"The published scripts sample square images; this model's are {size[0]}x{size[1]}.")
+        size = size[0]
+    attends = level_attention(size, len(config.channel_mult), config.attention_resolutions)
+    sides = [size >> level for level, has in enumerate(attends) if has]
+    flags = {
+        "image_size": size,
+        "num_channels": config.model_channels,
+        "num_res_blocks": config.num_res_blocks,
+        "attention_resolutions": sides or [2 * size],  # a side that no level has
+        "resblock_updown": config.resblock_updown,
+        "use_scale_shift_norm": config.use_scale_shift_norm,
+    }
+    widths = tuple(config.channel_mult)
+    if scripts_channel_mult(kind, size) != widths or size == 32:
+        flags["channel_mult"] = widths
+        if any(mult != int(mult) for mult in widths):
+            notes.append("The published --channel_mult takes whole numbers only; call the published class itself.")
+    if not config.conv_resample and not config.resblock_updown and len(widths) > 1:
+        notes.append("The published scripts have no flag for conv_resample=False; call the published class itself.")
+    if config.in_channels != 3:
+        notes.append(f"The published scripts have images of 3 channels; set in_channels={config.in_channels} in them.")
+    return flags, notes
+
+
+def _save(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Writes under a temporary name and renames it, so that nobody finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        torch.save(dict(state_dict), partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

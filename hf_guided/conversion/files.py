@@ -1,0 +1,163 @@
+"""Reads published `.pt` files and writes safetensors, a tensor at a time: neither holds a whole model in memory."""
+
+import ctypes
+import json
+import mmap
+import os
+import pickle
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+# Pages of a mapped file count as the process's memory until they are given back.
+RESIDENT_BYTES = 128 * 2**20
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], bool]:
+    """Opens a state dict that the published code saved.
+
+    Code in a pickle is never run. The file is mapped, so that nothing of its tensors is read before it is used; only
+    files of PyTorch before 1.6 are read whole.
+
+    Args:
+        path (`str` or `os.PathLike`): The `.pt` file.
+
+    Returns:
+        The tensors by their published names, and whether they are mapped, for [`release_pages`].
+
+    Raises:
+        `ValueError`: If the file is damaged, holds anything but tensors, or is no state dict of a model: in a sentence
+            that says what to do.
+        `FileNotFoundError`: If there is no such file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the .pt file.")
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {path}.")
+    with path.open("rb") as file:
+        start = file.read(4)
+    mapped = start == b"PK\x03\x04"
+    if mapped and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} ends too early ({_size(path)}): download it again.")
+    if not mapped and start[:1] != b"\x80":  # how a pickle begins
+        raise ValueError(f"{path} is no PyTorch checkpoint; give the .pt file that the published code saved.")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise ValueError(
+                f"{path} holds more than tensors (code or objects that would have to be run), so it was not loaded; "
+                f"give the state dict that the published code saved."
+            ) from None
+        raise ValueError(f"{path} is damaged: download it again.") from None
+    except MemoryError:
+        raise
+    except Exception:  # what half a pickle raises depends on where it ends
+        raise ValueError(f"{path} is damaged or ends too early ({_size(path)}): download it again.") from None
+    return _check_state_dict(loaded, path), mapped and _has_this_byte_order(path)
+
+
+def _check_state_dict(loaded: object, path: Path) -> dict[str, torch.Tensor]:
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path} holds no state dict but a {type(loaded).__name__}; give a model's .pt file.")
+    if loaded.keys() == {"state", "param_groups"}:
+        raise ValueError(f"{path} holds the state of an optimizer; give the ema_*.pt or model*.pt beside it.")
+    for name, value in loaded.items():
+        if isinstance(value, Mapping):
+            raise ValueError(
+                f"{path} holds a state dict inside another, under {name!r}; save the inner one by itself: "
+                f"torch.save(torch.load({path.name!r})[{name!r}], 'model.pt')."
+            )
+        dense = torch.is_tensor(value) and value.layout == torch.strided
+        if not isinstance(name, str) or not dense or not value.is_floating_point():
+            what = f"{value.dtype} values" if dense else f"a {type(value).__name__}"
+            raise ValueError(f"{path} holds {what} under {name!r}, and a model's state dict has weights only.")
+    if not loaded:
+        raise ValueError(f"{path} holds no tensors.")
+    return dict(loaded)
+
+
+def _has_this_byte_order(path: Path) -> bool:
+    """Files of the other byte order are turned round in memory, which is then no longer the file's."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            orders = [archive.read(name) for name in archive.namelist() if name.endswith("/byteorder")]
+    except zipfile.BadZipFile:  # saved without checksums
+        return False
+    return all(order.decode() == sys.byteorder for order in orders)
+
+
+def _size(path: Path) -> str:
+    return f"{path.stat().st_size:,} bytes"
+
+
+def one_by_one(
+    tensors: Iterable[tuple[str, torch.Tensor]], source: Mapping[str, torch.Tensor], mapped: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Passes tensors on and, every now and then, gives the pages of the mapped file that they come from back."""
+    resident = 0
+    for name, tensor in tensors:
+        yield name, tensor
+        resident += tensor.nbytes
+        if mapped and resident > RESIDENT_BYTES:
+            release_pages(source.values())
+            resident = 0
+
+
+def release_pages(tensors: Iterable[torch.Tensor]) -> None:
+    """Gives the pages of tensors of a mapped file back to the system; whoever uses them again reads them again.
+
+    Not for other tensors, whose values would be lost. Where the system has no such call they stay, which costs memory
+    and nothing else.
+    """
+    if sys.platform != "linux":
+        return
+    madvise = ctypes.CDLL(None).madvise
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        before = storage.data_ptr() % mmap.PAGESIZE
+        madvise(
+            ctypes.c_void_p(storage.data_ptr() - before),
+            ctypes.c_size_t(storage.nbytes() + before),
+            mmap.MADV_DONTNEED,
+        )
+
+
+def write_safetensors(
+    path: Path, shapes: Mapping[str, torch.Size], tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
+) -> None:
+    """Writes tensors as they come, in any order, into one safetensors file; `shapes` says beforehand which come.
+
+    Raises:
+        `ValueError`: If a weight is not finite in `dtype`.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data is aligned
+    missing = set(shapes)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, tensor in tensors:
+            converted = tensor.to(dtype).contiguous()
+            if not converted.isfinite().all():
+                raise ValueError(_not_finite(name, tensor, dtype))
+            file.seek(8 + len(encoded) + header[name]["data_offsets"][0])
+            file.write(converted.view(torch.uint8).numpy().data)
+            missing.remove(name)
+    assert not missing, missing
+
+
+def _not_finite(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> str:
+    if not tensor.isfinite().all():
+        return f"The tensor {name} has values that are not finite: its training diverged, or the file is damaged."
+    return f"The tensor {name} has values that {dtype} cannot hold; convert with --dtype bf16 or fp32."

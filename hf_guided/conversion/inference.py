@@ -1,0 +1,203 @@
+"""What the names and shapes of a published state dict tell about its model.
+
+They tell the kind of model, its widths, levels, blocks, attention places and classes. They do not tell into how many
+heads attention is split, in which order its rows lie, how large the images are, or which noise schedule was used.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """
+    Attributes:
+        kind (`str`): `"unet"`, `"upsampler"` or `"classifier"`.
+        config (`dict`): Those arguments of the published constructor that the tensors tell, as
+            [`convert_openai_unet`] and [`convert_openai_classifier`] take them; `image_size` is among them only for a
+            classifier that pools by attention.
+    """
+
+    kind: str
+    config: dict[str, Any]
+
+    @property
+    def image_channels(self) -> int:
+        return self.config["in_channels"]
+
+    @property
+    def learns_sigma(self) -> bool:
+        return self.kind != "classifier" and self.config["out_channels"] == 2 * self.config["in_channels"]
+
+    @property
+    def num_classes(self) -> int | None:
+        return self.config["out_channels"] if self.kind == "classifier" else self.config["num_classes"]
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level, from the full resolution down."""
+        return [int(mult * self.config["model_channels"]) for mult in self.config["channel_mult"]]
+
+    @property
+    def attended_widths(self) -> set[int]:
+        """Channels that attention layers split into heads."""
+        levels = {factor.bit_length() - 1 for factor in self.config["attention_resolutions"]}
+        return {self.widths[level] for level in levels} | {self.widths[-1]}
+
+
+def infer_architecture(
+    shapes: Shapes, image_size: int | None = None, classifier_depth: int | None = None
+) -> Architecture:
+    """Reads a model's architecture off the names and shapes of its tensors.
+
+    Args:
+        shapes (`Mapping[str, Sequence[int]]`): Published name -> shape.
+        image_size (`int`, *optional*), classifier_depth (`int`, *optional*): What the flags say, for the classifiers
+            whose tensors fit several numbers of residual blocks.
+
+    Returns:
+        [`Architecture`]: The tensors have been looked at, not all compared: [`check_tensors`] does that.
+
+    Raises:
+        `ValueError`: If the tensors are not those of a model of guided-diffusion or improved-diffusion, or if they fit
+            several of them.
+    """
+    numbers = {int(match[1]) for name in shapes if (match := re.match(r"input_blocks\.(\d+)\.", name))}
+    model_channels = _size(shapes, "time_embed.0.weight", 1)
+    in_channels = _size(shapes, "input_blocks.0.0.weight", 1)
+    _size(shapes, "input_blocks.1.0.out_layers.3.weight", 0)
+    total = max(numbers) + 1
+    if total > 2 * len(numbers):
+        raise ValueError("The numbers of the input_blocks have gaps that no published model has.")
+
+    is_unet = any(name.startswith("output_blocks.") for name in shapes)
+    convolutions = [i for i in sorted(numbers) if f"input_blocks.{i}.0.op.weight" in shapes]
+    gaps = sorted(set(range(total)) - numbers)  # layers without weights: pooling in place of a convolution
+    resblock_updown = False
+    if convolutions or gaps:
+        num_res_blocks = min(convolutions + gaps) - 1
+    elif is_unet:
+        # Nothing marks a residual block that halves the image, but one that doubles it is a level's second or third.
+        ups = [
+            int(match[1])
+            for name in shapes
+            if (match := re.match(r"output_blocks\.(\d+)\.([12])\.in_layers\.0\.weight$", name))
+        ]
+        resblock_updown = bool(ups)
+        num_res_blocks = min(ups) if ups else total - 1
+    else:
+        num_res_blocks = _encoder_depth(shapes, total, image_size, classifier_depth)
+        resblock_updown = num_res_blocks < total - 1
+    if num_res_blocks < 1 or total % (num_res_blocks + 1):
+        raise ValueError(f"{total} input_blocks are not levels of {num_res_blocks} residual blocks each.")
+
+    widths, attention_resolutions = [], []
+    for level, first in enumerate(range(1, total, num_res_blocks + 1)):
+        widths.append(_size(shapes, f"input_blocks.{first}.0.out_layers.3.weight", 0))
+        if f"input_blocks.{first}.1.qkv.weight" in shapes:
+            attention_resolutions.append(2**level)
+    config: dict[str, Any] = {
+        "in_channels": in_channels,
+        "model_channels": model_channels,
+        "num_res_blocks": num_res_blocks,
+        "attention_resolutions": attention_resolutions,
+        "channel_mult": tuple(_multiple(width, model_channels) for width in widths),
+        "conv_resample": not gaps,
+        "resblock_updown": resblock_updown,
+        "use_scale_shift_norm": _size(shapes, "input_blocks.1.0.emb_layers.1.weight", 0) == 2 * widths[0],
+    }
+    if not is_unet:
+        return Architecture("classifier", {**config, **_head(shapes, len(widths))})
+
+    out_channels = _size(shapes, "out.2.weight", 0)
+    # Images are grey or coloured; with a learned variance the output has twice their channels.
+    image_channels = {1: 1, 2: 1, 3: 3, 6: 3}.get(out_channels, in_channels)
+    if in_channels not in (image_channels, 2 * image_channels) or out_channels not in (
+        image_channels,
+        2 * image_channels,
+    ):
+        raise ValueError(
+            f"A model that takes {in_channels} channels and gives {out_channels} is none of the published kinds."
+        )
+    config |= {
+        "in_channels": image_channels,
+        "out_channels": out_channels,
+        "num_classes": _size(shapes, "label_emb.weight", 0) if "label_emb.weight" in shapes else None,
+    }
+    return Architecture("unet" if in_channels == image_channels else "upsampler", config)
+
+
+def _encoder_depth(shapes: Shapes, total: int, image_size: int | None, wanted: int | None) -> int:
+    """Residual blocks per level of a classifier whose halving blocks look like the others.
+
+    A block that halves keeps the width and has no attention; within a level the width changes at most once, in front,
+    and attention is everywhere or nowhere. Few numbers of blocks fit that, mostly one.
+    """
+    attends = [f"input_blocks.{i}.1.qkv.weight" in shapes for i in range(total)]
+    widens = [f"input_blocks.{i}.0.skip_connection.weight" in shapes for i in range(total)]
+    tokens = _size(shapes, _POSITIONS, 1) - 1 if _POSITIONS in shapes else None
+    fitting = []
+    for depth in range(1, total):
+        firsts = range(1, total, depth + 1)
+        lowest_side = None if image_size is None else image_size / 2 ** (len(firsts) - 1)
+        if (
+            total % (depth + 1) == 0
+            and not any(widens[i] for i in range(total) if i not in firsts)
+            and not any(attends[i] for i in range(0, total, depth + 1))
+            and all(len(set(attends[first : first + depth])) == 1 for first in firsts)
+            and (lowest_side is None or lowest_side.is_integer())
+            and (lowest_side is None or tokens is None or lowest_side**2 == tokens)
+        ):
+            fitting.append(depth)
+    if not fitting:
+        size = "" if image_size is None else f" of an image_size of {image_size}"
+        raise ValueError(f"The {total} input_blocks are not those of a published classifier{size}.")
+    if wanted in fitting:
+        return wanted
+    if len(fitting) > 1:
+        raise ValueError(
+            f"The classifier's tensors fit {' or '.join(map(str, fitting))} residual blocks per level; say which with "
+            f"--classifier_depth."
+        )
+    return fitting[0]
+
+
+_POSITIONS = "out.2.positional_embedding"
+
+
+def _head(shapes: Shapes, num_levels: int) -> dict[str, Any]:
+    """The classifier's pool and classes, and its image size where that is told."""
+    if _POSITIONS in shapes:
+        tokens = _size(shapes, _POSITIONS, 1) - 1
+        side = math.isqrt(tokens)
+        if side**2 != tokens:
+            raise ValueError(f"{_POSITIONS} has {tokens} pixels, which are no square; published classifiers have one.")
+        num_classes = _size(shapes, "out.2.c_proj.weight", 0)
+        return {"pool": "attention", "out_channels": num_classes, "image_size": side * 2 ** (num_levels - 1)}
+    if len(shapes.get("out.0.weight", ())) == 1:
+        return {"pool": "adaptive", "out_channels": _size(shapes, "out.3.weight", 0)}
+    if "out.3.weight" in shapes:
+        return {"pool": "spatial_v2", "out_channels": _size(shapes, "out.3.weight", 0)}
+    return {"pool": "spatial", "out_channels": _size(shapes, "out.2.weight", 0)}
+
+
+def _size(shapes: Shapes, name: str, dimension: int) -> int:
+    """One dimension of a tensor that the model must have."""
+    shape = shapes.get(name)
+    if shape is None or len(shape) <= dimension or shape[dimension] < 1:
+        found = "has no tensor" if shape is None else f"has a tensor of shape {tuple(shape)} named"
+        raise ValueError(f"It {found} {name}: these are not the weights of a model of the published code.")
+    return shape[dimension]
+
+
+def _multiple(width: int, base: int) -> int | float:
+    """The entry of channel_mult that gives a width; the published code cuts the product off, not rounds it."""
+    multiple = width / base
+    if int(multiple * base) != width:
+        multiple = math.nextafter(multiple, math.inf)
+    return int(multiple) if multiple == int(multiple) else multiple
