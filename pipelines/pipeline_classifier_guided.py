@@ -149,11 +149,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             strength (`float`, *optional*): How much of the walk is gone, in (0, 1]: the image is noised to that share
                 of the timesteps and made anew from there (SDEdit, arXiv 2108.01073). 1 starts from noise alone. The
                 default is 0.8, with a mask 1.
-            mask_image (PIL image, array or tensor, *optional*): White where `image` is to be made anew, black where it
-                is kept, to the pixel (RePaint, arXiv 2201.09865).
+            mask_image (PIL image, array, tensor or a list of them, *optional*): White where `image` is to be made anew,
+                black where it is kept, to the pixel (RePaint, arXiv 2201.09865); one for all, or one for each.
             jump_length (`int`, defaults to 10), jump_n_sample (`int`, defaults to 10): RePaint's resampling: after
                 every so many steps as many are undone by noise and walked again, until they were walked so often. 1
-                walks each step once: far fewer UNet calls, a less coherent filling.
+                walks each step once, as does a walk of no more than `jump_length` steps: far fewer UNet calls, a less
+                coherent filling.
 
         Returns:
             [`~diffusers.pipelines.pipeline_utils.ImagePipelineOutput`]: `.images`.
@@ -172,33 +173,28 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             ```
         """
         # 1. What is asked for
-        labels = self.resolve_labels(class_labels, num_images_per_label)
-        original = None
-        if image is None and (strength is not None or mask_image is not None):
-            raise ValueError("strength and mask_image say what to do with an image: give image= too.")
-        if image is not None:
-            original, labels = self.match_labels(self.prepare_image(image, latents), labels, num_images_per_label)
-        guidances = self.resolve_guidance(guidance, guidance_scale, labels)
-        self.check_inputs(labels, guidances, condition_unet, output_type, callback_on_step_end_tensor_inputs)
         if self.unet.config.get("low_res_channels") is not None:
             raise ValueError("This UNet is an upsampler: load it with ClassifierGuidedUpscalePipeline.")
+        original, mask = self.prepare_edit(image, mask_image, strength, latents)
+        batch_size, labels, original, mask = match_batch(
+            num_images_per_label, self.resolve_labels(class_labels), original, mask
+        )
+        guidances = self.resolve_guidance(guidance, guidance_scale, labels)
+        self.check_inputs(labels, guidances, condition_unet, output_type, callback_on_step_end_tensor_inputs)
         eta = self.default("eta", 0.0) if eta is None else eta
 
         # 2. Timesteps and noise
         self.set_timesteps(num_inference_steps, respacing, timesteps)
-        batch_size = num_images_per_label if labels is None else len(labels)
-        if original is not None:
-            batch_size = len(original)
         generators = self.prepare_generators(generator, batch_size)
         latents = self.prepare_latents(latents, batch_size, generators)
         visited, repaint = self.scheduler.timesteps, None
         if original is not None:
             if strength is None:
-                strength = 0.8 if mask_image is None else 1.0
+                strength = 0.8 if mask is None else 1.0
             visited, latents = self.start_from(original, latents, strength)
-        if original is not None and mask_image is not None:
-            repaint = self.prepare_repaint(mask_image, original)
+        if original is not None and mask is not None:
             visited = visited[jump_positions(len(visited), jump_length, jump_n_sample)]
+            repaint = RePaint(self.scheduler, original, mask)
 
         # 3. noise -> (UNet -> guidance -> scheduler step) x N -> image
         conditions = self.unet_conditions(labels if condition_unet else None)
@@ -238,6 +234,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 f"{(len(visited), *latents.shape)}."
             )
         schedule = visited.tolist()  # on the host once, not step by step
+        following = [*schedule[1:], None]
         for i, t in enumerate(self.progress_bar(visited)):
             model_input = self.scheduler.scale_model_input(latents, t)
             told = model_timesteps(self.scheduler, t)
@@ -252,7 +249,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             noise = None if variance_noise is None else variance_noise[i].to(latents)
             latents = self.step(model_output, t, schedule[i], model_input, latents, gradient, eta, generators, noise)
             if repaint is not None:
-                latents = repaint(latents, schedule[i], next(iter(schedule[i + 1 :]), None), generators)
+                latents = repaint(latents, schedule[i], following[i], generators)
 
             if callback_on_step_end is not None:
                 callback_kwargs = {}
@@ -273,11 +270,43 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """What the UNet is told beside sample and timestep: the labels, if it is class-conditional."""
         return {} if labels is None or self.unet.config.num_class_embeds is None else {"class_labels": labels}
 
+    def prepare_edit(
+        self, image: Images | None, mask_image: Images | None, strength: float | None, latents: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The images to start from in [-1, 1], of the size that will be sampled, and where they are made anew."""
+        if image is None:
+            if strength is not None or mask_image is not None:
+                raise ValueError("strength and mask_image say what to do with an image: give image= too.")
+            return None, None
+        if not hasattr(self.scheduler, "add_noise"):
+            raise ValueError(f"{type(self.scheduler).__name__} cannot start from an image; take another scheduler.")
+        original = images_to_tensor(image, self.unet.config.in_channels).to(self._execution_device)
+        height, width = self.sample_size if latents is None else latents.shape[-2:]
+        if original.shape[-2:] != (height, width):
+            raise ValueError(
+                f"The image has {original.shape[-2]}x{original.shape[-1]} pixels and this UNet makes {height}x{width}; "
+                f"resize or crop it first."
+            )
+        if mask_image is None:
+            return original, None
+        if not isinstance(self.scheduler, ADMScheduler):
+            raise ValueError(
+                f"mask_image needs a scheduler that can jump back in its walk, ADMScheduler; "
+                f"{type(self.scheduler).__name__} cannot."
+            )
+        mask = images_to_tensor(mask_image, 1).to(self._execution_device) > 0
+        if mask.shape[-2:] != original.shape[-2:]:
+            raise ValueError(
+                f"The mask has {mask.shape[-2]}x{mask.shape[-1]} pixels and the image {height}x{width}; resize it."
+            )
+        return original, mask
+
     def start_from(
         self, original: torch.Tensor, noise: torch.Tensor, strength: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The timesteps that are left of the walk at some strength, and the images noised to the first of them."""
-        steps, timesteps = self.scheduler.num_inference_steps, self.scheduler.timesteps
+        timesteps, order = self.scheduler.timesteps, self.scheduler.order
+        steps = -(-len(timesteps) // order)
         if not 0 < strength <= 1 or int(steps * strength) == 0:
             raise ValueError(
                 f"strength={strength} leaves none of {steps} steps: it lies above 0 and up to 1, and strength times "
@@ -285,38 +314,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             )
         if strength == 1:
             return timesteps, noise
-        skipped = (steps - int(steps * strength)) * self.scheduler.order
+        skipped = (steps - int(steps * strength)) * order
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(skipped)
         first = timesteps[skipped].repeat(len(original))
         noise = noise / self.scheduler.init_noise_sigma  # which add_noise brings to the right strength itself
         return timesteps[skipped:], self.scheduler.add_noise(original, noise, first)
-
-    def prepare_image(self, image: Images, latents: torch.Tensor | None = None) -> torch.Tensor:
-        """Images in [-1, 1] of the size that will be sampled: the latents', or the UNet's."""
-        original = images_to_tensor(image, self.unet.config.in_channels).to(self._execution_device)
-        expected = self.sample_size if latents is None else tuple(latents.shape[-2:])
-        if original.shape[-2:] != expected:
-            raise ValueError(
-                f"The image has {original.shape[-2]}x{original.shape[-1]} pixels and this UNet makes "
-                f"{expected[0]}x{expected[1]}; resize or crop it first."
-            )
-        return original
-
-    def prepare_repaint(self, mask_image: Images, original: torch.Tensor) -> RePaint:
-        """What keeps the known pixels."""
-        if not isinstance(self.scheduler, ADMScheduler):
-            raise ValueError(
-                f"mask_image needs a scheduler that can jump back in its walk, ADMScheduler; "
-                f"{type(self.scheduler).__name__} cannot."
-            )
-        mask = images_to_tensor(mask_image, 1).to(original.device) > 0
-        if mask.shape[-2:] != original.shape[-2:] or len(mask) not in (1, len(original)):
-            raise ValueError(
-                f"{len(mask)} mask(s) of {mask.shape[-2]}x{mask.shape[-1]} pixels do not fit {len(original)} image(s) "
-                f"of {original.shape[-2]}x{original.shape[-1]}; give one of the image's size, or one per image."
-            )
-        return RePaint(self.scheduler, original, mask)
 
     def step(
         self,
@@ -354,10 +357,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         saved = (self.config.sampling_defaults or {}).get(name)
         return otherwise if saved is None else saved
 
-    def resolve_labels(self, class_labels: Labels | None, num_images_per_label: int) -> torch.Tensor | None:
-        """Ids and names as a tensor of ids, each `num_images_per_label` times; `None` stays `None`."""
-        if num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label={num_images_per_label} makes no images; give 1 or more.")
+    def resolve_labels(self, class_labels: Labels | None) -> torch.Tensor | None:
+        """Ids and names as a tensor of ids; `None` stays `None`."""
         if class_labels is None:
             return None
         if torch.is_tensor(class_labels):
@@ -376,29 +377,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 f"class_labels {unknown} are not among the ids of the {self.num_classes} classes, 0 to "
                 f"{self.num_classes - 1}."
             )
-        return torch.tensor(ids, device=self._execution_device).repeat_interleave(num_images_per_label)
-
-    def match_labels(
-        self, images: torch.Tensor, labels: torch.Tensor | None, num_images_per_label: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Brings images and labels together: as many of both, or one of the one for all of the other.
-
-        Args:
-            images (`torch.Tensor` of shape `(n, ...)`): One for each label, one for all, or several for one label.
-            labels (`torch.Tensor`, *optional*): As [`resolve_labels`] gives them, each repeated already.
-            num_images_per_label (`int`): How often.
-        """
-        images = images.repeat_interleave(num_images_per_label, dim=0)
-        if labels is None or len(images) == len(labels):
-            return images, labels
-        if len(images) == num_images_per_label:
-            return images.repeat(len(labels) // num_images_per_label, 1, 1, 1), labels
-        if len(labels) == num_images_per_label:
-            return images, labels.repeat(len(images) // num_images_per_label)
-        raise ValueError(
-            f"{len(images) // num_images_per_label} images and {len(labels) // num_images_per_label} class_labels do "
-            f"not fit together: give as many of both, or one of either."
-        )
+        return torch.tensor(ids, device=self._execution_device)
 
     def id_of_name(self, name: str) -> int:
         """The id of a class name, or of one of the synonyms that a name separates by commas; case does not matter."""
@@ -561,33 +540,75 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         return latents.to(self._execution_device, torch.float32) * self.scheduler.init_noise_sigma
 
 
+def match_batch(num_images_per_label: int, *parts: torch.Tensor | None) -> tuple[Any, ...]:
+    """Brings labels, images and masks together: as many of each, or one of some for all of the others.
+
+    Args:
+        num_images_per_label (`int`): How often each of them is repeated, side by side.
+        parts (`torch.Tensor` of shape `(n or 1, ...)`, *optional*): Those that were given.
+
+    Returns:
+        The size of the batch and the parts, each of that length or `None`.
+
+    Raises:
+        `ValueError`: If their numbers do not fit.
+    """
+    if num_images_per_label < 1:
+        raise ValueError(f"num_images_per_label={num_images_per_label} makes no images; give 1 or more.")
+    given = [part for part in parts if part is not None]
+    count = max((len(part) for part in given), default=1)
+    if any(len(part) not in (1, count) for part in given):
+        numbers = ", ".join(str(len(part)) for part in given)
+        raise ValueError(
+            f"class_labels, images and masks do not fit together ({numbers} were given): give as many of each, or one "
+            f"for all."
+        )
+    matched = (
+        None if part is None else part.expand(count, *part.shape[1:]).repeat_interleave(num_images_per_label, dim=0)
+        for part in parts
+    )
+    return count * num_images_per_label, *matched
+
+
 def images_to_tensor(images: Images, channels: int) -> torch.Tensor:
     """Images of every kind as a tensor of shape `(batch, channels, height, width)` in [-1, 1].
 
     Args:
         images: PIL images; arrays `(height, width)`, `(height, width, C)` or `(batch, height, width, C)`; tensors
-            `(C, height, width)` or `(batch, C, height, width)`; or a list of one kind. 8-bit integers run from 0 to
-            255, as in the published `.npz` files; floats from 0 to 1 or, if any is negative, from -1 to 1.
+            `(height, width)`, `(C, height, width)` or `(batch, C, height, width)`; or a list of one kind. 8-bit
+            integers run from 0 to 255, as in the published `.npz` files; booleans and floats from 0 to 1 or, if some
+            are clearly negative, from -1 to 1.
         channels (`int`): 1 or 3, as the model wants them. Grey stands for three equal channels.
 
     Raises:
         `ValueError`: For other shapes or values, and images that differ in size.
     """
     several: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
-    tensors = [
-        torch.from_numpy(to_pixel_values(to_channels(image, channels), channels))[None]
-        if isinstance(image, Image.Image)
-        else _values_to_tensor(image, channels)
-        for image in several
-    ]
-    if len({tensor.shape[1:] for tensor in tensors}) != 1:
-        sizes = sorted({f"{tensor.shape[-2]}x{tensor.shape[-1]}" for tensor in tensors})
-        raise ValueError(f"Images of one batch must have one size; these have {', '.join(sizes) or 'none'}.")
-    return torch.cat(tensors)
+    if several and all(isinstance(image, Image.Image) for image in several):
+        pictures = [to_pixel_values(to_channels(image, channels), channels) for image in several]
+        tensors = [torch.from_numpy(picture)[None] for picture in pictures]
+    else:
+        tensors = [_planes(image) for image in several]
+    if len({(tensor.shape[1:], tensor.dtype) for tensor in tensors}) != 1:
+        kinds = sorted({f"{tensor.shape[-2]}x{tensor.shape[-1]} {tensor.dtype}" for tensor in tensors})
+        raise ValueError(f"Images of one batch must have one size and type; these have {', '.join(kinds) or 'none'}.")
+    batch = torch.cat(tensors)
+    if batch.shape[1] not in (1, channels) or batch.numel() == 0:
+        raise ValueError(f"Images of shape {tuple(batch.shape)} were given where {channels} channels are expected.")
+    batch = batch.expand(-1, channels, -1, -1)
+    if batch.dtype == torch.uint8:
+        return batch / 127.5 - 1
+    batch = batch.float()
+    low, high = batch.min().item(), batch.max().item()
+    if low < -2 or -0.1 < low < 0 or not high <= 2:  # samples may overshoot a little; the last is true of NaN too
+        raise ValueError(
+            f"The images have values from {low:g} to {high:g}; give 8-bit integers, or floats in [0, 1] or [-1, 1]."
+        )
+    return (batch if low < 0 else 2 * batch - 1).clamp(-1, 1)
 
 
-def _values_to_tensor(values: Any, channels: int) -> torch.Tensor:
-    """An array or tensor of one or several images as `(batch, channels, height, width)` in [-1, 1]."""
+def _planes(values: Any) -> torch.Tensor:
+    """An array or tensor of one or several images as a tensor of shape `(batch, C, height, width)`."""
     if isinstance(values, np.ndarray):
         values = torch.from_numpy(np.ascontiguousarray(values))
         values = values.movedim(-1, -3) if values.ndim > 2 else values
@@ -596,19 +617,7 @@ def _values_to_tensor(values: Any, channels: int) -> torch.Tensor:
             f"An image is a PIL image, an array (height, width, channels) or a tensor (channels, height, width), alone "
             f"or in a batch; got {type(values).__name__} of shape {tuple(getattr(values, 'shape', ()))}."
         )
-    values = values.reshape(-1, values.shape[-3] if values.ndim > 2 else 1, *values.shape[-2:])
-    if values.shape[1] not in (1, channels):
-        raise ValueError(f"The images have {values.shape[1]} channels where {channels} are expected.")
-    values = values.expand(-1, channels, -1, -1)
-    if values.dtype == torch.uint8:
-        return values / 127.5 - 1
-    values = values.float()
-    low, high = values.min().item(), values.max().item()
-    if not (low >= -2 and high <= 2):  # samples may overshoot a little; also true of NaN
-        raise ValueError(
-            f"The images have values from {low:g} to {high:g}; give 8-bit integers, or floats in [0, 1] or [-1, 1]."
-        )
-    return (values if low < 0 else 2 * values - 1).clamp(-1, 1)
+    return values.reshape(-1, values.shape[-3] if values.ndim > 2 else 1, *values.shape[-2:])
 
 
 def alpha_bar_at(scheduler: SchedulerMixin, timestep: float) -> float:

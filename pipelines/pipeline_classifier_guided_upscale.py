@@ -16,7 +16,7 @@ from ..guidance.classifier import ClassifierGuidance
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.unet_adm import ADMUNet2DModel
 from ..schedulers.scheduling_adm import ADMScheduler
-from .pipeline_classifier_guided import ClassifierGuidedPipeline, Images, Labels, images_to_tensor
+from .pipeline_classifier_guided import ClassifierGuidedPipeline, Images, Labels, images_to_tensor, match_batch
 
 
 class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
@@ -106,16 +106,17 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
             image, labels_of_file = read_samples(image)
             if class_labels is None and labels_of_file is not None and self.num_classes is not None:
                 class_labels = labels_of_file.tolist()
-        labels = self.resolve_labels(class_labels, num_images_per_label)
-        low_res, labels = self.match_labels(self.prepare_low_res(image), labels, num_images_per_label)
+        batch_size, labels, low_res = match_batch(
+            num_images_per_label, self.resolve_labels(class_labels), self.prepare_low_res(image)
+        )
         guidances = self.resolve_guidance(guidance, guidance_scale, labels)
         self.check_inputs(labels, guidances, condition_unet, output_type, callback_on_step_end_tensor_inputs)
         eta = self.default("eta", 0.0) if eta is None else eta
 
         # 2. Timesteps and noise
         self.set_timesteps(num_inference_steps, respacing, timesteps)
-        generators = self.prepare_generators(generator, len(low_res))
-        latents = self.prepare_latents(latents, len(low_res), generators)
+        generators = self.prepare_generators(generator, batch_size)
+        latents = self.prepare_latents(latents, batch_size, generators)
 
         # 3. noise -> (UNet beside the small image -> guidance -> scheduler step) x N -> large image
         latents = self.denoise(

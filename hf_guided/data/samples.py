@@ -33,6 +33,8 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
             f"arr_0 of {path} is {images.dtype} of shape {images.shape}; samples are uint8 of shape "
             f"(n, height, width, channels)."
         )
+    if len(images) == 0:
+        raise ValueError(f"{path} holds no images.")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise ValueError(
             f"arr_1 of {path} is {labels.dtype} of shape {labels.shape}; the labels of {len(images)} images are so "

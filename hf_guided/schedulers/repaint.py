@@ -68,13 +68,16 @@ class RePaint:
             `torch.Tensor`: The sample with its known pixels, noised to `next_timestep`.
         """
 
+        if next_timestep is None:
+            return torch.where(self.mask, sample, self.original)
+
         def noised(image: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
             noise = randn_tensor(image.shape, generators, image.device, image.dtype)
             return alpha_bar.sqrt() * image + (1 - alpha_bar).sqrt() * noise
 
         (alpha_bar,) = self.scheduler.process.at(timestep, sample, "alpha_bar_prev")
         sample = torch.where(self.mask, sample, noised(self.original, alpha_bar))  # equation 8
-        if next_timestep is not None and next_timestep >= timestep:
+        if next_timestep >= timestep:
             (alpha_bar_next,) = self.scheduler.process.at(next_timestep, sample, "alpha_bar")
             sample = noised(sample, alpha_bar_next / alpha_bar)
         return sample

@@ -46,5 +46,8 @@ def test_other_files_are_refused_in_a_sentence(tmp_path):
     write_samples(path, IMAGES, np.array([1]))
     with pytest.raises(ValueError, match="labels of 2 images"):
         read_samples(path)
+    write_samples(path, IMAGES[:0])
+    with pytest.raises(ValueError, match="holds no images"):
+        read_samples(path)
     with pytest.raises(FileNotFoundError):
         read_samples(tmp_path / "nowhere.npz")

@@ -138,6 +138,29 @@ def test_an_edited_image_does_not_depend_on_its_batch(pipe, picture, hole):
     assert (both[1] - alone[0]).abs().max() < 1e-4
 
 
+def test_images_masks_and_labels_come_together(pipe, picture, hole):
+    other, wide = Image.fromarray(255 - np.asarray(picture)), hole.resize((16, 16), box=(2, 2, 14, 14))
+    options = {"jump_n_sample": 1, "output_type": "pil"}
+    several = edit(pipe, [1, 2], 2, image=[picture, other], mask_image=[hole, wide], **options)
+    assert len(several) == 4
+    for i, image in enumerate(several):
+        kept = np.asarray([hole, wide][i // 2]) < 128
+        assert np.array_equal(np.asarray(image)[kept], np.asarray([picture, other][i // 2])[kept])
+    assert len(edit(pipe, 1, image=picture, mask_image=[hole, wide], **options)) == 2
+    assert len(edit(pipe, [1, 2, 3], image=picture, mask_image=torch.from_numpy(np.array(hole)), **options)) == 3
+
+
+def test_strength_counts_the_steps_that_there_are(tiny_unet, picture):
+    pipe = make_pipeline(tiny_unet())
+    pipe.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    assert len(visited(pipe, 1, image=picture, strength=0.5)) == 5  # of the saved respacing
+    pipe.scheduler.set_timesteps(4)
+    assert len(visited(pipe, 1, image=picture, strength=0.5, respacing="10")) == 5
+    pipe.scheduler = diffusers.IPNDMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="IPNDMScheduler cannot start from an image"):
+        pipe(1, image=picture, num_inference_steps=10)
+
+
 def test_everything_kept_and_nothing_kept(pipe, picture):
     black, white = (Image.new("1", (16, 16), value) for value in (0, 1))
     kept = edit(pipe, 1, image=picture, mask_image=black, jump_n_sample=1, output_type="pil")[0]
@@ -155,8 +178,8 @@ def test_what_cannot_be_edited_is_refused(pipe, tiny_unet, picture, hole):
         ({"image": picture, "strength": 0.05}, "leaves none"),
         ({"image": picture, "strength": 1.5}, "strength=1.5"),
         ({"image": picture.resize((8, 8))}, "8x8 pixels and this UNet makes 16x16"),
-        ({"image": picture, "mask_image": hole.resize((8, 8))}, "do not fit"),
-        ({"image": picture, "mask_image": [hole, hole]}, r"2 mask\(s\)"),
+        ({"image": picture, "mask_image": hole.resize((8, 8))}, "The mask has 8x8 pixels and the image 16x16"),
+        ({"image": [picture] * 3, "mask_image": [hole, hole]}, r"do not fit together \(1, 3, 2 were given\)"),
         ({"image": picture, "mask_image": hole, "jump_length": 0}, "jump_length=0"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -96,5 +96,10 @@ def test_device_maps(folder, expected, tmp_path):
 def test_offloading(folder, expected, offload):
     pipe = ClassifierGuidedPipeline.from_pretrained(folder / "full")
     offload(pipe)
+    assert all(
+        hasattr(pipe.unet, "_hf_hook") or hasattr(layer, "_diffusers_hook")
+        for layer in pipe.unet.down_blocks[0].resnets[0].children()
+        if list(layer.parameters())
+    )
     assert (sample(pipe) - expected).abs().max() < 1e-5
     assert (sample(pipe) - expected).abs().max() < 1e-5  # the hooks are in place again

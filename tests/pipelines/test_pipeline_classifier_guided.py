@@ -183,8 +183,10 @@ def test_labels_by_id_name_synonym_list_and_tensor(pipe):
     expected = sample(pipe, [2, 0])
     for labels in (["daisy", "tench"], ["DAISY", "tinca tinca"], ["daisy", 0], torch.tensor([2, 0])):
         assert torch.equal(sample(pipe, labels), expected)
-    assert torch.equal(pipe.resolve_labels("pug", 3), torch.tensor([4, 4, 4]))
-    assert pipe.resolve_labels([1, 2], 2).tolist() == [1, 1, 2, 2]
+    assert torch.equal(pipe.resolve_labels("pug"), torch.tensor([4]))
+    assert pipe.resolve_labels([1, 2]).tolist() == [1, 2]
+    thrice = sample(pipe, [1, 2], num_images_per_label=3)
+    assert torch.equal(thrice, sample(pipe, [1, 1, 1, 2, 2, 2]))
 
 
 def test_unknown_labels_are_explained(pipe):

@@ -94,6 +94,12 @@ def test_published_files_of_samples(pipe, small, tmp_path):
     assert (upscale(pipe, tmp_path / "64_samples.npz", 1) - expected).abs().max() > 1e-3
 
 
+def test_a_list_is_read_like_a_batch(pipe, small):
+    """Dark and bright images have one range together, however they are given."""
+    pair = torch.stack([small[0].abs(), -small[1].abs()])
+    assert torch.equal(upscale(pipe, list(pair), 1), upscale(pipe, pair, 1))
+
+
 def test_images_and_labels_come_together(pipe, small):
     expected = upscale(pipe, small, [1, 2])
     assert expected.shape == (2, 3, 16, 16)
@@ -108,7 +114,7 @@ def test_images_and_labels_come_together(pipe, small):
     one_image = upscale(pipe, small[:1], [1, 2])
     assert torch.equal(one_image, upscale(pipe, small[[0, 0]], [1, 2]))
     assert (one_image - expected).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="2 images and 3 class_labels do not fit"):
+    with pytest.raises(ValueError, match=r"do not fit together \(3, 2 were given\)"):
         upscale(pipe, small, [0, 1, 2])
 
 
@@ -169,12 +175,15 @@ def test_what_cannot_be_upsampled_is_refused(pipe, tiny_unet, small):
     for image, message in [
         (small[:, :, :4], "The images have 4x8 pixels, and this UNet makes 16x16 from 8 pixels of height"),
         (small[:, :, :, :4], "8x4"),
-        (small[:, :2], "2 channels where 3 are expected"),
+        (small[:, :2], r"shape \(2, 2, 8, 8\) were given where 3 channels"),
+        (small[:0], r"shape \(0, 3, 8, 8\)"),
+        (small.abs() - 0.01, "values from -0.00"),
+        ([small[0], (small[1] * 255).to(torch.uint8)], "one size and type"),
         (small * 100, "values from"),
         (torch.full_like(small, torch.nan), "values from"),
         (5, "got int"),
         ([], "have none"),
-        ([small[0], small[0, :, :4]], "one size; these have 4x8, 8x8"),
+        ([small[0], small[0, :, :4]], "one size and type; these have 4x8 torch.float32, 8x8"),
     ]:
         with pytest.raises(ValueError, match=message):
             upscale(pipe, image, 1)
