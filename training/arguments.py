@@ -1,7 +1,8 @@
 """Flags and recipes: what a training script may be told, and where it reads the rest.
 
-A recipe is a YAML file with a section for the data and one for each stage; a flag overrides its key. Scripts of several
-stages take a flag for all stages (`--max_train_steps`) or for one (`--classifier_max_train_steps`).
+A recipe is a YAML file with a section for the data and one for each stage; a flag overrides its key. A stage that needs
+the data otherwise says so in a `data` of its own. Scripts of several stages take a flag for all stages
+(`--max_train_steps`) or for one (`--classifier_max_train_steps`).
 """
 
 import argparse
@@ -19,10 +20,11 @@ from accelerate import PartialState
 from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
-from ..data import DataArguments
+from ..data import BUILT_IN, DataArguments
 from ..hub.push import PushError
 
 RECIPES = Path(__file__).parent / "recipes"
+SECTIONS = {"data", "judge", "classifier", "diffusion", "upscaler", "report"}
 
 
 def flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -146,7 +148,7 @@ def parse_arguments(
     parser.add_argument(
         "--recipe",
         help=f"A recipe's name ({', '.join(sorted(path.stem for path in RECIPES.glob('*.yaml')))}) or a YAML file. "
-        f"Without one and without a dataset: digits; with a dataset: images.",
+        f"Without one: that of the built-in dataset, digits by default; with other images: images.",
     )
     if len(stages) > 1:
         for name, stage in stages.items():
@@ -155,15 +157,25 @@ def parse_arguments(
         action.default = argparse.SUPPRESS
     given = vars(parser.parse_args(argv))
 
-    has_data = "train_data_dir" in given or given.get("dataset_name", "digits") != "digits"
-    recipe = read_recipe(given.pop("recipe", None) or ("images" if has_data else "digits"))
-    unknown = set(recipe) - {"data", "judge", "classifier", "diffusion", "report"}
+    dataset = given.get("dataset_name", BUILT_IN[0])
+    has_data = "train_data_dir" in given or dataset not in BUILT_IN
+    recipe = read_recipe(given.pop("recipe", None) or ("images" if has_data else dataset))
+    unknown = set(recipe) - SECTIONS
     if unknown:
         raise ValueError(f"The recipe has sections that no script knows: {', '.join(sorted(unknown))}.")
+    if len(recipe) > 1 and not set(recipe) & set(stages):
+        raise ValueError(
+            f"The recipe has nothing for {' or '.join(stages)}, only for {', '.join(sorted(set(recipe) - {'data'}))}; "
+            f"give another --recipe."
+        )
+    for name in stages:
+        of_stage = recipe.get(name, {}).pop("data", None) or {}
+        if of_stage and len(stages) > 1:
+            raise ValueError(f"The recipe's section {name!r} has data of its own; here all stages share theirs.")
+        recipe["data"].update(of_stage)
     if has_data:  # the recipe's own data make way
-        recipe["data"] = {
-            key: value for key, value in recipe["data"].items() if key not in ("dataset_name", "train_data_dir")
-        }
+        for key in ("dataset_name", "train_data_dir"):
+            recipe["data"].pop(key, None)
     data = _fill(DataArguments, "data", recipe["data"], given)
     prefixed = {
         name: {key.removeprefix(f"{name}_"): value for key, value in given.items() if key.startswith(f"{name}_")}

@@ -24,6 +24,7 @@ FREE_FLAGS = {
     "validation_steps",
     "preview_steps",
     "preview_respacing",
+    "respacing",
     "logging_steps",
     "report_to",
     "push_to_hub",

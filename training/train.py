@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
 
-from hf_guided import ClassifierGuidedPipeline
+from hf_guided import ADMUNet2DModel, ClassifierGuidedPipeline
 from hf_guided.data import LabelledImages, load_labelled_images
 from hf_guided.evaluation import classifier_features, judge_features, labelled_grid, save_png, trade_off_curve
 from hf_guided.evaluation.sampling import sample_batches
@@ -40,7 +40,7 @@ from hf_guided.training.arguments import LoopArguments, RunArguments, flag, pars
 from hf_guided.training.checkpoints import list_checkpoints, save_folder
 from hf_guided.training.loop import finish, write_json
 from hf_guided.training.train_classifier import ClassifierArguments, make_classifier, train_classifier
-from hf_guided.training.train_diffusion import DiffusionArguments, make_unet, train_diffusion
+from hf_guided.training.train_diffusion import DiffusionArguments, train_diffusion, unet_config
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def check_stages(stages: dict[str, Any], images: LabelledImages) -> None:
         for name in ("judge", "classifier"):
             make_classifier(stages[name], images)(noisy)
         labels = torch.zeros(1, dtype=torch.long) if diffusion.class_conditional else None
-        make_unet(diffusion, images)(noisy, torch.zeros(1), labels)
+        ADMUNet2DModel(**unet_config(diffusion, images))(noisy, torch.zeros(1), labels)
 
 
 def make_report(
@@ -249,6 +249,7 @@ def describe(
         "images": f"{len(images[0])} to train on, {len(images[1] or ())} held out",
         "classifier": steps(stages["classifier"]),
         "UNet": steps(stages["diffusion"]),
+        **({"UNet fine-tuned from": pretrained} if (pretrained := stages["diffusion"].pretrained_model) else {}),
         "noise schedule": stages["diffusion"].beta_schedule,
         "seed": stages["diffusion"].seed,
         "minutes": minutes,

@@ -6,7 +6,7 @@
     accelerate launch -m hf_guided.training.train_diffusion                          # from an installed wheel
 
 arXiv 2105.05233, sections 2 and 3: the hybrid objective with a learned variance. The finished pipeline, UNet and
-scheduler without a classifier, is `<output_dir>/diffusion/pipeline`.
+scheduler without a classifier, is `<output_dir>/diffusion/pipeline`. `--pretrained_model` fine-tunes one that is there.
 """
 
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from hf_guided.training.arguments import (
     parse_arguments,
     run_script,
 )
+from hf_guided.training.fine_tuning import Pretrained
 from hf_guided.training.loop import Batch, Task, finish, train
 from hf_guided.training.timestep_sampling import LossSecondMomentSampler, TimestepSampler
 
@@ -51,6 +52,15 @@ class DiffusionArguments(LoopArguments, ScheduleArguments, ArchitectureArguments
     class_conditional: bool = flag(True, "Tell the UNet the class.")
     label_dropout: float = flag(0.1, "Share of images whose class is withheld, so that one UNet does both.")
     preview_respacing: str = flag("25", "Timesteps of previews, in OpenAI's notation.")
+    pretrained_model: str | None = flag(
+        None,
+        "Pipeline or UNet to start from, a folder or a Hub id. Its architecture takes the place of the flags, from "
+        "--model_channels to --use_scale_shift_norm except --dropout; size, channels and classes are the data's.",
+    )
+
+    def reverse_process(self) -> dict[str, Any]:
+        """The arguments of the scheduler."""
+        return {**self.schedule(), "variance_type": self.variance_type, "prediction_type": self.prediction_type}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,12 +91,12 @@ class DiffusionTask(Task):
         clean = batch["pixel_values"]
         noise = torch.randn_like(clean)
         sample = self.scheduler.add_noise(clean, noise, timesteps)
-        output = model(sample, model_timesteps(self.scheduler, timesteps), **self.labels(batch)).sample
+        output = model(sample, model_timesteps(self.scheduler, timesteps), **self.conditions(batch)).sample
         loss = diffusion_loss(self.scheduler, output, clean, noise, timesteps, self.args.loss_type)
         return loss.loss, {"mse": loss.mse.detach(), "vb": loss.vb.detach()}
 
-    def labels(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The labels that the UNet is told: none, or the batch's, a share of them replaced by the null label."""
+    def conditions(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """What the UNet is told: nothing, or the batch's labels, a share of them replaced by the null label."""
         if not self.args.class_conditional:
             return {}
         withheld = torch.rand(len(batch["labels"]), device=batch["labels"].device) < self.args.label_dropout
@@ -97,9 +107,15 @@ class DiffusionTask(Task):
         labels = {"class_labels": batch["labels"]} if self.args.class_conditional else {}
         return {"sample": batch["pixel_values"], "timestep": timesteps, **labels}
 
+    def pipeline(self) -> ClassifierGuidedPipeline:
+        """The model as it is now, ready to sample and to be saved."""
+        id2label = self.id2label if self.args.class_conditional else None
+        return ClassifierGuidedPipeline(self.model, ADMScheduler.from_config(self.scheduler.config), id2label=id2label)
+
     def preview(self, model: nn.Module, path: Path) -> None:
         was_training = model.training
-        pipeline = ClassifierGuidedPipeline(model.eval(), ADMScheduler.from_config(self.scheduler.config))
+        model.eval()
+        pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         names = list(self.id2label.values())[:10] if self.args.class_conditional else ["samples"]
         labels = torch.arange(len(names)).repeat_interleave(8) if self.args.class_conditional else 8
@@ -123,32 +139,55 @@ def train_diffusion(
     Returns:
         `Path`: The finished folder; `None` if a signal stopped the training.
     """
-    train_images, held_out_images = images or load_labelled_images(
-        data_args, seed=args.seed, require_labels=args.class_conditional
-    )
+    images = images or load_labelled_images(data_args, seed=args.seed, require_labels=args.class_conditional)
     torch.manual_seed(args.seed)
-    model = make_unet(args, train_images)
-    scheduler = ADMScheduler(variance_type=args.variance_type, prediction_type=args.prediction_type, **args.schedule())
-    task = DiffusionTask(model, scheduler, args, train_images.id2label)
-    if not train(task, train_images, held_out_images, args, data_args):
+    task = DiffusionTask(make_unet(args, images[0]), ADMScheduler(**args.reverse_process()), args, images[0].id2label)
+    return train_and_save(task, images, args, data_args)
+
+
+def train_and_save(
+    task: DiffusionTask,
+    images: tuple[LabelledImages, LabelledImages | None],
+    args: DiffusionArguments,
+    data_args: DataArguments,
+) -> Path | None:
+    """Trains a task and saves its pipeline; the folder, or `None` if a signal stopped the training."""
+    if not train(task, *images, args, data_args):
         return None
-    id2label = train_images.id2label if args.class_conditional else None
-    pipeline = ClassifierGuidedPipeline(model, scheduler, id2label=id2label)
-    return finish(pipeline.save_pretrained, Path(args.output_dir) / task.name / "pipeline", args)
+    return finish(task.pipeline().save_pretrained, Path(args.output_dir) / task.name / "pipeline", args)
 
 
-def make_unet(args: DiffusionArguments, images: LabelledImages) -> ADMUNet2DModel:
-    """A fresh UNet of the images' size, channels and classes."""
+def unet_config(
+    args: DiffusionArguments, images: LabelledImages, low_res_channels: int | None = None
+) -> dict[str, Any]:
+    """The UNet's arguments: the images' size, channels and classes, the flags' or the pretrained model's architecture.
+
+    Raises:
+        `ValueError`: If the pretrained model cannot be gone on from with these flags.
+    """
     channels = images.image_channels
-    return ADMUNet2DModel(
-        sample_size=images.resolution,
-        in_channels=channels,
-        out_channels=2 * channels if args.variance_type == "learned_range" else channels,
-        num_heads_upsample=args.num_heads_upsample,
-        num_class_embeds=images.num_classes if args.class_conditional else None,
-        null_class_label=args.class_conditional and args.label_dropout > 0,
-        **args.architecture(),
-    )
+    of_images = {
+        "sample_size": images.resolution,
+        "in_channels": channels,
+        "out_channels": 2 * channels if args.variance_type == "learned_range" else channels,
+        "num_class_embeds": images.num_classes if args.class_conditional else None,
+        "null_class_label": args.class_conditional and args.label_dropout > 0,
+        "low_res_channels": low_res_channels,
+    }
+    architecture = {"num_heads_upsample": args.num_heads_upsample, **args.architecture()}
+    if args.pretrained_model is not None:
+        pretrained = Pretrained.find(args.pretrained_model)
+        pretrained.check(args.reverse_process(), is_upsampler=low_res_channels is not None)
+        architecture = {**pretrained.architecture(images.resolution), "dropout": args.dropout}
+    return {**architecture, **of_images}
+
+
+def make_unet(args: DiffusionArguments, images: LabelledImages, low_res_channels: int | None = None) -> ADMUNet2DModel:
+    """A UNet of the images' size, channels and classes: a fresh one, or of the pretrained one whatever fits."""
+    config = unet_config(args, images, low_res_channels)
+    if args.pretrained_model is None:
+        return ADMUNet2DModel(**config)
+    return Pretrained.find(args.pretrained_model).unet(config, images.id2label)
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
-"""From a dataset (Hub name, folder, built-in digits) to batches, and what is wrong with it."""
+"""From a dataset (Hub name, folder, built-in) to batches, and what is wrong with it."""
 
+from .built_in import BUILT_IN
 from .dataset import DataArguments, LabelledImages, load_labelled_images
 from .preflight import ImageReport, check_images
 from .sampling import StepBatchSampler
 
 __all__ = [
+    "BUILT_IN",
     "DataArguments",
     "ImageReport",
     "LabelledImages",

@@ -1,6 +1,5 @@
 """From the name of a dataset to two sets of images, one to train on and one held out."""
 
-import importlib
 import itertools
 import logging
 import os
@@ -14,12 +13,13 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from .built_in import BUILT_IN, DIGITS, PHOTOGRAPHS, import_extra, load_digits, load_photographs
 from .images import BAD_IMAGE_ERRORS, open_image, resize_and_crop, to_channels, to_pixel_values
 
 logger = logging.getLogger(__name__)
 
-DIGITS = "digits"
 NUM_DIGITS_HELD_OUT = 297  # of 1,797
+PHOTOGRAPHS_HELD_OUT = 0.2  # of each one's width
 HELD_OUT_SEED = 0  # never the training seed: every run is measured on the same images
 USUAL_IMAGE_COLUMNS = ("image", "img", "images", "picture", "photo")
 USUAL_LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category", "target")
@@ -33,8 +33,8 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Dataset on the Hub, or a local path that `datasets` can load. 'digits', also used when neither "
-            "this nor --train_data_dir is given, is scikit-learn's built-in set of 8x8 digits."
+            "help": "Dataset on the Hub, or a local path that `datasets` can load. Built in, from scikit-learn: "
+            "'digits' of 8x8, also used when neither this nor --train_data_dir is given; 'photographs', crops of two."
         },
     )
     dataset_config_name: str | None = field(
@@ -51,7 +51,8 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Part of the training split to hold out if there is no --validation_split, in equal shares of "
-            "each class, the same images for every seed. Default: 0.1, and 297 images of the digits. 0: none."
+            "each class, the same images for every seed. Default: 0.1, 297 images of the digits, and 0.2 of the width "
+            "of each photograph. 0: none."
         },
     )
     image_column: str | None = field(
@@ -62,7 +63,10 @@ class DataArguments:
     )
     resolution: list[int] | None = field(
         default=None,
-        metadata={"help": "Side of the images in pixels, or their height and width. Default: 8 for the digits."},
+        metadata={
+            "help": "Side of the images in pixels, or their height and width. Default: 8 for the digits, 32 for the "
+            "photographs."
+        },
     )
     image_channels: int | None = field(
         default=None, metadata={"help": "1 (gray) or 3 (RGB). Default: 3, and 1 for the digits."}
@@ -83,6 +87,11 @@ class DataArguments:
     def source(self) -> str:
         """What the images are taken from: the folder, the dataset's name, or 'digits'."""
         return self.train_data_dir or self.dataset_name or DIGITS
+
+    @property
+    def built_in(self) -> str | None:
+        """The name of the built-in set that is asked for, if it is one."""
+        return self.source if self.train_data_dir is None and self.source in BUILT_IN else None
 
 
 class LabelledImages(Dataset):
@@ -212,27 +221,42 @@ def load_labelled_images(
             f"Both --dataset_name '{args.dataset_name}' and --train_data_dir '{args.train_data_dir}' are given; "
             "give only one."
         )
-    is_digits = args.train_data_dir is None and args.dataset_name in (None, DIGITS)
-    if is_digits and args.validation_split is not None:
-        raise ValueError(f"The digits have no split '{args.validation_split}'; use --held_out_fraction instead.")
-    image_channels = args.image_channels if args.image_channels is not None else (1 if is_digits else 3)
+    if args.built_in and args.validation_split is not None:
+        raise ValueError(
+            f"The {args.built_in} have no split '{args.validation_split}'; use --held_out_fraction instead."
+        )
+    if args.held_out_fraction is not None and not 0 <= args.held_out_fraction < 1:
+        raise ValueError(f"--held_out_fraction {args.held_out_fraction} must be at least 0 and less than 1.")
+    image_channels = args.image_channels if args.image_channels is not None else (1 if args.built_in == DIGITS else 3)
     if image_channels not in (1, 3):
         raise ValueError(f"--image_channels {image_channels} must be 1 (gray) or 3 (RGB).")
 
-    images, labels, names = _load_digits() if is_digits else _load_split(args, args.train_split, require_labels)
+    images: Any
+    labels: np.ndarray | None
+    is_held_out: np.ndarray | None = None  # where the images themselves decide
+    if args.built_in == PHOTOGRAPHS:
+        resolution = _check_resolution(args, [32], [])
+        fraction = PHOTOGRAPHS_HELD_OUT if args.held_out_fraction is None else args.held_out_fraction
+        images, labels, names, is_held_out = load_photographs(resolution, fraction)
+    else:
+        is_digits = args.built_in == DIGITS
+        images, labels, names = load_digits() if is_digits else _load_split(args, args.train_split, require_labels)
+        resolution = _check_resolution(args, [8] if is_digits else None, images)
     if require_labels and len(names) < 2:
         raise ValueError(
             f"'{args.source}' has the single class '{names[0]}', where guidance needs two or more; "
             "add images of another class."
         )
-    resolution = _check_resolution(args, [8] if is_digits else None, images)
 
     if args.validation_split is not None:
         rows = np.arange(len(images))
         held_out_images, held_out_labels, _ = _load_split(args, args.validation_split, labels is not None, names)
         held_out_rows = np.arange(len(held_out_images))
+    elif is_held_out is not None:
+        rows, held_out_rows = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+        held_out_images, held_out_labels = images, labels
     else:
-        num_held_out = _num_held_out(args.held_out_fraction, is_digits, len(images))
+        num_held_out = _num_held_out(args, len(images))
         rows, held_out_rows = split_by_class(np.zeros(len(images), int) if labels is None else labels, num_held_out)
         held_out_images, held_out_labels = images, labels
 
@@ -279,27 +303,18 @@ def split_by_class(labels: np.ndarray, num_held_out: int) -> tuple[np.ndarray, n
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
-def _num_held_out(fraction: float | None, is_digits: bool, num_images: int) -> int:
-    if fraction is None and is_digits:
+def _num_held_out(args: DataArguments, num_images: int) -> int:
+    if args.held_out_fraction is None and args.built_in == DIGITS:
         return NUM_DIGITS_HELD_OUT
-    fraction = 0.1 if fraction is None else fraction
-    if not 0 <= fraction < 1:
-        raise ValueError(f"--held_out_fraction {fraction} must be at least 0 and less than 1.")
+    fraction = 0.1 if args.held_out_fraction is None else args.held_out_fraction
     return max(1, round(fraction * num_images)) if fraction > 0 else 0
-
-
-def _load_digits() -> tuple[Sequence[dict[str, Any]], np.ndarray, list[str]]:
-    digits = _import("sklearn.datasets").load_digits()
-    # Sixteenths as floats, which scaling to -1..1 keeps exact: x / 8 - 1.
-    images = [{"image": Image.fromarray((image / 16).astype(np.float32))} for image in digits.images]
-    return images, digits.target.astype(np.int64), [str(name) for name in digits.target_names]
 
 
 def _load_split(
     args: DataArguments, split: str, require_labels: bool, known_names: list[str] | None = None
 ) -> tuple[Any, np.ndarray | None, list[str]]:
     """The images of a split, one undecoded "image" a row, with their labels and the names of the classes."""
-    datasets = _import("datasets")
+    datasets = import_extra("datasets")
     path, where = args.dataset_name, f"split '{split}' of '{args.source}'"
     hint = "check the name and the split"
     if args.train_data_dir is not None:
@@ -438,10 +453,3 @@ def _most_common_size(images: Sequence[dict[str, Any]], num_looked_at: int = 100
             continue
         sizes[f"{image.height} x {image.width} (height x width)"] += 1
     return sizes.most_common(1)[0][0] if sizes else "unreadable, and none has a known number of"
-
-
-def _import(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'Loading images needs {module}; install it with: pip install "hf-guided[train]"') from error

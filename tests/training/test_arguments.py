@@ -67,7 +67,10 @@ def test_own_data_take_the_place_of_the_recipes():
     assert (data.dataset_name, data.resolution) == (None, [32])
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+RECIPES_OF_THE_WALK = [path for path in sorted(RECIPES.glob("*.yaml")) if path.stem != "photographs"]
+
+
+@pytest.mark.parametrize("path", RECIPES_OF_THE_WALK, ids=lambda path: path.stem)
 def test_every_recipe_makes_its_models(path):
     import torch
 

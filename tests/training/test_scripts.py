@@ -133,7 +133,7 @@ def test_a_classifier_learns_its_classes_at_every_noise_level(photos, tmp_path):
         assert classify(Image.fromarray(pixels))[0]["label"] == name
 
 
-@pytest.mark.parametrize("module", ["train", "train_classifier", "train_diffusion"])
+@pytest.mark.parametrize("module", ["train", "train_classifier", "train_diffusion", "train_upscaler"])
 def test_help_tells_how_to_launch(module):
     result = run(module, "--help")
     assert result.returncode == 0

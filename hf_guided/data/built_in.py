@@ -1,0 +1,82 @@
+"""Images that come with scikit-learn, so that training can be tried offline."""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+DIGITS, PHOTOGRAPHS = "digits", "photographs"
+BUILT_IN = (DIGITS, PHOTOGRAPHS)
+CROP_STRIDE = 8  # pixels between neighbouring crops of a photograph
+
+Images = Sequence[dict[str, Any]]
+
+
+def load_digits() -> tuple[Images, np.ndarray, list[str]]:
+    """
+    1,797 handwritten digits of 8x8 pixels.
+
+    Returns:
+        The images, one a row, their labels, and the names of the classes.
+    """
+    digits = import_extra("sklearn.datasets").load_digits()
+    # Sixteenths as floats, which scaling to -1..1 keeps exact: x / 8 - 1.
+    images = [{"image": Image.fromarray((image / 16).astype(np.float32))} for image in digits.images]
+    return images, digits.target.astype(np.int64), [str(name) for name in digits.target_names]
+
+
+def load_photographs(
+    resolution: tuple[int, int], held_out_fraction: float
+) -> tuple[Images, np.ndarray, list[str], np.ndarray]:
+    """
+    Crops of two photographs of 427x640 pixels, a temple in china and a flower; which of them is the class.
+
+    Neighbouring crops overlap. Those held out are cut from the middle columns of each photograph, where there is
+    something to see, and the others from what is left and right of them, so that no pixel is in both.
+
+    Args:
+        resolution (`tuple[int, int]`): Height and width of a crop in pixels.
+        held_out_fraction (`float`): Part of each photograph's columns to hold out.
+
+    Returns:
+        The crops, one a row, their labels, the names of the classes, and which rows are held out, shape (rows,).
+
+    Raises:
+        `ValueError`: if a crop does not fit.
+    """
+    height, width = resolution
+    images: list[dict[str, Any]] = []
+    labels, is_held_out, names = [], [], []
+    bunch = import_extra("sklearn.datasets").load_sample_images()
+    for label, (file_name, pixels) in enumerate(zip(bunch.filenames, bunch.images, strict=True)):
+        names.append(Path(file_name).stem)
+        photograph = Image.fromarray(pixels)
+        num_held_out = round(photograph.width * held_out_fraction)
+        first = (photograph.width - num_held_out) // 2
+        bands = [(0, first, False), (first + num_held_out, photograph.width, False)]
+        if num_held_out:
+            bands.append((first, first + num_held_out, True))
+        for start, end, held_out in bands:
+            if height > photograph.height or width > end - start:
+                raise ValueError(
+                    f"--resolution {height} {width} is too large for the photographs: crops must fit into "
+                    f"{photograph.height} x {end - start} pixels (height x width) of each, which "
+                    f"{'are' if held_out else 'is what --held_out_fraction leaves beside those'} held out."
+                )
+            for top in range(0, photograph.height - height + 1, CROP_STRIDE):
+                for left in range(start, end - width + 1, CROP_STRIDE):
+                    images.append({"image": photograph.crop((left, top, left + width, top + height))})
+                    labels.append(label)
+                    is_held_out.append(held_out)
+    return images, np.array(labels), names, np.array(is_held_out)
+
+
+def import_extra(module: str) -> Any:
+    """A module that only training needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f'Loading images needs {module}; install it with: pip install "hf-guided[train]"') from error

@@ -1,0 +1,117 @@
+"""Going on from a model that is already trained: whatever fits is kept, and what does not begins anew."""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from hf_guided import ADMScheduler, ADMUNet2DModel
+from hf_guided.models.layers import level_attention
+from hf_guided.training.arguments import ArchitectureArguments
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Pretrained:
+    """A pipeline with an ADM UNet, or such a UNet alone, of which only the configs have been read.
+
+    Attributes:
+        name (`str`): Its folder or Hub id.
+        config (`dict`): The UNet's arguments.
+        scheduler_config (`dict`, *optional*): The scheduler's; `None` for a UNet alone.
+        id2label (`dict[int, str]`, *optional*): The names of its classes, if they are known.
+    """
+
+    name: str
+    config: dict[str, Any]
+    scheduler_config: dict[str, Any] | None
+    id2label: dict[int, str] | None
+
+    @classmethod
+    def find(cls, name: str) -> "Pretrained":
+        """Reads the configs of a folder or Hub repository.
+
+        Raises:
+            `ValueError`: If there is no pipeline and no ADM UNet.
+        """
+        try:
+            index = DiffusionPipeline.load_config(name)
+        except OSError:
+            index = {}
+        try:
+            config = ADMUNet2DModel.load_config(name, subfolder="unet" if index else None)
+        except OSError as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(f"--pretrained_model {name} is no pipeline with a UNet and no UNet ({reason}).") from error
+        if config.get("_class_name") != ADMUNet2DModel.__name__:
+            raise ValueError(
+                f"--pretrained_model {name} has a {config.get('_class_name')}; only an ADMUNet2DModel is fine-tuned."
+            )
+        scheduler_config = ADMScheduler.load_config(name, subfolder="scheduler") if index else None
+        id2label = index.get("id2label") and {int(label): text for label, text in index["id2label"].items()}
+        return cls(name, config, scheduler_config, id2label)
+
+    def check(self, wanted: Mapping[str, Any], is_upsampler: bool) -> None:
+        """Refuses a model for another task, and a noise schedule other than that which it was trained on.
+
+        Args:
+            wanted (`Mapping`): The arguments of the scheduler to train with.
+            is_upsampler (`bool`): Whether an upsampler is to be trained.
+        """
+        if (self.config.get("low_res_channels") is not None) != is_upsampler:
+            here, script = ("an", "train_upscaler.py") if not is_upsampler else ("no", "train_diffusion.py")
+            raise ValueError(f"--pretrained_model {self.name} is {here} upsampler; train it with {script}.")
+        known = {**wanted, **(self.scheduler_config or {})}
+        mend = [f"--{name} {known[name]}" for name in wanted if known[name] != wanted[name]]
+        if mend:
+            raise ValueError(
+                f"--pretrained_model {self.name} was trained with another noise schedule or objective than the flags "
+                f"say; add {' '.join(mend)}."
+            )
+
+    def architecture(self, resolution: tuple[int, int]) -> dict[str, Any]:
+        """The UNet's arguments that its weights depend on, attention at the same levels for images of another size."""
+        names = {"num_heads_upsample", *ArchitectureArguments().architecture()}
+        config = {name: value for name, value in self.config.items() if name in names}
+        levels = range(len(config["channel_mult"]))
+        has_attention = level_attention(self.config["sample_size"], len(levels), config["attention_resolutions"])
+        config["attention_resolutions"] = [resolution[0] // 2**level for level in levels if has_attention[level]]
+        return config
+
+    def unet(self, config: dict[str, Any], id2label: dict[int, str]) -> ADMUNet2DModel:
+        """A UNet of another config, with every tensor that fits; the class embedding fits classes of the same names.
+
+        Args:
+            config (`dict`): The UNet's arguments.
+            id2label (`dict[int, str]`): The classes of the images.
+        """
+        subfolder = None if self.scheduler_config is None else "unet"
+        weights = ADMUNet2DModel.from_pretrained(self.name, subfolder=subfolder, torch_dtype=torch.float32).state_dict()
+        with torch.device("meta"):  # only what begins anew is filled with random numbers
+            unet = ADMUNet2DModel(**config)
+        reasons = {}
+        for name, tensor in unet.state_dict().items():
+            if name not in weights:
+                reasons[name] = "new"
+            elif weights[name].shape != tensor.shape:
+                reasons[name] = f"{_shape(tensor)} instead of {_shape(weights[name])}"
+            elif name == "class_embedding.weight" and self.id2label != id2label:
+                reasons[name] = "other classes"
+        for module_name in dict.fromkeys(name.rpartition(".")[0] for name in reasons):  # in one order, for the seed
+            unet.get_submodule(module_name).to_empty(device="cpu").reset_parameters()
+        kept = {name: tensor for name, tensor in weights.items() if name not in reasons}
+        unused = unet.load_state_dict(kept, strict=False, assign=True).unexpected_keys
+        if os.environ.get("RANK", "0") == "0":
+            anew = "".join(f"; initialised anew: {name} ({reason})" for name, reason in reasons.items())
+            left = f"; left out: {', '.join(unused)}" if unused else ""
+            logger.info(f"Kept {len(kept) - len(unused)} of {len(weights)} tensors of {self.name}{anew}{left}.")
+        return unet
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
