@@ -120,6 +120,20 @@ def test_the_filling_sees_what_is_kept(pipe, picture, hole):
     assert difference.abs().max() > 1e-2
 
 
+def test_a_classifier_steers_the_filling(tiny_unet, tiny_classifier, picture, hole):
+    classifier = tiny_classifier(num_labels=5)
+    pipe = make_pipeline(tiny_unet(), classifier=classifier)
+    options = {"image": picture, "mask_image": hole, "jump_n_sample": 1}
+    plain, guided = (edit(pipe, [1, 2], guidance_scale=scale, **options) for scale in (0.0, 100.0))
+    kept = torch.from_numpy(np.array(hole)) == 0
+    assert torch.equal(guided[..., kept], plain[..., kept])
+    with torch.no_grad():
+        confidence = [
+            classifier(images, 0).logits.log_softmax(dim=1)[[0, 1], [1, 2]].mean() for images in (plain, guided)
+        ]
+    assert confidence[1] > confidence[0]
+
+
 def test_jumps_and_their_noise(pipe, picture, hole):
     complete = visited(pipe, 1)
     options = {"image": picture, "mask_image": hole}
