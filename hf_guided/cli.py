@@ -1,7 +1,9 @@
 """`hf-guided …`: parses, calls, prints. What is heavy is imported by the command that needs it."""
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -16,10 +18,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = commands.add_parser("sample", help="draw a grid of samples")
     command.add_argument("model", help="a pipeline's folder, or its name on the Hub")
     command.add_argument("--labels", nargs="+", metavar="LABEL", help="classes by id or name; by default the first ten")
-    command.add_argument("--num_images_per_label", type=int, default=8, metavar="N", help="default: 8")
+    command.add_argument("--num_images_per_label", type=count, default=8, metavar="N", help="default: 8")
     command.add_argument("--guidance_scale", type=float, metavar="S", help="default: the pipeline's own")
     command.add_argument("--respacing", metavar="R", help='timesteps, such as "250" or "ddim25"; default: its own')
-    command.add_argument("--batch_size", type=int, default=64, metavar="N", help="images at once; default: 64")
+    command.add_argument("--batch_size", type=count, default=64, metavar="N", help="images at once; default: 64")
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--output", default="samples.png", metavar="PNG", help="default: samples.png")
     command.set_defaults(run=sample)
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     command.add_argument("--guidance_scale", type=float, metavar="S", help="default: the pipeline's own")
     command.add_argument("--respacing", metavar="R", help='timesteps, such as "250" or "ddim25"; default: its own')
-    command.add_argument("--batch_size", type=int, default=16, metavar="N", help="images at once; default: 16")
+    command.add_argument("--batch_size", type=count, default=16, metavar="N", help="images at once; default: 16")
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--output", default="upscaled.npz", metavar="NPZ|PNG", help="default: upscaled.npz")
     command.set_defaults(run=upscale)
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--flags", help='instead of a name: "$MODEL_FLAGS $DIFFUSION_FLAGS" of the published scripts')
     command.add_argument("--labels", metavar="TXT", help="class names, one a line; default: ImageNet's for 1,000")
     command.add_argument("--output", required=True, help="the folder to write; with --to openai, the .pt file")
-    command.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="default: fp32")
+    command.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="default: fp32")
     command.add_argument("--to", choices=["openai"], help="write .pt files that the published code loads")
     command.add_argument("--push_to_hub", action="store_true", help="push the folder to --hub_model_id")
     command.add_argument("--hub_model_id", metavar="user/name", help="the repository, made if there is none")
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--hub_token", metavar="TOKEN", help="default: the saved login, or HF_TOKEN")
     command.set_defaults(run=push)
 
-    args = parser.parse_args(argv)
+    args = parser.parse_args(join_flags(sys.argv[1:] if argv is None else argv))
     try:
         args.run(args)
     except (ValueError, OSError, RuntimeError) as error:
@@ -78,23 +80,25 @@ def sample(args: argparse.Namespace) -> None:
     from .evaluation.sampling import sample_batches
     from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 
+    check_folder(args.output)
     pipe = ClassifierGuidedPipeline.from_pretrained(args.model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     labels = ids_and_names(pipe, args.labels)
     if labels is None and pipe.num_classes is not None:
         labels = list(range(min(10, pipe.num_classes)))
-    count = args.num_images_per_label
+    ids = torch.tensor([]) if labels is None else pipe.resolve_labels(labels).cpu()
+    copies = args.num_images_per_label
     batches = sample_batches(
         pipe,
-        count if labels is None else pipe.resolve_labels(labels, count).cpu(),
+        copies if labels is None else ids.repeat_interleave(copies),
         args.batch_size,
         args.seed,
         guidance_scale=args.guidance_scale,
         respacing=args.respacing,
     )
     images = [image for batch in batches for image in batch]
-    ids = [] if labels is None else pipe.resolve_labels(labels, 1).tolist()
-    save_png(labelled_grid(images, [pipe.id2label.get(id, str(id)) for id in ids] or ["samples"]), args.output)
+    names = [pipe.id2label.get(id, str(id)) for id in ids.tolist()] or ["samples"]
+    save_png(labelled_grid(images, names), args.output)
     print(f"Saved {len(images)} samples as {args.output}")
 
 
@@ -104,53 +108,72 @@ def upscale(args: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
+    from .data.images import open_image
     from .data.samples import read_samples, write_samples
     from .evaluation.pictures import labelled_grid, save_png
     from .pipelines.pipeline_classifier_guided_upscale import ClassifierGuidedUpscalePipeline
 
+    # 1. What there is, looked at before hours are spent on it
     if not args.output.endswith((".npz", ".png")):
         raise ValueError(f"--output {args.output} must end in .npz or .png.")
+    check_folder(args.output)
     images: Any
+    labels: Any = None
     if len(args.images) == 1 and args.images[0].endswith(".npz"):
         images, labels = read_samples(args.images[0])
     else:
-        images, labels = [Image.open(path) for path in args.images], None
-
+        images = [open_image({"path": path, "bytes": None}) for path in args.images]
     pipe = ClassifierGuidedUpscalePipeline.from_pretrained(args.model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    given = ids_and_names(pipe, args.labels)
-    if given is not None:
-        if len(given) not in (1, len(images)):
-            raise ValueError(
-                f"--labels names {len(given)} classes for {len(images)} images; give one, or one for each."
-            )
-        labels = pipe.resolve_labels(given, 1).cpu().numpy().repeat(len(images) // len(given))
-    elif pipe.num_classes is None:
-        labels = None
+    pipe.prepare_low_res(images if isinstance(images, list) else images[:1])
+    labels = ids_and_names(pipe, args.labels) or (labels if pipe.num_classes is not None else None)
+    if labels is not None:
+        labels = pipe.resolve_labels(labels).cpu()
+        if len(labels) not in (1, len(images)):
+            raise ValueError(f"--labels names {len(labels)} classes for {len(images)} images; give one, or one each.")
+        labels = labels.expand(len(images))
+
+    # 2. Upsample; as the published script does, 8 bits cut off what lies between them
     generator = torch.Generator().manual_seed(args.seed)
     batches = []
     for start in range(0, len(images), args.batch_size):
         part = slice(start, start + args.batch_size)
-        batches.append(
-            pipe(
-                images[part],
-                None if labels is None else torch.from_numpy(labels[part]),
-                guidance_scale=args.guidance_scale,
-                respacing=args.respacing,
-                generator=generator,
-                output_type="np",
-            ).images
-        )
-    large = (np.concatenate(batches) * 255).round().astype(np.uint8)
+        sample = pipe(
+            images[part],
+            None if labels is None else labels[part],
+            guidance_scale=args.guidance_scale,
+            respacing=args.respacing,
+            generator=generator,
+            output_type="latent",
+        ).images
+        batches.append(((sample + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+    large = np.concatenate(batches)
+
+    # 3. Save
     if args.output.endswith(".npz"):
-        write_samples(args.output, large, labels)
+        write_samples(args.output, large, None if labels is None else labels.numpy())
     else:
         small = [image if isinstance(image, Image.Image) else Image.fromarray(image.squeeze()) for image in images]
         pairs = zip(small, (Image.fromarray(image.squeeze()) for image in large), strict=True)
-        names = [""] * len(large) if labels is None else [pipe.id2label.get(int(i), str(i)) for i in labels]
+        names = [""] * len(large) if labels is None else [pipe.id2label.get(i, str(i)) for i in labels.tolist()]
         grid = labelled_grid([picture for pair in pairs for picture in pair], names, cell_size=max(large.shape[1:3]))
         save_png(grid, args.output)
     print(f"Saved {len(large)} images of {large.shape[1]}x{large.shape[2]} as {args.output}")
+
+
+def count(text: str) -> int:
+    """A number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small, give 1 or more")
+    return number
+
+
+def check_folder(path: str) -> None:
+    """Refuses a file in a folder that is not there, before the work."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"--output {path}: there is no folder {folder}; make it first.")
 
 
 def ids_and_names(pipe: Any, labels: list[str] | None) -> list[int | str] | None:
@@ -163,12 +186,23 @@ def ids_and_names(pipe: Any, labels: list[str] | None) -> list[int | str] | None
     return [int(label) if label.isdecimal() and label not in names else label for label in labels]
 
 
+def join_flags(argv: Sequence[str]) -> list[str]:
+    """Makes `--flags VALUE` one word, for argparse takes a value that begins with dashes for an option."""
+    joined: list[str] = []
+    words = iter(argv)
+    for word in words:
+        value = next(words, None) if word == "--flags" else None
+        joined.append(word if value is None else f"{word}={value}")
+    return joined
+
+
 def convert(args: argparse.Namespace) -> None:
     """Converts published checkpoints to a folder, or a folder back."""
     if args.to == "openai":
         from .conversion.export import export_checkpoint
 
-        superfluous = [name for name in ("checkpoint", "flags", "labels", "push_to_hub") if getattr(args, name)]
+        others = ("checkpoint", "flags", "labels", "dtype", "push_to_hub", "hub_model_id", "hub_private")
+        superfluous = [name for name in others if getattr(args, name)]
         if args.model is None or superfluous:
             raise ValueError(
                 "--to openai takes the folder of a pipeline or model, --output and, for the pipeline's classifier, "
@@ -195,7 +229,7 @@ def convert(args: argparse.Namespace) -> None:
         flags=args.flags,
         classifier=args.classifier,
         labels=args.labels,
-        dtype=args.dtype,
+        dtype=args.dtype or "fp32",
         repo_id=args.hub_model_id,
     )
     if args.push_to_hub:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..guidance.classifier import ClassifierGuidance
 from ..hub import write_model_card
+from ..models.classifier_adm import ADMForImageClassification
 from ..models.unet_adm import ADMUNet2DModel
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from ..pipelines.pipeline_classifier_guided_upscale import ClassifierGuidedUpscalePipeline
-from ..schedulers.schedules import space_timesteps
 from ..schedulers.scheduling_adm import ADMScheduler
 from ..training.checkpoints import save_folder
 from .files import one_by_one, read_checkpoint, write_safetensors
 from .flags import (
     add_improved_defaults,
     classifier_config,
+    is_guided_diffusion,
     is_improved_diffusion,
     parse_flags,
     scheduler_arguments,
@@ -38,32 +40,52 @@ from .published import Published, find_published, kind_of
 RECORD_FILE = "openai_flags.json"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 IMAGENET_CLASSES = 1000
+Tell = Callable[[str], Any]
 _ARTICLES = {"unet": "a UNet", "upsampler": "an upsampler", "classifier": "a classifier"}
 
 
-@dataclass
-class Source:
-    """A checkpoint that was opened and understood: nothing is written before all of them are.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that was opened.
 
     Attributes:
         path (`Path`): The `.pt` file.
+        name (`str`, *optional*): The published checkpoint that it is.
+        flags (`Mapping[str, Any]`): What was said of it.
         state_dict (`Mapping[str, torch.Tensor]`): Its tensors, read from disk when they are used.
         mapped (`bool`): Whether they lie in a mapped file.
         architecture ([`Architecture`]): What they tell.
-        flags (`Mapping[str, Any]`): What was said of them.
-        name (`str`, *optional*): The published checkpoint that it is.
-        model: Ours, on the meta device: names and shapes, no weights.
-        new_order (`bool`): How the rows of query, key and value lie.
     """
 
     path: Path
+    name: str | None
+    flags: Mapping[str, Any]
     state_dict: Mapping[str, torch.Tensor]
     mapped: bool
     architecture: Architecture
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was understood: nothing is written before all of them are.
+
+    Attributes:
+        checkpoint ([`Checkpoint`]): The file.
+        flags (`Mapping[str, Any]`): What was said of it, with the defaults that hold.
+        model: Ours, on the meta device: names and shapes, no weights.
+        new_order (`bool`): How the rows of query, key and value lie.
+        scheduler ([`ADMScheduler`], *optional*): A UNet's or an upsampler's.
+    """
+
+    checkpoint: Checkpoint
     flags: Mapping[str, Any]
-    name: str | None = None
-    model: Any = None
-    new_order: bool = False
+    model: ADMUNet2DModel | ADMForImageClassification
+    new_order: bool
+    scheduler: ADMScheduler | None = None
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.checkpoint.architecture
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
         """Writes the config and, tensor by tensor, the weights."""
@@ -71,16 +93,21 @@ class Source:
             self.model.save_config(folder)
             file = folder / "diffusion_pytorch_model.safetensors"
         else:
-            _save_without_weights(self.model.to(dtype), folder)
+            # Its config says float32 whatever the weights are, so that it loads in the same dtype as the UNet does.
+            _save_without_weights(self.model, folder)
             file = folder / "model.safetensors"
         shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-        tensors = converted_tensors(self.model, self.state_dict, self.new_order)
-        with _naming(f"{self.path}"):
-            write_safetensors(file, shapes, one_by_one(tensors, self.state_dict, self.mapped), dtype)
+        state_dict = self.checkpoint.state_dict
+        tensors = converted_tensors(self.model, state_dict, self.new_order)
+        with _naming(self.checkpoint.path):
+            write_safetensors(file, shapes, one_by_one(tensors, state_dict, self.checkpoint.mapped), dtype)
+        if dtype != torch.float32:
+            _link(file, file.with_suffix(f".{next(name for name in DTYPES if DTYPES[name] == dtype)}.safetensors"))
 
     def record(self) -> dict[str, Any]:
         """What the way back needs beside the weights, without anybody's paths."""
-        return {"checkpoint": self.name, "flags": spell_flags(self.flags)}
+        flags = {**self.flags, "use_new_attention_order": self.new_order}
+        return {"checkpoint": self.checkpoint.name, "flags": spell_flags(flags)}
 
 
 def convert_checkpoint(
@@ -93,7 +120,7 @@ def convert_checkpoint(
     labels: str | os.PathLike | None = None,
     dtype: str = "fp32",
     repo_id: str | None = None,
-    tell: Callable[[str], Any] = print,
+    tell: Tell = print,
 ) -> Path:
     """Converts checkpoints of guided-diffusion or improved-diffusion to a pipeline, or a classifier alone.
 
@@ -125,46 +152,51 @@ def convert_checkpoint(
     output = Path(output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ValueError(f"{output} exists already and is not empty; choose another --output, or remove it.")
-    if (name is None) == (flags is None):
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    published: Published | None = None
+    if name is not None and flags is None:
+        published = find_published(name)
+        said = parse_flags(published.flags)
+        if classifier is not None and published.classifier is None:
+            raise ValueError(f"{name} has no classifier that could guide it; leave --classifier out.")
+    elif name is None and flags is not None:
+        said = parse_flags(flags)
+    else:
         both = "both were given" if name else "neither was given"
         raise ValueError(
             f"A checkpoint is described by the name of a published one, or by --flags with its $MODEL_FLAGS and "
             f"$DIFFUSION_FLAGS; {both}."
         )
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-    published = None if name is None else find_published(name)
-    given = parse_flags(flags if published is None else published.flags)  # type: ignore[arg-type]
-    if published and classifier and published.classifier is None:
-        raise ValueError(f"{name} has no classifier that could guide it; leave --classifier out.")
 
-    main = _open(checkpoint, name, given, tell)
-    unet, guide = (None, main) if main.architecture.kind == "classifier" else (main, None)
-    if unet is None and classifier:
+    main = _open(checkpoint, name, said, tell)
+    alone = main.architecture.kind == "classifier"
+    if alone and classifier is not None:
         raise ValueError(f"{checkpoint} is a classifier itself; give the UNet as --checkpoint beside --classifier.")
-    if unet is not None:
-        _describe_unet(unet, classifier is not None, tell)
-    if classifier:
-        guide = _open_classifier(classifier, published, given, tell)
-        _check_pair(unet, guide)  # type: ignore[arg-type]
+    guide = main if alone else None
+    sources: dict[str, Source] = {}  # in the order of the pipeline's parts
+    if not alone:
+        sources["unet"] = _describe_unet(main, classifier is not None, tell)
+    if classifier is not None:
+        guide = _open_classifier(classifier, None if published is None else published.classifier, said, tell)
+        _check_pair(main, guide)
     num_classes = main.architecture.num_classes
     if num_classes is None and guide is not None:
         num_classes = guide.architecture.num_classes
     id2label = _read_labels(labels, num_classes, name, tell)
     if guide is not None:
-        _describe_classifier(guide, id2label, alone=unet is None)
-    if published and published.float32_only and dtype != "fp32":
+        sources["classifier"] = _describe_classifier(guide, id2label, alone)
+    if published is not None and published.float32_only and dtype != "fp32":
         tell(f"{name}: its published samples were drawn in float32; in {dtype} they may differ or fail.")
 
     def save(folder: str) -> None:
-        if unet is None:
-            guide.save(Path(folder), DTYPES[dtype])  # type: ignore[union-attr]
+        if alone:
+            sources["classifier"].save(Path(folder), DTYPES[dtype])
         else:
-            _save_pipeline(unet, guide, id2label, Path(folder), DTYPES[dtype])
-        sources = {"unet": unet, "classifier": guide}
-        record = {part: source.record() for part, source in sources.items() if source is not None}
+            _save_pipeline(sources, id2label, Path(folder), DTYPES[dtype])
+        record = {part: source.record() for part, source in sources.items()}
         (Path(folder) / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
-        _write_card(Path(folder), main, guide, published, id2label, output.name, repo_id)
+        _write_card(Path(folder), list(sources.values()), published, id2label, dtype, output.name, repo_id)
 
     tell(f"Writing {output}")
     new_parents = [parent for parent in output.parents if not parent.exists()]
@@ -180,6 +212,14 @@ def convert_checkpoint(
     return output
 
 
+def _link(file: Path, name: Path) -> None:
+    """Gives a file of half precision its variant's name too, under which `variant=` finds it, at no cost on disk."""
+    try:
+        os.link(file, name)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, name)
+
+
 def _save_without_weights(classifier: Any, folder: Path) -> None:
     """Config and image processor, without the progress bar for no weights."""
     shown = logging.is_progress_bar_enabled()
@@ -190,18 +230,19 @@ def _save_without_weights(classifier: Any, folder: Path) -> None:
 
 
 @contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Puts in front of an error which file it is about."""
+def _naming(path: str | os.PathLike, name: str | None = None) -> Iterator[None]:
+    """Puts in front of an error which file it is about, and which published checkpoint that should be."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
+        about = f"{path}" if name is None else f"{path} is not {name}"
+        raise ValueError(f"{about}: {error}") from None
 
 
-def _open(path: str | os.PathLike, name: str | None, flags: Mapping[str, Any], tell: Callable[[str], Any]) -> Source:
+def _open(path: str | os.PathLike, name: str | None, flags: Mapping[str, Any], tell: Tell) -> Checkpoint:
     """Opens a file and finds out what it holds; a name that says otherwise is an error."""
     state_dict, mapped = read_checkpoint(path)
-    with _naming(f"{path}" if name is None else f"{path} is not {name}"):
+    with _naming(path, name):
         shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
         depth = flags.get("classifier_depth", flags.get("num_res_blocks"))
         architecture = infer_architecture(shapes, flags.get("image_size", flags.get("large_size")), depth)
@@ -217,59 +258,65 @@ def _open(path: str | os.PathLike, name: str | None, flags: Mapping[str, Any], t
                 raise ValueError(f"It has 1000 classes or none, and the tensors say {architecture.num_classes}.")
     parameters = sum(tensor.numel() for tensor in state_dict.values())
     tell(f"{path}: {_ARTICLES[architecture.kind]} of {parameters / 1e6:,.1f} million parameters")
-    return Source(Path(path), state_dict, mapped, architecture, flags, name)
+    return Checkpoint(Path(path), name, flags, state_dict, mapped, architecture)
 
 
-def _open_classifier(
-    path: str | os.PathLike, published: Published | None, flags: Mapping[str, Any], tell: Callable[[str], Any]
-) -> Source:
-    if published is None:
-        source = _open(path, None, flags, tell)
-    else:
-        name = published.classifier
-        source = _open(path, name, parse_flags(find_published(name).flags), tell)  # type: ignore[arg-type]
-    if source.architecture.kind != "classifier":
-        raise ValueError(f"{path} is {_ARTICLES[source.architecture.kind]}; give a classifier as --classifier.")
-    return source
+def _open_classifier(path: str | os.PathLike, name: str | None, flags: Mapping[str, Any], tell: Tell) -> Checkpoint:
+    """Opens the classifier that guides: the published one of that name, or the one that the UNet's flags speak of."""
+    if name is not None:
+        flags = parse_flags(find_published(name).flags)
+    checkpoint = _open(path, name, flags, tell)
+    if checkpoint.architecture.kind != "classifier":
+        raise ValueError(f"{path} is {_ARTICLES[checkpoint.architecture.kind]}; give a classifier as --classifier.")
+    return checkpoint
 
 
-def _describe_unet(source: Source, guided: bool, tell: Callable[[str], Any]) -> None:
-    """Makes the model that the flags and the tensors describe, on the meta device."""
-    architecture = source.architecture
-    if source.name is None and not guided and is_improved_diffusion(source.flags, architecture):
-        source.flags, assumed = add_improved_defaults(source.flags, architecture)
-        if assumed:
+def _describe_unet(checkpoint: Checkpoint, guided: bool, tell: Tell) -> Source:
+    """The model that the flags and the tensors describe, on the meta device, and its scheduler."""
+    flags, architecture = checkpoint.flags, checkpoint.architecture
+    with _naming(checkpoint.path, checkpoint.name):
+        if checkpoint.name is None and not guided and is_improved_diffusion(flags, architecture):
+            flags, assumed = add_improved_defaults(flags, architecture)
+            if assumed:
+                other = ", guided-diffusion's being --rescale_timesteps False" if "rescale_timesteps" in assumed else ""
+                tell(
+                    f"Nothing here is guided-diffusion's alone, so improved-diffusion's defaults hold: "
+                    f"{spell_flags(assumed)}. Where the model was trained otherwise, add those flags with its own "
+                    f"values{other}."
+                )
+        config = unet_config(flags, architecture)
+        scheduler = ADMScheduler(**scheduler_arguments(flags, architecture.learns_sigma))
+        if flags["diffusion_steps"] != 1000 and "rescale_timesteps" not in flags:
+            if not guided and not is_guided_diffusion(flags, architecture):
+                raise ValueError(
+                    "--rescale_timesteps is missing, and nothing tells whether guided-diffusion, whose default is "
+                    "False, or improved-diffusion, whose default is True, trained the model."
+                )
             tell(
-                f"Nothing here is guided-diffusion's alone, so improved-diffusion's defaults hold: "
-                f"{spell_flags(assumed)}. Where the model was trained otherwise, add those flags with its own values"
-                + (", guided-diffusion's being --rescale_timesteps False." if "rescale_timesteps" in assumed else ".")
+                f"The model is told its {flags['diffusion_steps']} timesteps as they are, guided-diffusion's default; "
+                f"if it was trained otherwise, add --rescale_timesteps True."
             )
-    elif source.flags.get("diffusion_steps", 1000) != 1000 and "rescale_timesteps" not in source.flags:
-        tell(
-            f"The model is told its {source.flags['diffusion_steps']} timesteps as they are, guided-diffusion's "
-            f"default; if it was trained otherwise, add --rescale_timesteps True."
-        )
-    with _naming(f"{source.path}" if source.name is None else f"{source.path} is not {source.name}"):
-        config = unet_config(source.flags, architecture)
-        arguments = scheduler_arguments(source.flags, architecture.learns_sigma)
-        if "timestep_respacing" in source.flags:
-            space_timesteps(arguments["num_train_timesteps"], source.flags["timestep_respacing"])
-        source.model = make_unet(config, architecture.kind == "upsampler")
-        check_tensors(source.model, source.state_dict)
-    source.new_order = config["use_new_attention_order"]
+        if "timestep_respacing" in flags:
+            scheduler.set_timesteps(respacing=flags["timestep_respacing"])
+        if "classifier_scale" in flags:
+            ClassifierGuidance(flags["classifier_scale"])
+        model = make_unet(config, architecture.kind == "upsampler")
+        check_tensors(model, checkpoint.state_dict)
+    return Source(checkpoint, flags, model, config["use_new_attention_order"], scheduler)
 
 
-def _describe_classifier(source: Source, id2label: dict[int, str] | None, alone: bool) -> None:
-    """Makes the classifier that the flags and the tensors describe, on the meta device."""
-    with _naming(f"{source.path}" if source.name is None else f"{source.path} is not {source.name}"):
-        config = classifier_config(source.flags, source.architecture, alone)
+def _describe_classifier(checkpoint: Checkpoint, id2label: dict[int, str] | None, alone: bool) -> Source:
+    """The classifier that the flags and the tensors describe, on the meta device."""
+    with _naming(checkpoint.path, checkpoint.name):
+        config = classifier_config(checkpoint.flags, checkpoint.architecture, alone)
         names = id2label or {}
         labels = {"id2label": names, "label2id": {label: id for id, label in names.items()}}
-        source.model = make_classifier({**config, **labels})
-        check_tensors(source.model, source.state_dict)
+        model = make_classifier({**config, **labels})
+        check_tensors(model, checkpoint.state_dict)
+    return Source(checkpoint, checkpoint.flags, model, config["use_new_attention_order"])
 
 
-def _check_pair(unet: Source, classifier: Source) -> None:
+def _check_pair(unet: Checkpoint, classifier: Checkpoint) -> None:
     """Refuses a classifier of other images or classes than the UNet's."""
     ours, theirs = unet.architecture, classifier.architecture
     if ours.image_channels != theirs.image_channels:
@@ -282,11 +329,17 @@ def _check_pair(unet: Source, classifier: Source) -> None:
 
 
 def _read_labels(
-    path: str | os.PathLike | None, num_classes: int | None, name: str | None, tell: Callable[[str], Any]
+    path: str | os.PathLike | None, num_classes: int | None, name: str | None, tell: Tell
 ) -> dict[int, str] | None:
     """Class names by id; `None` for models without classes."""
     if path is not None:
-        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise ValueError(f"There is no file {path}.") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is no text in UTF-8; save it in that encoding.") from None
+        names = [line.strip() for line in text.splitlines() if line.strip()]
         if len(names) != num_classes:
             raise ValueError(f"{path} has {len(names)} names, and the model has {num_classes or 'no'} classes.")
     elif num_classes is None:
@@ -302,17 +355,17 @@ def _read_labels(
 
 
 def _save_pipeline(
-    unet: Source, classifier: Source | None, id2label: dict[int, str] | None, folder: Path, dtype: torch.dtype
+    sources: Mapping[str, Source], id2label: dict[int, str] | None, folder: Path, dtype: torch.dtype
 ) -> None:
     """What the pipeline's `save_pretrained` writes, with the weights taken from the checkpoints one by one."""
-    scheduler = ADMScheduler(**scheduler_arguments(unet.flags, unet.architecture.learns_sigma))
+    unet, classifier = sources["unet"], sources.get("classifier")
     defaults = {"respacing": unet.flags.get("timestep_respacing")}
     if classifier is not None:
         defaults["guidance_scale"] = unet.flags.get("classifier_scale")
     defaults = {name: value for name, value in defaults.items() if value is not None}
     parts: dict[str, Any] = {
         "unet": unet.model,
-        "scheduler": scheduler,
+        "scheduler": unet.scheduler,
         "classifier": None if classifier is None else classifier.model,
         "id2label": id2label,
         "sampling_defaults": defaults or None,
@@ -322,24 +375,23 @@ def _save_pipeline(
     else:
         pipeline = ClassifierGuidedPipeline(**parts)
     pipeline.save_config(folder)
-    scheduler.save_pretrained(folder / "scheduler")
-    unet.save(folder / "unet", dtype)
-    if classifier is not None:
-        classifier.save(folder / "classifier", dtype)
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    for part, source in sources.items():
+        source.save(folder / part, dtype)
 
 
 def _write_card(
     folder: Path,
-    main: Source,
-    classifier: Source | None,
+    sources: Sequence[Source],
     published: Published | None,
     id2label: dict[int, str] | None,
+    dtype: str,
     title: str,
     repo_id: str | None,
 ) -> None:
     """The model card: what was converted, from what, and how to use it."""
-    kind, guided = main.architecture.kind, classifier is not None and classifier is not main
-    size = main.model.config.sample_size
+    main, guided = sources[0], len(sources) > 1
+    kind, size = main.architecture.kind, main.model.config.sample_size
     if kind == "classifier":
         summary, model_class = f"A classifier of noisy {size}x{size} images", "ADMForImageClassification"
     else:
@@ -352,7 +404,7 @@ def _write_card(
             summary, model_class = f"{article} {conditional} diffusion model", "ClassifierGuidedPipeline"
         summary += " with classifier guidance" if guided else ""
     if published is not None:
-        names = " and ".join(f"`{source.name}`" for source in (main, classifier if guided else None) if source)
+        names = " and ".join(f"`{source.checkpoint.name}`" for source in sources)
         link = "[guided-diffusion](https://github.com/openai/guided-diffusion)"
         origin = f"converted with `hf-guided`\nfrom OpenAI's {names} of {link}, trained on {published.data}"
     else:
@@ -370,4 +422,5 @@ def _write_card(
         summary=summary,
         origin=origin,
         guided=guided,
+        dtype=None if dtype == "fp32" else str(DTYPES[dtype]).removeprefix("torch."),
     )

@@ -2,23 +2,22 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.layers import level_attention, level_widths
 from ..models.unet_adm import ADMUNet2DModel
 from ..schedulers.schedules import make_betas
 from ..schedulers.scheduling_adm import ADMScheduler
-from .convert import IMAGENET_CLASSES, RECORD_FILE
+from .convert import IMAGENET_CLASSES, RECORD_FILE, Tell
 from .flags import SCHEDULES, parse_flags, scripts_channel_mult, spell_flags
 from .openai import to_openai_state_dict
-
-Tell = Callable[[str], Any]
 
 
 def export_checkpoint(
@@ -44,6 +43,8 @@ def export_checkpoint(
         `ValueError`: If there is no such model, or it is one that the published code cannot express; nothing is
             written then.
     """
+    if classifier is not None and os.path.realpath(output) == os.path.realpath(classifier):
+        raise ValueError(f"--output and --classifier both name {output}; choose a file for each.")
     for path in (output, classifier):
         if path is not None and Path(path).exists():
             raise ValueError(f"{path} exists already; choose another file, or remove it.")
@@ -62,9 +63,14 @@ def export_checkpoint(
             continue
         flags, notes = (_unet_flags if part == "unet" else _classifier_flags)(parts)
         said = parse_flags(record.get(part, {}).get("flags", ""))
-        new_order = part == "unet" and said.get("use_new_attention_order", False)
-        if new_order:
+        new_order = said.get("use_new_attention_order", False)
+        if new_order and part == "unet" and "large_size" not in flags:
             flags["use_new_attention_order"] = True
+        elif new_order:
+            notes.append(
+                "The published scripts have no flag for this model's order of attention; set "
+                "use_new_attention_order=True in them."
+            )
         written[Path(path)] = (to_openai_state_dict(parts[part], new_order), part, flags, notes)
     for path, (state_dict, part, flags, notes) in written.items():
         _save(state_dict, path)
@@ -72,6 +78,8 @@ def export_checkpoint(
         tell(f'  {"MODEL" if part == "unet" else "CLASSIFIER"}_FLAGS="{spell_flags(flags)}"')
         for note in notes:
             tell(f"  Note: {note}")
+    if "unet" in parts and "classifier" in parts and classifier is None:
+        tell(f"The classifier of {source} was not exported; run again with --classifier classifier.pt for both files.")
 
 
 def _find(source: str | os.PathLike, token: str | None) -> Path:
@@ -80,11 +88,31 @@ def _find(source: str | os.PathLike, token: str | None) -> Path:
         return Path(source)
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise ValueError(f"There is no folder {source}.")
-    return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], token=token))
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], token=token))
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"There is no folder {source}, and the Hub has no {source} that this token may see: check the name, or "
+            f"log in with `hf auth login`."
+        ) from None
+    except (HTTPError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"There is no folder {source}, and the Hub could not be asked for {source}: {reason}"
+        ) from error
 
 
 def _load_parts(folder: Path) -> dict[str, Any]:
     """The models and the scheduler of a pipeline's folder, or the one model of another."""
+    try:
+        return _from_pretrained(folder)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"The models of {folder} cannot be loaded: {reason}") from error
+
+
+def _from_pretrained(folder: Path) -> dict[str, Any]:
+    """Whatever this library's models and scheduler a folder holds; a file that is missing is an `OSError`."""
     index = folder / "model_index.json"
     if index.is_file():
         components = json.loads(index.read_text())

@@ -31,15 +31,14 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], b
         The tensors by their published names, and whether they are mapped, for [`release_pages`].
 
     Raises:
-        `ValueError`: If the file is damaged, holds anything but tensors, or is no state dict of a model: in a sentence
-            that says what to do.
-        `FileNotFoundError`: If there is no such file.
+        `ValueError`: If the file is missing or damaged, holds anything but tensors, or is no state dict of a model: in
+            a sentence that says what to do.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the .pt file.")
     if not path.exists():
-        raise FileNotFoundError(f"There is no file {path}.")
+        raise ValueError(f"There is no file {path}.")
     with path.open("rb") as file:
         start = file.read(4)
     mapped = start == b"PK\x03\x04"

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..schedulers.schedules import make_betas
 from .inference import Architecture
 
 Flags = Mapping[str, Any]
@@ -195,14 +196,30 @@ def spell_flags(flags: Flags) -> str:
     return " ".join(f"--{name} {_spell(value)}" for name, value in flags.items())
 
 
-def is_improved_diffusion(flags: Flags, architecture: Architecture) -> bool:
-    """Whether a model is taken for improved-diffusion's: nothing is said or seen that only guided-diffusion has."""
-    size = flags.get("large_size") or flags.get("image_size")
-    return not (
+def is_guided_diffusion(flags: Flags, architecture: Architecture) -> bool:
+    """Whether something is said or seen that only guided-diffusion has."""
+    return (
         architecture.kind == "classifier"
         or architecture.config["resblock_updown"]
-        or size in (128, 512)
+        or flags.get("large_size", flags.get("image_size")) in (128, 512)
         or any(name in _GUIDED_ONLY or name.startswith("classifier_") for name in flags)
+    )
+
+
+def is_improved_diffusion(flags: Flags, architecture: Architecture) -> bool:
+    """Whether a model is taken for improved-diffusion's: its scripts make one like it, and nothing speaks against."""
+    size = flags.get("large_size", 256) if architecture.kind == "upsampler" else flags.get("image_size")
+    return _scripts_make(architecture, size) and not is_guided_diffusion(flags, architecture)
+
+
+def _scripts_make(architecture: Architecture, image_size: int | None) -> bool:
+    """Whether the published scripts make models of this size with the tensors' widths and layers."""
+    told = architecture.config
+    return (
+        image_size is not None
+        and scripts_channel_mult(architecture.kind, image_size) == told["channel_mult"]
+        and told["conv_resample"]
+        and told["in_channels"] == 3
     )
 
 
@@ -264,8 +281,8 @@ def classifier_config(flags: Flags, architecture: Architecture, alone: bool = Fa
     Args:
         flags (`Mapping[str, Any]`): From [`parse_flags`].
         architecture ([`Architecture`]): What the tensors tell.
-        alone (`bool`, defaults to `False`): There is no UNet beside it, so that `--num_channels` and the like are the
-            classifier's own, unless flags of a classifier stand beside them.
+        alone (`bool`, defaults to `False`): There is no UNet beside it, so that `--num_channels`,
+            `--use_new_attention_order` and the like are the classifier's own, unless the flags describe both.
 
     Raises:
         `ValueError`: If a flag is missing or contradicts the tensors, naming it.
@@ -283,16 +300,18 @@ def classifier_config(flags: Flags, architecture: Architecture, alone: bool = Fa
     if heads is None and own:
         heads = _heads(flags, architecture, ("num_heads", "num_head_channels"))
     if heads is None:
+        published = _scripts_make(architecture, flags["image_size"])
+        if not published or any(width % 64 for width in architecture.attended_widths):
+            raise ValueError(
+                "--classifier_num_heads or --classifier_num_head_channels is missing, and the tensors do not tell how "
+                "attention is split into heads; the published scripts' 64 channels each hold only for the sizes and "
+                "widths that they make, and this classifier has others."
+            )
         heads = {"num_head_channels": 64}
-        for width in architecture.attended_widths:
-            if width % 64:
-                raise ValueError(
-                    f"--classifier_num_heads or --classifier_num_head_channels is missing: published classifiers have "
-                    f"heads of 64 channels, which do not divide the {width} of this one."
-                )
     schedule = scheduler_arguments(flags, learns_sigma=False)
     trained_on = {name: schedule[name] for name in ("num_train_timesteps", "beta_schedule", "rescale_timesteps")}
-    return {**config, **heads, **trained_on}
+    new_order = own and flags.get("use_new_attention_order", False)
+    return {**config, **heads, **trained_on, "use_new_attention_order": new_order}
 
 
 def scheduler_arguments(flags: Flags, learns_sigma: bool) -> dict[str, Any]:
@@ -307,6 +326,13 @@ def scheduler_arguments(flags: Flags, learns_sigma: bool) -> dict[str, Any]:
         raise ValueError(f"--noise_schedule {schedule} is neither linear nor cosine.")
     if steps < 1:
         raise ValueError(f"--diffusion_steps {steps} is not a positive number.")
+    try:
+        make_betas(SCHEDULES[schedule], steps)
+    except ValueError:
+        raise ValueError(
+            f"--diffusion_steps {steps} is too few for --noise_schedule {schedule}, whose betas would not stay below "
+            f"1; models of so few steps were trained with --noise_schedule cosine."
+        ) from None
     fixed = "fixed_small" if flags.get("sigma_small", False) else "fixed_large"
     return {
         "num_train_timesteps": steps,

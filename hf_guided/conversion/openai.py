@@ -111,8 +111,8 @@ def to_openai_state_dict(
             published constructor is told which.
 
     Returns:
-        `dict[str, torch.Tensor]`: The published names and tensors in float32. Tensors whose values and order stay the
-        same share the model's memory.
+        `dict[str, torch.Tensor]`: The published names and tensors in float32, in the published order. Tensors whose
+        values stay in their order share the model's memory.
 
     Raises:
         `ValueError`: If query, key and value are fused, which has to be undone first.
@@ -240,15 +240,18 @@ def converted_tensors(
 
 
 def published_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Published name -> shape for every tensor of a model of ours; its linear layers are 1x1 convolutions there."""
+    """Published name -> shape for every tensor of a model of ours, in the published order.
+
+    Linear layers of ours are 1x1 convolutions there.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for ours, theirs, module in published_names(model):
         if isinstance(module, ADMAttention | ADMAttentionPool):
             channels = module.to_q.in_features
-            shapes[f"{theirs}.{qkv_name(module)}.weight"] = (3 * channels, channels, 1)
-            shapes[f"{theirs}.{qkv_name(module)}.bias"] = (3 * channels,)
             if isinstance(module, ADMAttentionPool):
                 shapes[f"{theirs}.positional_embedding"] = tuple(module.position_embedding.T.shape)
+            shapes[f"{theirs}.{qkv_name(module)}.weight"] = (3 * channels, channels, 1)
+            shapes[f"{theirs}.{qkv_name(module)}.bias"] = (3 * channels,)
         else:
             for kind, parameter in module.named_parameters(recurse=False):
                 ones = 0
@@ -287,10 +290,10 @@ def _split_qkv(rows: torch.Tensor, heads: int, new_order: bool) -> tuple[torch.T
 
 
 def published_names(model: Any) -> Iterator[tuple[str, str, nn.Module]]:
-    """Yields `(our name, published name, module)` for every module with tensors of its own.
+    """Yields `(our name, published name, module)` for every module with tensors of its own, in the published order.
 
-    Attention layers come as one, since their query, key and value are one tensor in the published code; what else they
-    hold follows under its own name.
+    An attention layer stands for its query, key and value, which are one tensor in the published code; what else it
+    holds comes under its own name.
     """
     yield from _walk(model, "time_embedding.linear_1", "time_embed.0")
     yield from _walk(model, "time_embedding.linear_2", "time_embed.2")
@@ -343,8 +346,8 @@ def _walk(model: nn.Module, ours: str, theirs: str) -> Iterator[tuple[str, str, 
         for our_part, their_part in RESNET_NAMES.items():
             yield f"{ours}.{our_part}", f"{theirs}.{their_part}", module.get_submodule(our_part)
     elif isinstance(module, ADMAttention):
-        yield ours, theirs, module
         yield f"{ours}.group_norm", f"{theirs}.norm", module.group_norm
+        yield ours, theirs, module
         yield f"{ours}.to_out", f"{theirs}.proj_out", module.to_out
     elif isinstance(module, ADMAttentionPool):
         yield ours, theirs, module

@@ -37,16 +37,16 @@ _PIPELINE_USAGE = """\
 import torch{imports}
 from hf_guided import {model_class}
 
-pipe = {model_class}.from_pretrained({source})
+pipe = {model_class}.from_pretrained({source}{dtype})
 generator = torch.Generator().manual_seed(0)
 images = pipe({arguments}num_images_per_label=4, generator=generator).images
 images[0].save("sample.png")"""
 
 _CLASSIFIER_USAGE = """\
-from hf_guided import ADMForImageClassification  # makes it known to transformers
+{imports}from hf_guided import ADMForImageClassification  # makes it known to transformers
 from transformers import pipeline
 
-classify = pipeline("image-classification", model={source})
+classify = pipeline("image-classification", model={source}{dtype})
 print(classify("picture.png"))"""
 
 _GUIDED_ADVICE = """
@@ -56,6 +56,11 @@ scale gives images that are more typical of their class and less varied.
 
 _UNGUIDED_ADVICE = """
 Steps are the saved default; `num_inference_steps=` changes them.
+"""
+
+_DTYPE_ADVICE = """
+The weights are saved in {dtype}: `dtype=` loads them in it, and without it they load in float32. The files stand under
+the plain names and, the same ones, under those of the variant.
 """
 
 _RESULTS = """
@@ -83,6 +88,7 @@ def write_model_card(
     summary: str = "A class-conditional diffusion model with classifier guidance",
     origin: str | None = None,
     guided: bool = True,
+    dtype: str | None = None,
 ) -> Path:
     """Writes the model card `README.md` of a saved pipeline or classifier.
 
@@ -111,6 +117,7 @@ def write_model_card(
         origin (`str`, *optional*): Where it comes from, as the end of the first sentence; by default it was trained
             on `dataset` with this library.
         guided (`bool`, defaults to `True`): A classifier steers it.
+        dtype (`str`, *optional*): `"float16"` or `"bfloat16"`, if the weights are saved in half precision.
 
     Returns:
         `Path`: The card.
@@ -140,8 +147,8 @@ def write_model_card(
         summary=summary,
         origin=origin or f"trained on {dataset} with\n`hf-guided`",
         picture="\n\n".join(f"![{text}]({name})" for name, text in pictures.items() if (folder / name).is_file()),
-        usage=_usage(model_class, json.dumps(repo_id or "."), class_names),
-        advice="" if classifies else advice,
+        usage=_usage(model_class, json.dumps(repo_id or "."), class_names, dtype),
+        advice=("" if classifies else advice) + ("" if dtype is None else _DTYPE_ADVICE.format(dtype=dtype)),
     )
     if class_names:
         card += f"\n## Classes\n\n{_class_list(class_names)}\n"
@@ -197,16 +204,20 @@ def _eval_results(
     return evaluations
 
 
-def _usage(model_class: str, source: str, class_names: Sequence[str]) -> str:
+def _usage(model_class: str, source: str, class_names: Sequence[str], dtype: str | None) -> str:
     """Code that runs as it stands."""
+    chosen = "" if dtype is None else f", dtype=torch.{dtype}"
     if model_class == "ADMForImageClassification":
-        return _CLASSIFIER_USAGE.format(source=source)
+        imports = "" if dtype is None else "import torch\n"
+        return _CLASSIFIER_USAGE.format(imports=imports, source=source, dtype=chosen)
     arguments, imports = "", ""
     if model_class == "ClassifierGuidedUpscalePipeline":
         arguments, imports = "small, ", "\nfrom PIL import Image"
     if class_names:
         arguments += f"class_labels=[{json.dumps(class_names[0], ensure_ascii=False)}], "
-    usage = _PIPELINE_USAGE.format(imports=imports, model_class=model_class, source=source, arguments=arguments)
+    usage = _PIPELINE_USAGE.format(
+        imports=imports, model_class=model_class, source=source, dtype=chosen, arguments=arguments
+    )
     if model_class == "ClassifierGuidedUpscalePipeline":
         opened = 'small = Image.open("small.png").resize([pipe.config.low_res_size] * 2)\n'
         usage = usage.replace("generator = ", opened + "generator = ", 1)

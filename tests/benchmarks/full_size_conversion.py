@@ -21,21 +21,10 @@ from typing import Any
 
 import torch
 
+sys.path.append(str(Path(__file__).parents[1] / "conversion"))
+from conversion_helpers import write_random_checkpoint
+
 CHECKPOINTS = Path(__file__).parents[1] / "reference" / "published_checkpoints.json"
-
-
-def write_random_checkpoint(name: str, path: Path) -> int:
-    """Writes weights that keep activations of order one, and returns their number."""
-    torch.manual_seed(0)
-    weights = {}
-    for key, shape in json.loads(CHECKPOINTS.read_text())[name]["tensors"].items():
-        weight = torch.randn(shape)
-        if len(shape) > 1:
-            weights[key] = weight * 0.7 / weight[0].numel() ** 0.5
-        else:
-            weights[key] = weight * 0.1 + key.endswith("weight")
-    torch.save(weights, path)
-    return sum(weight.numel() for weight in weights.values())
 
 
 def apart(function: Callable, *arguments: Any) -> Any:
@@ -71,7 +60,7 @@ def forward_seconds(folder: Path) -> float:
 def check_equal(ours: Path, theirs: Path) -> None:
     """Compares two state dicts bit by bit."""
     a, b = (torch.load(path, mmap=True, weights_only=True) for path in (ours, theirs))
-    assert a.keys() == b.keys()
+    assert list(a) == list(b)
     assert all(torch.equal(a[key], b[key]) for key in b)
 
 
@@ -86,7 +75,8 @@ def main() -> None:
     for name in args.names:
         with tempfile.TemporaryDirectory() as temporary:
             checkpoint, folder = Path(temporary) / f"{name}.pt", Path(temporary) / "converted"
-            parameters = apart(write_random_checkpoint, name, checkpoint)
+            shapes = json.loads(CHECKPOINTS.read_text())[name]["tensors"]
+            parameters = apart(write_random_checkpoint, shapes, checkpoint)
             size = 4 * parameters
 
             def report(label: str, seconds: float, peak: int, size: int = size, parameters: int = parameters) -> None:

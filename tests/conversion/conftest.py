@@ -1,11 +1,16 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
+import hf_guided.conversion.convert as convert_module
 from hf_guided.cli import main
+
+REFERENCE = Path(__file__).parents[1] / "reference"
 
 
 @pytest.fixture
@@ -42,6 +47,39 @@ def checkpoint(reference, tmp_path) -> Callable[..., Path]:
     def write(name: str, **options: Any) -> Path:
         path = tmp_path / f"{name}.pt"
         torch.save(reference(name).weights, path, **options)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def published_order() -> Callable[[str], list[str]]:
+    """The keys of a reference model's state dict, as the published code gives them."""
+
+    def order(name: str) -> list[str]:
+        with safe_open(REFERENCE / f"{name}.safetensors", "pt") as file:
+            return list(json.loads(file.metadata()["weights"])["shapes"])
+
+    return order
+
+
+@pytest.fixture
+def full_size(reference_json, tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """A file with a published checkpoint's names and full-size shapes, of zeros that take no space; what is written of
+    the weights are their names and shapes."""
+    monkeypatch.setattr(
+        convert_module,
+        "write_safetensors",
+        lambda path, shapes, tensors, dtype: path.write_text(
+            json.dumps({name: list(tensor.shape) for name, tensor in tensors if shapes[name] == tensor.shape})
+        ),
+    )
+
+    def write(name: str) -> Path:
+        zero = torch.zeros(())
+        tensors = reference_json("published_checkpoints")[name]["tensors"]
+        path = tmp_path / f"{name}.pt"
+        torch.save({key: zero.expand(shape) for key, shape in tensors.items()}, path)
         return path
 
     return write

@@ -1,10 +1,12 @@
 """What the tests of the conversion share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hf_guided.conversion.openai import make_unet, published_shapes
 
 SCHEDULE = "--diffusion_steps 1000 --noise_schedule linear"
 
@@ -15,6 +17,35 @@ def shapes_of(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def script_made(image_size: int, upsampler: bool = False) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a small model that improved-diffusion's scripts make: their widths times 32."""
+    config = {
+        "image_size": image_size,
+        "in_channels": 3,
+        "model_channels": 32,
+        "out_channels": 3,
+        "num_res_blocks": 1,
+        "attention_resolutions": [4],
+        "channel_mult": {32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}[image_size],
+        "num_heads": 4,
+    }
+    return published_shapes(make_unet(config, upsampler))
+
+
+def write_random_checkpoint(shapes: Mapping[str, Sequence[int]], path: Path) -> int:
+    """Writes weights that keep activations of order one, and returns their number."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in shapes.items():
+        weight = torch.empty(tuple(shape)).uniform_(-1, 1, generator=generator)
+        if len(shape) > 1:
+            weights[name] = weight.mul_((1.5 / weight[0].numel()) ** 0.5)
+        else:
+            weights[name] = weight.mul_(0.2).add_(name.endswith("weight"))
+    torch.save(weights, path)
+    return sum(weight.numel() for weight in weights.values())
 
 
 def needed_flags(config: dict[str, Any], schedule: str = SCHEDULE) -> str:

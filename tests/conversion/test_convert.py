@@ -4,17 +4,27 @@ import json
 import os
 import pickle
 import re
+import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conversion_helpers import SCHEDULE, all_flags, contents, needed_flags
+from conversion_helpers import (
+    SCHEDULE,
+    all_flags,
+    contents,
+    needed_flags,
+    script_made,
+    write_random_checkpoint,
+)
 from safetensors.torch import load_file
 from test_openai import CHECKPOINTS, CLASSIFIERS, TOLERANCE, UNETS
 from transformers import AutoModelForImageClassification
 
-import hf_guided.conversion.convert as convert_module
+import hf_guided.conversion as conversion
 import hf_guided.conversion.files as files_module
 from hf_guided import (
     ADMForImageClassification,
@@ -22,7 +32,14 @@ from hf_guided import (
     ClassifierGuidedPipeline,
     ClassifierGuidedUpscalePipeline,
 )
-from hf_guided.conversion import convert_openai_classifier, convert_openai_unet
+from hf_guided.cli import main
+from hf_guided.conversion import (
+    convert_checkpoint,
+    convert_openai_classifier,
+    convert_openai_unet,
+    export_checkpoint,
+    to_openai_state_dict,
+)
 from hf_guided.conversion.openai import published_shapes
 from hf_guided.conversion.published import PUBLISHED, kind_of
 
@@ -56,6 +73,15 @@ def test_classifiers_agree_with_the_published_code(reference, checkpoint, conver
         logits = model(stored.tensors["x"], stored.tensors["timesteps"]).logits
     assert error(logits, stored.tensors["logits"]) < TOLERANCE
     assert model.config.id2label == {i: str(i) for i in range(logits.shape[1])}
+
+
+def test_a_lone_classifier_in_half_precision_is_loaded_as_it_is_asked_for(checkpoint, reference, convert, tmp_path):
+    flags = ["--flags", needed_flags(reference("classifier_attention").config), "--dtype", "fp16"]
+    convert("--checkpoint", checkpoint("classifier_attention"), *flags, "--output", tmp_path / "out")
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").dtype == torch.float32
+    half = AutoModelForImageClassification.from_pretrained(tmp_path / "out", dtype=torch.float16)
+    assert half.dtype == torch.float16
+    assert "dtype=torch.float16)" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -121,28 +147,6 @@ def test_the_folder_is_what_save_pretrained_writes(reference, checkpoint, conver
             found, wanted = load_file(tmp_path / "out" / name), load_file(tmp_path / "expected" / name)
             assert found.keys() == wanted.keys()
             assert all(torch.equal(found[key], wanted[key]) for key in wanted)
-
-
-@pytest.fixture
-def full_size(reference_json, tmp_path, monkeypatch):
-    """A file with a published checkpoint's names and full-size shapes, of zeros that take no space; what is written of
-    the weights are their names and shapes."""
-    monkeypatch.setattr(
-        convert_module,
-        "write_safetensors",
-        lambda path, shapes, tensors, dtype: path.write_text(
-            json.dumps({name: list(tensor.shape) for name, tensor in tensors if shapes[name] == tensor.shape})
-        ),
-    )
-
-    def write(name):
-        zero = torch.zeros(())
-        tensors = reference_json("published_checkpoints")[name]["tensors"]
-        path = tmp_path / f"{name}.pt"
-        torch.save({key: zero.expand(shape) for key, shape in tensors.items()}, path)
-        return path
-
-    return write
 
 
 DEFAULTS = {
@@ -393,8 +397,18 @@ def test_half_precision_rounds_every_weight(checkpoint, reference, convert, tmp_
         state = expected.state_dict()
         assert saved.keys() == state.keys()
         assert all(torch.equal(saved[key], state[key].to(kind)) for key in state)
-    pipe = ClassifierGuidedPipeline.from_pretrained(tmp_path / "out", dtype=kind)
+    pipe = ClassifierGuidedPipeline.from_pretrained(tmp_path / "out")
+    assert {pipe.unet.dtype, pipe.classifier.dtype} == {torch.float32}
+    pipe = ClassifierGuidedPipeline.from_pretrained(tmp_path / "out", torch_dtype=kind)
     assert {pipe.unet.dtype, pipe.classifier.dtype} == {kind}
+    variant = ClassifierGuidedPipeline.from_pretrained(tmp_path / "out", variant=dtype, torch_dtype=kind)
+    assert all(map(torch.equal, variant.unet.parameters(), pipe.unet.parameters()))
+    assert all(map(torch.equal, variant.classifier.parameters(), pipe.classifier.parameters()))
+    weights = list((tmp_path / "out").rglob("*.safetensors"))
+    assert len(weights) == 4
+    assert len({path.stat().st_ino for path in weights}) == 2  # two names, one file
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f'from_pretrained(".", dtype={kind})' in card
     pipe.set_progress_bar_config(disable=True)
     assert pipe([1], output_type="pt").images.isfinite().all()
 
@@ -421,12 +435,16 @@ def test_labels_name_the_classes(checkpoint, reference, convert, refused, tmp_pa
     rest = ["--checkpoint", checkpoint("unet_no_conv_resample"), "--output", tmp_path / "b"]
     flags = ["--flags", needed_flags(reference("unet_no_conv_resample").config)]
     assert "has 2 names, and the model has no classes" in refused(*rest, *flags, "--labels", names)
+    names.write_bytes("fünf".encode("latin-1"))
+    assert f"{names} is no text in UTF-8" in refused(*rest, *flags, "--labels", names)
+    assert f"There is no file {tmp_path / 'none.txt'}" in refused(*rest, *flags, "--labels", tmp_path / "none.txt")
 
 
-def test_improved_diffusions_strings_are_taken_as_they_are(checkpoint, reference, convert, tmp_path):
+def test_improved_diffusions_strings_are_taken_as_they_are(convert, tmp_path):
     """Its defaults, four heads and rescaled timesteps, hold where its README leaves them out, and are told."""
-    path = checkpoint("unet_uncond_legacy")
-    told = "--image_size 16 --num_channels 32 --num_res_blocks 2 --diffusion_steps 4000 --noise_schedule cosine --lr 1"
+    path = tmp_path / "ema.pt"
+    write_random_checkpoint(script_made(64), path)
+    told = "--image_size 64 --num_channels 32 --num_res_blocks 1 --diffusion_steps 4000 --noise_schedule cosine --lr 1"
     out = convert("--checkpoint", path, "--flags", told, "--output", tmp_path / "out")
     assert "improved-diffusion's defaults hold: --num_heads 4 --rescale_timesteps True" in out
     pipe = ClassifierGuidedPipeline.from_pretrained(tmp_path / "out")
@@ -439,10 +457,130 @@ def test_improved_diffusions_strings_are_taken_as_they_are(checkpoint, reference
     pipe = ClassifierGuidedPipeline.from_pretrained(tmp_path / "b")
     assert pipe.unet.config.num_heads == 2
     assert not pipe.scheduler.config.rescale_timesteps
-    guided = f"{told} --num_heads 2 --channel_mult 1,1"
+    guided = f"{told} --num_heads 2 --channel_mult 1,2,3,4"
     out = convert("--checkpoint", path, "--flags", guided, "--output", tmp_path / "c")
     assert "4000 timesteps as they are" in out
     assert not ClassifierGuidedPipeline.from_pretrained(tmp_path / "c").scheduler.config.rescale_timesteps
+
+
+def test_its_defaults_are_no_guess_for_models_that_it_did_not_make(checkpoint, refused, tmp_path):
+    rest = ["--checkpoint", checkpoint("unet_uncond_legacy"), "--output", tmp_path / "out", "--flags"]
+    told = "--image_size 16 --diffusion_steps 4000 --noise_schedule cosine"
+    assert "--num_heads or --num_head_channels is missing" in refused(*rest, told)
+    assert "--rescale_timesteps is missing" in refused(*rest, f"{told} --num_heads 4")
+
+
+def test_a_classifiers_heads_are_not_guessed_from_the_unets(checkpoint, reference, convert, refused, tmp_path):
+    files = ["--checkpoint", checkpoint("sampler_unet"), "--classifier", checkpoint("sampler_classifier")]
+    flags = f"{needed_flags(reference('sampler_unet').config)}"
+    assert "--num_head_channels 16" in flags
+    rest = ["--output", tmp_path / "out", "--flags"]
+    sentence = refused(*files, *rest, flags)
+    assert "--classifier_num_heads or --classifier_num_head_channels is missing" in sentence
+    assert "sampler_classifier.pt" in sentence
+    convert(*files, *rest, f"{flags} --classifier_num_head_channels 16")
+
+
+def test_a_lone_classifiers_attention_order_is_honoured(reference, convert, error, tmp_path):
+    stored = reference("classifier_attention")
+    model = convert_openai_classifier(stored.weights, stored.config)
+    weights = to_openai_state_dict(model, new_attention_order=True)
+    torch.save(weights, tmp_path / "classifier.pt")
+    flags = f"{needed_flags(stored.config)} --use_new_attention_order True"
+    convert("--checkpoint", tmp_path / "classifier.pt", "--flags", flags, "--output", tmp_path / "out")
+    loaded = ADMForImageClassification.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        logits = loaded(stored.tensors["x"], stored.tensors["timesteps"]).logits
+    assert error(logits, stored.tensors["logits"]) < TOLERANCE
+    told = convert(tmp_path / "out", "--to", "openai", "--output", tmp_path / "back.pt")
+    assert "set use_new_attention_order=True" in told
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert all(torch.equal(back[key], weights[key]) for key in weights)
+
+
+def test_beside_a_unet_the_attention_order_is_the_unets(reference, checkpoint, convert, tmp_path):
+    unet, classifier = reference("sampler_unet"), reference("sampler_classifier")
+    weights = {
+        "unet": to_openai_state_dict(convert_openai_unet(unet.weights, unet.config), new_attention_order=True),
+        "classifier": classifier.weights,
+    }
+    torch.save(weights["unet"], tmp_path / "unet.pt")
+    flags = f"{needed_flags(unet.config)} --use_new_attention_order True --classifier_num_head_channels 16"
+    files = ["--checkpoint", tmp_path / "unet.pt", "--classifier", checkpoint("sampler_classifier")]
+    convert(*files, "--flags", flags, "--output", tmp_path / "out")
+    pipe = ClassifierGuidedPipeline.from_pretrained(tmp_path / "out")
+    for ours, stored, theirs in (
+        (pipe.unet, unet, convert_openai_unet),
+        (pipe.classifier, classifier, convert_openai_classifier),
+    ):
+        expected = theirs(stored.weights, stored.config)
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), expected.parameters(), strict=True))
+    back = ["--output", tmp_path / "a.pt", "--classifier", tmp_path / "b.pt"]
+    convert(tmp_path / "out", "--to", "openai", *back)
+    for file, part in (("a.pt", "unet"), ("b.pt", "classifier")):
+        exported = torch.load(tmp_path / file, weights_only=True)
+        assert all(torch.equal(exported[key], weights[part][key]) for key in exported)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--diffusion_steps 10", "--diffusion_steps 10 is too few .*--noise_schedule cosine"),
+        ("--timestep_respacing ddim7000", "respacing='ddim7000'"),
+        ("--classifier_scale nan", "scale of classifier guidance is a finite number"),
+        ("--classifier_scale -1", "scale of classifier guidance is a finite number"),
+    ],
+)
+def test_what_no_pipeline_takes_is_refused_before_the_work(checkpoint, reference, capsys, flags, message):
+    path = checkpoint("unet_class_cond")
+    told = f"{needed_flags(reference('unet_class_cond').config)} {flags}"
+    with pytest.raises(SystemExit) as caught:
+        main(["convert", "--checkpoint", str(path), "--flags", told, "--output", str(path.parent / "out")])
+    assert re.search(message, str(caught.value)), caught.value
+    assert "Writing" not in capsys.readouterr().out
+
+
+def test_flags_are_one_word_whatever_they_begin_with(checkpoint, reference, refused, tmp_path):
+    rest = ["--checkpoint", checkpoint("unet_class_cond"), "--output", tmp_path / "out"]
+    assert "--num_heads or --num_head_channels is missing" in refused(*rest, "--flags", "--image_size=16")
+    assert "--num_heads or --num_head_channels is missing" in refused(*rest, "--flags=--image_size=16")
+    assert "--image_size has no value" in refused("--flags", "--image_size", *rest)
+
+
+def test_functions_raise_as_documented(tmp_path):
+    with pytest.raises(ValueError, match=r"There is no file .*missing\.pt"):
+        convert_checkpoint(tmp_path / "missing.pt", tmp_path / "out", flags=SCHEDULE)
+    with pytest.raises(ValueError, match="There is no folder"):
+        export_checkpoint(tmp_path / "missing", tmp_path / "model.pt")
+    (tmp_path / "config.json").write_text('{"_class_name": "ADMUNet2DModel"}')
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        export_checkpoint(tmp_path, tmp_path / "model.pt")
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_the_package_opens_without_its_weight():
+    code = "import sys, hf_guided.conversion; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert {"convert_checkpoint", "export_checkpoint", "to_openai_state_dict"} < set(conversion.__all__)
+    for name in conversion.__all__:
+        assert getattr(conversion, name).__name__ == name
+        assert name in dir(conversion)
+
+
+def test_the_64_model_runs_at_full_size(reference_json, convert, tmp_path):
+    """Random weights of the published names and shapes, converted; 296 million parameters, one forward."""
+    name = "64x64_diffusion"
+    path, folder = tmp_path / f"{name}.pt", tmp_path / "out"
+    parameters = write_random_checkpoint(reference_json("published_checkpoints")[name]["tensors"], path)
+    assert parameters == reference_json("published_checkpoints")[name]["parameters"]
+    convert(name, "--checkpoint", path, "--output", folder)
+    path.unlink()
+    unet = ADMUNet2DModel.from_pretrained(folder / "unet")
+    with torch.no_grad():
+        output = unet(torch.randn(1, 3, 64, 64), torch.tensor([500]), torch.tensor([207])).sample
+    shutil.rmtree(folder)
+    assert output.shape == (1, 6, 64, 64)
+    assert 1e-2 < output.std() < 1e2
 
 
 def test_pages_that_are_given_back_are_read_again(checkpoint, reference, convert, tmp_path, monkeypatch):

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
-from conversion_helpers import SCHEDULE, contents, needed_flags
+from conversion_helpers import SCHEDULE, contents, needed_flags, spell
 from hub_server import HubServer, User
-from test_openai import CLASSIFIERS, UNETS, convert_openai_classifier, convert_openai_unet
+from test_openai import CHECKPOINTS, CLASSIFIERS, UNETS, convert_openai_classifier, convert_openai_unet
 
+import hf_guided.conversion.export as export_module
 from hf_guided import (
     ADMForImageClassification,
     ADMScheduler,
@@ -20,7 +21,8 @@ from hf_guided import (
 )
 from hf_guided.conversion import to_openai_state_dict
 from hf_guided.conversion.flags import parse_flags
-from hf_guided.conversion.openai import make_unet, published_shapes
+from hf_guided.conversion.openai import published_shapes
+from hf_guided.conversion.published import kind_of
 
 TOKEN = "hf_" + "Aa0" * 10
 
@@ -34,12 +36,13 @@ def assert_same_bits(actual, expected):
 
 @pytest.mark.parametrize("name", [*UNETS, *CLASSIFIERS])
 @pytest.mark.parametrize("new_order", [False, True])
-def test_the_round_trip_is_exact_in_either_order(reference, name, new_order):
+def test_the_round_trip_is_exact_in_either_order(reference, published_order, name, new_order):
     stored = reference(name)
     convert = convert_openai_classifier if name in CLASSIFIERS else convert_openai_unet
     options = {"super_resolution": True} if name == "superres" else {}
     model = convert(stored.weights, stored.config, **options)
     exported = to_openai_state_dict(model, new_order)
+    assert list(exported) == published_order(name)
     if new_order == stored.config.get("use_new_attention_order", False):
         assert_same_bits(exported, stored.weights)
     elif stored.config.get("num_heads") != 1:  # a single head's rows lie alike in both
@@ -50,11 +53,13 @@ def test_the_round_trip_is_exact_in_either_order(reference, name, new_order):
 
 
 @pytest.mark.parametrize("name", [*UNETS, *CLASSIFIERS])
-def test_files_come_back_bit_by_bit(reference, checkpoint, convert, tmp_path, name):
+def test_files_come_back_bit_by_bit(reference, published_order, checkpoint, convert, tmp_path, name):
     stored = reference(name)
     convert("--checkpoint", checkpoint(name), "--flags", needed_flags(stored.config), "--output", tmp_path / "out")
     told = convert(tmp_path / "out", "--to", "openai", "--output", tmp_path / "back.pt")
-    assert_same_bits(torch.load(tmp_path / "back.pt", weights_only=True), stored.weights)
+    exported = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert_same_bits(exported, stored.weights)
+    assert list(exported) == published_order(name)
     assert (tmp_path / "back.pt").stat().st_size < 1.1 * (tmp_path / f"{name}.pt").stat().st_size
     flags = re.search(r'FLAGS="(.*)"', told)[1]
     assert parse_flags(flags).get("use_new_attention_order", False) == stored.config.get(
@@ -83,25 +88,38 @@ def test_a_pipeline_gives_both_files(reference, checkpoint, convert, tmp_path):
     assert "CLASSIFIER_FLAGS=" in told
     assert "NUM_CLASSES = 5" in told
     assert "num_head_channels=16" in told
+    assert "not exported" not in told
+    told = convert(tmp_path / "out", "--to", "openai", "--output", tmp_path / "alone.pt")
+    assert "The classifier of" in told
+    assert "was not exported; run again with --classifier classifier.pt" in told
 
 
-def test_the_published_names_flags_are_printed(reference_json):
-    """The flags of a published model come back as its README has them."""
-    import hf_guided.conversion.export as export_module
-    from hf_guided.conversion.flags import unet_config
-    from hf_guided.conversion.inference import infer_architecture
-    from hf_guided.conversion.published import PUBLISHED
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_published_names_flags_are_printed(reference_json, full_size, convert, tmp_path, monkeypatch, name):
+    """The flags of a published model come back as its README has them; names and shapes in the published order."""
 
-    flags = parse_flags(PUBLISHED["64x64_diffusion"].flags)
-    tensors = reference_json("published_checkpoints")["64x64_diffusion"]["tensors"]
-    unet = make_unet(unet_config(flags, infer_architecture(tensors)))
-    parts = {"unet": unet, "scheduler": ADMScheduler(beta_schedule="squaredcos_cap_v2")}
-    found, notes = export_module._unet_flags(parts)
-    ignored = {"timestep_respacing", "classifier_scale", "use_new_attention_order"}
-    assert {**found, "attention_resolutions": tuple(found["attention_resolutions"])} == {
-        name: value for name, value in flags.items() if name not in ignored
-    }
-    assert notes == []
+    def without_weights(cls, folder):
+        config = cls.load_config(folder) if cls is ADMUNet2DModel else cls.config_class.from_pretrained(folder)
+        with torch.device("meta"):
+            return cls.from_config(config) if cls is ADMUNet2DModel else cls(config)
+
+    for model_class in (ADMUNet2DModel, ADMForImageClassification):
+        monkeypatch.setattr(model_class, "from_pretrained", classmethod(without_weights))
+    exported = {}
+    monkeypatch.setattr(export_module, "_save", lambda state_dict, path: exported.update(state_dict))
+    convert(name, "--checkpoint", full_size(name), "--output", tmp_path / "out")
+    told = convert(tmp_path / "out", "--to", "openai", "--output", tmp_path / "back.pt")
+
+    published = reference_json("published_checkpoints")[name]
+    assert [(key, list(tensor.shape)) for key, tensor in exported.items()] == list(published["tensors"].items())
+    defaults = {} if kind_of(name) == "classifier" else {"dropout": 0.0}
+    given = {key: value for key, value in published["flags"].items() if value != -1}  # -1 means "not given"
+    if "num_head_channels" in given:  # it wins over the number of heads
+        given.pop("num_heads", None)
+    schedule = {"diffusion_steps": published["diffusion_steps"], "noise_schedule": published["noise_schedule"]}
+    expected = parse_flags(spell({**defaults, **given, **schedule}))
+    assert parse_flags(re.search(r'FLAGS="(.*)"', told)[1]) == expected
+    assert "Note:" not in told
 
 
 def test_what_was_trained_here_goes_out_with_notes(tiny_unet, tiny_classifier, convert, tmp_path, error):
@@ -159,6 +177,10 @@ def test_what_the_published_code_cannot_express_is_refused(tiny_unet, tiny_class
     assert "There is no folder" in refused(tmp_path / "nowhere", *out)
     assert "takes the folder" in refused(*out)
     assert "leave --flags out" in refused(tmp_path / "bare", *out, "--flags", SCHEDULE)
+    assert "leave --dtype out" in refused(tmp_path / "bare", *out, "--dtype", "fp32")
+    guided = ClassifierGuidedPipeline(tiny_unet(), ADMScheduler(), tiny_classifier(num_labels=5))
+    same = tmp_path / "bare" / ".." / "model.pt"
+    assert f"both name {tmp_path / 'model.pt'}" in export(guided, "guided", "--classifier", same)
     assert not list(tmp_path.glob("*.pt"))
     (tmp_path / "model.pt").write_text("mine")
     assert "model.pt exists already" in refused(tmp_path / "bare", *out)
@@ -213,6 +235,20 @@ def test_to_the_hub_and_back_from_it(checkpoint, reference, refused, tmp_path):
         assert "error: The Hub does not accept this token" in done.stderr
         assert not (tmp_path / "second").exists()
     assert ADMForImageClassification.from_pretrained(tmp_path / "out").config.num_labels == 5
+
+
+def test_what_the_hub_does_not_have_is_said_in_a_sentence(refused, tmp_path, monkeypatch):
+    back = ["ada/none", "--to", "openai", "--output", str(tmp_path / "back.pt")]
+    with HubServer({TOKEN: User("ada")}) as hub:
+        command = [sys.executable, "-m", "hf_guided.cli", "convert", *back, "--hub_token", TOKEN]
+        environment = hub.environment(tmp_path / "home")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert re.fullmatch("error: There is no folder ada/none, and the Hub has no ada/none .*\n", done.stderr)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    assert "the Hub could not be asked for ada/none" in refused(*back)
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_a_foreign_unet_is_refused(refused, tmp_path):

@@ -1,7 +1,7 @@
 """The published scripts' flags: read as they are, checked against the tensors, never replaced by defaults."""
 
 import pytest
-from conversion_helpers import needed_flags, shapes_of
+from conversion_helpers import needed_flags, script_made, shapes_of
 
 from hf_guided.conversion.flags import (
     add_improved_defaults,
@@ -143,6 +143,20 @@ def test_published_classifiers_have_heads_of_64_channels(architecture, reference
         classifier_config({**flags, "image_size": 16}, architecture("classifier_adaptive"))
 
 
+def test_heads_of_64_channels_are_assumed_only_of_what_the_published_scripts_make(architecture, reference_json):
+    schedule = "--diffusion_steps 1000 --noise_schedule linear"
+    missing = "--classifier_num_heads or --classifier_num_head_channels is missing"
+    small = architecture("classifier_attention")
+    assert all(width % 64 == 0 for width in small.attended_widths)
+    for flags in (schedule, f"{schedule} --num_head_channels 16", f"{schedule} --num_heads 4 --image_size 16"):
+        with pytest.raises(ValueError, match=missing):
+            classifier_config(parse_flags(flags), small)  # flags of a UNet beside it are the UNet's
+    shapes = reference_json("published_checkpoints")["128x128_classifier"]["tensors"]
+    grey = {**shapes, "input_blocks.0.0.weight": (128, 1, 3, 3)}
+    with pytest.raises(ValueError, match=missing):
+        classifier_config(parse_flags(f"{schedule} --image_size 128"), infer_architecture(grey))
+
+
 def test_flags_of_a_classifier_alone_are_its_own(architecture):
     schedule = "--image_size 16 --diffusion_steps 1000 --noise_schedule linear"
     seen = architecture("classifier_adaptive")
@@ -169,8 +183,30 @@ def test_flags_of_a_classifier_alone_are_its_own(architecture):
     ],
 )
 def test_whose_model_it_is(architecture, flags, improved):
-    assert is_improved_diffusion(parse_flags(flags), architecture("unet_uncond_legacy")) == improved
+    seen = infer_architecture(script_made(32 if "_size 32" in flags else 64))
+    assert is_improved_diffusion(parse_flags(flags), seen) == improved
     assert not is_improved_diffusion(parse_flags(flags), architecture("unet_class_cond"))  # its blocks resample
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("--image_size 16", "unet_uncond_legacy"),
+        ("--image_size 32", "unet_uncond_legacy"),
+        ("--image_size 16", "unet_no_conv_resample"),
+        ("", "unet_uncond_legacy"),
+        ("", "superres"),
+        ("--large_size 64 --small_size 16", "superres"),
+    ],
+)
+def test_what_improved_diffusions_scripts_do_not_make_is_not_its(architecture, flags, name):
+    assert not is_improved_diffusion(parse_flags(flags), architecture(name))
+
+
+def test_improved_diffusions_upsamplers_are_recognised():
+    for size, flags in ((256, ""), (256, "--large_size 256"), (64, "--large_size 64 --small_size 16")):
+        assert is_improved_diffusion(parse_flags(flags), infer_architecture(script_made(size, upsampler=True)))
+    assert not is_improved_diffusion(parse_flags(""), infer_architecture(script_made(64, upsampler=True)))
 
 
 def test_improved_diffusions_defaults_fill_only_what_is_left_out(architecture):
@@ -209,5 +245,9 @@ def test_the_diffusion_that_flags_describe():
     ]:
         expected = {**scheduler_arguments(base, True), **changed}
         assert scheduler_arguments({**base, **parse_flags(flags)}, learns) == expected
+    too_few = {**base, "noise_schedule": "linear", "diffusion_steps": 10}
+    with pytest.raises(ValueError, match=r"--diffusion_steps 10 is too few for .* with --noise_schedule cosine"):
+        scheduler_arguments(too_few, True)
+    assert scheduler_arguments({**too_few, "noise_schedule": "cosine"}, True)["num_train_timesteps"] == 10
     with pytest.raises(ValueError, match="--noise_schedule quadratic is neither"):
         scheduler_arguments({**base, "noise_schedule": "quadratic"}, True)

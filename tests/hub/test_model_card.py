@@ -137,6 +137,34 @@ def run_usage(card, monkeypatch, folder):
     return names
 
 
+def test_half_precision_is_loaded_as_it_is_saved(tmp_path, monkeypatch, capsys):
+    import torch
+
+    from hf_guided import (
+        ADMClassifierConfig,
+        ADMForImageClassification,
+        ADMScheduler,
+        ADMUNet2DModel,
+        ClassifierGuidedPipeline,
+    )
+
+    shape = {"sample_size": 8, "model_channels": 32, "channel_mult": (1,), "num_heads": 1}
+    unet = ADMUNet2DModel(**shape, num_class_embeds=2).to(torch.bfloat16)
+    options = {"id2label": {0: "a", 1: "b"}, "sampling_defaults": {"num_inference_steps": 2}}
+    ClassifierGuidedPipeline(unet, ADMScheduler(), **options).save_pretrained(tmp_path / "pipe")
+    card = write(tmp_path / "pipe", class_names=["a", "b"], guided=False, dtype="bfloat16").read_text()
+    assert "saved in bfloat16" in card
+    assert run_usage(card, monkeypatch, tmp_path / "pipe")["pipe"].unet.dtype == torch.bfloat16
+
+    classifier = ADMForImageClassification(ADMClassifierConfig(**shape, id2label={0: "a", 1: "b"}))
+    classifier.to(torch.float16).save_pretrained(tmp_path / "classifier")
+    Image.new("RGB", (8, 8)).save(tmp_path / "classifier" / "picture.png")
+    card = write(tmp_path / "classifier", model_class="ADMForImageClassification", dtype="float16").read_text()
+    assert run_usage(card, monkeypatch, tmp_path / "classifier")["classify"].model.dtype == torch.float16
+    assert "'label'" in capsys.readouterr().out
+    assert "dtype" not in write(tmp_path / "pipe").read_text()
+
+
 def test_an_unconditional_model_has_no_classes(tmp_path, monkeypatch):
     from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
 
