@@ -95,6 +95,7 @@ for package in (hf_guided, hf_guided.pipelines, hf_guided.training):
     assert package.__path__[0].startswith({str(site)!r}), package.__path__
 assert (RECIPES / "imagenet256.yaml").is_file() and read_recipe("digits")["judge"]
 assert (RECIPES.parents[1] / "py.typed").is_file()
+assert (RECIPES.parents[1] / "conversion" / "imagenet_labels.txt").is_file()
 for name in hf_guided.__all__:
     getattr(hf_guided, name)
 """

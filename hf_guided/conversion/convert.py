@@ -185,7 +185,7 @@ def convert_checkpoint(
         num_classes = guide.architecture.num_classes
     id2label = _read_labels(labels, num_classes, name, tell)
     if guide is not None:
-        sources["classifier"] = _describe_classifier(guide, id2label, alone)
+        sources["classifier"] = _describe_classifier(guide, id2label, alone, tell)
     if published is not None and published.float32_only and dtype != "fp32":
         tell(f"{name}: its published samples were drawn in float32; in {dtype} they may differ or fail.")
 
@@ -305,10 +305,17 @@ def _describe_unet(checkpoint: Checkpoint, guided: bool, tell: Tell) -> Source:
     return Source(checkpoint, flags, model, config["use_new_attention_order"], scheduler)
 
 
-def _describe_classifier(checkpoint: Checkpoint, id2label: dict[int, str] | None, alone: bool) -> Source:
+def _describe_classifier(checkpoint: Checkpoint, id2label: dict[int, str] | None, alone: bool, tell: Tell) -> Source:
     """The classifier that the flags and the tensors describe, on the meta device."""
     with _naming(checkpoint.path, checkpoint.name):
         config = classifier_config(checkpoint.flags, checkpoint.architecture, alone)
+        heads = "num_heads" if "num_heads" in config else "num_head_channels"
+        told = alone or f"classifier_{heads}" in checkpoint.flags
+        if not told and (heads, config[heads]) != ("num_head_channels", 64):
+            tell(
+                f"No published script makes a classifier of this size: it is taken to have the UNet's --{heads} "
+                f"{config[heads]}; if it was trained otherwise, add --classifier_{heads} with its own."
+            )
         names = id2label or {}
         labels = {"id2label": names, "label2id": {label: id for id, label in names.items()}}
         model = make_classifier({**config, **labels})

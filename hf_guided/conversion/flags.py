@@ -297,17 +297,17 @@ def classifier_config(flags: Flags, architecture: Architecture, alone: bool = Fa
     _agree(flags, "classifier_pool", architecture.config["pool"])
     config = _common_config(flags, architecture, "image_size", prefix="" if own and not described else "classifier_")
     heads = _heads(flags, architecture, ("classifier_num_heads", "classifier_num_head_channels"))
-    if heads is None and own:
+    published = _scripts_make(architecture, flags["image_size"])
+    published = published and not any(width % 64 for width in architecture.attended_widths)
+    if heads is None and (own or not published):  # whoever changed the classifier's size changed its heads by this flag
         heads = _heads(flags, architecture, ("num_heads", "num_head_channels"))
-    if heads is None:
-        published = _scripts_make(architecture, flags["image_size"])
-        if not published or any(width % 64 for width in architecture.attended_widths):
-            raise ValueError(
-                "--classifier_num_heads or --classifier_num_head_channels is missing, and the tensors do not tell how "
-                "attention is split into heads; the published scripts' 64 channels each hold only for the sizes and "
-                "widths that they make, and this classifier has others."
-            )
-        heads = {"num_head_channels": 64}
+    if heads is None and not published:
+        raise ValueError(
+            "--classifier_num_heads or --classifier_num_head_channels is missing, and the tensors do not tell how "
+            "attention is split into heads; the published scripts' 64 channels each hold only for the sizes and "
+            "widths that they make, and this classifier has others."
+        )
+    heads = heads or {"num_head_channels": 64}
     schedule = scheduler_arguments(flags, learns_sigma=False)
     trained_on = {name: schedule[name] for name in ("num_train_timesteps", "beta_schedule", "rescale_timesteps")}
     new_order = own and flags.get("use_new_attention_order", False)

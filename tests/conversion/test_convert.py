@@ -470,15 +470,22 @@ def test_its_defaults_are_no_guess_for_models_that_it_did_not_make(checkpoint, r
     assert "--rescale_timesteps is missing" in refused(*rest, f"{told} --num_heads 4")
 
 
-def test_a_classifiers_heads_are_not_guessed_from_the_unets(checkpoint, reference, convert, refused, tmp_path):
+def test_a_classifier_that_no_published_script_makes_has_the_flags_heads(checkpoint, reference, convert, tmp_path):
     files = ["--checkpoint", checkpoint("sampler_unet"), "--classifier", checkpoint("sampler_classifier")]
-    flags = f"{needed_flags(reference('sampler_unet').config)}"
+    flags = needed_flags(reference("sampler_unet").config)
     assert "--num_head_channels 16" in flags
-    rest = ["--output", tmp_path / "out", "--flags"]
-    sentence = refused(*files, *rest, flags)
+    for name, more, expected in (("same", "", 16), ("own", " --classifier_num_head_channels 32", 32)):
+        out = convert(*files, "--output", tmp_path / name, "--flags", flags + more)
+        assert ("taken to have the UNet's --num_head_channels 16" in out) == (name == "same")
+        config = ADMForImageClassification.config_class.from_pretrained(tmp_path / name / "classifier")
+        assert config.attention_head_dim == expected
+
+
+def test_a_classifiers_heads_are_never_guessed(checkpoint, reference, refused, tmp_path):
+    rest = ["--output", tmp_path / "out", "--flags", "--image_size 16 --diffusion_steps 1000 --noise_schedule linear"]
+    sentence = refused("--checkpoint", checkpoint("sampler_classifier"), *rest)
     assert "--classifier_num_heads or --classifier_num_head_channels is missing" in sentence
     assert "sampler_classifier.pt" in sentence
-    convert(*files, *rest, f"{flags} --classifier_num_head_channels 16")
 
 
 def test_a_lone_classifiers_attention_order_is_honoured(reference, convert, error, tmp_path):
