@@ -61,9 +61,9 @@ def test_trajectory_agrees_with_the_published_code(reference, error, sampler_une
         )
         x = step.prev_sample
         assert error(x, tensors["samples"][i]) < 1e-4
-        # Where alpha_bar is 4e-5, x0 is 157 times the rounding of the UNet: the published code itself, run on another
-        # machine, is 3.5e-4 off.
-        tolerance = 1e-3 if scheduler.alphas_cumprod[t] < 1e-4 else 1e-4
+        # x0 is 1 / sqrt(alpha_bar) times the rounding of the UNet, 157 times at the first step: the published code
+        # itself, run on other machines, is up to 3.5e-4 off there, and 1e-4 at the second.
+        tolerance = max(1e-4, 1e-5 / scheduler.alphas_cumprod[t].item() ** 0.5)
         assert error(step.pred_original_sample, tensors["pred_xstart"][i]) < tolerance
 
 
