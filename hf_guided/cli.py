@@ -80,8 +80,8 @@ def sample(args: argparse.Namespace) -> None:
     from .evaluation.sampling import sample_batches
     from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 
-    check_folder(args.output)
-    pipe = ClassifierGuidedPipeline.from_pretrained(args.model)
+    check_output(args.output, ".png")
+    pipe = load_pipeline(ClassifierGuidedPipeline, args.model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     labels = ids_and_names(pipe, args.labels)
     if labels is None and pipe.num_classes is not None:
@@ -108,22 +108,19 @@ def upscale(args: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
-    from .data.images import open_image
     from .data.samples import read_samples, write_samples
     from .evaluation.pictures import labelled_grid, save_png
     from .pipelines.pipeline_classifier_guided_upscale import ClassifierGuidedUpscalePipeline
 
     # 1. What there is, looked at before hours are spent on it
-    if not args.output.endswith((".npz", ".png")):
-        raise ValueError(f"--output {args.output} must end in .npz or .png.")
-    check_folder(args.output)
+    check_output(args.output, ".npz", ".png")
     images: Any
     labels: Any = None
     if len(args.images) == 1 and args.images[0].endswith(".npz"):
         images, labels = read_samples(args.images[0])
     else:
-        images = [open_image({"path": path, "bytes": None}) for path in args.images]
-    pipe = ClassifierGuidedUpscalePipeline.from_pretrained(args.model)
+        images = [open_picture(path) for path in args.images]
+    pipe = load_pipeline(ClassifierGuidedUpscalePipeline, args.model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.prepare_low_res(images if isinstance(images, list) else images[:1])
     labels = ids_and_names(pipe, args.labels) or (labels if pipe.num_classes is not None else None)
@@ -132,6 +129,8 @@ def upscale(args: argparse.Namespace) -> None:
         if len(labels) not in (1, len(images)):
             raise ValueError(f"--labels names {len(labels)} classes for {len(images)} images; give one, or one each.")
         labels = labels.expand(len(images))
+    elif pipe.unet.config.num_class_embeds is not None and not pipe.unet.config.null_class_label:
+        raise ValueError("This upsampler is told the class: add --labels, one for all images or one for each.")
 
     # 2. Upsample; as the published script does, 8 bits cut off what lies between them
     generator = torch.Generator().manual_seed(args.seed)
@@ -169,8 +168,39 @@ def count(text: str) -> int:
     return number
 
 
-def check_folder(path: str) -> None:
-    """Refuses a file in a folder that is not there, before the work."""
+def open_picture(path: str) -> Any:
+    """A picture's file, upright."""
+    from .data.images import BAD_IMAGE_ERRORS, open_image
+
+    try:
+        return open_image({"path": path, "bytes": None})
+    except BAD_IMAGE_ERRORS as error:
+        raise ValueError(
+            f"{path} is no picture that can be read; give .png files and the like, or one .npz."
+        ) from error
+
+
+def load_pipeline(kind: Any, model: str) -> Any:
+    """A pipeline of a folder or of the Hub, without the bars of its parts."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    if not Path(model).exists() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
+        raise ValueError(f"There is no folder {model}.")
+    try:
+        return kind.from_pretrained(model)
+    except OSError as error:
+        if Path(model).exists():
+            raise
+        raise ValueError(f"There is no folder {model}, nor could the Hub's of that name be had.") from error
+
+
+def check_output(path: str, *suffixes: str) -> None:
+    """Refuses, before the work, a file of another kind or in a folder that is not there."""
+    if not path.endswith(suffixes):
+        raise ValueError(f"--output {path} must end in {' or '.join(suffixes)}.")
     folder = Path(path).absolute().parent
     if not folder.is_dir():
         raise ValueError(f"--output {path}: there is no folder {folder}; make it first.")

@@ -174,7 +174,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """
         # 1. What is asked for
         if self.unet.config.get("low_res_channels") is not None:
-            raise ValueError("This UNet is an upsampler: load it with ClassifierGuidedUpscalePipeline.")
+            raise ValueError(
+                "This UNet is an upsampler: load it with ClassifierGuidedUpscalePipeline, or use hf-guided upscale."
+            )
         original, mask = self.prepare_edit(image, mask_image, strength, latents)
         batch_size, labels, original, mask = match_batch(
             num_images_per_label, self.resolve_labels(class_labels), original, mask
@@ -307,11 +309,10 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """The timesteps that are left of the walk at some strength, and the images noised to the first of them."""
         timesteps, order = self.scheduler.timesteps, self.scheduler.order
         steps = -(-len(timesteps) // order)
-        if not 0 < strength <= 1 or int(steps * strength) == 0:
-            raise ValueError(
-                f"strength={strength} leaves none of {steps} steps: it lies above 0 and up to 1, and strength times "
-                f"steps must reach 1."
-            )
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength={strength} is no share of the walk; it lies above 0 and up to 1.")
+        if int(steps * strength) == 0:
+            raise ValueError(f"strength={strength} leaves none of {steps} steps; take more of either.")
         if strength == 1:
             return timesteps, noise
         skipped = (steps - int(steps * strength)) * order
@@ -610,7 +611,7 @@ def images_to_tensor(images: Images, channels: int) -> torch.Tensor:
 def _planes(values: Any) -> torch.Tensor:
     """An array or tensor of one or several images as a tensor of shape `(batch, C, height, width)`."""
     if isinstance(values, np.ndarray):
-        values = torch.from_numpy(np.ascontiguousarray(values))
+        values = torch.from_numpy(np.array(values))
         values = values.movedim(-1, -3) if values.ndim > 2 else values
     if not torch.is_tensor(values) or values.ndim not in (2, 3, 4):
         raise ValueError(

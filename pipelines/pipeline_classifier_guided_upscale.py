@@ -49,7 +49,8 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         self.register_to_config(low_res_size=low_res_size)
         if unet.config.get("low_res_channels") is None:
             raise ValueError(
-                "This UNet is no upsampler (its low_res_channels is None): load it with ClassifierGuidedPipeline."
+                "This UNet is no upsampler (its low_res_channels is None): load it with ClassifierGuidedPipeline, "
+                "or use hf-guided sample."
             )
 
     @torch.no_grad()
@@ -139,9 +140,9 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         height, width = low_res.shape[-2:]
         large_height, large_width = self.sample_size
         if self.config.low_res_size not in (None, height) or height * large_width != width * large_height:
-            small = "" if self.config.low_res_size is None else f" from {self.config.low_res_size} pixels of height"
+            small_height = self.config.low_res_size or height
             raise ValueError(
-                f"The images have {height}x{width} pixels, and this UNet makes {large_height}x{large_width}{small}; "
-                f"resize or crop them first."
+                f"The images are {width}x{height} (width x height), and this UNet makes {large_width}x{large_height} "
+                f"of {small_height * large_width // large_height}x{small_height}; resize or crop them to that."
             )
         return low_res

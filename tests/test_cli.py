@@ -81,9 +81,11 @@ def test_upscale_writes_published_files_and_pictures(tiny_unet, tmp_path, capsys
     assert Image.open(tmp_path / "grid.png").width > 2 * 16
 
     for argv, message in [
-        ([pictures[0]], "class_labels must be given"),
+        ([pictures[0]], "add --labels, one for all images"),
         ([*pictures, "--labels", "a", "b"], "2 classes for 5 images"),
         ([pictures[0], "--output", "large.jpg"], "must end in .npz or .png"),
+        ([str(tmp_path), "--labels", "a"], "is no picture that can be read"),
+        ([str(tmp_path / "small.npz.png"), "--labels", "a"], "is no picture that can be read"),
         ([str(tmp_path / "nowhere.npz")], "nowhere.npz"),
         ([pictures[0], "--output", str(tmp_path / "no" / "x.npz")], "make it first"),
         ([*pictures, str(tmp_path / "large.png"), "--labels", "a"], "one size"),
@@ -98,7 +100,9 @@ def test_mistakes_end_in_one_sentence(folder, tmp_path):
     for argv, message in [
         (["sample", str(folder), "--labels", "two"], "no class named 'two'"),
         (["sample", str(folder), "--guidance_scale", "1"], "needs a classifier"),
-        (["sample", str(tmp_path / "nowhere")], "nowhere"),
+        (["sample", str(tmp_path / "nowhere")], "There is no folder"),
+        (["sample", "me/nowhere"], "There is no folder me/nowhere, nor could the Hub's"),
+        (["sample", str(folder), "--output", "samples.jpg"], "must end in .png"),
         (["push", str(tmp_path), "me/model"], "neither model_index.json nor config.json"),
     ]:
         with pytest.raises(SystemExit, match="error: ") as caught:

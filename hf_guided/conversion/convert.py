@@ -150,6 +150,9 @@ def convert_checkpoint(
     """
     start = time.perf_counter()
     output = Path(output)
+    home = next(parent for parent in output.absolute().parents if parent.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise ValueError(f"--output {output} cannot be written, for {home} cannot; choose another folder.")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ValueError(f"{output} exists already and is not empty; choose another --output, or remove it.")
     if dtype not in DTYPES:
@@ -308,7 +311,12 @@ def _describe_unet(checkpoint: Checkpoint, guided: bool, tell: Tell) -> Source:
 def _describe_classifier(checkpoint: Checkpoint, id2label: dict[int, str] | None, alone: bool, tell: Tell) -> Source:
     """The classifier that the flags and the tensors describe, on the meta device."""
     with _naming(checkpoint.path, checkpoint.name):
-        config = classifier_config(checkpoint.flags, checkpoint.architecture, alone)
+        try:
+            config = classifier_config(checkpoint.flags, checkpoint.architecture, alone)
+        except ValueError as error:
+            described = checkpoint.name or any(name.startswith("classifier_") for name in checkpoint.flags)
+            mend = "Its tensors are a classifier's: give it as --classifier beside its UNet, or with $CLASSIFIER_FLAGS."
+            raise ValueError(f"{error} {'' if described else mend}".strip()) from None
         heads = "num_heads" if "num_heads" in config else "num_head_channels"
         told = alone or f"classifier_{heads}" in checkpoint.flags
         if not told and (heads, config[heads]) != ("num_head_channels", 64):

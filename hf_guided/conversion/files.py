@@ -44,6 +44,8 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], b
     mapped = start == b"PK\x03\x04"
     if mapped and not zipfile.is_zipfile(path):
         raise ValueError(f"{path} ends too early ({_size(path)}): download it again.")
+    if not start or start[:1] == b"<":
+        raise ValueError(f"{path} is {'a web page' if start else 'empty'}, no checkpoint: download it again.")
     if not mapped and start[:1] != b"\x80":  # how a pickle begins
         raise ValueError(f"{path} is no PyTorch checkpoint; give the .pt file that the published code saved.")
     try:

@@ -294,8 +294,8 @@ def damaged_files(weights, folder):
         "missing.pt": "There is no file .*missing.pt",
         "a folder": "is a folder",
         "short.pt": r"short.pt ends too early \([\d,]+ bytes\): download it again",
-        "page.pt": "page.pt is no PyTorch checkpoint",
-        "empty.pt": "empty.pt is no PyTorch checkpoint",
+        "page.pt": "page.pt is a web page, no checkpoint: download it again",
+        "empty.pt": "empty.pt is empty, no checkpoint: download it again",
         "pest.pt": "pest.pt holds more than tensors",
         "raw_pest.pt": "raw_pest.pt holds more than tensors",
         "zip.pt": "zip.pt is damaged or ends too early .*: download it again",
@@ -479,6 +479,13 @@ def test_a_classifier_that_no_published_script_makes_has_the_flags_heads(checkpo
         assert ("taken to have the UNet's --num_head_channels 16" in out) == (name == "same")
         config = ADMForImageClassification.config_class.from_pretrained(tmp_path / name / "classifier")
         assert config.attention_head_dim == expected
+
+
+def test_a_classifier_taken_for_a_unet_is_said_to_be_one(checkpoint, refused, tmp_path):
+    flags = f"--image_size 16 --num_channels 64 --num_heads 2 {SCHEDULE}"
+    sentence = refused("--checkpoint", checkpoint("sampler_classifier"), "--flags", flags, "--output", tmp_path / "out")
+    assert "--num_channels 64 contradicts the checkpoint" in sentence
+    assert "Its tensors are a classifier's: give it as --classifier beside its UNet" in sentence
 
 
 def test_a_classifiers_heads_are_never_guessed(checkpoint, reference, refused, tmp_path):

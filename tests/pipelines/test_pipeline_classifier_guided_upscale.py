@@ -173,8 +173,8 @@ def test_saved_and_loaded(pipe, small, tmp_path):
 
 def test_what_cannot_be_upsampled_is_refused(pipe, tiny_unet, small):
     for image, message in [
-        (small[:, :, :4], "The images have 4x8 pixels, and this UNet makes 16x16 from 8 pixels of height"),
-        (small[:, :, :, :4], "8x4"),
+        (small[:, :, :4], r"The images are 8x4 \(width x height\), and this UNet makes 16x16 of 8x8"),
+        (small[:, :, :, :4], "4x8"),
         (small[:, :2], r"shape \(2, 2, 8, 8\) were given where 3 channels"),
         (small[:0], r"shape \(0, 3, 8, 8\)"),
         (small.abs() - 0.01, "values from -0.00"),
