@@ -2,7 +2,8 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,39 +14,67 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import CLIPModel, CLIPProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 # The classes that a saved pipeline may name register themselves with diffusers when they are imported.
 from ..data.images import to_channels, to_pixel_values
-from ..guidance.classifier import ClassifierGuidance
+from ..guidance import ClassifierFreeGuidance, ClassifierGuidance, Guidance, guidance_from_dict
+from ..guidance.labels import spellings
+from ..guidance.steering import SamplingCost, Steering
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.unet_adm import ADMUNet2DModel
+from ..schedulers.predictions import alpha_bar_at, correct_prediction
 from ..schedulers.repaint import RePaint, jump_positions
 from ..schedulers.schedules import space_timesteps
-from ..schedulers.scheduling_adm import ADMScheduler, check_betas, model_timesteps
+from ..schedulers.scheduling_adm import ADMScheduler
 
 Labels = int | str | Sequence[int | str] | torch.Tensor
 Images = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image | np.ndarray | torch.Tensor]
 
 
+@dataclass
+class GuidedPipelineOutput(ImagePipelineOutput):
+    """
+    Args:
+        images (a list of PIL images, `np.ndarray` or `torch.Tensor`): As `output_type` asks.
+        cost ([`~hf_guided.guidance.steering.SamplingCost`], *optional*): What the call cost, if `return_cost` asks.
+    """
+
+    cost: SamplingCost | None = None
+
+
 class ClassifierGuidedPipeline(DiffusionPipeline):
-    r"""Makes images of given classes: a diffusion model, steered by a classifier of noisy images.
+    r"""Makes images of given classes: a diffusion model, steered by a classifier of noisy images or in other ways.
 
     Args:
         unet ([`ADMUNet2DModel`] or [`~diffusers.UNet2DModel`]): Predicts the noise, class-conditional or not.
         scheduler ([`ADMScheduler`], or one of diffusers): Takes the noise away.
-        classifier ([`ADMForImageClassification`], *optional*): Steers. Without it the UNet alone makes the images.
-        classifier_processor (`BaseImageProcessor`, *optional*): Prepares clean images for a classifier that wants them
-            otherwise than in [-1, 1].
-        guide_unet ([`ADMUNet2DModel`], *optional*): A second, weaker UNet for guidance by comparison.
+        classifier ([`ADMForImageClassification`] or any image classifier of transformers, *optional*): Steers. Without
+            it the UNet alone makes the images.
+        classifier_processor (`BaseImageProcessor`, *optional*): Says what [`DenoisedClassifierGuidance`] does to clean
+            images for a classifier that wants them otherwise than in [-1, 1].
+        guide_unet ([`ADMUNet2DModel`], *optional*): The second, weaker UNet of [`AutoGuidance`].
         id2label (`dict[int, str]`, *optional*): Class names; the classifier's, by default.
         sampling_defaults (`dict`, *optional*): What `None` means for `num_inference_steps`, `respacing`, `timesteps`,
-            `guidance_scale` and `eta` when the pipeline is called.
+            `guidance_scale`, `guidance` and `eta` when the pipeline is called.
+        clean_classifier (`PreTrainedModel`, *optional*): The classifier of [`DenoisedClassifierGuidance`], where it is
+            another than `classifier`.
+        clip_model (`CLIPModel`, *optional*), clip_processor (`CLIPProcessor`, *optional*): For [`CLIPGuidance`].
+
+    Raises:
+        `ValueError`: For defaults that cannot be saved.
     """
 
-    model_cpu_offload_seq = "classifier->unet"
-    _optional_components = ["classifier", "classifier_processor", "guide_unet"]
+    model_cpu_offload_seq = "clip_model->clean_classifier->classifier->guide_unet->unet"
+    _optional_components = [
+        "classifier",
+        "classifier_processor",
+        "guide_unet",
+        "clean_classifier",
+        "clip_model",
+        "clip_processor",
+    ]
     _callback_tensor_inputs = ["latents", "model_output", "gradient"]
 
     def __init__(
@@ -57,6 +86,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         guide_unet: ADMUNet2DModel | ModelMixin | None = None,
         id2label: dict | None = None,
         sampling_defaults: dict | None = None,
+        clean_classifier: PreTrainedModel | None = None,
+        clip_model: CLIPModel | None = None,
+        clip_processor: CLIPProcessor | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -65,29 +97,55 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             classifier=classifier,
             classifier_processor=classifier_processor,
             guide_unet=guide_unet,
+            clean_classifier=clean_classifier,
+            clip_model=clip_model,
+            clip_processor=clip_processor,
         )
-        self.register_to_config(id2label=id2label, sampling_defaults=sampling_defaults)
+        self.register_to_config(id2label=id2label)
+        self.set_sampling_defaults(**(sampling_defaults or {}))
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     @property
     def id2label(self) -> dict[int, str]:
         """Class names by id; empty if there are no classes."""
-        names = self.config.id2label
-        if names is None and self.classifier is not None:
-            names = self.classifier.config.id2label
+        names, classifier = self.config.id2label, self.classifier or self.clean_classifier
+        if names is None and classifier is not None:
+            names = classifier.config.id2label
         return {int(label): name for label, name in (names or {}).items()}
 
     @property
     def num_classes(self) -> int | None:
         """The number of classes, or `None` for an unconditional model without a classifier."""
-        of_unet = self.unet.config.num_class_embeds
-        return of_unet if of_unet is not None or self.classifier is None else self.classifier.config.num_labels
+        if self.unet.config.num_class_embeds is not None:
+            return self.unet.config.num_class_embeds
+        return len(self.id2label) if self.classifier or self.clean_classifier else None
 
     @property
     def sample_size(self) -> tuple[int, int]:
         """Height and width in pixels that the UNet is made for."""
         size = self.unet.config.sample_size
         return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    def set_sampling_defaults(self, **defaults: Any) -> None:
+        """Replaces the defaults that `save_pretrained` writes beside the components.
+
+        Args:
+            num_inference_steps, respacing, timesteps, guidance_scale, guidance, eta: As the pipeline's call takes them;
+                what is left out is as if the pipeline had never had it.
+
+        Raises:
+            `ValueError`: For another name, and for a guidance that holds a function.
+        """
+        unknown = set(defaults) - {"num_inference_steps", "respacing", "timesteps", "guidance_scale", "guidance", "eta"}
+        if unknown:
+            raise ValueError(f"sampling_defaults know no {', '.join(sorted(unknown))}.")
+        if (kinds := defaults.get("guidance")) is not None:
+            kinds = [kinds] if isinstance(kinds, Guidance | Mapping) else kinds
+            kinds = [kind.to_dict() if isinstance(kind, Guidance) else dict(kind) for kind in kinds]
+            for kind in kinds:
+                guidance_from_dict(kind)
+            defaults = {**defaults, "guidance": kinds}
+        self.register_to_config(sampling_defaults=defaults or None)
 
     @torch.no_grad()
     def __call__(
@@ -99,7 +157,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         respacing: str | None = None,
         timesteps: Sequence[int] | None = None,
         guidance_scale: float | None = None,
-        guidance: ClassifierGuidance | Sequence[ClassifierGuidance] | None = None,
+        guidance: Guidance | Sequence[Guidance] | None = None,
         condition_unet: bool = True,
         eta: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -114,7 +172,10 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         mask_image: Images | None = None,
         jump_length: int = 10,
         jump_n_sample: int = 10,
-    ) -> ImagePipelineOutput | tuple:
+        gradient_batch_size: int | None = None,
+        nonfinite_gradient: str = "raise",
+        return_cost: bool = False,
+    ) -> GuidedPipelineOutput | tuple:
         r"""Samples images: noise -> (UNet -> guidance -> scheduler step) x N -> image.
 
         Args:
@@ -127,7 +188,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             timesteps (`Sequence[int]`, *optional*): The timesteps themselves, descending.
             guidance_scale (`float`, *optional*): Scale of classifier guidance; 0 is none. The default is the saved
                 one, or else 1, if there are labels and a classifier.
-            guidance ([`ClassifierGuidance`] or a list, *optional*): Instead of `guidance_scale`.
+            guidance (an object of `hf_guided.guidance` or a list, *optional*): Instead of `guidance_scale`, which is
+                short for [`ClassifierGuidance`]. A list composes, in any order.
             condition_unet (`bool`, defaults to `True`): Tell a class-conditional UNet the labels. `False` tells it the
                 null label, so that the classifier alone steers.
             eta (`float`, *optional*): DDIM's share of noise, 0 to 1; 0 by default.
@@ -155,13 +217,19 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 every so many steps as many are undone by noise and walked again, until they were walked so often. 1
                 walks each step once, as does a walk of no more than `jump_length` steps: far fewer UNet calls, a less
                 coherent filling.
+            gradient_batch_size (`int`, *optional*): Images for which a gradient is computed at once, which bounds the
+                memory that guidance takes; all of them, by default.
+            nonfinite_gradient (`str`, defaults to `"raise"`): What to do with an image's gradient that is infinite or
+                not a number: `"raise"`, or `"skip"` it and count it in the cost.
+            return_cost (`bool`, defaults to `False`): Also return what the call cost.
 
         Returns:
-            [`~diffusers.pipelines.pipeline_utils.ImagePipelineOutput`]: `.images`.
+            [`GuidedPipelineOutput`]: `.images`, and `.cost` if asked.
 
         Raises:
             `ValueError`: For unknown labels, guidance that cannot work with these components, contradicting arguments
                 or tensors of the wrong shape.
+            `RuntimeError`: For a gradient or images that are not finite.
 
         Examples:
             ```py
@@ -181,8 +249,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         batch_size, labels, original, mask = match_batch(
             num_images_per_label, self.resolve_labels(class_labels), original, mask
         )
-        guidances = self.resolve_guidance(guidance, guidance_scale, labels)
-        self.check_inputs(labels, guidances, condition_unet, output_type, callback_on_step_end_tensor_inputs)
+        kinds = self.resolve_guidance(guidance, guidance_scale, labels)
+        self.check_inputs(labels, kinds, condition_unet, output_type, callback_on_step_end_tensor_inputs)
         eta = self.default("eta", 0.0) if eta is None else eta
 
         # 2. Timesteps and noise
@@ -200,12 +268,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
         # 3. noise -> (UNet -> guidance -> scheduler step) x N -> image
         conditions = self.unet_conditions(labels if condition_unet else None)
+        steer = self.prepare_steering(
+            kinds, labels, conditions, visited, gradient_batch_size, nonfinite_gradient, return_cost
+        )
         latents = self.denoise(
             latents,
             visited,
-            conditions,
-            guidances,
-            labels,
+            steer,
             eta,
             generators,
             variance_noise,
@@ -213,15 +282,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
-        return self.finish(latents, output_type, return_dict)
+        return self.finish(latents, output_type, return_dict, steer.cost if return_cost else None)
 
     def denoise(
         self,
         latents: torch.Tensor,
         visited: torch.Tensor,
-        conditions: dict[str, torch.Tensor],
-        guidances: list[ClassifierGuidance],
-        labels: torch.Tensor | None,
+        steer: Steering,
         eta: float,
         generators: list[torch.Generator],
         variance_noise: torch.Tensor | None = None,
@@ -229,7 +296,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> torch.Tensor:
-        """The walk: (UNet -> guidance -> scheduler step) at each timestep visited, `conditions` being the UNet's."""
+        """The walk: (UNet -> guidance -> scheduler step) at each timestep visited."""
         if variance_noise is not None and variance_noise.shape != (len(visited), *latents.shape):
             raise ValueError(
                 f"variance_noise has shape {tuple(variance_noise.shape)}; {len(visited)} steps of this batch need "
@@ -237,21 +304,18 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             )
         schedule = visited.tolist()  # on the host once, not step by step
         following = [*schedule[1:], None]
+        previous = None
         for i, t in enumerate(self.progress_bar(visited)):
             model_input = self.scheduler.scale_model_input(latents, t)
-            told = model_timesteps(self.scheduler, t)
-            model_output = self.unet(model_input.to(self.unet.dtype), told, **conditions).sample.float()
-
-            gradient = None
-            for kind in guidances:
-                if kind.acts_at(schedule[i]):
-                    term = kind.gradient(self.classifier, model_input, told, labels)  # type: ignore[arg-type]
-                    gradient = term if gradient is None else gradient + term
-
+            model_output, gradient = steer(model_input, t, schedule[i], i)
             noise = None if variance_noise is None else variance_noise[i].to(latents)
-            latents = self.step(model_output, t, schedule[i], model_input, latents, gradient, eta, generators, noise)
+            latents, original = self.step(
+                model_output, t, schedule[i], model_input, latents, gradient, eta, generators, noise, previous
+            )
+            previous = (t, original)
             if repaint is not None:
                 latents = repaint(latents, schedule[i], following[i], generators)
+                previous = None  # the known part was put in anew
 
             if callback_on_step_end is not None:
                 callback_kwargs = {}
@@ -260,13 +324,47 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 latents = callback_on_step_end(self, i, t, callback_kwargs).pop("latents", latents)
         return latents
 
-    def finish(self, latents: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+    def finish(
+        self, latents: torch.Tensor, output_type: str, return_dict: bool, cost: SamplingCost | None = None
+    ) -> GuidedPipelineOutput | tuple:
         """The images as they were asked for."""
+        broken = (~latents.isfinite().flatten(1).all(dim=1)).nonzero()[:, 0].tolist()
+        if broken:
+            raise RuntimeError(
+                f"Images {', '.join(map(str, broken[:5]))}{' …' if len(broken) > 5 else ''} of the batch are not "
+                f"finite: the UNet or the scheduler overflowed. Load the pipeline in float32 or bfloat16."
+            )
         image: Any = latents
         if output_type != "latent":
             image = self.image_processor.postprocess(image, output_type=output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=image) if return_dict else (image,)
+        if return_dict:
+            return GuidedPipelineOutput(images=image, cost=cost)
+        return (image,) if cost is None else (image, cost)
+
+    def prepare_steering(
+        self,
+        kinds: list[Guidance],
+        labels: torch.Tensor | None,
+        conditions: dict[str, torch.Tensor],
+        visited: torch.Tensor,
+        gradient_batch_size: int | None,
+        nonfinite_gradient: str,
+        return_cost: bool,
+    ) -> Steering:
+        """The kinds made ready for these components, labels and timesteps."""
+        schedule = visited.tolist()
+        for kind in kinds:
+            if not any(kind.acts_at(timestep) for timestep in schedule):
+                raise ValueError(
+                    f"{kind!r} acts at none of the {len(schedule)} timesteps that are visited, from {schedule[0]:g} to "
+                    f"{schedule[-1]:g}; give another interval or more steps."
+                )
+        if gradient_batch_size is not None and gradient_batch_size < 1:
+            raise ValueError(f"gradient_batch_size={gradient_batch_size} is too small; give 1 or more.")
+        if nonfinite_gradient not in ("raise", "skip"):
+            raise ValueError(f"nonfinite_gradient={nonfinite_gradient!r} is not one of 'raise', 'skip'.")
+        return Steering(self, kinds, labels, conditions, gradient_batch_size, nonfinite_gradient, timed=return_cost)
 
     def unet_conditions(self, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """What the UNet is told beside sample and timestep: the labels, if it is class-conditional."""
@@ -333,11 +431,15 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         eta: float,
         generators: list[torch.Generator],
         variance_noise: torch.Tensor | None,
-    ) -> torch.Tensor:
+        previous: tuple[torch.Tensor, torch.Tensor | None] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One step of the scheduler; for one of diffusers the gradient corrects the prediction (Algorithm 2)."""
         options = {"eta": eta, "generator": generators, "variance_noise": variance_noise}
         if isinstance(self.scheduler, ADMScheduler):
-            return self.scheduler.step(model_output, timestep, latents, gradient=gradient, **options).prev_sample
+            output = self.scheduler.step(
+                model_output, timestep, latents, gradient=gradient, previous=previous, **options
+            )
+            return output.prev_sample, output.pred_original_sample
 
         prediction = model_output[:, : latents.shape[1]]  # these schedulers have no use for a learned variance
         config = self.scheduler.config
@@ -351,7 +453,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if variance_noise is not None and "variance_noise" not in accepted:
             raise ValueError(f"{type(self.scheduler).__name__} takes no variance_noise; leave it out.")
         options = {name: value for name, value in options.items() if name in accepted}
-        return self.scheduler.step(prediction, timestep, latents, **options).prev_sample
+        return self.scheduler.step(prediction, timestep, latents, **options).prev_sample, None
 
     def default(self, name: str, otherwise: Any) -> Any:
         """A saved default of the call, or `otherwise`."""
@@ -384,8 +486,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """The id of a class name, or of one of the synonyms that a name separates by commas; case does not matter."""
         ids_of: dict[str, list[int]] = {}
         for label, names in self.id2label.items():
-            for spelling in {names, *names.split(",")}:
-                ids_of.setdefault(spelling.strip().casefold(), []).append(label)
+            for spelling in spellings(names):
+                ids_of.setdefault(spelling, []).append(label)
         ids = ids_of.get(name.strip().casefold(), [])
         if len(ids) > 1:
             listed = ", ".join(f"{label} ({self.id2label[label]})" for label in ids)
@@ -399,25 +501,31 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
     def resolve_guidance(
         self,
-        guidance: ClassifierGuidance | Sequence[ClassifierGuidance] | None,
+        guidance: Guidance | Sequence[Guidance] | None,
         guidance_scale: float | None,
         labels: torch.Tensor | None,
-    ) -> list[ClassifierGuidance]:
+    ) -> list[Guidance]:
         """What steers, without what a neutral scale turns off."""
         if guidance is not None and guidance_scale is not None:
             raise ValueError("Give guidance_scale or guidance, not both: the former is short for ClassifierGuidance.")
-        if guidance is None:
-            if guidance_scale is None:
-                possible = labels is not None and self.classifier is not None
-                guidance_scale = self.default("guidance_scale", 1.0) if possible else 0.0
+        if guidance_scale is not None:
             guidance = ClassifierGuidance(guidance_scale)
-        kinds = [guidance] if isinstance(guidance, ClassifierGuidance) else list(guidance)
-        return [kind for kind in kinds if kind.scale != 0]
+        elif guidance is None and (saved := self.default("guidance", None)) is not None:
+            kinds = [guidance_from_dict(kind) for kind in saved]
+            guidance = [kind for kind in kinds if labels is not None or not kind.needs_labels]
+        elif guidance is None:
+            possible = labels is not None and self.classifier is not None
+            guidance = ClassifierGuidance(self.default("guidance_scale", 1.0) if possible else 0.0)
+        kinds = [guidance] if isinstance(guidance, Guidance) else list(guidance)
+        for kind in kinds:
+            if not isinstance(kind, Guidance):
+                raise ValueError(f"guidance takes objects of hf_guided.guidance, one or a list; got {kind!r}.")
+        return [kind for kind in kinds if not kind.is_neutral]
 
     def check_inputs(
         self,
         labels: torch.Tensor | None,
-        guidances: list[ClassifierGuidance],
+        kinds: list[Guidance],
         condition_unet: bool,
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
@@ -446,41 +554,19 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                     "condition_unet=False needs a UNet with a null label (null_class_label=True), trained with label "
                     "dropout; this one must be told the classes."
                 )
-        if guidances:
-            self.check_classifier(labels)
-
-    def check_classifier(self, labels: torch.Tensor | None) -> None:
-        """Refuses to steer without labels, or with a classifier that does not belong to this diffusion."""
-        if self.classifier is None:
-            raise ValueError("Guidance needs a classifier and this pipeline has none; load one, or set the scale to 0.")
-        if labels is None:
-            raise ValueError("Guidance needs class_labels to steer towards; give them, or set the scale to 0.")
-        config, name = self.classifier.config, type(self.classifier).__name__
-        if "timestep" not in inspect.signature(self.classifier.forward).parameters:
+        if not hasattr(self.scheduler, "alphas_cumprod"):
             raise ValueError(
-                f"{name} takes no timestep: it knows clean images only. Guidance by the gradient at noisy images needs "
-                f"a classifier trained on them, such as ADMForImageClassification (see training/train_classifier.py)."
+                f"{type(self.scheduler).__name__} is no scheduler of this diffusion process: it has no alphas_cumprod. "
+                f"Take one such as DDIMScheduler or DPMSolverMultistepScheduler, made from the config of an "
+                f"ADMScheduler."
             )
-        if config.in_channels != self.unet.config.in_channels:
-            raise ValueError(
-                f"The classifier takes images of {config.in_channels} channels and the UNet of "
-                f"{self.unet.config.in_channels}; they must be trained on the same images."
-            )
-        if self.num_classes != config.num_labels:
-            raise ValueError(f"The classifier knows {config.num_labels} classes and the UNet {self.num_classes}.")
-        betas = check_betas(config.trained_betas, config.beta_schedule, config.num_train_timesteps)
-        alphas_cumprod = torch.from_numpy(1 - betas).cumprod(0)
-        theirs = self.scheduler.alphas_cumprod.cpu().double()
-        same_scale = config.num_train_timesteps == 1000 or config.rescale_timesteps == self.scheduler.config.get(
-            "rescale_timesteps", False
-        )
-        same_betas = theirs.shape == alphas_cumprod.shape and torch.allclose(theirs, alphas_cumprod, atol=1e-4)
-        if not (same_betas and same_scale):
-            raise ValueError(
-                f"The classifier was trained on another noise schedule ({config.beta_schedule!r}, "
-                f"{config.num_train_timesteps} timesteps, rescale_timesteps={config.rescale_timesteps}) than the "
-                f"scheduler's, so it would misread the noise; use the schedule that both were trained on."
-            )
+        for kind in kinds:
+            kind.check(self, labels)
+            if isinstance(kind, ClassifierFreeGuidance) and not condition_unet:
+                raise ValueError(
+                    "ClassifierFreeGuidance compares the class with none, and condition_unet=False tells the UNet "
+                    "none; leave one of them out."
+                )
 
     def set_timesteps(
         self, num_inference_steps: int | None, respacing: str | None, timesteps: Sequence[int] | None
@@ -619,40 +705,3 @@ def _planes(values: Any) -> torch.Tensor:
             f"or in a batch; got {type(values).__name__} of shape {tuple(getattr(values, 'shape', ()))}."
         )
     return values.reshape(-1, values.shape[-3] if values.ndim > 2 else 1, *values.shape[-2:])
-
-
-def alpha_bar_at(scheduler: SchedulerMixin, timestep: float) -> float:
-    """`alphas_cumprod` at a timestep; between two, by interpolation of the logarithm of the signal-to-noise ratio."""
-    below = min(int(timestep), len(scheduler.alphas_cumprod) - 2)
-    log_snr = torch.logit(scheduler.alphas_cumprod[below : below + 2].cpu().double())
-    return torch.lerp(log_snr[0], log_snr[1], timestep - below).sigmoid().item()
-
-
-def correct_prediction(
-    prediction: torch.Tensor,
-    sample: torch.Tensor,
-    gradient: torch.Tensor | None,
-    alpha_bar: float,
-    prediction_type: str,
-    clip_sample: bool,
-) -> torch.Tensor:
-    """Algorithm 2 in whatever a model predicts: epsilon - sqrt(1 - alpha_bar) * gradient, its clean image clipped.
-
-    Solvers that clip nothing explode where hardly any signal is left (cosine schedule, last timesteps); and DDIM of
-    diffusers clips the clean image but goes on with a noise that no longer belongs to it.
-    """
-    signal, noise_scale = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-    if prediction_type == "epsilon":
-        original = (sample - noise_scale * prediction) / signal
-    elif prediction_type == "v_prediction":
-        original = signal * sample - noise_scale * prediction
-    else:
-        original = prediction
-    if gradient is not None:
-        original = original + noise_scale**2 / signal * gradient
-    if clip_sample:
-        original = original.clamp(-1, 1)
-    if prediction_type == "sample":
-        return original
-    epsilon = (sample - signal * original) / noise_scale
-    return epsilon if prediction_type == "epsilon" else signal * epsilon - noise_scale * original

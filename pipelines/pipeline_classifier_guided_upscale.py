@@ -6,17 +6,23 @@ from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from transformers import PreTrainedModel
+from transformers import CLIPModel, CLIPProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.samples import read_samples
-from ..guidance.classifier import ClassifierGuidance
+from ..guidance import Guidance
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.unet_adm import ADMUNet2DModel
 from ..schedulers.scheduling_adm import ADMScheduler
-from .pipeline_classifier_guided import ClassifierGuidedPipeline, Images, Labels, images_to_tensor, match_batch
+from .pipeline_classifier_guided import (
+    ClassifierGuidedPipeline,
+    GuidedPipelineOutput,
+    Images,
+    Labels,
+    images_to_tensor,
+    match_batch,
+)
 
 
 class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
@@ -29,6 +35,7 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         classifier_processor, guide_unet, id2label, sampling_defaults: As for [`ClassifierGuidedPipeline`].
         low_res_size (`int`, *optional*): Height in pixels of the small images that the UNet was trained on; others are
             then refused.
+        clean_classifier, clip_model, clip_processor: As for [`ClassifierGuidedPipeline`].
 
     Raises:
         `ValueError`: If the UNet is no upsampler.
@@ -44,8 +51,22 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         id2label: dict | None = None,
         sampling_defaults: dict | None = None,
         low_res_size: int | None = None,
+        clean_classifier: PreTrainedModel | None = None,
+        clip_model: CLIPModel | None = None,
+        clip_processor: CLIPProcessor | None = None,
     ):
-        super().__init__(unet, scheduler, classifier, classifier_processor, guide_unet, id2label, sampling_defaults)
+        super().__init__(
+            unet,
+            scheduler,
+            classifier,
+            classifier_processor,
+            guide_unet,
+            id2label,
+            sampling_defaults,
+            clean_classifier,
+            clip_model,
+            clip_processor,
+        )
         self.register_to_config(low_res_size=low_res_size)
         if unet.config.get("low_res_channels") is None:
             raise ValueError(
@@ -64,7 +85,7 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         respacing: str | None = None,
         timesteps: Sequence[int] | None = None,
         guidance_scale: float | None = None,
-        guidance: ClassifierGuidance | Sequence[ClassifierGuidance] | None = None,
+        guidance: Guidance | Sequence[Guidance] | None = None,
         condition_unet: bool = True,
         eta: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -74,7 +95,10 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple:
+        gradient_batch_size: int | None = None,
+        nonfinite_gradient: str = "raise",
+        return_cost: bool = False,
+    ) -> GuidedPipelineOutput | tuple:
         r"""Upsamples images: noise -> (UNet beside the small image -> guidance -> scheduler step) x N -> large image.
 
         Args:
@@ -87,7 +111,7 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
             num_inference_steps and all that follows: As for [`ClassifierGuidedPipeline`].
 
         Returns:
-            [`~diffusers.pipelines.pipeline_utils.ImagePipelineOutput`]: `.images`, of the UNet's `sample_size`.
+            [`GuidedPipelineOutput`]: `.images`, of the UNet's `sample_size`, and `.cost` if asked.
 
         Raises:
             `ValueError`: As [`ClassifierGuidedPipeline`], and for small images of another size or channel count than
@@ -110,8 +134,8 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         batch_size, labels, low_res = match_batch(
             num_images_per_label, self.resolve_labels(class_labels), self.prepare_low_res(image)
         )
-        guidances = self.resolve_guidance(guidance, guidance_scale, labels)
-        self.check_inputs(labels, guidances, condition_unet, output_type, callback_on_step_end_tensor_inputs)
+        kinds = self.resolve_guidance(guidance, guidance_scale, labels)
+        self.check_inputs(labels, kinds, condition_unet, output_type, callback_on_step_end_tensor_inputs)
         eta = self.default("eta", 0.0) if eta is None else eta
 
         # 2. Timesteps and noise
@@ -120,19 +144,22 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         latents = self.prepare_latents(latents, batch_size, generators)
 
         # 3. noise -> (UNet beside the small image -> guidance -> scheduler step) x N -> large image
+        conditions = {**self.unet_conditions(labels if condition_unet else None), "low_res": low_res}
+        visited = self.scheduler.timesteps
+        steer = self.prepare_steering(
+            kinds, labels, conditions, visited, gradient_batch_size, nonfinite_gradient, return_cost
+        )
         latents = self.denoise(
             latents,
-            self.scheduler.timesteps,
-            {**self.unet_conditions(labels if condition_unet else None), "low_res": low_res},
-            guidances,
-            labels,
+            visited,
+            steer,
             eta,
             generators,
             variance_noise,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        return self.finish(latents, output_type, return_dict)
+        return self.finish(latents, output_type, return_dict, steer.cost if return_cost else None)
 
     def prepare_low_res(self, image: Images) -> torch.Tensor:
         """The small images in [-1, 1], `(batch, low_res_channels, height, width)`."""

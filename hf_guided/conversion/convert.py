@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..guidance.classifier import ClassifierGuidance
+from ..guidance import ClassifierGuidance
 from ..hub import write_model_card
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.unet_adm import ADMUNet2DModel

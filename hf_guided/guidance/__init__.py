@@ -1,5 +1,42 @@
-"""How a sample is steered."""
+"""How a sample is steered: one small class for each kind, all with a scale and an interval."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from .autoguidance import AutoGuidance
+from .base import Guidance
 from .classifier import ClassifierGuidance
+from .classifier_free import ClassifierFreeGuidance
+from .clip import CLIPGuidance
+from .denoised_classifier import DenoisedClassifierGuidance
+from .entropy_scaling import EntropyScaling
+from .loss import LossGuidance
 
-__all__ = ["ClassifierGuidance"]
+KINDS = {
+    kind.__name__: kind
+    for kind in (AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance, CLIPGuidance, DenoisedClassifierGuidance)
+}
+
+
+def guidance_from_dict(numbers: Mapping[str, Any]) -> Guidance:
+    """A kind of guidance from what [`Guidance.to_dict`] gave.
+
+    Raises:
+        `ValueError`: For an unknown kind.
+    """
+    if numbers.get("kind") not in KINDS:
+        raise ValueError(f"{numbers.get('kind')!r} is no kind of guidance that can be saved: {', '.join(KINDS)}.")
+    return KINDS[numbers["kind"]](**{name: value for name, value in numbers.items() if name != "kind"})
+
+
+__all__ = [
+    "AutoGuidance",
+    "CLIPGuidance",
+    "ClassifierFreeGuidance",
+    "ClassifierGuidance",
+    "DenoisedClassifierGuidance",
+    "EntropyScaling",
+    "Guidance",
+    "LossGuidance",
+    "guidance_from_dict",
+]

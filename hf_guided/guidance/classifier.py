@@ -1,69 +1,89 @@
 """Classifier guidance: arXiv 2105.05233, section 4, equations 8 to 14."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from ..schedulers.scheduling_adm import check_betas, model_timesteps
+from .base import GradientGuidance, Objective, Scale
+from .entropy_scaling import EntropyScaling, as_entropy_scaling
+from .labels import match_labels
 
-class ClassifierGuidance:
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+
+
+class ClassifierGuidance(GradientGuidance):
     r"""Steers samples towards their class by a noisy-image classifier's gradient, scale * d log p(y | x_t) / d x_t.
 
-    The scheduler moves the mean by variance * gradient (Algorithm 1) or epsilon by -sqrt(1 - alpha_bar) * gradient
-    (Algorithm 2). Several gradient guidances in a list add up.
+    `guidance_scale=` of a pipeline is its short form.
 
     Args:
-        scale (`float`, defaults to 1.0): Multiplies the gradient; the paper's `s`. 0 is exactly no guidance.
-        interval (`tuple[int, int]`, *optional*): Lowest and highest timestep at which it acts, both included; outside
-            the classifier is not called.
-
-    Raises:
-        `ValueError`: For a negative or non-finite scale, or an empty interval.
+        scale (`float`, a mapping or a function, defaults to 1.0): The paper's `s`; 0 is exactly no guidance.
+        interval, every, reuse: As for every [`GradientGuidance`].
+        entropy_scaling ([`EntropyScaling`], *optional*): Keeps the gradient up where the classifier is sure.
     """
 
-    def __init__(self, scale: float = 1.0, interval: tuple[int, int] | None = None):
-        if not 0 <= scale < float("inf"):
-            raise ValueError(f"The scale of classifier guidance is a finite number from 0 up; got {scale}.")
-        if interval is not None and interval[0] > interval[1]:
-            raise ValueError(f"interval={interval} is empty: give the lowest timestep first, then the highest.")
-        self.scale = scale
-        self.interval = interval
+    def __init__(
+        self,
+        scale: Scale = 1.0,
+        interval: tuple[float, float] | None = None,
+        every: int = 1,
+        reuse: bool = False,
+        entropy_scaling: EntropyScaling | dict | None = None,
+    ):
+        super().__init__(scale, interval, every, reuse)
+        self.entropy_scaling = as_entropy_scaling(entropy_scaling)
 
-    def acts_at(self, timestep: float) -> bool:
-        """Whether it does anything at this timestep of the training schedule."""
-        inside = self.interval is None or self.interval[0] <= timestep <= self.interval[1]
-        return self.scale != 0 and inside
+    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> None:
+        """Refuses to steer without labels, or with a classifier that does not belong to this diffusion."""
+        if pipeline.classifier is None:
+            raise ValueError("Guidance needs a classifier and this pipeline has none; load one, or set the scale to 0.")
+        super().check(pipeline, labels)
+        config, name = pipeline.classifier.config, type(pipeline.classifier).__name__
+        if "timestep" not in inspect.signature(pipeline.classifier.forward).parameters:
+            raise ValueError(
+                f"{name} takes no timestep: it knows clean images only. Guide by it with "
+                f"guidance=DenoisedClassifierGuidance(...), or take a classifier trained on noisy images, such as "
+                f"ADMForImageClassification (see training/train_classifier.py)."
+            )
+        check_channels(pipeline, pipeline.classifier)
+        betas = check_betas(config.trained_betas, config.beta_schedule, config.num_train_timesteps)
+        alphas_cumprod = torch.from_numpy(1 - betas).cumprod(0)
+        theirs = pipeline.scheduler.alphas_cumprod.cpu().double()
+        same_scale = config.num_train_timesteps == 1000 or config.rescale_timesteps == pipeline.scheduler.config.get(
+            "rescale_timesteps", False
+        )
+        same_betas = theirs.shape == alphas_cumprod.shape and torch.allclose(theirs, alphas_cumprod, atol=1e-4)
+        if not (same_betas and same_scale):
+            raise ValueError(
+                f"The classifier was trained on another noise schedule ({config.beta_schedule!r}, "
+                f"{config.num_train_timesteps} timesteps, rescale_timesteps={config.rescale_timesteps}) than the "
+                f"scheduler's, so it would misread the noise; use the schedule that both were trained on."
+            )
 
-    def gradient(
-        self, classifier: PreTrainedModel, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
-    ) -> torch.Tensor:
-        r"""
-        Args:
-            classifier ([`ADMForImageClassification`]): Gives `p(y | x_t)`; its parameters take no gradient.
-            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): `x_t`.
-            timestep (`torch.Tensor` of shape `()` or `(batch,)`): As the classifier is told it.
-            class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
+    def objective(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> Objective:
+        classifier = pipeline.classifier
+        assert classifier is not None  # as checked
+        assert labels is not None
+        targets = match_labels(pipeline, classifier, labels)
 
-        Returns:
-            `torch.Tensor` like `sample`, float32: The scaled gradient.
-        """
-        with torch.enable_grad(), frozen(classifier):
-            sample = sample.detach().float().requires_grad_()
-            logits = classifier(sample.to(classifier.dtype), timestep).logits
-            log_probability = logits.float().log_softmax(dim=-1).gather(1, class_labels[:, None]).sum()
-            return torch.autograd.grad(log_probability, sample)[0] * self.scale
+        def log_probability(images: torch.Tensor, timestep: float, rows: torch.Tensor) -> torch.Tensor:
+            told = model_timesteps(pipeline.scheduler, torch.tensor(timestep, device=images.device))
+            logits = classifier(images.to(classifier.dtype), told).logits.float()
+            log_p = logits.log_softmax(dim=-1).gather(1, targets[rows, None])[:, 0]
+            return log_p if self.entropy_scaling is None else self.entropy_scaling.factor(logits) * log_p
+
+        return Objective("classifier", classifier, log_probability)
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Takes no gradient with respect to the parameters, so that no activation is kept for it."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+def check_channels(pipeline: "ClassifierGuidedPipeline", classifier: PreTrainedModel) -> None:
+    """Refuses a classifier of images of another number of channels."""
+    channels = getattr(classifier.config, "in_channels", getattr(classifier.config, "num_channels", None))
+    if channels not in (None, pipeline.unet.config.in_channels):
+        raise ValueError(
+            f"The classifier takes images of {channels} channels and the UNet of {pipeline.unet.config.in_channels}; "
+            f"they must be trained on the same images."
+        )

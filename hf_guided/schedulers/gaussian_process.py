@@ -52,6 +52,7 @@ class GaussianProcess:
         clipped_variance[0] = posterior_variance[1] if len(betas) > 1 else betas[0]
         large_variance = betas.copy()
         large_variance[0] = clipped_variance[0]
+        half_log_snr = np.log(alpha_bar / (1 - alpha_bar)) / 2  # DPM-Solver's lambda (arXiv 2206.00927)
         tables = {
             "alpha_bar": alpha_bar,
             "alpha_bar_prev": alpha_bar_prev,
@@ -66,6 +67,8 @@ class GaussianProcess:
             "large_variance": large_variance,
             "log_beta": np.log(betas),
             "is_noisy": np.arange(len(betas)) > 0,  # the last step of sampling adds no noise
+            "half_log_snr": half_log_snr,
+            "half_log_snr_prev": np.append(half_log_snr[0], half_log_snr[:-1]),  # of the last step: no step
         }
         # One row a table, one column a training timestep; NaN at timesteps that are not visited.
         self._rows = {name: row for row, name in enumerate(tables)}

@@ -251,15 +251,20 @@ def test_guidances_add_up_and_mind_their_interval(pipe):
 
 
 def test_the_gradient_is_float32_and_leaves_the_classifier_alone():
-    classifier = make_classifier().to(torch.bfloat16)
-    noisy = torch.randn(2, 1, 8, 8, generator=seeded())
-    frozen = next(classifier.parameters())
+    pipe = make_pipeline(classifier=make_classifier().to(torch.bfloat16))
+    frozen = next(pipe.classifier.parameters())
     frozen.requires_grad_(False)
-    before = {name: parameter.requires_grad for name, parameter in classifier.named_parameters()}
-    gradient = ClassifierGuidance(2.0).gradient(classifier, noisy, torch.tensor(10), torch.tensor([1, 2]))
-    assert gradient.dtype == torch.float32
-    assert {name: parameter.requires_grad for name, parameter in classifier.named_parameters()} == before
-    assert all(parameter.grad is None for parameter in classifier.parameters())
+    before = {name: parameter.requires_grad for name, parameter in pipe.classifier.named_parameters()}
+    seen = []
+
+    def watch(pipe, i, t, tensors):
+        seen.append(tensors["gradient"].dtype)
+        return {}
+
+    pipe([1, 2], callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["gradient"])
+    assert seen == [torch.float32] * 5
+    assert {name: parameter.requires_grad for name, parameter in pipe.classifier.named_parameters()} == before
+    assert all(parameter.grad is None for parameter in pipe.classifier.parameters())
 
 
 def test_condition_unet_false_is_the_null_label(pipe):
@@ -488,7 +493,8 @@ def test_non_square_images():
 
 
 def test_components_make_another_pipeline(pipe):
-    assert set(pipe.components) == {"unet", "scheduler", "classifier", "classifier_processor", "guide_unet"}
+    optional = {"classifier", "classifier_processor", "guide_unet", "clean_classifier", "clip_model", "clip_processor"}
+    assert set(pipe.components) == {"unet", "scheduler", *optional}
     other = ClassifierGuidedPipeline(**pipe.components, sampling_defaults={"respacing": "5"})
     other.set_progress_bar_config(disable=True)
     assert torch.equal(sample(other, [2]), sample(pipe, [2]))

@@ -1,0 +1,44 @@
+"""Autoguidance, a model guided by a bad version of itself: Karras et al., arXiv 2406.02507, equation 3."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .base import PredictionGuidance, Scale
+
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+
+
+class AutoGuidance(PredictionGuidance):
+    r"""Compares what the UNet predicts with what a weaker one does, the pipeline's `guide_unet`.
+
+    prediction = weak + scale * (strong - weak). The weaker UNet is a smaller one, or one trained for a shorter time, on
+    the same data and noise schedule, and is told what the UNet is told. Beside other kinds it adds (scale - 1) *
+    (strong - weak).
+
+    Args:
+        scale, interval: As for every [`Guidance`]; 1 is exactly no guidance.
+    """
+
+    component = "guide_unet"
+    needs_labels = False
+
+    def __init__(self, scale: Scale = 2.0, interval: tuple[float, float] | None = None):
+        super().__init__(scale, interval)
+
+    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> None:
+        super().check(pipeline, labels)
+        if pipeline.guide_unet is None:
+            raise ValueError(
+                "AutoGuidance needs a second, weaker UNet and this pipeline has none: load it with guide_unet=, or set "
+                "the scale to 1."
+            )
+        ours, theirs = pipeline.unet.config, pipeline.guide_unet.config
+        for name in ("in_channels", "num_class_embeds", "low_res_channels"):
+            one, other = ours.get(name), theirs.get(name)
+            if one != other and not (name == "num_class_embeds" and other is None):
+                raise ValueError(
+                    f"The guide_unet's {name} is {other} and the UNet's {one}; autoguidance compares models of the "
+                    f"same images and classes."
+                )

@@ -1,0 +1,34 @@
+"""Classifier-free guidance: Ho and Salimans, arXiv 2207.12598, equation 6."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .base import PredictionGuidance, Scale
+
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+
+
+class ClassifierFreeGuidance(PredictionGuidance):
+    r"""Compares what the UNet predicts for the class with what it predicts for none, in one doubled batch.
+
+    prediction = uncond + scale * (cond - uncond): the scale is diffusers', the paper's w + 1. Needs a UNet with a null
+    label, trained with label dropout. Beside other kinds it adds (scale - 1) * (cond - uncond).
+
+    Args:
+        scale, interval: As for every [`Guidance`]; 1 is exactly no guidance.
+    """
+
+    component = "unet"
+
+    def __init__(self, scale: Scale = 2.0, interval: tuple[float, float] | None = None):
+        super().__init__(scale, interval)
+
+    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> None:
+        super().check(pipeline, labels)
+        if not pipeline.unet.config.get("null_class_label", False):
+            raise ValueError(
+                "ClassifierFreeGuidance compares with the null label, and this UNet has none: take one with "
+                "null_class_label=True, trained with label dropout, or set the scale to 1."
+            )

@@ -1,0 +1,113 @@
+"""Guidance by a classifier of clean images, off the shelf: Ma et al. (EluCD), arXiv 2310.11311, section 4."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from .base import DenoisedGuidance, Objective, Scale
+from .classifier import check_channels
+from .entropy_scaling import EntropyScaling, as_entropy_scaling
+from .labels import match_labels
+from .preprocessing import preprocessing
+
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+
+
+class DenoisedClassifierGuidance(DenoisedGuidance):
+    r"""Steers by any `AutoModelForImageClassification`, which looks at the predicted clean image.
+
+    The classifier is the pipeline's `clean_classifier` or, without one, its `classifier`; the images reach it resized
+    and normalised as its `classifier_processor` would, differentiably, or else as they are, in [-1, 1]. Its classes
+    are matched with the pipeline's by name. It climbs tau_1 f_y(x) - log sum_i exp(tau_2 f_i(x)), f being the logits.
+
+    Args:
+        scale, interval, every, reuse: As for every [`GradientGuidance`].
+        through_unet (`bool`, defaults to `False`): Take the gradient through the UNet instead of stopping at the
+            predicted image, see [`DenoisedGuidance`].
+        joint_temperature (`float`, defaults to 1.0), marginal_temperature (`float`, defaults to 0.5): The paper's
+            tau_1 and tau_2. Both 1 climb log p(y | x); a smaller tau_2 weighs the joint probability of class and image.
+        softplus_beta (`float`, *optional*, defaults to 3.0): Sharpness of the softplus that takes the place of each
+            `nn.ReLU` of the classifier during the call, for a smoother gradient. `None` keeps the ReLUs.
+        sine (`float`, defaults to 0.3): The sine schedule: the scale is multiplied by 1 + sine * sin(pi t / T). (The
+            paper's code adds the sine to the variance that multiplies the gradient, which other solvers do not have.)
+        entropy_scaling ([`EntropyScaling`], *optional*): Keeps the gradient up where the classifier is sure.
+    """
+
+    def __init__(
+        self,
+        scale: Scale = 1.0,
+        interval: tuple[float, float] | None = None,
+        every: int = 1,
+        reuse: bool = False,
+        through_unet: bool = False,
+        joint_temperature: float = 1.0,
+        marginal_temperature: float = 0.5,
+        softplus_beta: float | None = 3.0,
+        sine: float = 0.3,
+        entropy_scaling: EntropyScaling | dict | None = None,
+    ):
+        super().__init__(scale, interval, every, reuse, through_unet)
+        for name, value in {"joint_temperature": joint_temperature, "softplus_beta": softplus_beta}.items():
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} of DenoisedClassifierGuidance must be a finite number above 0.")
+        for name, value in {"marginal_temperature": marginal_temperature, "sine": sine}.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} of DenoisedClassifierGuidance must be a finite number from 0 up.")
+        self.joint_temperature = joint_temperature
+        self.marginal_temperature = marginal_temperature
+        self.softplus_beta = softplus_beta
+        self.sine = sine
+        self.entropy_scaling = as_entropy_scaling(entropy_scaling)
+
+    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> None:
+        classifier = pipeline.clean_classifier or pipeline.classifier
+        if classifier is None:
+            raise ValueError(
+                "DenoisedClassifierGuidance needs a classifier and this pipeline has none; load one, or set the scale "
+                "to 0."
+            )
+        super().check(pipeline, labels)
+        check_channels(pipeline, classifier)
+
+    def objective(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> Objective:
+        component = "classifier" if pipeline.clean_classifier is None else "clean_classifier"
+        classifier: PreTrainedModel = getattr(pipeline, component)
+        assert labels is not None  # as checked
+        targets = match_labels(pipeline, classifier, labels)
+        prepare = preprocessing(pipeline.classifier_processor)
+        total = pipeline.scheduler.config.num_train_timesteps
+
+        def log_probability(images: torch.Tensor, timestep: float, rows: torch.Tensor) -> torch.Tensor:
+            with smoothed(classifier, self.softplus_beta):
+                logits = classifier(prepare(images).to(classifier.dtype)).logits.float()
+            growth = 1 + self.sine * math.sin(math.pi * timestep / total)
+            chosen = self.joint_temperature * logits.gather(1, targets[rows, None])[:, 0]
+            climbed = chosen - (self.marginal_temperature * logits).logsumexp(dim=-1)
+            factor = 1.0 if self.entropy_scaling is None else self.entropy_scaling.factor(logits)
+            return growth * factor * climbed
+
+        return Objective(component, classifier, log_probability)
+
+
+@contextmanager
+def smoothed(model: nn.Module, beta: float | None) -> Iterator[None]:
+    """Puts a softplus in the place of every `nn.ReLU`, by handing softplus(x) to it, which is positive already."""
+
+    hooks = []
+    for module in model.modules():
+        if beta is not None and isinstance(module, nn.ReLU):
+            soften = partial(F.softplus, beta=beta)
+            hooks.append(module.register_forward_pre_hook(lambda _, inputs, soften=soften: soften(inputs[0])))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

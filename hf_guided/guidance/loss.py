@@ -1,0 +1,55 @@
+"""Guidance by any loss, for inverse problems: diffusion posterior sampling (DPS), arXiv 2209.14687, equation 10."""
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from .base import DenoisedGuidance, Objective, Scale
+
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+
+
+class LossGuidance(DenoisedGuidance):
+    r"""Steers the predicted clean image down a loss: the gradient is that of -loss.
+
+    Args:
+        fn (`Callable`): Takes images `(n, channels, height, width)`, float32 in [-1, 1] (beyond, if the scheduler does
+            not clip), and returns the loss of each, `(n,)`, or their sum. For an inverse problem y = A(x) + noise of
+            standard deviation sigma it is `((A(x) - y) ** 2).sum((1, 2, 3)) / (2 * sigma**2)`. If it has a parameter
+            `rows`, it is told which of the batch these are, for `gradient_batch_size` hands it a part at a time.
+        scale, interval, every, reuse: As for every [`GradientGuidance`].
+        through_unet (`bool`, defaults to `True`): Take the gradient through the UNet, see [`DenoisedGuidance`].
+    """
+
+    needs_labels = False
+
+    def __init__(
+        self,
+        fn: Callable[..., torch.Tensor],
+        scale: Scale = 1.0,
+        interval: tuple[float, float] | None = None,
+        every: int = 1,
+        reuse: bool = False,
+        through_unet: bool = True,
+    ):
+        super().__init__(scale, interval, every, reuse, through_unet)
+        if not callable(fn):
+            raise ValueError(f"LossGuidance takes a function of the predicted clean images; got {fn!r}.")
+        self.fn = fn
+
+    def objective(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> Objective:
+        takes_rows = "rows" in inspect.signature(self.fn).parameters
+
+        def log_probability(images: torch.Tensor, timestep: float, rows: torch.Tensor) -> torch.Tensor:
+            loss = self.fn(images, rows=rows) if takes_rows else self.fn(images)
+            if loss.shape not in ((), (len(images),)):
+                raise ValueError(
+                    f"The function of LossGuidance returned the shape {tuple(loss.shape)}; it returns one loss for "
+                    f"each of the {len(images)} images, or their sum."
+                )
+            return -loss
+
+        return Objective("loss", None, log_probability)
