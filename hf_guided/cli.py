@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--labels", nargs="+", metavar="LABEL", help="classes by id or name; by default the first ten")
     command.add_argument("--num_images_per_label", type=count, default=8, metavar="N", help="default: 8")
     command.add_argument("--guidance_scale", type=float, metavar="S", help="default: the pipeline's own")
-    command.add_argument("--respacing", metavar="R", help='timesteps, such as "250" or "ddim25"; default: its own')
+    command.add_argument("--num_inference_steps", type=count, metavar="N", help="default: the pipeline's own")
+    command.add_argument("--respacing", metavar="R", help='instead: published timesteps, such as "250" or "ddim25"')
     command.add_argument("--batch_size", type=count, default=64, metavar="N", help="images at once; default: 64")
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--output", default="samples.png", metavar="PNG", help="default: samples.png")
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--labels", nargs="+", metavar="LABEL", help="one class for all or one for each, by id or name"
     )
     command.add_argument("--guidance_scale", type=float, metavar="S", help="default: the pipeline's own")
-    command.add_argument("--respacing", metavar="R", help='timesteps, such as "250" or "ddim25"; default: its own')
+    command.add_argument("--num_inference_steps", type=count, metavar="N", help="default: the pipeline's own")
+    command.add_argument("--respacing", metavar="R", help='instead: published timesteps, such as "250" or "ddim25"')
     command.add_argument("--batch_size", type=count, default=16, metavar="N", help="images at once; default: 16")
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--output", default="upscaled.npz", metavar="NPZ|PNG", help="default: upscaled.npz")
@@ -94,6 +96,7 @@ def sample(args: argparse.Namespace) -> None:
         args.batch_size,
         args.seed,
         guidance_scale=args.guidance_scale,
+        num_inference_steps=args.num_inference_steps,
         respacing=args.respacing,
     )
     images = [image for batch in batches for image in batch]
@@ -141,6 +144,7 @@ def upscale(args: argparse.Namespace) -> None:
             images[part],
             None if labels is None else labels[part],
             guidance_scale=args.guidance_scale,
+            num_inference_steps=args.num_inference_steps,
             respacing=args.respacing,
             generator=generator,
             output_type="latent",

@@ -11,6 +11,8 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
+from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -20,11 +22,12 @@ from transformers.image_processing_utils import BaseImageProcessor
 # The classes that a saved pipeline may name register themselves with diffusers when they are imported.
 from ..data.images import to_channels, to_pixel_values
 from ..guidance import ClassifierFreeGuidance, ClassifierGuidance, Guidance, guidance_from_dict
+from ..guidance.base import GradientGuidance
 from ..guidance.labels import spellings
 from ..guidance.steering import SamplingCost, Steering
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.unet_adm import ADMUNet2DModel
-from ..schedulers.predictions import alpha_bar_at, correct_prediction
+from ..schedulers.predictions import SPACINGS, alpha_bar_at, check_solver, correct_prediction
 from ..schedulers.repaint import RePaint, jump_positions
 from ..schedulers.schedules import space_timesteps
 from ..schedulers.scheduling_adm import ADMScheduler
@@ -355,7 +358,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """The kinds made ready for these components, labels and timesteps."""
         schedule = visited.tolist()
         for kind in kinds:
-            if not any(kind.acts_at(timestep) for timestep in schedule):
+            if not any([kind.acts_at(timestep) for timestep in schedule]):  # all of them, for a bad scale to be seen
                 raise ValueError(
                     f"{kind!r} acts at none of the {len(schedule)} timesteps that are visited, from {schedule[0]:g} to "
                     f"{schedule[-1]:g}; give another interval or more steps."
@@ -413,6 +416,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             raise ValueError(f"strength={strength} leaves none of {steps} steps; take more of either.")
         if strength == 1:
             return timesteps, noise
+        if isinstance(self.scheduler, LMSDiscreteScheduler | PNDMScheduler):
+            raise ValueError(
+                f"{type(self.scheduler).__name__} counts on the steps from the first on and cannot begin at "
+                f"strength={strength}; take another scheduler, or strength=1."
+            )
         skipped = (steps - int(steps * strength)) * order
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(skipped)
@@ -434,7 +442,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         previous: tuple[torch.Tensor, torch.Tensor | None] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One step of the scheduler; for one of diffusers the gradient corrects the prediction (Algorithm 2)."""
-        options = {"eta": eta, "generator": generators, "variance_noise": variance_noise}
+        options: dict[str, Any] = {"eta": eta, "generator": generators}
+        if variance_noise is not None:  # beside which DDIM of diffusers takes no generator
+            options = {"eta": eta, "variance_noise": variance_noise}
         if isinstance(self.scheduler, ADMScheduler):
             output = self.scheduler.step(
                 model_output, timestep, latents, gradient=gradient, previous=previous, **options
@@ -452,6 +462,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         accepted = inspect.signature(self.scheduler.step).parameters
         if variance_noise is not None and "variance_noise" not in accepted:
             raise ValueError(f"{type(self.scheduler).__name__} takes no variance_noise; leave it out.")
+        if eta and "eta" not in accepted:
+            raise ValueError(f"{type(self.scheduler).__name__} takes no eta; give eta=0.")
         options = {name: value for name, value in options.items() if name in accepted}
         return self.scheduler.step(prediction, timestep, latents, **options).prev_sample, None
 
@@ -516,7 +528,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         elif guidance is None:
             possible = labels is not None and self.classifier is not None
             guidance = ClassifierGuidance(self.default("guidance_scale", 1.0) if possible else 0.0)
-        kinds = [guidance] if isinstance(guidance, Guidance) else list(guidance)
+        kinds = list(guidance) if isinstance(guidance, list | tuple) else [guidance]
         for kind in kinds:
             if not isinstance(kind, Guidance):
                 raise ValueError(f"guidance takes objects of hf_guided.guidance, one or a list; got {kind!r}.")
@@ -554,12 +566,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                     "condition_unet=False needs a UNet with a null label (null_class_label=True), trained with label "
                     "dropout; this one must be told the classes."
                 )
-        if not hasattr(self.scheduler, "alphas_cumprod"):
-            raise ValueError(
-                f"{type(self.scheduler).__name__} is no scheduler of this diffusion process: it has no alphas_cumprod. "
-                f"Take one such as DDIMScheduler or DPMSolverMultistepScheduler, made from the config of an "
-                f"ADMScheduler."
-            )
+        if not isinstance(self.scheduler, ADMScheduler):
+            check_solver(self.scheduler, shifted=any(isinstance(kind, GradientGuidance) for kind in kinds))
         for kind in kinds:
             kind.check(self, labels)
             if isinstance(kind, ClassifierFreeGuidance) and not condition_unet:
@@ -588,7 +596,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             if "respacing" in given:
                 kept = space_timesteps(self.scheduler.config.num_train_timesteps, given.pop("respacing"))
                 given["timesteps"] = kept[::-1]
-            if "timesteps" in given and "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            accepted = inspect.signature(self.scheduler.set_timesteps).parameters
+            spaced = any(self.scheduler.config.get(f"use_{how}", False) for how in SPACINGS)
+            if "timesteps" in given and (spaced or "timesteps" not in accepted):
                 if not defaulted:
                     raise ValueError(
                         f"{type(self.scheduler).__name__} chooses its own timesteps; give num_inference_steps instead "
@@ -597,6 +607,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 given = {"num_inference_steps": len(given["timesteps"])}
             given = given or {"num_inference_steps": 50}
         self.scheduler.set_timesteps(**given, device=self._execution_device)
+        if hasattr(self.scheduler, "set_begin_index"):  # or it would look timesteps up, some of which may be the same
+            self.scheduler.set_begin_index(0)
 
     def prepare_generators(
         self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int

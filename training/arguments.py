@@ -22,6 +22,8 @@ from transformers import HfArgumentParser
 
 from ..data import BUILT_IN, DataArguments
 from ..hub.push import PushError
+from ..schedulers.schedules import space_timesteps
+from ..schedulers.scheduling_adm import FEW_STEPS
 
 RECIPES = Path(__file__).parent / "recipes"
 SECTIONS = {"data", "judge", "classifier", "diffusion", "upscaler", "report"}
@@ -102,6 +104,30 @@ class ScheduleArguments:
     def schedule(self) -> dict[str, Any]:
         """The arguments that the scheduler's constructor and the classifier's config share."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(ScheduleArguments)}
+
+
+@dataclass
+class SamplingArguments:
+    """How many steps make samples, in previews and by default in the finished pipeline."""
+
+    num_inference_steps: int = flag(FEW_STEPS, "Steps of the second-order solver.")
+    respacing: str | None = flag(None, "Instead: the published sampler's timesteps, in OpenAI's notation.")
+
+    def steps(self) -> dict[str, Any]:
+        """The pipeline's argument."""
+        if self.respacing is not None:
+            return {"respacing": self.respacing}
+        return {"num_inference_steps": self.num_inference_steps}
+
+    def check_steps(self, num_train_timesteps: int) -> None:
+        """Refuses, before the training, what the schedule has not enough timesteps for."""
+        if self.respacing is not None:
+            space_timesteps(num_train_timesteps, self.respacing)
+        elif not 1 <= self.num_inference_steps < num_train_timesteps:
+            raise ValueError(
+                f"--num_inference_steps {self.num_inference_steps} does not lie between 1 and "
+                f"{num_train_timesteps - 1}, one less than --num_train_timesteps."
+            )
 
 
 @dataclass

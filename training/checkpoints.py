@@ -23,7 +23,7 @@ FREE_FLAGS = {
     "checkpoints_total_limit",
     "validation_steps",
     "preview_steps",
-    "preview_respacing",
+    "num_inference_steps",
     "respacing",
     "logging_steps",
     "report_to",

@@ -35,8 +35,14 @@ from hf_guided.evaluation.sampling import sample_batches
 from hf_guided.guidance import ClassifierGuidance
 from hf_guided.hub import write_model_card
 from hf_guided.hub.push import check_login
-from hf_guided.schedulers.schedules import space_timesteps
-from hf_guided.training.arguments import LoopArguments, RunArguments, flag, parse_arguments, run_script
+from hf_guided.training.arguments import (
+    LoopArguments,
+    RunArguments,
+    SamplingArguments,
+    flag,
+    parse_arguments,
+    run_script,
+)
 from hf_guided.training.checkpoints import list_checkpoints, save_folder
 from hf_guided.training.loop import finish, write_json
 from hf_guided.training.train_classifier import ClassifierArguments, make_classifier, train_classifier
@@ -46,12 +52,11 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ReportArguments(RunArguments):
+class ReportArguments(RunArguments, SamplingArguments):
     """What is sampled and judged at the end."""
 
     num_images: int = flag(500, "Samples judged at each setting.")
     sampling_batch_size: int = flag(250, "Samples made at once.")
-    respacing: str = flag("25", "Timesteps, in OpenAI's notation; also the pipeline's saved default.")
     guidance_scales: list[float] = flag([0.0, 1.0, 3.0, 10.0], "Scales at which the classifier alone steers.")
     conditional_scales: list[float] = flag([0.0, 1.0], "Scales beside a UNet that is told the class.")
     default_scale: float = flag(3.0, "Scale that the pipeline saves as its default.")
@@ -89,7 +94,7 @@ def main() -> None:
     pipeline = ClassifierGuidedPipeline.from_pretrained(
         diffusion_folder,
         classifier=AutoModelForImageClassification.from_pretrained(classifier_folder),
-        sampling_defaults={"respacing": args.respacing, "guidance_scale": args.default_scale},
+        sampling_defaults={**args.steps(), "guidance_scale": args.default_scale},
     ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     save_folder(pipeline.save_pretrained, output_dir / "pipeline")
@@ -142,7 +147,7 @@ def check_stages(stages: dict[str, Any], images: LabelledImages) -> None:
             "The classifier guides and must be trained on noised images (--classifier_noisy true); the judge judges "
             "clean ones (--judge_noisy false)."
         )
-    space_timesteps(diffusion.num_train_timesteps, report.respacing)
+    report.check_steps(diffusion.num_train_timesteps)
     for scale in (*report.guidance_scales, *report.conditional_scales, report.default_scale):
         ClassifierGuidance(scale)
     if report.sampling_batch_size < 1:

@@ -21,11 +21,11 @@ from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.pictures import labelled_grid, save_png
 from hf_guided.evaluation.sampling import sample_batches
 from hf_guided.losses import diffusion_loss
-from hf_guided.schedulers.schedules import space_timesteps
 from hf_guided.schedulers.scheduling_adm import model_timesteps
 from hf_guided.training.arguments import (
     ArchitectureArguments,
     LoopArguments,
+    SamplingArguments,
     ScheduleArguments,
     flag,
     parse_arguments,
@@ -37,7 +37,7 @@ from hf_guided.training.timestep_sampling import LossSecondMomentSampler, Timest
 
 
 @dataclass
-class DiffusionArguments(LoopArguments, ScheduleArguments, ArchitectureArguments):
+class DiffusionArguments(LoopArguments, ScheduleArguments, SamplingArguments, ArchitectureArguments):
     """A diffusion model's flags."""
 
     num_heads_upsample: int | None = flag(None, "Another number of heads in the decoder.")
@@ -51,7 +51,6 @@ class DiffusionArguments(LoopArguments, ScheduleArguments, ArchitectureArguments
     )
     class_conditional: bool = flag(True, "Tell the UNet the class.")
     label_dropout: float = flag(0.1, "Share of images whose class is withheld, so that one UNet does both.")
-    preview_respacing: str = flag("25", "Timesteps of previews, in OpenAI's notation.")
     pretrained_model: str | None = flag(
         None,
         "Pipeline or UNet to start from, a folder or a Hub id. Its architecture takes the place of the flags, from "
@@ -64,7 +63,7 @@ class DiffusionArguments(LoopArguments, ScheduleArguments, ArchitectureArguments
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        space_timesteps(self.num_train_timesteps, self.preview_respacing)
+        self.check_steps(self.num_train_timesteps)
         if self.loss_type == "hybrid" and self.variance_type != "learned_range":
             raise ValueError(
                 f"--loss_type hybrid trains a learned variance, and --variance_type {self.variance_type} has none; add "
@@ -110,7 +109,8 @@ class DiffusionTask(Task):
     def pipeline(self) -> ClassifierGuidedPipeline:
         """The model as it is now, ready to sample and to be saved."""
         id2label = self.id2label if self.args.class_conditional else None
-        return ClassifierGuidedPipeline(self.model, ADMScheduler.from_config(self.scheduler.config), id2label=id2label)
+        scheduler = ADMScheduler.from_config(self.scheduler.config, solver_order=2)
+        return ClassifierGuidedPipeline(self.model, scheduler, id2label=id2label, sampling_defaults=self.args.steps())
 
     def preview(self, model: nn.Module, path: Path) -> None:
         was_training = model.training
@@ -119,7 +119,7 @@ class DiffusionTask(Task):
         pipeline.set_progress_bar_config(disable=True)
         names = list(self.id2label.values())[:10] if self.args.class_conditional else ["samples"]
         labels = torch.arange(len(names)).repeat_interleave(8) if self.args.class_conditional else 8
-        batches = sample_batches(pipeline, labels, self.args.train_batch_size, respacing=self.args.preview_respacing)
+        batches = sample_batches(pipeline, labels, self.args.train_batch_size)
         pictures = [picture for batch in batches for picture in batch]
         save_png(labelled_grid(pictures, names), path)
         model.train(was_training)

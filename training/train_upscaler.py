@@ -24,7 +24,6 @@ from torch import nn
 from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedUpscalePipeline
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.pictures import labelled_grid, save_png
-from hf_guided.schedulers.schedules import space_timesteps
 from hf_guided.training.arguments import flag, parse_arguments, run_script
 from hf_guided.training.loop import Batch, write_json
 from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, make_unet, train_and_save
@@ -46,11 +45,9 @@ class UpscalerArguments(DiffusionArguments):
         "Gaussian conditioning augmentation (arXiv 2106.15282, section 4): each small image gets noise of a standard "
         "deviation drawn from 0 to this. Published upsamplers have none.",
     )
-    respacing: str = flag("25", "Timesteps of the finished pipeline, in OpenAI's notation: its saved default.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        space_timesteps(self.num_train_timesteps, self.respacing)
         if self.low_res_noise < 0:
             raise ValueError(f"--low_res_noise {self.low_res_noise} is a standard deviation; give 0 or more.")
 
@@ -92,18 +89,18 @@ class UpscalerTask(DiffusionTask):
     def pipeline(self) -> ClassifierGuidedUpscalePipeline:
         return ClassifierGuidedUpscalePipeline(
             self.model,
-            ADMScheduler.from_config(self.scheduler.config),
+            ADMScheduler.from_config(self.scheduler.config, solver_order=2),
             id2label=self.id2label if self.args.class_conditional else None,
-            sampling_defaults={"respacing": self.args.respacing},
+            sampling_defaults=self.args.steps(),
             low_res_size=self.low_size[0],
         )
 
     def preview(self, model: nn.Module, path: Path) -> None:
         was_training = model.training
-        self.show(path, self.args.preview_respacing, NUM_SHOWN)
+        self.show(path, NUM_SHOWN)
         model.train(was_training)
 
-    def show(self, path: Path, respacing: str, num_measured: int) -> dict[str, dict[str, float]]:
+    def show(self, path: Path, num_measured: int) -> dict[str, dict[str, float]]:
         """Draws the first of some examples, upsampled twice and bicubically, and measures them all."""
         self.model.eval()
         spread = torch.linspace(0, len(self.examples) - 1, min(num_measured, len(self.examples))).long()
@@ -121,7 +118,6 @@ class UpscalerTask(DiffusionTask):
                 pipeline(
                     ((low_res[batch] + 1) / 2).clamp(0, 1),  # negative values would mean another range
                     None if labels is None else labels[batch],
-                    respacing=respacing,
                     generator=generator,
                     output_type="latent",
                     return_dict=False,
@@ -173,7 +169,7 @@ def train_upscaler(
     task = UpscalerTask(model, scheduler, args, low_size, examples=held_out_images or train_images)
     folder = train_and_save(task, images, args, data_args)
     if folder is not None and PartialState().is_main_process:
-        report = task.show(folder.parent / "grid.png", args.respacing, NUM_MEASURED)
+        report = task.show(folder.parent / "grid.png", NUM_MEASURED)
         write_json(report, folder.parent / "report.json")
         print_table(report)
         logger.info(f"\n{folder.parent / 'grid.png'} shows some of them.")

@@ -20,7 +20,7 @@ from ..models.classifier_adm import ADMForImageClassification
 from ..models.unet_adm import ADMUNet2DModel
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from ..pipelines.pipeline_classifier_guided_upscale import ClassifierGuidedUpscalePipeline
-from ..schedulers.scheduling_adm import ADMScheduler
+from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler
 from ..training.checkpoints import save_folder
 from .files import one_by_one, read_checkpoint, write_safetensors
 from .flags import (
@@ -288,7 +288,7 @@ def _describe_unet(checkpoint: Checkpoint, guided: bool, tell: Tell) -> Source:
                     f"values{other}."
                 )
         config = unet_config(flags, architecture)
-        scheduler = ADMScheduler(**scheduler_arguments(flags, architecture.learns_sigma))
+        scheduler = ADMScheduler(**scheduler_arguments(flags, architecture.learns_sigma), solver_order=2)
         if flags["diffusion_steps"] != 1000 and "rescale_timesteps" not in flags:
             if not guided and not is_guided_diffusion(flags, architecture):
                 raise ValueError(
@@ -374,7 +374,10 @@ def _save_pipeline(
 ) -> None:
     """What the pipeline's `save_pretrained` writes, with the weights taken from the checkpoints one by one."""
     unet, classifier = sources["unet"], sources.get("classifier")
-    defaults = {"respacing": unet.flags.get("timestep_respacing")}
+    if unet.checkpoint.name is None and "timestep_respacing" in unet.flags:  # the user's own words, not a table's
+        defaults = {"respacing": unet.flags["timestep_respacing"]}
+    else:
+        defaults = {"num_inference_steps": max(1, min(FEW_STEPS, unet.flags["diffusion_steps"] - 1))}
     if classifier is not None:
         defaults["guidance_scale"] = unet.flags.get("classifier_scale")
     defaults = {name: value for name, value in defaults.items() if value is not None}

@@ -42,7 +42,7 @@ class Guidance:
                 raise ValueError(f"The scale of {name} is an empty mapping; give at least one timestep and its scale.")
         for value in scale.values() if isinstance(scale, Mapping) else [scale]:
             if not callable(value) and not 0 <= value < math.inf:
-                raise ValueError(f"The scale of {name} is a finite number from 0 up; got {value}.")
+                raise ValueError(f"The scale of {name} must be a finite number from 0 up; got {value}.")
         if interval is not None and (len(interval) != 2 or interval[0] > interval[1]):
             raise ValueError(
                 f"interval={interval} of {name} is empty: give the lowest timestep first, then the highest."
@@ -56,7 +56,7 @@ class Guidance:
             value = float(self.scale(timestep))
             if not 0 <= value < math.inf:
                 raise ValueError(
-                    f"The scale of {type(self).__name__} is a finite number from 0 up; its function gives {value} at "
+                    f"The scale of {type(self).__name__} must be a finite number from 0 up; its function gives {value} at "
                     f"timestep {timestep:g}."
                 )
             return value

@@ -24,7 +24,8 @@ class EntropyScaling:
         """The factors, shape `(batch,)`, for logits `(batch, classes)`; no gradient flows through them."""
         log_probabilities = logits.detach().log_softmax(dim=-1)
         entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
-        return (math.log(logits.shape[-1]) / entropy).clamp(max=self.max_factor)
+        uniform = math.log(logits.shape[-1])
+        return uniform / entropy.clamp(min=uniform / self.max_factor)  # which may be 0, or below by rounding
 
     def to_dict(self) -> dict[str, float]:
         """Its numbers."""

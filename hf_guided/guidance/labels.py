@@ -46,6 +46,7 @@ def match_labels(
 
     matched = {label: match(label) for label in set(labels.tolist())}
     unmatched = [repr(ours.get(label, str(label))) for label, match in sorted(matched.items()) if match is None]
+    unmatched = list(dict.fromkeys(unmatched))
     if unmatched:
         more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
         raise ValueError(

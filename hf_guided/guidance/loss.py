@@ -45,10 +45,11 @@ class LossGuidance(DenoisedGuidance):
 
         def log_probability(images: torch.Tensor, timestep: float, rows: torch.Tensor) -> torch.Tensor:
             loss = self.fn(images, rows=rows) if takes_rows else self.fn(images)
-            if loss.shape not in ((), (len(images),)):
+            if not torch.is_tensor(loss) or loss.shape not in ((), (len(images),)):
+                got = f"the shape {tuple(loss.shape)}" if torch.is_tensor(loss) else repr(loss)
                 raise ValueError(
-                    f"The function of LossGuidance returned the shape {tuple(loss.shape)}; it returns one loss for "
-                    f"each of the {len(images)} images, or their sum."
+                    f"The function of LossGuidance returned {got}; it returns a tensor, one loss for each of the "
+                    f"{len(images)} images, or their sum."
                 )
             return -loss
 

@@ -3,21 +3,25 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
 def preprocessing(processor: Any | None) -> Callable[[torch.Tensor], torch.Tensor]:
     """A differentiable function of images `(n, channels, height, width)` in [-1, 1] that does as a processor does.
 
+    All but one thing: what a bicubic overshoots is not cut off at black and white, where the gradient would end.
+
     Args:
-        processor (`BaseImageProcessor`, *optional*): Its sizes, crop, rescaling and normalisation are read. Without
-            one, the images stay as they are.
+        processor (`BaseImageProcessor`, *optional*): Its sizes, crop, rescaling and normalisation are read, and the
+            reading is tried on a picture. Without one, the images stay as they are.
 
     Raises:
-        `ValueError`: For a processor that resizes in another way.
+        `ValueError`: For a processor that does something else.
     """
     if processor is None:
         return lambda images: images
@@ -38,13 +42,23 @@ def preprocessing(processor: Any | None) -> Callable[[torch.Tensor], torch.Tenso
         if processor.do_resize:
             (height, width), cut = resized_to(processor, *images.shape[-2:])
             if (height, width) != images.shape[-2:]:
-                antialias = resample != "nearest"
+                antialias = resample != "nearest-exact"
                 images = F.interpolate(images, (height, width), mode=resample, antialias=antialias)
             images = center_crop(images, *cut)
         if crop is not None:
             images = center_crop(images, crop["height"], crop["width"])
         return (images * factor - offset.to(images)) / divisor.to(images)
 
+    picture = Image.merge("RGB", [Image.linear_gradient("L").rotate(angle).resize((56, 40)) for angle in (0, 90, 180)])
+    expected = processor(picture, return_tensors="pt").pixel_values
+    pixels = np.atleast_3d(np.array(picture.convert("L") if expected.shape[1] == 1 else picture))
+    prepared = prepare(torch.from_numpy(pixels).movedim(-1, 0)[None] / 127.5 - 1)
+    spread = expected.max() - expected.min()
+    if prepared.shape != expected.shape or (prepared - expected).abs().max() > 0.04 * spread:
+        raise ValueError(
+            f"{type(processor).__name__} does more to pictures than its size, crop, rescaling and normalisation say, "
+            f"which cannot be done differentiably here; give a processor such as ViTImageProcessor."
+        )
     return prepare
 
 

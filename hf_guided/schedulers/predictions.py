@@ -1,14 +1,97 @@
-"""What a model predicts, for the schedulers of diffusers, which know `alphas_cumprod` alone."""
+"""What a model predicts, for the schedulers of diffusers, which know `alphas_cumprod` and perhaps sigmas."""
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+# Of diffusers, those that walk this process on pixels, from noise to image, with no randomness but the generator's.
+# Others have `alphas_cumprod` too, but go the other way, ask for more than a prediction, or shift the schedule.
+SOLVERS = (
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+# Of these, those that take no prediction_type="sample".
+TAKE_NO_CLEAN_IMAGE = (
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "PNDMScheduler",
+)
+# Options of theirs by which a solver chooses its own timesteps.
+SPACINGS = ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas")
+
+
+def check_solver(scheduler: SchedulerMixin, shifted: bool) -> None:
+    """Refuses a scheduler, one of diffusers or another's, that would make nonsense of a prediction handed over.
+
+    Args:
+        scheduler (`SchedulerMixin`): Other than [`ADMScheduler`].
+        shifted (`bool`): Whether gradients will correct the prediction.
+
+    Raises:
+        `ValueError`: With what to take instead.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    prediction_type = config.get("prediction_type", "epsilon")
+    if not hasattr(scheduler, "alphas_cumprod") or (
+        type(scheduler).__module__.startswith("diffusers.") and name not in SOLVERS
+    ):
+        lacks = "" if hasattr(scheduler, "alphas_cumprod") else ": it has no alphas_cumprod"
+        raise ValueError(
+            f"{name} is no scheduler of this diffusion process{lacks}. Take one such as DDIMScheduler or "
+            f"DPMSolverMultistepScheduler, made from the config of an ADMScheduler."
+        )
+    if config.get("use_flow_sigmas", False) or config.get("timestep_type") == "continuous":
+        raise ValueError(
+            f"{name} with use_flow_sigmas=True or timestep_type='continuous' walks another process than this UNet "
+            f"was trained on; leave both out."
+        )
+    known = ("epsilon", "v_prediction") if name in TAKE_NO_CLEAN_IMAGE else ("epsilon", "v_prediction", "sample")
+    if prediction_type not in known:
+        raise ValueError(
+            f"{name} has prediction_type={prediction_type!r}, of which only {', '.join(map(repr, known))} can be "
+            f"handed over to it; take another scheduler, such as DPMSolverMultistepScheduler."
+        )
+    if str(config.get("variance_type")).startswith("learned"):
+        raise ValueError(
+            f"{name} has variance_type={config.variance_type!r}, and is handed no variance: no scheduler of diffusers "
+            f"reads a learned one rightly at every number of channels and steps. Make it with "
+            f"from_config(…, variance_type='fixed_small'), or take an ADMScheduler, which does."
+        )
+    if scheduler.alphas_cumprod[-1] == 0 and (shifted or prediction_type == "epsilon"):
+        raise ValueError(
+            f"The last timestep of {name} holds no signal at all (rescale_betas_zero_snr=True), where no epsilon says "
+            f"what the image is and no gradient can shift it; leave that out."
+        )
+
 
 def alpha_bar_at(scheduler: SchedulerMixin, timestep: float) -> float:
-    """`alphas_cumprod` at a timestep; between two, by interpolation of the logarithm of the signal-to-noise ratio."""
-    below = min(int(timestep), len(scheduler.alphas_cumprod) - 2)
-    log_snr = torch.logit(scheduler.alphas_cumprod[below : below + 2].cpu().double())
-    return torch.lerp(log_snr[0], log_snr[1], timestep - below).sigmoid().item()
+    """`alpha_bar` of the samples that a model is shown at the timestep that is due, as the scheduler reckons with it.
+
+    Schedulers with sigmas are asked for that of their step, 1 / (1 + sigma^2). Their timesteps are interpolated, and
+    with Karras' sigmas some of them round to integers, off by up to 7 in the logarithm of the signal-to-noise ratio.
+    """
+    if getattr(scheduler, "sigmas", None) is None:
+        return scheduler.alphas_cumprod[int(timestep)].item()
+    if hasattr(scheduler, "sigmas_interpol") and not scheduler.state_in_first_order:  # KDPM2, between two sigmas
+        return scheduler.scale_model_input(torch.ones(()), timestep).item() ** 2
+    index = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
+    return 1 / (1 + scheduler.sigmas[index or 0].item() ** 2)
 
 
 def original_of(prediction: torch.Tensor, sample: torch.Tensor, alpha_bar: float, prediction_type: str) -> torch.Tensor:

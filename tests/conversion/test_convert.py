@@ -133,7 +133,7 @@ def test_the_folder_is_what_save_pretrained_writes(reference, checkpoint, conver
             {**classifier.config, "id2label": loaded.id2label, "label2id": {str(i): i for i in range(5)}},
         ),
         id2label=loaded.id2label,
-        sampling_defaults={"guidance_scale": 2.0},
+        sampling_defaults={"num_inference_steps": 20, "guidance_scale": 2.0},
     ).save_pretrained(tmp_path / "expected")
     ours, expected = contents(tmp_path / "out"), contents(tmp_path / "expected")
     assert ours.keys() - expected.keys() == {"README.md", "openai_flags.json"}
@@ -150,17 +150,17 @@ def test_the_folder_is_what_save_pretrained_writes(reference, checkpoint, conver
 
 
 DEFAULTS = {
-    "64x64_diffusion": {"respacing": "250", "guidance_scale": 1.0},
-    "128x128_diffusion": {"respacing": "250", "guidance_scale": 0.5},
-    "256x256_diffusion": {"respacing": "250", "guidance_scale": 1.0},
-    "256x256_diffusion_uncond": {"respacing": "250", "guidance_scale": 10.0},
-    "512x512_diffusion": {"respacing": "250", "guidance_scale": 4.0},
-    "64_256_upsampler": {"respacing": "250"},
-    "128_512_upsampler": {"respacing": "250"},
-    "lsun_bedroom": {"respacing": "1000"},
-    "lsun_cat": {"respacing": "1000"},
-    "lsun_horse": {"respacing": "1000"},
-    "lsun_horse_nodropout": {"respacing": "1000"},
+    "64x64_diffusion": {"num_inference_steps": 20, "guidance_scale": 1.0},
+    "128x128_diffusion": {"num_inference_steps": 20, "guidance_scale": 0.5},
+    "256x256_diffusion": {"num_inference_steps": 20, "guidance_scale": 1.0},
+    "256x256_diffusion_uncond": {"num_inference_steps": 20, "guidance_scale": 10.0},
+    "512x512_diffusion": {"num_inference_steps": 20, "guidance_scale": 4.0},
+    "64_256_upsampler": {"num_inference_steps": 20},
+    "128_512_upsampler": {"num_inference_steps": 20},
+    "lsun_bedroom": {"num_inference_steps": 20},
+    "lsun_cat": {"num_inference_steps": 20},
+    "lsun_horse": {"num_inference_steps": 20},
+    "lsun_horse_nodropout": {"num_inference_steps": 20},
 }
 
 
@@ -208,7 +208,7 @@ def test_every_published_name_at_full_size(full_size, convert, reference_json, t
 def test_without_a_classifier_no_scale_is_saved(full_size, convert, tmp_path):
     convert("128x128_diffusion", "--checkpoint", full_size("128x128_diffusion"), "--output", tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
-    assert index["sampling_defaults"] == {"respacing": "250"}
+    assert index["sampling_defaults"] == {"num_inference_steps": 20}
     assert index["classifier"] == [None, None]
 
 
@@ -541,8 +541,8 @@ def test_beside_a_unet_the_attention_order_is_the_unets(reference, checkpoint, c
     [
         ("--diffusion_steps 10", "--diffusion_steps 10 is too few .*--noise_schedule cosine"),
         ("--timestep_respacing ddim7000", "respacing='ddim7000'"),
-        ("--classifier_scale nan", "scale of classifier guidance is a finite number"),
-        ("--classifier_scale -1", "scale of classifier guidance is a finite number"),
+        ("--classifier_scale nan", "scale of ClassifierGuidance must be a finite number"),
+        ("--classifier_scale -1", "scale of ClassifierGuidance must be a finite number"),
     ],
 )
 def test_what_no_pipeline_takes_is_refused_before_the_work(checkpoint, reference, capsys, flags, message):

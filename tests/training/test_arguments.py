@@ -43,11 +43,11 @@ def test_a_flag_is_for_all_stages_or_for_one():
 
 def test_every_key_is_a_flag():
     arguments = {"str": "x", "int": "3", "float": "0.5", "bool": "true"}
-    valid = {"lr_scheduler": "linear", "preview_respacing": "7"}
+    valid = {"lr_scheduler": "linear", "respacing": "7"}
     beside = {
         "push_to_hub": ["--hub_model_id", "me/x"],
         "variance_type": ["--loss_type", "simple"],
-        "num_train_timesteps": ["--preview_respacing", "3"],
+        "num_train_timesteps": ["--num_inference_steps", "2"],
     }
     for field in dataclasses.fields(DiffusionArguments):
         kind = next((name for name in arguments if name in str(field.type)), "str")
@@ -99,7 +99,9 @@ def test_mistakes_are_named(tmp_path):
         parse_arguments(STAGES, ["--recipe", str(recipe)])
     for argv, message in [
         (["--push_to_hub"], "--push_to_hub needs --hub_model_id"),
-        (["--preview_respacing", "x"], "not understood"),
+        (["--respacing", "x"], "not understood"),
+        (["--num_inference_steps", "1000"], "does not lie between 1 and 999"),
+        (["--num_train_timesteps", "9"], "--num_inference_steps 10 does not lie between 1 and 8"),
         (["--lr_scheduler", "nonsense"], "nonsense is not one of .*cosine"),
         (["--classifier_train_batch_size", "0"], "--train_batch_size 0 is too small"),
         (["--checkpoints_total_limit", "0"], "must be 1 or more"),
@@ -113,7 +115,7 @@ def test_stages_that_contradict_each_other_are_refused():
     for argv, message in [
         (["--classifier_beta_schedule", "linear"], "both must see the same noise"),
         (["--label_dropout", "0"], "must always be told"),
-        (["--respacing", "ddim7777"], "no integer stride"),
+        (["--report_respacing", "ddim7777"], "no integer stride"),
         (["--no_classifier_noisy"], "must be trained on noised images"),
         (["--judge_noisy"], "must be trained on noised images"),
         (["--sampling_batch_size", "0"], "give 1 or more"),

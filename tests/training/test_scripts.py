@@ -27,7 +27,7 @@ def test_the_whole_walk_on_a_folder_of_pictures(photos, tmp_path):
         *TINY_MODEL,
         *("--train_data_dir", str(photos), "--resolution", "8", "--train_batch_size", "4", "--max_train_steps", "2"),
         *("--num_images", "12", "--respacing", "3", "--guidance_scales", "0", "2", "--conditional_scales", "2"),
-        *("--output_dir", "out", "--diffusion_preview_steps", "2", "--diffusion_preview_respacing", "2"),
+        *("--output_dir", "out", "--diffusion_preview_steps", "2"),
         *("--validation_steps", "1", "--label_dropout", "0.2"),
     ]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
@@ -147,14 +147,16 @@ def test_an_unconditional_model_of_pictures_without_labels(photos, tmp_path):
     for i, path in enumerate(sorted(photos.rglob("*.png"))[:12]):
         (folder / f"{i}.png").write_bytes(path.read_bytes())
     argv = [*TINY_RUN, "--train_data_dir", str(folder), "--resolution", "8", "--output_dir", str(tmp_path / "out")]
-    argv += ["--no_class_conditional", "--max_train_steps", "2", "--preview_steps", "1", "--preview_respacing", "2"]
+    argv += ["--no_class_conditional", "--max_train_steps", "2", "--preview_steps", "1", "--num_inference_steps", "2"]
     data_args, stages = parse_arguments({"diffusion": DiffusionArguments}, argv)
     finished = train_diffusion(data_args, stages["diffusion"])
     Image.open(tmp_path / "out" / "diffusion" / "preview-000002.png").verify()
     pipe = ClassifierGuidedPipeline.from_pretrained(finished)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.num_classes is None
-    assert len(pipe(num_images_per_label=3, respacing="2").images) == 3
+    assert pipe.config.sampling_defaults == {"num_inference_steps": 2}
+    assert pipe.scheduler.config.solver_order == 2
+    assert len(pipe(num_images_per_label=3).images) == 3
 
 
 def test_held_out_loss_is_the_same_every_time_and_falls(photos, tmp_path):

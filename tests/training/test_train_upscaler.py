@@ -47,7 +47,7 @@ def bits(output_dir: Path) -> dict[str, bytes]:
 
 
 def test_the_script_leaves_a_pipeline_a_picture_and_numbers(photos, tmp_path, monkeypatch):
-    flags = [*FLAGS, "--train_data_dir", str(photos), "--preview_steps", "4", "--preview_respacing", "2"]
+    flags = [*FLAGS, "--train_data_dir", str(photos), "--preview_steps", "4"]
     result = run("train_upscaler", *flags, "--output_dir", "out", cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     for said in ("== upscaler ==", "54 images", "8x8 pixels", "GiB a process", "share of detail", "bicubic"):

@@ -1,0 +1,135 @@
+"""What each kind of guidance buys on digits, and what it costs.
+
+    python tests/benchmarks/guidance_kinds.py --output_dir outputs/seeds
+
+Each kind at its best scale against none, with the models of three main jobs (trained first where they are missing) and
+the pipeline's own solver and steps, 500 samples a seed. Scales are tuned for FID with seed 0 and other noise than the
+table's. Two models are trained beside each main job's: a UNet of a quarter of the steps, for autoguidance, and a
+classifier of clean images that is not the judge. The judge never guides. Prints Markdown; writes `kinds.json`, whose
+settings are kept. Seconds are those of an otherwise idle machine or they mean nothing.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from digits_models import Judge, clean_classifier, main_job, spread, weak_unet
+
+from hf_guided.guidance import (
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    DenoisedClassifierGuidance,
+    EntropyScaling,
+    Guidance,
+)
+
+ALONE, TOLD = "the classifier alone steers", "the UNet is told the class"
+Kinds = Callable[[float], Sequence[Guidance]]
+
+
+def off_the_shelf(scale: float, **options: Any) -> DenoisedClassifierGuidance:
+    """Guidance by a clean classifier; it has no ReLU that a softplus could replace."""
+    return DenoisedClassifierGuidance(scale, **options)
+
+
+# kind: (scales to tune over, what a scale makes)
+ROWS: dict[str, dict[str, tuple[Sequence[float], Kinds]]] = {
+    ALONE: {
+        "none": ((0.0,), lambda scale: []),
+        "ClassifierGuidance": ((1, 2, 3, 5, 10), lambda scale: [ClassifierGuidance(scale)]),
+        "with EntropyScaling": (
+            (0.5, 1, 2, 3),
+            lambda scale: [ClassifierGuidance(scale, entropy_scaling=EntropyScaling(20.0))],
+        ),
+        "interval (0, 700)": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, interval=(0, 700))]),
+        "interval (300, 999)": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, interval=(300, 999))]),
+        "interval (500, 999)": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, interval=(500, 999))]),
+        "every 2, skipped": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, every=2)]),
+        "every 2, reused": ((2, 3, 5), lambda scale: [ClassifierGuidance(scale, every=2, reuse=True)]),
+        "DenoisedClassifierGuidance": ((1, 3, 10, 30), lambda scale: [off_the_shelf(scale)]),
+        "DenoisedClassifierGuidance through the UNet": (
+            (1, 3, 10),
+            lambda scale: [off_the_shelf(scale, through_unet=True, marginal_temperature=1.0, sine=0.0)],
+        ),
+        "Classifier and DenoisedClassifierGuidance": (
+            (1, 2, 3),
+            lambda scale: [ClassifierGuidance(scale), off_the_shelf(scale)],
+        ),
+    },
+    TOLD: {
+        "none": ((0.0,), lambda scale: []),
+        "ClassifierGuidance": ((0.25, 0.5, 1, 2, 3), lambda scale: [ClassifierGuidance(scale)]),
+        "with EntropyScaling": (
+            (0.05, 0.1, 0.25, 0.5, 1),
+            lambda scale: [ClassifierGuidance(scale, entropy_scaling=EntropyScaling(20.0))],
+        ),
+        "interval (500, 999)": ((0.5, 1, 2, 3), lambda scale: [ClassifierGuidance(scale, interval=(500, 999))]),
+        "DenoisedClassifierGuidance": ((0.3, 1, 3, 10), lambda scale: [off_the_shelf(scale)]),
+        "ClassifierFreeGuidance": ((1.1, 1.25, 1.5, 2, 3), lambda scale: [ClassifierFreeGuidance(scale)]),
+        "ClassifierFreeGuidance, interval (0, 700)": (
+            (1.25, 1.5, 2, 3),
+            lambda scale: [ClassifierFreeGuidance(scale, interval=(0, 700))],
+        ),
+        "AutoGuidance": ((1.1, 1.25, 1.5, 2, 3), lambda scale: [AutoGuidance(scale)]),
+        "ClassifierGuidance and AutoGuidance": (
+            (0.5, 1, 2),
+            lambda scale: [ClassifierGuidance(scale), AutoGuidance(1.25)],
+        ),
+        "ClassifierGuidance and ClassifierFreeGuidance": (
+            (0.25, 0.5, 1),
+            lambda scale: [ClassifierGuidance(scale), ClassifierFreeGuidance(1.25)],
+        ),
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/seeds"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    path = args.output_dir / "kinds.json"
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def measure(judge: Judge, section: str, name: str, scale: float, sampling_seed: int) -> dict[str, Any]:
+        key = f"{section}|{name}|{scale}|{judge.seed}|{sampling_seed}"
+        if key not in found:
+            kinds = ROWS[section][name][1](scale)
+            found[key] = judge(sampling_seed, guidance=kinds, condition_unet=section == TOLD)
+            print(key, found[key], flush=True)
+            path.with_suffix(".tmp").write_text(json.dumps(found, indent=1))
+            os.replace(path.with_suffix(".tmp"), path)
+        return found[key]
+
+    judges = []
+    for seed in args.seeds:
+        folder = main_job(args.output_dir, seed)
+        judge = Judge(folder, seed)
+        judge.pipeline.register_modules(
+            guide_unet=weak_unet(folder, seed), clean_classifier=clean_classifier(folder, seed)
+        )
+        judges.append(judge)
+
+    for section, rows in ROWS.items():
+        print(f"\n{section[0].upper()}{section[1:]}:\n")
+        print("| guidance | scale | accuracy | FID | precision | recall | UNet calls | classifier calls | seconds |")
+        print("|" + " --- |" * 9)
+        for name, (scales, _) in rows.items():
+            best = min(scales, key=lambda scale: measure(judges[0], section, name, scale, 1000)["fid"])
+            results = [measure(judge, section, name, best, judge.seed) for judge in judges]
+            cells = ["" if name == "none" else f"{best:g}"]
+            for metric, style in {"accuracy": ".3f", "fid": ".2f", "precision": ".3f", "recall": ".3f"}.items():
+                cells.append(spread([row[metric] for row in results], style))
+            unet_calls = results[0]["unet_calls"] + results[0].get("guide_unet_calls", 0)
+            classifier_calls = results[0]["classifier_calls"] + results[0].get("clean_classifier_calls", 0)
+            seconds = sorted(row["seconds"] for row in results)[len(results) // 2]
+            cells += [str(unet_calls), str(classifier_calls), f"{seconds:.1f}"]
+            print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
