@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..guidance.labels import spellings
 from ..guidance.steering import SamplingCost, Steering
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.unet_adm import ADMUNet2DModel
-from ..schedulers.predictions import SPACINGS, alpha_bar_at, check_solver, correct_prediction
+from ..schedulers.predictions import SPACINGS, alpha_bar_at, check_solver, warn_of_overshoot, correct_prediction
 from ..schedulers.repaint import RePaint, jump_positions
 from ..schedulers.schedules import space_timesteps
 from ..schedulers.scheduling_adm import ADMScheduler
@@ -143,11 +143,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if unknown:
             raise ValueError(f"sampling_defaults know no {', '.join(sorted(unknown))}.")
         if (kinds := defaults.get("guidance")) is not None:
-            kinds = [kinds] if isinstance(kinds, Guidance | Mapping) else kinds
-            kinds = [kind.to_dict() if isinstance(kind, Guidance) else dict(kind) for kind in kinds]
-            for kind in kinds:
-                guidance_from_dict(kind)
-            defaults = {**defaults, "guidance": kinds}
+            kinds = kinds if isinstance(kinds, list | tuple) else [kinds]
+            kinds = [kind if isinstance(kind, Guidance) else guidance_from_dict(kind) for kind in kinds]
+            defaults = {**defaults, "guidance": [kind.to_dict() for kind in kinds]}
         self.register_to_config(sampling_defaults=defaults or None)
 
     @torch.no_grad()
@@ -254,7 +252,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         )
         kinds = self.resolve_guidance(guidance, guidance_scale, labels)
         self.check_inputs(labels, kinds, condition_unet, output_type, callback_on_step_end_tensor_inputs)
-        eta = self.default("eta", 0.0) if eta is None else eta
+        eta = self.resolve_eta(eta)
 
         # 2. Timesteps and noise
         self.set_timesteps(num_inference_steps, respacing, timesteps)
@@ -358,7 +356,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """The kinds made ready for these components, labels and timesteps."""
         schedule = visited.tolist()
         for kind in kinds:
-            if not any([kind.acts_at(timestep) for timestep in schedule]):  # all of them, for a bad scale to be seen
+            if sum(kind.acts_at(timestep) for timestep in schedule) == 0:  # asks at all of them: a scale may be bad
                 raise ValueError(
                     f"{kind!r} acts at none of the {len(schedule)} timesteps that are visited, from {schedule[0]:g} to "
                     f"{schedule[-1]:g}; give another interval or more steps."
@@ -462,8 +460,6 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         accepted = inspect.signature(self.scheduler.step).parameters
         if variance_noise is not None and "variance_noise" not in accepted:
             raise ValueError(f"{type(self.scheduler).__name__} takes no variance_noise; leave it out.")
-        if eta and "eta" not in accepted:
-            raise ValueError(f"{type(self.scheduler).__name__} takes no eta; give eta=0.")
         options = {name: value for name, value in options.items() if name in accepted}
         return self.scheduler.step(prediction, timestep, latents, **options).prev_sample, None
 
@@ -523,16 +519,24 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if guidance_scale is not None:
             guidance = ClassifierGuidance(guidance_scale)
         elif guidance is None and (saved := self.default("guidance", None)) is not None:
-            kinds = [guidance_from_dict(kind) for kind in saved]
-            guidance = [kind for kind in kinds if labels is not None or not kind.needs_labels]
+            defaults = [guidance_from_dict(kind) for kind in saved]
+            guidance = [kind for kind in defaults if labels is not None or not kind.needs_labels]
         elif guidance is None:
             possible = labels is not None and self.classifier is not None
             guidance = ClassifierGuidance(self.default("guidance_scale", 1.0) if possible else 0.0)
-        kinds = list(guidance) if isinstance(guidance, list | tuple) else [guidance]
+        kinds: list[Any] = list(guidance) if isinstance(guidance, list | tuple) else [guidance]
         for kind in kinds:
             if not isinstance(kind, Guidance):
                 raise ValueError(f"guidance takes objects of hf_guided.guidance, one or a list; got {kind!r}.")
         return [kind for kind in kinds if not kind.is_neutral]
+
+    def resolve_eta(self, eta: float | None) -> float:
+        """DDIM's share of noise: as given, or the saved default where the scheduler takes one."""
+        takes_eta = "eta" in inspect.signature(self.scheduler.step).parameters
+        if eta and not takes_eta:
+            raise ValueError(f"{type(self.scheduler).__name__} takes no eta; leave it out, or take a DDIM.")
+        saved = self.default("eta", 0.0) if takes_eta else 0.0
+        return saved if eta is None else eta
 
     def check_inputs(
         self,
@@ -609,6 +613,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(**given, device=self._execution_device)
         if hasattr(self.scheduler, "set_begin_index"):  # or it would look timesteps up, some of which may be the same
             self.scheduler.set_begin_index(0)
+        warn_of_overshoot(self.scheduler)
 
     def prepare_generators(
         self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int

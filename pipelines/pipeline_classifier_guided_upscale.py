@@ -136,7 +136,7 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         )
         kinds = self.resolve_guidance(guidance, guidance_scale, labels)
         self.check_inputs(labels, kinds, condition_unet, output_type, callback_on_step_end_tensor_inputs)
-        eta = self.default("eta", 0.0) if eta is None else eta
+        eta = self.resolve_eta(eta)
 
         # 2. Timesteps and noise
         self.set_timesteps(num_inference_steps, respacing, timesteps)

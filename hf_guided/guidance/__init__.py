@@ -1,5 +1,6 @@
 """How a sample is steered: one small class for each kind, all with a scale and an interval."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,11 +23,16 @@ def guidance_from_dict(numbers: Mapping[str, Any]) -> Guidance:
     """A kind of guidance from what [`Guidance.to_dict`] gave.
 
     Raises:
-        `ValueError`: For an unknown kind.
+        `ValueError`: For an unknown kind, or a number that it does not know.
     """
-    if numbers.get("kind") not in KINDS:
-        raise ValueError(f"{numbers.get('kind')!r} is no kind of guidance that can be saved: {', '.join(KINDS)}.")
-    return KINDS[numbers["kind"]](**{name: value for name, value in numbers.items() if name != "kind"})
+    name = numbers.get("kind") if isinstance(numbers, Mapping) else numbers
+    if not isinstance(name, str) or name not in KINDS:
+        raise ValueError(f"{name!r} is no kind of guidance that can be saved: {', '.join(KINDS)}.")
+    arguments = {name: value for name, value in numbers.items() if name != "kind"}
+    known = inspect.signature(KINDS[name]).parameters
+    if unknown := set(arguments) - set(known):
+        raise ValueError(f"{name} knows no {', '.join(sorted(unknown))}; it knows {', '.join(known)}.")
+    return KINDS[name](**arguments)
 
 
 __all__ = [

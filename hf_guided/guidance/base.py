@@ -56,8 +56,8 @@ class Guidance:
             value = float(self.scale(timestep))
             if not 0 <= value < math.inf:
                 raise ValueError(
-                    f"The scale of {type(self).__name__} must be a finite number from 0 up; its function gives {value} at "
-                    f"timestep {timestep:g}."
+                    f"The scale of {type(self).__name__} must be a finite number from 0 up; its function gives {value} "
+                    f"at timestep {timestep:g}."
                 )
             return value
         if not isinstance(self.scale, Mapping):

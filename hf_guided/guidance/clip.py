@@ -74,13 +74,10 @@ class CLIPGuidance(DenoisedGuidance):
         logit_scale = clip.logit_scale.detach().float().exp()
 
         def log_probability(images: torch.Tensor, timestep: float, rows: torch.Tensor) -> torch.Tensor:
-            cutouts = torch.cat(
-                [
-                    F.interpolate(images[:, :, top : top + cut, left : left + cut], (side, side), mode="bicubic")
-                    for top, left, cut in self.cutouts(images.shape[-2], images.shape[-1], seed=int(timestep))
-                ]
-            )
-            pixels = prepare(cutouts.expand(-1, 3, -1, -1)).to(clip.dtype)
+            places = self.cutouts(images.shape[-2], images.shape[-1], seed=int(timestep))
+            cutouts = [images[:, :, top : top + cut, left : left + cut] for top, left, cut in places]
+            resized = [F.interpolate(cutout, (side, side), mode="bicubic", antialias=True) for cutout in cutouts]
+            pixels = prepare(torch.cat(resized).expand(-1, 3, -1, -1)).to(clip.dtype)
             embedding = clip.get_image_features(pixel_values=pixels).pooler_output.float()
             similarity = F.normalize(embedding, dim=-1) @ text.T
             return logit_scale * similarity.view(self.num_cutouts, len(images)).mean(dim=0)

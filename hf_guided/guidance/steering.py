@@ -90,8 +90,8 @@ class Steering:
             with torch.set_grad_enabled(through_unet), frozen(self.pipeline.unet, self.pipeline.guide_unet):
                 noisy = sample[rows].detach().float().requires_grad_(through_unet)
                 output = self.predict(noisy, told, value, rows, comparisons)
-                if any(gradient.kind.denoised for gradient in due):
-                    original = self.predicted_original(output, noisy, value)
+                denoised = any(gradient.kind.denoised for gradient in due)
+                original = self.predicted_original(output, noisy, value) if denoised else noisy
             for place, (kind, objective) in enumerate((gradient.kind, gradient.objective) for gradient in due):
                 term = self.climb(objective, original if kind.denoised else noisy, value, rows)
                 if kind.through_unet:
@@ -99,6 +99,7 @@ class Steering:
                         (term,) = torch.autograd.grad(original, noisy, term, retain_graph=True)
                 found[place].append(term)
             outputs.append(output.detach())
+            del output, original  # and the graph of this part, before the next makes its own
 
         total = None
         for gradient, terms in zip(due, found, strict=True):

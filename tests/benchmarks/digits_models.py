@@ -79,6 +79,11 @@ class Judge:
         verdict = judge_features(*classifier_features(self.network, as_8_bit), self.labels, self.reference)
         return {**verdict, "seconds": seconds, **{f"{name}_calls": n for name, n in result.cost.calls.items()}}
 
+    def pictures(self, **arguments: Any) -> list[Any]:
+        """One sample of each class twice over, from the same noise for all arguments."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return self.pipeline(self.labels[:20], generator=generator, **arguments).images
+
 
 def spread(values: Sequence[float], style: str) -> str:
     """The mean, in brackets the lowest and the highest."""

@@ -6,7 +6,8 @@ Each kind at its best scale against none, with the models of three main jobs (tr
 the pipeline's own solver and steps, 500 samples a seed. Scales are tuned for FID with seed 0 and other noise than the
 table's. Two models are trained beside each main job's: a UNet of a quarter of the steps, for autoguidance, and a
 classifier of clean images that is not the judge. The judge never guides. Prints Markdown; writes `kinds.json`, whose
-settings are kept. Seconds are those of an otherwise idle machine or they mean nothing.
+settings are kept, and `kinds.png`, where each column is one noise and one class. Seconds are those of an otherwise idle
+machine or they mean nothing.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 
 from digits_models import Judge, clean_classifier, main_job, spread, weak_unet
 
+from hf_guided.evaluation import labelled_grid, save_png
 from hf_guided.guidance import (
     AutoGuidance,
     ClassifierFreeGuidance,
@@ -40,46 +42,46 @@ def off_the_shelf(scale: float, **options: Any) -> DenoisedClassifierGuidance:
 ROWS: dict[str, dict[str, tuple[Sequence[float], Kinds]]] = {
     ALONE: {
         "none": ((0.0,), lambda scale: []),
-        "ClassifierGuidance": ((1, 2, 3, 5, 10), lambda scale: [ClassifierGuidance(scale)]),
-        "with EntropyScaling": (
+        "classifier": ((1, 2, 3, 5, 10), lambda scale: [ClassifierGuidance(scale)]),
+        "classifier, entropy scaled": (
             (0.5, 1, 2, 3),
             lambda scale: [ClassifierGuidance(scale, entropy_scaling=EntropyScaling(20.0))],
         ),
-        "interval (0, 700)": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, interval=(0, 700))]),
-        "interval (300, 999)": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, interval=(300, 999))]),
-        "interval (500, 999)": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, interval=(500, 999))]),
-        "every 2, skipped": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, every=2)]),
-        "every 2, reused": ((2, 3, 5), lambda scale: [ClassifierGuidance(scale, every=2, reuse=True)]),
-        "DenoisedClassifierGuidance": ((1, 3, 10, 30), lambda scale: [off_the_shelf(scale)]),
-        "DenoisedClassifierGuidance through the UNet": (
+        "classifier, 0 to 700": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, interval=(0, 700))]),
+        "classifier, 300 to 999": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, interval=(300, 999))]),
+        "classifier, 500 to 999": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, interval=(500, 999))]),
+        "classifier, every 2nd": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, every=2)]),
+        "classifier, 2nd reused": ((2, 3, 5), lambda scale: [ClassifierGuidance(scale, every=2, reuse=True)]),
+        "clean classifier": ((1, 3, 10, 30), lambda scale: [off_the_shelf(scale)]),
+        "clean, through the UNet": (
             (1, 3, 10),
             lambda scale: [off_the_shelf(scale, through_unet=True, marginal_temperature=1.0, sine=0.0)],
         ),
-        "Classifier and DenoisedClassifierGuidance": (
+        "classifier + clean classifier": (
             (1, 2, 3),
             lambda scale: [ClassifierGuidance(scale), off_the_shelf(scale)],
         ),
     },
     TOLD: {
         "none": ((0.0,), lambda scale: []),
-        "ClassifierGuidance": ((0.25, 0.5, 1, 2, 3), lambda scale: [ClassifierGuidance(scale)]),
-        "with EntropyScaling": (
+        "classifier": ((0.25, 0.5, 1, 2, 3), lambda scale: [ClassifierGuidance(scale)]),
+        "classifier, entropy scaled": (
             (0.05, 0.1, 0.25, 0.5, 1),
             lambda scale: [ClassifierGuidance(scale, entropy_scaling=EntropyScaling(20.0))],
         ),
-        "interval (500, 999)": ((0.5, 1, 2, 3), lambda scale: [ClassifierGuidance(scale, interval=(500, 999))]),
-        "DenoisedClassifierGuidance": ((0.3, 1, 3, 10), lambda scale: [off_the_shelf(scale)]),
-        "ClassifierFreeGuidance": ((1.1, 1.25, 1.5, 2, 3), lambda scale: [ClassifierFreeGuidance(scale)]),
-        "ClassifierFreeGuidance, interval (0, 700)": (
+        "classifier, 500 to 999": ((0.5, 1, 2, 3), lambda scale: [ClassifierGuidance(scale, interval=(500, 999))]),
+        "clean classifier": ((0.3, 1, 3, 10), lambda scale: [off_the_shelf(scale)]),
+        "classifier-free": ((1.1, 1.25, 1.5, 2, 3), lambda scale: [ClassifierFreeGuidance(scale)]),
+        "classifier-free, 0 to 700": (
             (1.25, 1.5, 2, 3),
             lambda scale: [ClassifierFreeGuidance(scale, interval=(0, 700))],
         ),
-        "AutoGuidance": ((1.1, 1.25, 1.5, 2, 3), lambda scale: [AutoGuidance(scale)]),
-        "ClassifierGuidance and AutoGuidance": (
+        "autoguidance": ((1.1, 1.25, 1.5, 2, 3), lambda scale: [AutoGuidance(scale)]),
+        "classifier + autoguidance": (
             (0.5, 1, 2),
             lambda scale: [ClassifierGuidance(scale), AutoGuidance(1.25)],
         ),
-        "ClassifierGuidance and ClassifierFreeGuidance": (
+        "classifier + classifier-free": (
             (0.25, 0.5, 1),
             lambda scale: [ClassifierGuidance(scale), ClassifierFreeGuidance(1.25)],
         ),
@@ -114,6 +116,7 @@ def main() -> None:
         )
         judges.append(judge)
 
+    pictures, names = [], []
     for section, rows in ROWS.items():
         print(f"\n{section[0].upper()}{section[1:]}:\n")
         print("| guidance | scale | accuracy | FID | precision | recall | UNet calls | classifier calls | seconds |")
@@ -128,7 +131,10 @@ def main() -> None:
             classifier_calls = results[0]["classifier_calls"] + results[0].get("clean_classifier_calls", 0)
             seconds = sorted(row["seconds"] for row in results)[len(results) // 2]
             cells += [str(unet_calls), str(classifier_calls), f"{seconds:.1f}"]
-            print(f"| {name} | {' | '.join(cells)} |")
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+            pictures += judges[0].pictures(guidance=rows[name][1](best), condition_unet=section == TOLD)
+            names.append(f"told: {name}" if section == TOLD else name)
+    save_png(labelled_grid(pictures, names, cell_size=40), args.output_dir / "kinds.png")
 
 
 if __name__ == "__main__":
