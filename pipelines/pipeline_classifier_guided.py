@@ -21,13 +21,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 # The classes that a saved pipeline may name register themselves with diffusers when they are imported.
 from ..data.images import to_channels, to_pixel_values
-from ..guidance import ClassifierFreeGuidance, ClassifierGuidance, Guidance, guidance_from_dict
+from ..guidance import ClassifierGuidance, Guidance, guidance_from_dict
 from ..guidance.base import GradientGuidance
 from ..guidance.labels import spellings
 from ..guidance.steering import SamplingCost, Steering
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.unet_adm import ADMUNet2DModel
-from ..schedulers.predictions import SPACINGS, alpha_bar_at, check_solver, warn_of_overshoot, correct_prediction
+from ..schedulers.predictions import SPACINGS, alpha_bar_at, check_solver, correct_prediction, warn_of_overshoot
 from ..schedulers.repaint import RePaint, jump_positions
 from ..schedulers.schedules import space_timesteps
 from ..schedulers.scheduling_adm import ADMScheduler
@@ -573,12 +573,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if not isinstance(self.scheduler, ADMScheduler):
             check_solver(self.scheduler, shifted=any(isinstance(kind, GradientGuidance) for kind in kinds))
         for kind in kinds:
-            kind.check(self, labels)
-            if isinstance(kind, ClassifierFreeGuidance) and not condition_unet:
-                raise ValueError(
-                    "ClassifierFreeGuidance compares the class with none, and condition_unet=False tells the UNet "
-                    "none; leave one of them out."
-                )
+            kind.check(self, labels, condition_unet)
 
     def set_timesteps(
         self, num_inference_steps: int | None, respacing: str | None, timesteps: Sequence[int] | None

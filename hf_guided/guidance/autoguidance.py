@@ -27,8 +27,8 @@ class AutoGuidance(PredictionGuidance):
     def __init__(self, scale: Scale = 2.0, interval: tuple[float, float] | None = None):
         super().__init__(scale, interval)
 
-    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> None:
-        super().check(pipeline, labels)
+    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None, condition_unet: bool) -> None:
+        super().check(pipeline, labels, condition_unet)
         if pipeline.guide_unet is None:
             raise ValueError(
                 "AutoGuidance needs a second, weaker UNet and this pipeline has none: load it with guide_unet=, or set "
@@ -42,3 +42,9 @@ class AutoGuidance(PredictionGuidance):
                     f"The guide_unet's {name} is {other} and the UNet's {one}; autoguidance compares models of the "
                     f"same images and classes."
                 )
+        untold = labels is None or not condition_unet
+        if untold and theirs.num_class_embeds is not None and not theirs.get("null_class_label", False):
+            raise ValueError(
+                "The guide_unet must be told a class, for it has no null label, and the UNet is told none; give "
+                "class_labels without condition_unet=False, or another guide_unet."
+            )

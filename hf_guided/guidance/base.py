@@ -81,7 +81,7 @@ class Guidance:
         scales = self.scale.values() if isinstance(self.scale, Mapping) else [self.scale]
         return all(value == self.neutral_scale for value in scales)
 
-    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> None:
+    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None, condition_unet: bool) -> None:
         """Refuses, before the first step, what could not work with these components and labels."""
         if self.needs_labels and labels is None:
             raise ValueError(

@@ -37,11 +37,11 @@ class ClassifierGuidance(GradientGuidance):
         super().__init__(scale, interval, every, reuse)
         self.entropy_scaling = as_entropy_scaling(entropy_scaling)
 
-    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> None:
+    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None, condition_unet: bool) -> None:
         """Refuses to steer without labels, or with a classifier that does not belong to this diffusion."""
         if pipeline.classifier is None:
             raise ValueError("Guidance needs a classifier and this pipeline has none; load one, or set the scale to 0.")
-        super().check(pipeline, labels)
+        super().check(pipeline, labels, condition_unet)
         config, name = pipeline.classifier.config, type(pipeline.classifier).__name__
         if "timestep" not in inspect.signature(pipeline.classifier.forward).parameters:
             raise ValueError(

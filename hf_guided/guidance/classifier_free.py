@@ -25,10 +25,15 @@ class ClassifierFreeGuidance(PredictionGuidance):
     def __init__(self, scale: Scale = 2.0, interval: tuple[float, float] | None = None):
         super().__init__(scale, interval)
 
-    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> None:
-        super().check(pipeline, labels)
+    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None, condition_unet: bool) -> None:
+        super().check(pipeline, labels, condition_unet)
         if not pipeline.unet.config.get("null_class_label", False):
             raise ValueError(
                 "ClassifierFreeGuidance compares with the null label, and this UNet has none: take one with "
                 "null_class_label=True, trained with label dropout, or set the scale to 1."
+            )
+        if not condition_unet:
+            raise ValueError(
+                "ClassifierFreeGuidance compares the class with none, and condition_unet=False tells the UNet none; "
+                "leave one of them out."
             )

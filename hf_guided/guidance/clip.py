@@ -53,8 +53,8 @@ class CLIPGuidance(DenoisedGuidance):
         self.num_cutouts = num_cutouts
         self.min_cutout = min_cutout
 
-    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> None:
-        super().check(pipeline, labels)
+    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None, condition_unet: bool) -> None:
+        super().check(pipeline, labels, condition_unet)
         missing = [name for name in ("clip_model", "clip_processor") if getattr(pipeline, name) is None]
         if missing:
             raise ValueError(
@@ -70,17 +70,14 @@ class CLIPGuidance(DenoisedGuidance):
         prepare = preprocessing(processor.image_processor)
         side = clip.config.vision_config.image_size
         tokens = processor.tokenizer([self.prompt], return_tensors="pt", truncation=True).to(pipeline._execution_device)
-        text = F.normalize(clip.get_text_features(**tokens).pooler_output.float(), dim=-1)
-        logit_scale = clip.logit_scale.detach().float().exp()
 
         def log_probability(images: torch.Tensor, timestep: float, rows: torch.Tensor) -> torch.Tensor:
             places = self.cutouts(images.shape[-2], images.shape[-1], seed=int(timestep))
             cutouts = [images[:, :, top : top + cut, left : left + cut] for top, left, cut in places]
             resized = [F.interpolate(cutout, (side, side), mode="bicubic", antialias=True) for cutout in cutouts]
             pixels = prepare(torch.cat(resized).expand(-1, 3, -1, -1)).to(clip.dtype)
-            embedding = clip.get_image_features(pixel_values=pixels).pooler_output.float()
-            similarity = F.normalize(embedding, dim=-1) @ text.T
-            return logit_scale * similarity.view(self.num_cutouts, len(images)).mean(dim=0)
+            logits = clip(pixel_values=pixels, **tokens).logits_per_image.float()
+            return logits.view(self.num_cutouts, len(images)).mean(dim=0)
 
         return Objective("clip_model", clip, log_probability)
 

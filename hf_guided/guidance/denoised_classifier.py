@@ -67,14 +67,14 @@ class DenoisedClassifierGuidance(DenoisedGuidance):
         self.sine = sine
         self.entropy_scaling = as_entropy_scaling(entropy_scaling)
 
-    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> None:
+    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None, condition_unet: bool) -> None:
         classifier = pipeline.clean_classifier or pipeline.classifier
         if classifier is None:
             raise ValueError(
                 "DenoisedClassifierGuidance needs a classifier and this pipeline has none; load one, or set the scale "
                 "to 0."
             )
-        super().check(pipeline, labels)
+        super().check(pipeline, labels, condition_unet)
         check_channels(pipeline, classifier)
 
     def objective(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> Objective:

@@ -84,10 +84,11 @@ class Steering:
         due = [gradient for gradient in acting if gradient.is_due()]
         through_unet = any(gradient.kind.through_unet for gradient in due)
 
+        unets = (self.pipeline.unet, self.pipeline.guide_unet) if through_unet else ()
         outputs = []
         found: list[list[torch.Tensor]] = [[] for _ in due]
         for rows in self.parts(sample, all_at_once=not through_unet):
-            with torch.set_grad_enabled(through_unet), frozen(self.pipeline.unet, self.pipeline.guide_unet):
+            with torch.set_grad_enabled(through_unet), frozen(*unets):
                 noisy = sample[rows].detach().float().requires_grad_(through_unet)
                 output = self.predict(noisy, told, value, rows, comparisons)
                 denoised = any(gradient.kind.denoised for gradient in due)

@@ -28,6 +28,7 @@ CHOICES = {
     "algorithm_type": ("ddpm", "ddim"),
     "solver_order": (1, 2),
 }
+SAMPLER = ("algorithm_type", "variance_type", "solver_order")
 
 
 @dataclass
@@ -90,9 +91,11 @@ class ADMScheduler(SchedulerMixin, ConfigMixin):
             if (given := self.config[name]) not in choices:
                 raise ValueError(f"{name}={given!r} is not one of {', '.join(map(repr, choices))}.")
         betas = check_betas(trained_betas, beta_schedule, num_train_timesteps)
-        # Schedulers of diffusers leave what is listed here at their own defaults: they mean something else by these.
-        private = ["algorithm_type", "variance_type", "solver_order"] + ["rescale_timesteps"] * (not rescale_timesteps)
-        self.register_to_config(trained_betas=betas.tolist(), _use_default_values=private)
+        # Schedulers of diffusers leave what is listed here at their own defaults, for they mean something else by it, and
+        # only carry ours along for the way back.
+        private = [*SAMPLER, *["rescale_timesteps"] * (not rescale_timesteps)]
+        sampler = {name: self.config[name] for name in SAMPLER}
+        self.register_to_config(trained_betas=betas.tolist(), _adm_sampler=sampler, _use_default_values=private)
 
         alphas_cumprod = np.cumprod(1 - betas)
         self.betas = torch.from_numpy(betas).float()
@@ -268,10 +271,16 @@ class ADMScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         complete = {name: value for name, value in config_dict.items() if name != "_use_default_values"}
-        # A linear schedule of diffusers is known by its ends, which do not scale with its length as ours do.
-        if "beta_start" in complete and complete["beta_schedule"] == "linear" and complete["trained_betas"] is None:
-            ends = complete["beta_start"], complete["beta_end"]
-            complete["trained_betas"] = np.linspace(*ends, complete["num_train_timesteps"]).tolist()
+        if "beta_start" in complete:  # a config of diffusers
+            theirs = {name: complete.pop(name) for name in SAMPLER if name in complete}
+            if "variance_type" in theirs:
+                known = theirs["variance_type"] in CHOICES["variance_type"]
+                complete["variance_type"] = theirs["variance_type"] if known else "fixed_small"
+            complete.update(complete.pop("_adm_sampler", {}))
+            # A linear schedule of diffusers is known by its ends, which do not scale with its length as ours do.
+            if complete["beta_schedule"] == "linear" and complete["trained_betas"] is None:
+                ends = complete["beta_start"], complete["beta_end"]
+                complete["trained_betas"] = np.linspace(*ends, complete["num_train_timesteps"]).tolist()
         return super().extract_init_dict(complete, **kwargs)
 
     @classmethod

@@ -110,11 +110,24 @@ def test_configs_of_diffusers_keep_their_betas(arguments):
             ADMScheduler.from_config(diffusers.DDPMScheduler(beta_schedule=name).config)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
-def test_there_and_back(schedule):
-    ours = ADMScheduler(100, schedule)
-    back = ADMScheduler.from_config(diffusers.DDIMScheduler.from_config(ours.config).config)
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("theirs", [*THEIRS, "DEISMultistepScheduler"])
+@pytest.mark.parametrize("arguments", [{}, OTHER, {"num_train_timesteps": 100, "solver_order": 2}])
+def test_there_and_back(arguments, theirs, saved, tmp_path):
+    ours = ADMScheduler(**arguments)
+    there = getattr(diffusers, theirs).from_config(ours.config)
+    there = reload(there, tmp_path) if saved else there
+    back = ADMScheduler.from_config(there.config)
+    assert settings(back) == settings(ours)
+    assert back.config.solver_order == ours.config.solver_order
     assert torch.equal(back.betas, ours.betas)
+    assert ADMScheduler.from_config(there.config, algorithm_type="ddim").config.algorithm_type == "ddim"
+
+
+def test_what_diffusers_means_by_the_same_words_is_not_taken_over():
+    for theirs in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"):
+        ours = ADMScheduler.from_config(getattr(diffusers, theirs)().config)
+        assert (ours.config.algorithm_type, ours.config.solver_order) == ("ddpm", 1)
 
 
 def test_ours_is_among_the_compatible_ones():
