@@ -30,7 +30,7 @@ from ..models.unet_adm import ADMUNet2DModel
 from ..schedulers.predictions import SPACINGS, alpha_bar_at, check_solver, correct_prediction, warn_of_overshoot
 from ..schedulers.repaint import RePaint, jump_positions
 from ..schedulers.schedules import space_timesteps
-from ..schedulers.scheduling_adm import ADMScheduler
+from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler
 
 Labels = int | str | Sequence[int | str] | torch.Tensor
 Images = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image | np.ndarray | torch.Tensor]
@@ -111,7 +111,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     @property
     def id2label(self) -> dict[int, str]:
         """Class names by id; empty if there are no classes."""
-        names, classifier = self.config.id2label, self.classifier or self.clean_classifier
+        names, classifier = self.config.id2label, self.classifier
+        if classifier is None and self.unet.config.num_class_embeds is None:
+            classifier = self.clean_classifier  # whose classes are then the only ones
         if names is None and classifier is not None:
             names = classifier.config.id2label
         return {int(label): name for label, name in (names or {}).items()}
@@ -142,6 +144,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         unknown = set(defaults) - {"num_inference_steps", "respacing", "timesteps", "guidance_scale", "guidance", "eta"}
         if unknown:
             raise ValueError(f"sampling_defaults know no {', '.join(sorted(unknown))}.")
+        if defaults.get("guidance") is not None and defaults.get("guidance_scale") is not None:
+            raise ValueError("Give guidance_scale or guidance, not both: the former is short for ClassifierGuidance.")
         if (kinds := defaults.get("guidance")) is not None:
             kinds = kinds if isinstance(kinds, list | tuple) else [kinds]
             kinds = [kind if isinstance(kind, Guidance) else guidance_from_dict(kind) for kind in kinds]
@@ -171,7 +175,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         image: Images | None = None,
         strength: float | None = None,
         mask_image: Images | None = None,
-        jump_length: int = 10,
+        jump_length: int | None = None,
         jump_n_sample: int = 10,
         gradient_batch_size: int | None = None,
         nonfinite_gradient: str = "raise",
@@ -214,10 +218,10 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 default is 0.8, with a mask 1.
             mask_image (PIL image, array, tensor or a list of them, *optional*): White where `image` is to be made anew,
                 black where it is kept, to the pixel (RePaint, arXiv 2201.09865); one for all, or one for each.
-            jump_length (`int`, defaults to 10), jump_n_sample (`int`, defaults to 10): RePaint's resampling: after
-                every so many steps as many are undone by noise and walked again, until they were walked so often. 1
-                walks each step once, as does a walk of no more than `jump_length` steps: far fewer UNet calls, a less
-                coherent filling.
+            jump_length (`int`, *optional*), jump_n_sample (`int`, defaults to 10): RePaint's resampling: after every
+                `jump_length` steps, by default a 25th of them as in the paper, as many are undone by noise and walked
+                again, until they were walked `jump_n_sample` times. `jump_n_sample=1` walks each step once: far fewer
+                UNet calls, a less coherent filling.
             gradient_batch_size (`int`, *optional*): Images for which a gradient is computed at once, which bounds the
                 memory that guidance takes; all of them, by default.
             nonfinite_gradient (`str`, defaults to `"raise"`): What to do with an image's gradient that is infinite or
@@ -264,6 +268,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 strength = 0.8 if mask is None else 1.0
             visited, latents = self.start_from(original, latents, strength)
         if original is not None and mask is not None:
+            jump_length = max(1, round(len(visited) / 25)) if jump_length is None else jump_length
             visited = visited[jump_positions(len(visited), jump_length, jump_n_sample)]
             repaint = RePaint(self.scheduler, original, mask)
 
@@ -322,7 +327,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 callback_kwargs = {}
                 for name in callback_on_step_end_tensor_inputs:
                     callback_kwargs[name] = locals()[name]
-                latents = callback_on_step_end(self, i, t, callback_kwargs).pop("latents", latents)
+                replaced = callback_on_step_end(self, i, t, callback_kwargs).pop("latents", latents)
+                previous = previous if replaced is latents else None
+                latents = replaced
         return latents
 
     def finish(
@@ -354,12 +361,14 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         return_cost: bool,
     ) -> Steering:
         """The kinds made ready for these components, labels and timesteps."""
+        if torch.is_inference_mode_enabled() and any(isinstance(kind, GradientGuidance) for kind in kinds):
+            raise ValueError("Gradients cannot be taken under torch.inference_mode(); call the pipeline without it.")
         schedule = visited.tolist()
         for kind in kinds:
             if sum(kind.acts_at(timestep) for timestep in schedule) == 0:  # asks at all of them: a scale may be bad
                 raise ValueError(
                     f"{kind!r} acts at none of the {len(schedule)} timesteps that are visited, from {schedule[0]:g} to "
-                    f"{schedule[-1]:g}; give another interval or more steps."
+                    f"{schedule[-1]:g}; give another interval, more steps, or a higher strength."
                 )
         if gradient_batch_size is not None and gradient_batch_size < 1:
             raise ValueError(f"gradient_batch_size={gradient_batch_size} is too small; give 1 or more.")
@@ -605,6 +614,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                     )
                 given = {"num_inference_steps": len(given["timesteps"])}
             given = given or {"num_inference_steps": 50}
+        elif not given and self.scheduler.config.solver_order == 2:
+            given = {"num_inference_steps": min(FEW_STEPS, len(self.scheduler) - 1)}
         self.scheduler.set_timesteps(**given, device=self._execution_device)
         if hasattr(self.scheduler, "set_begin_index"):  # or it would look timesteps up, some of which may be the same
             self.scheduler.set_begin_index(0)

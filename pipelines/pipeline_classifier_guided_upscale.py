@@ -33,9 +33,9 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         scheduler ([`ADMScheduler`], or one of diffusers): Takes the noise away.
         classifier ([`ADMForImageClassification`], *optional*): Steers the large images.
         classifier_processor, guide_unet, id2label, sampling_defaults: As for [`ClassifierGuidedPipeline`].
+        clean_classifier, clip_model, clip_processor: As for [`ClassifierGuidedPipeline`].
         low_res_size (`int`, *optional*): Height in pixels of the small images that the UNet was trained on; others are
             then refused.
-        clean_classifier, clip_model, clip_processor: As for [`ClassifierGuidedPipeline`].
 
     Raises:
         `ValueError`: If the UNet is no upsampler.
@@ -50,10 +50,10 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         guide_unet: ADMUNet2DModel | ModelMixin | None = None,
         id2label: dict | None = None,
         sampling_defaults: dict | None = None,
-        low_res_size: int | None = None,
         clean_classifier: PreTrainedModel | None = None,
         clip_model: CLIPModel | None = None,
         clip_processor: CLIPProcessor | None = None,
+        low_res_size: int | None = None,
     ):
         super().__init__(
             unet,

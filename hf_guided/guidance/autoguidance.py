@@ -1,13 +1,8 @@
 """Autoguidance, a model guided by a bad version of itself: Karras et al., arXiv 2406.02507, equation 3."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from .base import PredictionGuidance, Scale
-
-if TYPE_CHECKING:
-    from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from .base import Pipeline, PredictionGuidance, Scale
 
 
 class AutoGuidance(PredictionGuidance):
@@ -27,7 +22,7 @@ class AutoGuidance(PredictionGuidance):
     def __init__(self, scale: Scale = 2.0, interval: tuple[float, float] | None = None):
         super().__init__(scale, interval)
 
-    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None, condition_unet: bool) -> None:
+    def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
         super().check(pipeline, labels, condition_unet)
         if pipeline.guide_unet is None:
             raise ValueError(

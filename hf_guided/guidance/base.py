@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
-
+# A [`ClassifierGuidedPipeline`] or one like it: guidance knows nothing of it but the names of its components.
+Pipeline = Any
 Scale = float | Mapping[float, float] | Callable[[float], float]
 
 
@@ -40,12 +39,14 @@ class Guidance:
             scale = dict(sorted((float(timestep), value) for timestep, value in scale.items()))
             if not scale:
                 raise ValueError(f"The scale of {name} is an empty mapping; give at least one timestep and its scale.")
-        for value in scale.values() if isinstance(scale, Mapping) else [scale]:
-            if not callable(value) and not 0 <= value < math.inf:
-                raise ValueError(f"The scale of {name} must be a finite number from 0 up; got {value}.")
-        if interval is not None and (len(interval) != 2 or interval[0] > interval[1]):
+        for value in scale.values() if isinstance(scale, Mapping) else [] if callable(scale) else [scale]:
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"The scale of {name} must be a finite number from 0 up; got {value!r}.")
+        if interval is not None and (
+            not isinstance(interval, list | tuple) or len(interval) != 2 or not interval[0] <= interval[1]
+        ):
             raise ValueError(
-                f"interval={interval} of {name} is empty: give the lowest timestep first, then the highest."
+                f"interval={interval} of {name} is empty or no pair: give the lowest timestep first, then the highest."
             )
         self.scale = scale
         self.interval = None if interval is None else tuple(interval)
@@ -81,7 +82,7 @@ class Guidance:
         scales = self.scale.values() if isinstance(self.scale, Mapping) else [self.scale]
         return all(value == self.neutral_scale for value in scales)
 
-    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None, condition_unet: bool) -> None:
+    def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
         """Refuses, before the first step, what could not work with these components and labels."""
         if self.needs_labels and labels is None:
             raise ValueError(
@@ -98,7 +99,7 @@ class Guidance:
         numbers: dict[str, Any] = {"kind": type(self).__name__}
         for name, parameter in inspect.signature(type(self)).parameters.items():
             value = getattr(self, name)
-            if isinstance(value, Guidance) or hasattr(value, "to_dict"):
+            if hasattr(value, "to_dict"):
                 value = value.to_dict()
             elif isinstance(value, Mapping):
                 value = {f"{key:g}": number for key, number in value.items()}
@@ -166,12 +167,14 @@ class GradientGuidance(Guidance):
 
     def __init__(self, scale: Scale, interval: tuple[float, float] | None = None, every: int = 1, reuse: bool = False):
         super().__init__(scale, interval)
-        if every < 1:
-            raise ValueError(f"every={every} of {type(self).__name__} is too small; 1 computes each gradient.")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(
+                f"every={every} of {type(self).__name__} is no whole number from 1 up; 1 is each gradient."
+            )
         self.every = every
         self.reuse = reuse
 
-    def objective(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> Objective:
+    def objective(self, pipeline: Pipeline, labels: torch.Tensor | None) -> Objective:
         """What is climbed in this call."""
         raise NotImplementedError
 

@@ -1,18 +1,14 @@
 """Classifier guidance: arXiv 2105.05233, section 4, equations 8 to 14."""
 
 import inspect
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
 from ..schedulers.scheduling_adm import check_betas, model_timesteps
-from .base import GradientGuidance, Objective, Scale
+from .base import GradientGuidance, Objective, Pipeline, Scale
 from .entropy_scaling import EntropyScaling, as_entropy_scaling
 from .labels import match_labels
-
-if TYPE_CHECKING:
-    from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 
 
 class ClassifierGuidance(GradientGuidance):
@@ -32,20 +28,21 @@ class ClassifierGuidance(GradientGuidance):
         interval: tuple[float, float] | None = None,
         every: int = 1,
         reuse: bool = False,
-        entropy_scaling: EntropyScaling | dict | None = None,
+        entropy_scaling: EntropyScaling | dict | bool | None = None,
     ):
         super().__init__(scale, interval, every, reuse)
         self.entropy_scaling = as_entropy_scaling(entropy_scaling)
 
-    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None, condition_unet: bool) -> None:
+    def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
         """Refuses to steer without labels, or with a classifier that does not belong to this diffusion."""
         if pipeline.classifier is None:
             raise ValueError("Guidance needs a classifier and this pipeline has none; load one, or set the scale to 0.")
         super().check(pipeline, labels, condition_unet)
-        config, name = pipeline.classifier.config, type(pipeline.classifier).__name__
-        if "timestep" not in inspect.signature(pipeline.classifier.forward).parameters:
+        config = pipeline.classifier.config
+        model = getattr(pipeline.classifier, "_orig_mod", pipeline.classifier)  # of torch.compile
+        if "timestep" not in inspect.signature(model.forward).parameters:
             raise ValueError(
-                f"{name} takes no timestep: it knows clean images only. Guide by it with "
+                f"{type(model).__name__} takes no timestep: it knows clean images only. Guide by it with "
                 f"guidance=DenoisedClassifierGuidance(...), or take a classifier trained on noisy images, such as "
                 f"ADMForImageClassification (see training/train_classifier.py)."
             )
@@ -64,7 +61,7 @@ class ClassifierGuidance(GradientGuidance):
                 f"scheduler's, so it would misread the noise; use the schedule that both were trained on."
             )
 
-    def objective(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> Objective:
+    def objective(self, pipeline: Pipeline, labels: torch.Tensor | None) -> Objective:
         classifier = pipeline.classifier
         assert classifier is not None  # as checked
         assert labels is not None
@@ -79,7 +76,7 @@ class ClassifierGuidance(GradientGuidance):
         return Objective("classifier", classifier, log_probability)
 
 
-def check_channels(pipeline: "ClassifierGuidedPipeline", classifier: PreTrainedModel) -> None:
+def check_channels(pipeline: Pipeline, classifier: PreTrainedModel) -> None:
     """Refuses a classifier of images of another number of channels."""
     channels = getattr(classifier.config, "in_channels", getattr(classifier.config, "num_channels", None))
     if channels not in (None, pipeline.unet.config.in_channels):

@@ -1,13 +1,8 @@
 """Classifier-free guidance: Ho and Salimans, arXiv 2207.12598, equation 6."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from .base import PredictionGuidance, Scale
-
-if TYPE_CHECKING:
-    from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from .base import Pipeline, PredictionGuidance, Scale
 
 
 class ClassifierFreeGuidance(PredictionGuidance):
@@ -25,7 +20,7 @@ class ClassifierFreeGuidance(PredictionGuidance):
     def __init__(self, scale: Scale = 2.0, interval: tuple[float, float] | None = None):
         super().__init__(scale, interval)
 
-    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None, condition_unet: bool) -> None:
+    def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
         super().check(pipeline, labels, condition_unet)
         if not pipeline.unet.config.get("null_class_label", False):
             raise ValueError(

@@ -1,15 +1,10 @@
 """Guidance by a text prompt: CLIP (arXiv 2103.00020), as in GLIDE (arXiv 2112.10741, section 2.4)."""
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 
-from .base import DenoisedGuidance, Objective, Scale
+from .base import DenoisedGuidance, Objective, Pipeline, Scale
 from .preprocessing import preprocessing
-
-if TYPE_CHECKING:
-    from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 
 
 class CLIPGuidance(DenoisedGuidance):
@@ -53,7 +48,7 @@ class CLIPGuidance(DenoisedGuidance):
         self.num_cutouts = num_cutouts
         self.min_cutout = min_cutout
 
-    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None, condition_unet: bool) -> None:
+    def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
         super().check(pipeline, labels, condition_unet)
         missing = [name for name in ("clip_model", "clip_processor") if getattr(pipeline, name) is None]
         if missing:
@@ -65,7 +60,7 @@ class CLIPGuidance(DenoisedGuidance):
         if channels not in (1, 3):
             raise ValueError(f"CLIP sees RGB and grey images, and this UNet makes images of {channels} channels.")
 
-    def objective(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> Objective:
+    def objective(self, pipeline: Pipeline, labels: torch.Tensor | None) -> Objective:
         clip, processor = pipeline.clip_model, pipeline.clip_processor
         prepare = preprocessing(processor.image_processor)
         side = clip.config.vision_config.image_size

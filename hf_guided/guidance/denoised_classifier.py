@@ -4,21 +4,17 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from .base import DenoisedGuidance, Objective, Scale
+from .base import DenoisedGuidance, Objective, Pipeline, Scale
 from .classifier import check_channels
 from .entropy_scaling import EntropyScaling, as_entropy_scaling
 from .labels import match_labels
 from .preprocessing import preprocessing
-
-if TYPE_CHECKING:
-    from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 
 
 class DenoisedClassifierGuidance(DenoisedGuidance):
@@ -36,8 +32,9 @@ class DenoisedClassifierGuidance(DenoisedGuidance):
             tau_1 and tau_2. Both 1 climb log p(y | x); a smaller tau_2 weighs the joint probability of class and image.
         softplus_beta (`float`, *optional*, defaults to 3.0): Sharpness of the softplus that takes the place of each
             `nn.ReLU` of the classifier during the call, for a smoother gradient. `None` keeps the ReLUs.
-        sine (`float`, defaults to 0.3): The sine schedule: the scale is multiplied by 1 + sine * sin(pi t / T). (The
-            paper's code adds the sine to the variance that multiplies the gradient, which other solvers do not have.)
+        sine (`float`, defaults to 0.3): The sine schedule: the scale is multiplied by 1 + sine * sin(pi t / T). The
+            paper's code adds the sine to DDPM's variance instead, which other solvers do not have: its 0.3 is as much
+            as a factor of 14 at low noise. A `scale` that is a mapping can say that too.
         entropy_scaling ([`EntropyScaling`], *optional*): Keeps the gradient up where the classifier is sure.
     """
 
@@ -52,7 +49,7 @@ class DenoisedClassifierGuidance(DenoisedGuidance):
         marginal_temperature: float = 0.5,
         softplus_beta: float | None = 3.0,
         sine: float = 0.3,
-        entropy_scaling: EntropyScaling | dict | None = None,
+        entropy_scaling: EntropyScaling | dict | bool | None = None,
     ):
         super().__init__(scale, interval, every, reuse, through_unet)
         for name, value in {"joint_temperature": joint_temperature, "softplus_beta": softplus_beta}.items():
@@ -67,7 +64,7 @@ class DenoisedClassifierGuidance(DenoisedGuidance):
         self.sine = sine
         self.entropy_scaling = as_entropy_scaling(entropy_scaling)
 
-    def check(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None, condition_unet: bool) -> None:
+    def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
         classifier = pipeline.clean_classifier or pipeline.classifier
         if classifier is None:
             raise ValueError(
@@ -77,7 +74,7 @@ class DenoisedClassifierGuidance(DenoisedGuidance):
         super().check(pipeline, labels, condition_unet)
         check_channels(pipeline, classifier)
 
-    def objective(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> Objective:
+    def objective(self, pipeline: Pipeline, labels: torch.Tensor | None) -> Objective:
         component = "classifier" if pipeline.clean_classifier is None else "clean_classifier"
         classifier: PreTrainedModel = getattr(pipeline, component)
         assert labels is not None  # as checked

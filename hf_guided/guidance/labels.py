@@ -1,17 +1,14 @@
 """Which of a classifier's classes is which of the pipeline's."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel
 
-if TYPE_CHECKING:
-    from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from .base import Pipeline
 
 
-def match_labels(
-    pipeline: "ClassifierGuidedPipeline", classifier: PreTrainedModel, labels: torch.Tensor
-) -> torch.Tensor:
+def match_labels(pipeline: Pipeline, classifier: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
     """The classifier's ids of the pipeline's class ids: by name if both name their classes, by id otherwise.
 
     Args:
@@ -32,16 +29,14 @@ def match_labels(
             )
         return labels
 
-    ids_of: dict[str, set[int]] = {}
-    for label, name in theirs.items():
-        for spelling in spellings(name):
-            ids_of.setdefault(spelling, set()).add(label)
+    def ids_of(name: str, spell: Callable[[str], set[str]]) -> set[int]:
+        return {label for label, other in theirs.items() if spell(name) & spell(other)}
 
     def match(label: int) -> int | None:
         name = ours.get(label, "")
         if theirs.get(label) == name:
             return label
-        candidates = set().union(*(ids_of.get(spelling, set()) for spelling in spellings(name)))
+        candidates = ids_of(name, lambda name: {name.strip().casefold()}) or ids_of(name, spellings)
         return candidates.pop() if len(candidates) == 1 else None
 
     matched = {label: match(label) for label in set(labels.tolist())}

@@ -2,14 +2,10 @@
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
-from .base import DenoisedGuidance, Objective, Scale
-
-if TYPE_CHECKING:
-    from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from .base import DenoisedGuidance, Objective, Pipeline, Scale
 
 
 class LossGuidance(DenoisedGuidance):
@@ -18,7 +14,8 @@ class LossGuidance(DenoisedGuidance):
     Args:
         fn (`Callable`): Takes images `(n, channels, height, width)`, float32 in [-1, 1] (beyond, if the scheduler does
             not clip), and returns the loss of each, `(n,)`, or their sum. For an inverse problem y = A(x) + noise of
-            standard deviation sigma it is `((A(x) - y) ** 2).sum((1, 2, 3)) / (2 * sigma**2)`. If it has a parameter
+            standard deviation sigma it is `((A(x) - y) ** 2).sum((1, 2, 3)) / (2 * sigma**2)`; DPS takes the root of
+            that sum instead, which is milder. Few steps overshoot where the scale is high. If it has a parameter
             `rows`, it is told which of the batch these are, for `gradient_batch_size` hands it a part at a time.
         scale, interval, every, reuse: As for every [`GradientGuidance`].
         through_unet (`bool`, defaults to `True`): Take the gradient through the UNet, see [`DenoisedGuidance`].
@@ -40,8 +37,11 @@ class LossGuidance(DenoisedGuidance):
             raise ValueError(f"LossGuidance takes a function of the predicted clean images; got {fn!r}.")
         self.fn = fn
 
-    def objective(self, pipeline: "ClassifierGuidedPipeline", labels: torch.Tensor | None) -> Objective:
-        takes_rows = "rows" in inspect.signature(self.fn).parameters
+    def objective(self, pipeline: Pipeline, labels: torch.Tensor | None) -> Objective:
+        try:
+            takes_rows = "rows" in inspect.signature(self.fn).parameters
+        except ValueError:  # a builtin that does not tell
+            takes_rows = False
 
         def log_probability(images: torch.Tensor, timestep: float, rows: torch.Tensor) -> torch.Tensor:
             loss = self.fn(images, rows=rows) if takes_rows else self.fn(images)

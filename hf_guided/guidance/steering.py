@@ -4,16 +4,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..schedulers.predictions import alpha_bar_at, original_of
 from ..schedulers.scheduling_adm import model_timesteps
-from .base import GradientGuidance, Guidance, Objective, PredictionGuidance, frozen
-
-if TYPE_CHECKING:
-    from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, frozen
 
 
 @dataclass
@@ -47,7 +43,7 @@ class Steering:
 
     def __init__(
         self,
-        pipeline: "ClassifierGuidedPipeline",
+        pipeline: Pipeline,
         kinds: Sequence[Guidance],
         labels: torch.Tensor | None,
         conditions: dict[str, torch.Tensor],
@@ -81,7 +77,7 @@ class Steering:
         told = model_timesteps(self.pipeline.scheduler, timestep)
         comparisons = [kind for kind in self.comparisons if kind.acts_at(value)]
         acting = [gradient for gradient in self.gradients if gradient.kind.acts_at(value)]
-        due = [gradient for gradient in acting if gradient.is_due()]
+        due = [gradient for gradient in acting if gradient.takes_turn()]
         through_unet = any(gradient.kind.through_unet for gradient in due)
 
         unets = (self.pipeline.unet, self.pipeline.guide_unet) if through_unet else ()
@@ -96,8 +92,10 @@ class Steering:
             for place, (kind, objective) in enumerate((gradient.kind, gradient.objective) for gradient in due):
                 term = self.climb(objective, original if kind.denoised else noisy, value, rows)
                 if kind.through_unet:
+                    broken = ~term.isfinite().flatten(1).all(dim=1)
                     with self.measured("unet", calls=0):
                         (term,) = torch.autograd.grad(original, noisy, term, retain_graph=True)
+                    term[broken] = torch.nan  # which clipping may have hidden
                 found[place].append(term)
             outputs.append(output.detach())
             del output, original  # and the graph of this part, before the next makes its own
@@ -162,8 +160,12 @@ class Steering:
         for part in self.parts(images):
             with torch.enable_grad(), frozen(objective.model), self.measured(objective.component):
                 leaf = images[part].detach().requires_grad_()
-                climbed = objective.log_probability(leaf, timestep, rows[part])
-                gradients.append(torch.autograd.grad(climbed.sum(), leaf)[0])
+                climbed = objective.log_probability(leaf, timestep, rows[part]).sum()
+                if not climbed.requires_grad:
+                    raise ValueError("The loss of LossGuidance has no gradient: compute it from the images with torch.")
+                # Half precision would lose what is small on its way back.
+                headroom = 2.0**10 if getattr(objective.model, "dtype", None) == torch.float16 else 1.0
+                gradients.append(torch.autograd.grad(climbed * headroom, leaf)[0] / headroom)
         return torch.cat(gradients)
 
     def finite(self, gradient: torch.Tensor, name: str, timestep: float, step: int) -> torch.Tensor:
@@ -213,7 +215,7 @@ class _Gradient:
     steps: int = 0
     last: torch.Tensor | None = None
 
-    def is_due(self) -> bool:
-        """Whether the gradient is computed at this step, being asked once at each step where it acts."""
+    def takes_turn(self) -> bool:
+        """Counts the steps where it acts, and says whether the gradient is computed at this one."""
         self.steps += 1
         return (self.steps - 1) % self.kind.every == 0

@@ -50,12 +50,13 @@ classify = pipeline("image-classification", model={source}{dtype})
 print(classify("picture.png"))"""
 
 _GUIDED_ADVICE = """
-Steps and guidance scale are the saved defaults; `num_inference_steps=` and `guidance_scale=` change them. A higher
-scale gives images that are more typical of their class and less varied.
+Steps and guidance scale are the saved defaults; `num_inference_steps=` and `guidance_scale=` change them, and
+`respacing="250"` samples as published. A higher scale gives images that are more typical of their class and less
+varied.
 """
 
 _UNGUIDED_ADVICE = """
-Steps are the saved default; `num_inference_steps=` changes them.
+Steps are the saved default; `num_inference_steps=` changes them, and `respacing="250"` samples as published.
 """
 
 _DTYPE_ADVICE = """

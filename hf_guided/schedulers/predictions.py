@@ -1,5 +1,7 @@
 """What a model predicts, for the schedulers of diffusers, which know `alphas_cumprod` and perhaps sigmas."""
 
+import inspect
+
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
@@ -74,7 +76,8 @@ def check_solver(scheduler: SchedulerMixin, shifted: bool) -> None:
             f"{name} has prediction_type={prediction_type!r}, of which only {', '.join(map(repr, known))} can be "
             f"handed over to it; take another scheduler, such as DPMSolverMultistepScheduler."
         )
-    if str(config.get("variance_type")).startswith("learned"):
+    reads_it = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
+    if reads_it and str(config.get("variance_type")).startswith("learned"):
         raise ValueError(
             f"{name} has variance_type={config.variance_type!r}, and is handed no variance: no scheduler of diffusers "
             f"reads a learned one rightly at every number of channels and steps. Make it with "

@@ -18,8 +18,8 @@ from ..registration import register_with_diffusers
 from .gaussian_process import GaussianProcess, compute_dtype, upcast
 from .schedules import check_timesteps, make_betas, space_timesteps
 
-# Steps of second order that hold the quality of 250 published ones: 10 do on digits, says
-# tests/benchmarks/guidance_solvers.py, and 15 to 20 on ImageNet, says arXiv 2211.01095.
+# Steps of second order by default. 10 hold the quality of 250 published ones on digits, says
+# tests/benchmarks/guidance_solvers.py; arXiv 2211.01095 takes 15 to 20 on ImageNet, which was not measured here.
 FEW_STEPS = 20
 
 CHOICES = {
@@ -91,8 +91,8 @@ class ADMScheduler(SchedulerMixin, ConfigMixin):
             if (given := self.config[name]) not in choices:
                 raise ValueError(f"{name}={given!r} is not one of {', '.join(map(repr, choices))}.")
         betas = check_betas(trained_betas, beta_schedule, num_train_timesteps)
-        # Schedulers of diffusers leave what is listed here at their own defaults, for they mean something else by it, and
-        # only carry ours along for the way back.
+        # Schedulers of diffusers leave what is listed here at their own defaults, for they mean something else by it,
+        # and only carry ours along for the way back.
         private = [*SAMPLER, *["rescale_timesteps"] * (not rescale_timesteps)]
         sampler = {name: self.config[name] for name in SAMPLER}
         self.register_to_config(trained_betas=betas.tolist(), _adm_sampler=sampler, _use_default_values=private)
@@ -140,7 +140,7 @@ class ADMScheduler(SchedulerMixin, ConfigMixin):
             if not 1 <= num_inference_steps < total:
                 raise ValueError(
                     f"num_inference_steps={num_inference_steps} does not lie between 1 and {total - 1}, as many as "
-                    f"solver_order=2 can make of {total} timesteps."
+                    f"solver_order=2 can make of {total} timesteps; respacing='{total}' visits them all."
                 )
             descending = np.linspace(0, total - 1, num_inference_steps + 1).round()[:0:-1].astype(int).tolist()
         else:

@@ -3,8 +3,8 @@
     python tests/benchmarks/guidance_kinds.py --output_dir outputs/seeds
 
 Each kind at its best scale against none, with the models of three main jobs (trained first where they are missing) and
-the pipeline's own solver and steps, 500 samples a seed. Scales are tuned for FID with seed 0 and other noise than the
-table's. Two models are trained beside each main job's: a UNet of a quarter of the steps, for autoguidance, and a
+the pipeline's own solver and steps, 500 samples a seed. Scales are tuned for FID with other noise than the table's. Two
+models are trained beside each main job's: a UNet of a quarter of the steps, for autoguidance, and a
 classifier of clean images that is not the judge. The judge never guides. Prints Markdown; writes `kinds.json`, whose
 settings are kept, and `kinds.png`, where each column is one noise and one class. Seconds are those of an otherwise idle
 machine or they mean nothing.
@@ -49,7 +49,8 @@ ROWS: dict[str, dict[str, tuple[Sequence[float], Kinds]]] = {
         ),
         "classifier, 0 to 700": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, interval=(0, 700))]),
         "classifier, 300 to 999": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, interval=(300, 999))]),
-        "classifier, 500 to 999": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, interval=(500, 999))]),
+        "classifier, 550 to 999": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, interval=(550, 999))]),
+        "classifier, 150 to 650": ((3, 5, 10, 20), lambda scale: [ClassifierGuidance(scale, interval=(150, 650))]),
         "classifier, every 2nd": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, every=2)]),
         "classifier, 2nd reused": ((2, 3, 5), lambda scale: [ClassifierGuidance(scale, every=2, reuse=True)]),
         "clean classifier": ((1, 3, 10, 30), lambda scale: [off_the_shelf(scale)]),
@@ -64,12 +65,21 @@ ROWS: dict[str, dict[str, tuple[Sequence[float], Kinds]]] = {
     },
     TOLD: {
         "none": ((0.0,), lambda scale: []),
-        "classifier": ((0.25, 0.5, 1, 2, 3), lambda scale: [ClassifierGuidance(scale)]),
+        "classifier": ((0.1, 0.25, 0.5, 1, 2, 3), lambda scale: [ClassifierGuidance(scale)]),
         "classifier, entropy scaled": (
             (0.05, 0.1, 0.25, 0.5, 1),
             lambda scale: [ClassifierGuidance(scale, entropy_scaling=EntropyScaling(20.0))],
         ),
-        "classifier, 500 to 999": ((0.5, 1, 2, 3), lambda scale: [ClassifierGuidance(scale, interval=(500, 999))]),
+        "classifier, 550 to 999": ((0.5, 1, 2, 3), lambda scale: [ClassifierGuidance(scale, interval=(550, 999))]),
+        "classifier, 150 to 650": ((0.25, 0.5, 1, 2), lambda scale: [ClassifierGuidance(scale, interval=(150, 650))]),
+        "classifier, 2nd reused": (
+            (0.1, 0.25, 0.5, 1),
+            lambda scale: [ClassifierGuidance(scale, every=2, reuse=True)],
+        ),
+        "classifier, 3rd reused": (
+            (0.1, 0.25, 0.5, 1),
+            lambda scale: [ClassifierGuidance(scale, every=3, reuse=True)],
+        ),
         "clean classifier": ((0.3, 1, 3, 10), lambda scale: [off_the_shelf(scale)]),
         "classifier-free": ((1.1, 1.25, 1.5, 2, 3), lambda scale: [ClassifierFreeGuidance(scale)]),
         "classifier-free, 0 to 700": (
@@ -122,7 +132,10 @@ def main() -> None:
         print("| guidance | scale | accuracy | FID | precision | recall | UNet calls | classifier calls | seconds |")
         print("|" + " --- |" * 9)
         for name, (scales, _) in rows.items():
-            best = min(scales, key=lambda scale: measure(judges[0], section, name, scale, 1000)["fid"])
+            fids = {
+                scale: sum(measure(judge, section, name, scale, 1000)["fid"] for judge in judges) for scale in scales
+            }
+            best = min(fids, key=lambda scale: fids[scale])
             results = [measure(judge, section, name, best, judge.seed) for judge in judges]
             cells = ["" if name == "none" else f"{best:g}"]
             for metric, style in {"accuracy": ".3f", "fid": ".2f", "precision": ".3f", "recall": ".3f"}.items():

@@ -50,6 +50,12 @@ def test_only_the_labels_that_are_asked_for_need_a_match(match):
         match(theirs, many)
 
 
+def test_a_full_name_goes_before_a_synonym(match):
+    """As two classes of ImageNet are called."""
+    suits = {0: "maillot", 1: "maillot, tank suit"}
+    assert match({0: suits[1], 1: suits[0]}, suits) == [1, 0]
+
+
 def test_duplicates(match):
     twice = {0: "tench", 1: "crane", 2: "daisy", 3: "crane", 4: "pug"}
     assert match(twice, twice) == [0, 1, 2, 3, 4]
@@ -83,3 +89,12 @@ def test_the_order_of_a_classifiers_classes_changes_nothing(kind, component, mak
     shuffled = sample(make_pipe(id2label=NAMES, **{component: other}), [2, 0, 4], guidance=kind(20.0))
     assert (shuffled - expected).abs().max() < 1e-4
     assert (sample(make_pipe(guide_unet=None), [2, 0, 4], guidance=[]) - expected).abs().max() > 0.1
+
+
+def test_a_clean_classifier_names_the_classes_of_an_unconditional_unet_only(make_pipe, make_resnet, make_unet):
+    clean = make_resnet(id2label=NAMES)
+    nameless = {"classifier": None, "clean_classifier": clean, "id2label": None}
+    assert make_pipe(**nameless).id2label == {}
+    alone = make_pipe(**nameless, unet=make_unet(num_class_embeds=None, null_class_label=False))
+    assert alone.id2label == NAMES
+    assert alone.num_classes == 5

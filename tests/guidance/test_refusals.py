@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from guidance_helpers import GRADIENTS, KINDS, NAMES, batches_seen, darkness, make
+from guidance_helpers import GRADIENTS, KINDS, NAMES, batches_seen, darkness, make, sample
 from transformers import ConvNextImageProcessorPil, LevitImageProcessorPil, ViTImageProcessorPil
 
 from hf_guided.guidance import (
@@ -117,7 +117,7 @@ def test_classes_that_do_not_match(kind, refused, make_classifier, make_resnet):
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("interval", [(1000, 2000), (800, 900), (-5, -1)])
 def test_an_interval_in_which_no_timestep_lies(interval, name, refused):
-    message = "acts at none of the 5 timesteps that are visited, from 999 to 0; give another interval or more steps"
+    message = "acts at none of the 5 timesteps that are visited, from 999 to 0; give another interval, more steps"
     refused(message, guide([make(name, interval=interval)]))
 
 
@@ -155,7 +155,7 @@ def test_an_interval_that_is_none(interval, name):
 @pytest.mark.parametrize("name", GRADIENTS)
 @pytest.mark.parametrize("every", [0, -1])
 def test_every_no_step(every, name):
-    with pytest.raises(ValueError, match=f"every={every} of .* is too small; 1 computes each gradient"):
+    with pytest.raises(ValueError, match=f"every={every} of .* is no whole number from 1 up; 1 is each gradient"):
         make(name, every=every)
 
 
@@ -226,3 +226,33 @@ def test_a_scheduler_of_another_process(name, refused):
 )
 def test_arguments_of_the_gradient(arguments, message, refused):
     refused(message, arguments)
+
+
+def test_gradients_need_to_be_taken(pipe):
+    with torch.inference_mode(), pytest.raises(ValueError, match="cannot be taken under torch.inference_mode"):
+        sample(pipe, [1], guidance_scale=1.0)
+    with pytest.raises(ValueError, match="has no gradient: compute it from the images"):
+        sample(pipe, [1], guidance=LossGuidance(lambda images: torch.zeros(len(images))))
+
+
+def test_a_guide_unet_that_must_be_told_and_is_not(make_pipe, make_unet):
+    pipe = make_pipe(guide_unet=make_unet(null_class_label=False))
+    assert sample(pipe, [1], guidance=make("auto")).isfinite().all()
+    for labels, arguments in ((None, {}), ([1], {"condition_unet": False})):
+        with pytest.raises(ValueError, match="must be told a class, for it has no null label"):
+            sample(pipe, labels, guidance=make("auto"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("make_kind", "message"),
+    [
+        (lambda: ClassifierGuidance("3"), "finite number from 0 up; got '3'"),
+        (lambda: ClassifierGuidance(1.0, interval=500), "no pair"),
+        (lambda: ClassifierGuidance({0: lambda t: 1.0}), "finite number from 0 up"),
+        (lambda: ClassifierGuidance(1.0, every=2.5), "every=2.5 .* no whole number"),
+        (lambda: ClassifierGuidance(1.0, entropy_scaling="yes"), "takes an EntropyScaling; got 'yes'"),
+    ],
+)
+def test_arguments_of_another_type(make_kind, message):
+    with pytest.raises(ValueError, match=message):
+        make_kind()

@@ -261,3 +261,37 @@ def test_seconds_are_those_of_the_component(pipe):
     assert unguided.calls == {"unet": 5, "classifier": 0}
     assert unguided.seconds["classifier"] == 0
     assert unguided.seconds["unet"] > 0
+
+
+def test_half_precision_keeps_the_small_gradients_of_a_certain_classifier(pipe, make_pipe, noisy):
+    certain = copy.deepcopy(pipe.classifier)
+    with torch.no_grad():
+        logits = certain(noisy[:2], 100).logits
+    labels = logits.argmax(dim=1).tolist()
+    scale = 20.0 / (logits.amax(dim=1) - logits.median(dim=1).values).mean().item()
+
+    def sharpened(module, args, output):
+        output.logits = output.logits * scale
+        return output
+
+    certain.register_forward_hook(sharpened)
+    half = copy.deepcopy(certain).to(torch.float16)
+    arguments = {"guidance": ClassifierGuidance(1.0), "timesteps": [100], "latents": noisy[:2]}
+    (full,) = steps_of(make_pipe(classifier=certain), labels, **arguments)
+    (halved,) = steps_of(make_pipe(classifier=half), labels, **arguments)
+    expected, gradient = full["gradient"].flatten(1), halved["gradient"].flatten(1)
+    assert F.cosine_similarity(gradient, expected).min() > 0.999
+
+
+def test_a_gradient_that_clipping_would_hide_is_found_at_its_step(pipe):
+    """At the first timestep of a cosine schedule every predicted pixel is clipped."""
+    nothing = LossGuidance(lambda images: (images * torch.nan).sum((1, 2, 3)))
+    with pytest.raises(RuntimeError, match=r"LossGuidance is not finite at step 0 \(timestep 999\)"):
+        sample(pipe, LABELS, guidance=nothing, timesteps=[999, 500])
+
+
+def test_a_compiled_classifier_guides(pipe, make_pipe):
+    compiled = make_pipe(classifier=torch.compile(pipe.classifier, backend="eager"))
+    arguments = {"guidance_scale": 20.0, "timesteps": [500]}
+    expected = sample(pipe, LABELS, **arguments)
+    torch.testing.assert_close(sample(compiled, LABELS, **arguments), expected, atol=1e-5, rtol=0)

@@ -126,7 +126,7 @@ def test_each_default_comes_back_with_the_same_images(loaded):
 
 def test_a_call_overrides_what_is_saved(loaded):
     weak = ClassifierGuidance(1.0)
-    loaded.set_sampling_defaults(respacing="5", guidance=ClassifierFreeGuidance(5.0), guidance_scale=20.0)
+    loaded.set_sampling_defaults(respacing="5", guidance=ClassifierFreeGuidance(5.0))
     saved = sample(loaded, LABELS)
     assert torch.equal(saved, sample(loaded, LABELS, guidance=ClassifierFreeGuidance(5.0)))
     assert torch.equal(sample(loaded, LABELS, guidance_scale=1.0), sample(loaded, LABELS, guidance=weak))
@@ -134,6 +134,11 @@ def test_a_call_overrides_what_is_saved(loaded):
     assert torch.equal(sample(loaded, LABELS, guidance_scale=0), sample(loaded, LABELS, guidance=[]))
     loaded.set_sampling_defaults(respacing="5", guidance=[])  # which is none, and no other default
     assert torch.equal(sample(loaded, LABELS), sample(loaded, LABELS, guidance_scale=0))
+
+
+def test_two_defaults_of_one_thing_are_refused(make_pipe):
+    with pytest.raises(ValueError, match="guidance_scale or guidance, not both"):
+        make_pipe().set_sampling_defaults(guidance_scale=2.0, guidance=ClassifierGuidance(1.0))
 
 
 def test_defaults_of_an_existing_pipeline_are_replaced(make_pipe, tmp_path):

@@ -368,3 +368,19 @@ def test_ddim_of_diffusers_takes_the_noise_itself(make_pipe):
     pipe = make_pipe(scheduler=theirs, sampling_defaults=None)
     images = sample(pipe, [1], num_inference_steps=5, **arguments)
     torch.testing.assert_close(images, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_solvers_loaded_from_the_folder_of_a_pipeline(name, make_pipe, tmp_path):
+    pipe = make_pipe(scheduler=ADMScheduler())
+    pipe.save_pretrained(tmp_path)
+    pipe.scheduler = getattr(diffusers, name).from_pretrained(tmp_path, subfolder="scheduler")
+    assert sample(pipe, [1], num_inference_steps=3).isfinite().all()
+
+
+def test_the_second_order_takes_few_steps_if_nobody_says_how_many(make_pipe):
+    pipe = make_pipe(scheduler=make_scheduler("ADM ddpm, order 2", "squaredcos_cap_v2"), sampling_defaults=None)
+    pipe.set_timesteps(None, None, None)
+    assert len(pipe.scheduler.timesteps) == 20
+    pipe.set_timesteps(None, "30", None)
+    assert len(pipe.scheduler.timesteps) == 30
