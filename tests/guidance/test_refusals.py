@@ -229,7 +229,7 @@ def test_arguments_of_the_gradient(arguments, message, refused):
 
 
 def test_gradients_need_to_be_taken(pipe):
-    with torch.inference_mode(), pytest.raises(ValueError, match="cannot be taken under torch.inference_mode"):
+    with torch.inference_mode(), pytest.raises(ValueError, match="cannot be taken under"):
         sample(pipe, [1], guidance_scale=1.0)
     with pytest.raises(ValueError, match="has no gradient: compute it from the images"):
         sample(pipe, [1], guidance=LossGuidance(lambda images: torch.zeros(len(images))))
