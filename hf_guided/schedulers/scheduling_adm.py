@@ -271,12 +271,13 @@ class ADMScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         complete = {name: value for name, value in config_dict.items() if name != "_use_default_values"}
+        carried = complete.pop("_adm_sampler", {})
         if "beta_start" in complete:  # a config of diffusers
             theirs = {name: complete.pop(name) for name in SAMPLER if name in complete}
             if "variance_type" in theirs:
                 known = theirs["variance_type"] in CHOICES["variance_type"]
                 complete["variance_type"] = theirs["variance_type"] if known else "fixed_small"
-            complete.update(complete.pop("_adm_sampler", {}))
+            complete.update(carried)
             # A linear schedule of diffusers is known by its ends, which do not scale with its length as ours do.
             if complete["beta_schedule"] == "linear" and complete["trained_betas"] is None:
                 ends = complete["beta_start"], complete["beta_end"]

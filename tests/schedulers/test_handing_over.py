@@ -124,6 +124,14 @@ def test_there_and_back(arguments, theirs, saved, tmp_path):
     assert ADMScheduler.from_config(there.config, algorithm_type="ddim").config.algorithm_type == "ddim"
 
 
+def test_there_and_back_of_a_changed_config(tmp_path):
+    """As trained pipelines are saved."""
+    ours = reload(ADMScheduler.from_config(ADMScheduler().config, solver_order=2, algorithm_type="ddim"), tmp_path)
+    back = ADMScheduler.from_config(diffusers.UniPCMultistepScheduler.from_config(ours.config).config)
+    assert settings(back) == settings(ours)
+    assert back.config.solver_order == 2
+
+
 def test_what_diffusers_means_by_the_same_words_is_not_taken_over():
     for theirs in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"):
         ours = ADMScheduler.from_config(getattr(diffusers, theirs)().config)
