@@ -274,8 +274,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
         # 3. noise -> (UNet -> guidance -> scheduler step) x N -> image
         conditions = self.unet_conditions(labels if condition_unet else None)
+        asked = guidance is not None or guidance_scale is not None
         steer = self.prepare_steering(
-            kinds, labels, conditions, visited, gradient_batch_size, nonfinite_gradient, return_cost
+            kinds, asked, labels, conditions, visited, gradient_batch_size, nonfinite_gradient, return_cost
         )
         latents = self.denoise(
             latents,
@@ -353,6 +354,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     def prepare_steering(
         self,
         kinds: list[Guidance],
+        asked: bool,
         labels: torch.Tensor | None,
         conditions: dict[str, torch.Tensor],
         visited: torch.Tensor,
@@ -360,12 +362,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         nonfinite_gradient: str,
         return_cost: bool,
     ) -> Steering:
-        """The kinds made ready for these components, labels and timesteps."""
+        """The kinds made ready for these components, labels and timesteps; `asked` for, or a saved default."""
         if torch.is_inference_mode_enabled() and any(isinstance(kind, GradientGuidance) for kind in kinds):
             raise ValueError("Gradients cannot be taken under torch.inference_mode(); call the pipeline without it.")
         schedule = visited.tolist()
+        acting = [kind for kind in kinds if sum(kind.acts_at(t) for t in schedule)]  # asks at all: a scale may be bad
         for kind in kinds:
-            if sum(kind.acts_at(timestep) for timestep in schedule) == 0:  # asks at all of them: a scale may be bad
+            if asked and kind not in acting:
                 raise ValueError(
                     f"{kind!r} acts at none of the {len(schedule)} timesteps that are visited, from {schedule[0]:g} to "
                     f"{schedule[-1]:g}; give another interval, more steps, or a higher strength."
@@ -374,7 +377,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             raise ValueError(f"gradient_batch_size={gradient_batch_size} is too small; give 1 or more.")
         if nonfinite_gradient not in ("raise", "skip"):
             raise ValueError(f"nonfinite_gradient={nonfinite_gradient!r} is not one of 'raise', 'skip'.")
-        return Steering(self, kinds, labels, conditions, gradient_batch_size, nonfinite_gradient, timed=return_cost)
+        return Steering(self, acting, labels, conditions, gradient_batch_size, nonfinite_gradient, timed=return_cost)
 
     def unet_conditions(self, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """What the UNet is told beside sample and timestep: the labels, if it is class-conditional."""

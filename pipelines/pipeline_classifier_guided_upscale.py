@@ -146,8 +146,9 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         # 3. noise -> (UNet beside the small image -> guidance -> scheduler step) x N -> large image
         conditions = {**self.unet_conditions(labels if condition_unet else None), "low_res": low_res}
         visited = self.scheduler.timesteps
+        asked = guidance is not None or guidance_scale is not None
         steer = self.prepare_steering(
-            kinds, labels, conditions, visited, gradient_batch_size, nonfinite_gradient, return_cost
+            kinds, asked, labels, conditions, visited, gradient_batch_size, nonfinite_gradient, return_cost
         )
         latents = self.denoise(
             latents,

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ class Objective:
     log_probability: Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
 
 
-class GradientGuidance(Guidance):
+class GradientGuidance(Guidance, ABC):
     r"""Climbs a log-probability: adds scale * d log p / d x_t to the score. Several in a list add up.
 
     [`ADMScheduler`] moves DDPM's mean by variance * gradient (arXiv 2105.05233, Algorithm 1) and DDIM's epsilon by
@@ -174,9 +175,9 @@ class GradientGuidance(Guidance):
         self.every = every
         self.reuse = reuse
 
+    @abstractmethod
     def objective(self, pipeline: Pipeline, labels: torch.Tensor | None) -> Objective:
         """What is climbed in this call."""
-        raise NotImplementedError
 
 
 class DenoisedGuidance(GradientGuidance):

@@ -136,6 +136,14 @@ def test_a_call_overrides_what_is_saved(loaded):
     assert torch.equal(sample(loaded, LABELS), sample(loaded, LABELS, guidance_scale=0))
 
 
+def test_a_saved_interval_that_a_short_walk_never_enters_is_left_out(make_pipe):
+    pipe = make_pipe(sampling_defaults={"respacing": "10", "guidance": ClassifierGuidance(1.0, interval=(500, 999))})
+    edit = {"image": torch.zeros(3, 8, 8), "strength": 0.3}
+    assert torch.equal(sample(pipe, [1], **edit), sample(pipe, [1], guidance_scale=0, **edit))
+    with pytest.raises(ValueError, match="or a higher strength"):
+        sample(pipe, [1], guidance=ClassifierGuidance(1.0, interval=(500, 999)), **edit)
+
+
 def test_two_defaults_of_one_thing_are_refused(make_pipe):
     with pytest.raises(ValueError, match="guidance_scale or guidance, not both"):
         make_pipe().set_sampling_defaults(guidance_scale=2.0, guidance=ClassifierGuidance(1.0))
