@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from hub_server import HubError, HubServer, User
 
+from hf_guided import ADMScheduler, ClassifierGuidedPipeline
+from hf_guided.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance
 from hf_guided.hub import push_folder, write_model_card
 
 WRITE, READ, REVOKED = ("hf_" + kind + "Aa0" * 10 for kind in ("write", "read", "revoked"))
@@ -160,3 +162,31 @@ def test_only_saved_models_are_pushed(tmp_path):
         push_folder(tmp_path, "ada/digits", token=WRITE)
     with pytest.raises(ValueError, match="missing has neither"):
         push_folder(tmp_path / "missing", "ada/digits", token=WRITE)
+
+
+LOAD = """
+import json, sys, torch
+from hf_guided import ClassifierGuidedPipeline
+pipe = ClassifierGuidedPipeline.from_pretrained(**json.loads(sys.argv[1]))
+images = pipe([1], generator=torch.Generator().manual_seed(0), output_type="pt", return_cost=True)
+print(json.dumps([pipe.config.sampling_defaults, images.cost.calls]))
+"""
+
+
+def test_guidance_saved_with_a_pipeline_comes_from_the_hub(hub, tmp_path, tiny_unet, tiny_classifier):
+    guidance = [ClassifierFreeGuidance({0: 2.0, 999: 1.0}), AutoGuidance(1.5), ClassifierGuidance(2.0, every=2)]
+    pipe = ClassifierGuidedPipeline(
+        tiny_unet(null_class_label=True, out_channels=6),
+        ADMScheduler(solver_order=2),
+        tiny_classifier(num_labels=5),
+        guide_unet=tiny_unet(null_class_label=True, out_channels=6, model_channels=32, channel_mult=(1,)),
+        sampling_defaults={"num_inference_steps": 3, "guidance": guidance},
+    )
+    pipe.save_pretrained(tmp_path / "pipeline")
+    pushed = client(PUSH, hub, tmp_path / "home", WRITE, folder=tmp_path / "pipeline", repo_id="guided")
+    assert pushed.returncode == 0, pushed.stderr
+    loaded = client(LOAD, hub, tmp_path / "reader", pretrained_model_name_or_path="ada/guided")
+    assert loaded.returncode == 0, loaded.stderr
+    defaults, calls = json.loads(loaded.stdout)
+    assert defaults == {"num_inference_steps": 3, "guidance": [kind.to_dict() for kind in guidance]}
+    assert calls == {"unet": 3, "classifier": 2, "guide_unet": 3}
