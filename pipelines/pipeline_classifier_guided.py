@@ -22,7 +22,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 # The classes that a saved pipeline may name register themselves with diffusers when they are imported.
 from ..data.images import to_channels, to_pixel_values
 from ..guidance import ClassifierGuidance, Guidance, guidance_from_dict
-from ..guidance.base import GradientGuidance
+from ..guidance.base import GradientGuidance, broken_images
 from ..guidance.labels import spellings
 from ..guidance.steering import SamplingCost, Steering
 from ..models.classifier_adm import ADMForImageClassification
@@ -144,8 +144,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         unknown = set(defaults) - {"num_inference_steps", "respacing", "timesteps", "guidance_scale", "guidance", "eta"}
         if unknown:
             raise ValueError(f"sampling_defaults know no {', '.join(sorted(unknown))}.")
-        if defaults.get("guidance") is not None and defaults.get("guidance_scale") is not None:
-            raise ValueError("Give guidance_scale or guidance, not both: the former is short for ClassifierGuidance.")
+        check_one_guidance(defaults.get("guidance"), defaults.get("guidance_scale"))
         if (kinds := defaults.get("guidance")) is not None:
             kinds = kinds if isinstance(kinds, list | tuple) else [kinds]
             kinds = [kind if isinstance(kind, Guidance) else guidance_from_dict(kind) for kind in kinds]
@@ -337,7 +336,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         self, latents: torch.Tensor, output_type: str, return_dict: bool, cost: SamplingCost | None = None
     ) -> GuidedPipelineOutput | tuple:
         """The images as they were asked for."""
-        broken = (~latents.isfinite().flatten(1).all(dim=1)).nonzero()[:, 0].tolist()
+        broken = broken_images(latents).nonzero()[:, 0].tolist()
         if broken:
             raise RuntimeError(
                 f"Images {', '.join(map(str, broken[:5]))}{' …' if len(broken) > 5 else ''} of the batch are not "
@@ -526,8 +525,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         labels: torch.Tensor | None,
     ) -> list[Guidance]:
         """What steers, without what a neutral scale turns off."""
-        if guidance is not None and guidance_scale is not None:
-            raise ValueError("Give guidance_scale or guidance, not both: the former is short for ClassifierGuidance.")
+        check_one_guidance(guidance, guidance_scale)
         if guidance_scale is not None:
             guidance = ClassifierGuidance(guidance_scale)
         elif guidance is None and (saved := self.default("guidance", None)) is not None:
@@ -651,6 +649,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 f"({batch_size}, {channels}, height, width)."
             )
         return latents.to(self._execution_device, torch.float32) * self.scheduler.init_noise_sigma
+
+
+def check_one_guidance(guidance: Any, guidance_scale: float | None) -> None:
+    """Refuses two ways to say one thing, in a call or among its defaults."""
+    if guidance is not None and guidance_scale is not None:
+        raise ValueError("Give guidance_scale or guidance, not both: the former is short for ClassifierGuidance.")
 
 
 def match_batch(num_images_per_label: int, *parts: torch.Tensor | None) -> tuple[Any, ...]:

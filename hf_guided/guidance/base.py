@@ -217,3 +217,8 @@ def frozen(*models: nn.Module | None) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def broken_images(images: torch.Tensor) -> torch.Tensor:
+    """Which images of a batch hold something that is not finite, booleans of shape `(batch,)`."""
+    return ~images.isfinite().flatten(1).all(dim=1)

@@ -9,7 +9,7 @@ import torch
 
 from ..schedulers.predictions import alpha_bar_at, original_of
 from ..schedulers.scheduling_adm import model_timesteps
-from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, frozen
+from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, broken_images, frozen
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Steering:
             for place, (kind, objective) in enumerate((gradient.kind, gradient.objective) for gradient in due):
                 term = self.climb(objective, original if kind.denoised else noisy, value, rows)
                 if kind.through_unet:
-                    broken = ~term.isfinite().flatten(1).all(dim=1)
+                    broken = broken_images(term)
                     with self.measured("unet", calls=0):
                         (term,) = torch.autograd.grad(original, noisy, term, retain_graph=True)
                     term[broken] = torch.nan  # which clipping may have hidden
@@ -170,10 +170,10 @@ class Steering:
 
     def finite(self, gradient: torch.Tensor, name: str, timestep: float, step: int) -> torch.Tensor:
         """The gradient, of which nothing that is not finite goes on."""
-        finite = gradient.isfinite().flatten(1).all(dim=1)
-        if finite.all():
+        is_broken = broken_images(gradient)
+        if not is_broken.any():
             return gradient
-        broken = (~finite).nonzero()[:, 0].tolist()
+        broken = is_broken.nonzero()[:, 0].tolist()
         if self.nonfinite_gradient == "raise":
             images = f"image{'s' * (len(broken) > 1)} {', '.join(map(str, broken[:5]))}{' …' * (len(broken) > 5)}"
             raise RuntimeError(
@@ -182,7 +182,7 @@ class Steering:
                 f"such gradients: nonfinite_gradient='skip'."
             )
         self.cost.skipped_gradients += len(broken)
-        return gradient.where(finite.view(-1, 1, 1, 1), 0.0)
+        return gradient.masked_fill(is_broken.view(-1, 1, 1, 1), 0.0)
 
     def parts(self, images: torch.Tensor, all_at_once: bool = False) -> list[torch.Tensor]:
         """The rows of a batch, no more at once than gradients may be computed for."""

@@ -1,9 +1,10 @@
 """What the digits benchmarks share: models of the main job, trained where they are missing, and its judge's verdict."""
 
+import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForImageClassification
 from hf_guided import ADMUNet2DModel, ClassifierGuidedPipeline
 from hf_guided.data import DataArguments, load_labelled_images
 from hf_guided.evaluation import classifier_features, judge_features
+from hf_guided.training.loop import write_json
 from hf_guided.training.train import real_batches
 
 
@@ -83,6 +85,22 @@ class Judge:
         """One sample of each class twice over, from the same noise for all arguments."""
         generator = torch.Generator().manual_seed(self.seed)
         return self.pipeline(self.labels[:20], generator=generator, **arguments).images
+
+
+class Measurements:
+    """Rows by key in a JSON file: each is measured once, written at once, and kept."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def get(self, key: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The row of a key, measured if there is none."""
+        if key not in self.rows:
+            self.rows[key] = measure()
+            print(key, self.rows[key], flush=True)
+            write_json(self.rows, self.path)
+        return self.rows[key]
 
 
 def spread(values: Sequence[float], style: str) -> str:

@@ -4,20 +4,19 @@
 
 Each kind at its best scale against none, with the models of three main jobs (trained first where they are missing) and
 the pipeline's own solver and steps, 500 samples a seed. Scales are tuned for FID with other noise than the table's. Two
-models are trained beside each main job's: a UNet of a quarter of the steps, for autoguidance, and a
-classifier of clean images that is not the judge. The judge never guides. Prints Markdown; writes `kinds.json`, whose
-settings are kept, and `kinds.png`, where each column is one noise and one class. Seconds are those of an otherwise idle
-machine or they mean nothing.
+models are trained beside each main job's: a UNet of a quarter of the steps, for autoguidance, and a classifier of clean
+images that is not the judge (it has no ReLU that a softplus could replace). The judge never guides. Prints Markdown;
+writes `kinds.json`, whose settings are kept, and `kinds.png`, where each column is one noise and one class. Seconds are
+those of an otherwise idle machine or they mean nothing.
 """
 
 import argparse
-import json
-import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from digits_models import Judge, clean_classifier, main_job, spread, weak_unet
+from digits_models import Judge, Measurements, clean_classifier, main_job, spread, weak_unet
 
 from hf_guided.evaluation import labelled_grid, save_png
 from hf_guided.guidance import (
@@ -31,11 +30,6 @@ from hf_guided.guidance import (
 
 ALONE, TOLD = "the classifier alone steers", "the UNet is told the class"
 Kinds = Callable[[float], Sequence[Guidance]]
-
-
-def off_the_shelf(scale: float, **options: Any) -> DenoisedClassifierGuidance:
-    """Guidance by a clean classifier; it has no ReLU that a softplus could replace."""
-    return DenoisedClassifierGuidance(scale, **options)
 
 
 # kind: (scales to tune over, what a scale makes)
@@ -53,14 +47,14 @@ ROWS: dict[str, dict[str, tuple[Sequence[float], Kinds]]] = {
         "classifier, 150 to 650": ((3, 5, 10, 20), lambda scale: [ClassifierGuidance(scale, interval=(150, 650))]),
         "classifier, every 2nd": ((3, 5, 10), lambda scale: [ClassifierGuidance(scale, every=2)]),
         "classifier, 2nd reused": ((2, 3, 5), lambda scale: [ClassifierGuidance(scale, every=2, reuse=True)]),
-        "clean classifier": ((1, 3, 10, 30), lambda scale: [off_the_shelf(scale)]),
+        "clean classifier": ((1, 3, 10, 30), lambda scale: [DenoisedClassifierGuidance(scale)]),
         "clean, through the UNet": (
             (1, 3, 10),
-            lambda scale: [off_the_shelf(scale, through_unet=True, marginal_temperature=1.0, sine=0.0)],
+            lambda scale: [DenoisedClassifierGuidance(scale, through_unet=True, marginal_temperature=1.0, sine=0.0)],
         ),
         "classifier + clean classifier": (
             (1, 2, 3),
-            lambda scale: [ClassifierGuidance(scale), off_the_shelf(scale)],
+            lambda scale: [ClassifierGuidance(scale), DenoisedClassifierGuidance(scale)],
         ),
     },
     TOLD: {
@@ -80,7 +74,7 @@ ROWS: dict[str, dict[str, tuple[Sequence[float], Kinds]]] = {
             (0.1, 0.25, 0.5, 1),
             lambda scale: [ClassifierGuidance(scale, every=3, reuse=True)],
         ),
-        "clean classifier": ((0.3, 1, 3, 10), lambda scale: [off_the_shelf(scale)]),
+        "clean classifier": ((0.3, 1, 3, 10), lambda scale: [DenoisedClassifierGuidance(scale)]),
         "classifier-free": ((1.1, 1.25, 1.5, 2, 3), lambda scale: [ClassifierFreeGuidance(scale)]),
         "classifier-free, 0 to 700": (
             (1.25, 1.5, 2, 3),
@@ -104,18 +98,12 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/seeds"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
-    path = args.output_dir / "kinds.json"
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    measurements = Measurements(args.output_dir / "kinds.json")
 
     def measure(judge: Judge, section: str, name: str, scale: float, sampling_seed: int) -> dict[str, Any]:
-        key = f"{section}|{name}|{scale}|{judge.seed}|{sampling_seed}"
-        if key not in found:
-            kinds = ROWS[section][name][1](scale)
-            found[key] = judge(sampling_seed, guidance=kinds, condition_unet=section == TOLD)
-            print(key, found[key], flush=True)
-            path.with_suffix(".tmp").write_text(json.dumps(found, indent=1))
-            os.replace(path.with_suffix(".tmp"), path)
-        return found[key]
+        kinds = ROWS[section][name][1](scale)
+        judged = partial(judge, sampling_seed, guidance=kinds, condition_unet=section == TOLD)
+        return measurements.get(f"{section}|{name}|{scale}|{judge.seed}|{sampling_seed}", judged)
 
     judges = []
     for seed in args.seeds:

@@ -8,14 +8,14 @@ Markdown, and writes `solvers.json` and the curve `solvers.png`. Settings that a
 """
 
 import argparse
-import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
-from digits_models import Judge, main_job, spread
+from digits_models import Judge, Measurements, main_job, spread
 
 from hf_guided import ADMScheduler
 
@@ -52,34 +52,23 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/seeds"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
-    path = args.output_dir / "solvers.json"
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
-
+    measurements = Measurements(args.output_dir / "solvers.json")
+    curves: dict[str, dict[int, list[dict[str, float]]]] = {name: {} for name in SOLVERS}
     for seed in args.seeds:
         judge = Judge(main_job(args.output_dir, seed), seed)
         process = judge.pipeline.scheduler
         for name, make in SOLVERS.items():
+            judge.pipeline.scheduler = make(process)
             for steps in STEPS:
-                key = f"{name}|{steps}|{seed}"
-                if key in found or (steps > 50 and name in AS_FAR_AS_50):
+                if steps > 50 and name in AS_FAR_AS_50:
                     continue
-                judge.pipeline.scheduler = make(process)
                 # As OpenAI's scripts space DDIM. From timestep 999, where "25" begins, it explodes on this schedule: it
                 # clips the clean image before the gradient moves it, and there is next to no signal.
                 spaced = {"respacing": f"ddim{steps}"} if name == PUBLISHED_DDIM else {"num_inference_steps": steps}
-                found[key] = judge(**spaced, guidance_scale=3.0, condition_unet=False)
-                print(key, found[key], flush=True)
-                path.with_suffix(".tmp").write_text(json.dumps(found, indent=1))
-                os.replace(path.with_suffix(".tmp"), path)
+                measure = partial(judge, **spaced, guidance_scale=3.0, condition_unet=False)
+                row = measurements.get(f"{name}|{steps}|{seed}", measure)
+                curves[name].setdefault(steps, []).append(row)
 
-    curves = {
-        name: {
-            steps: [found[f"{name}|{steps}|{seed}"] for seed in args.seeds]
-            for steps in STEPS
-            if f"{name}|{steps}|{args.seeds[0]}" in found
-        }
-        for name in SOLVERS
-    }
     for metric, style in {"fid": ".2f", "recall": ".2f"}.items():
         print(f"\n| {metric} | {' | '.join(map(str, STEPS))} |\n|{' --- |' * (len(STEPS) + 1)}")
         for name, curve in curves.items():
