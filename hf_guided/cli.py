@@ -1,12 +1,18 @@
 """`hf-guided …`: parses, calls, prints. What is heavy is imported by the command that needs it."""
 
 import argparse
+import json
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .processes import leave_processes, use_processor
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -15,16 +21,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"hf-guided {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
 
-    command = commands.add_parser("sample", help="draw a grid of samples")
+    command = commands.add_parser("sample", help="draw samples: a picture, or a file of many")
     command.add_argument("model", help="a pipeline's folder, or its name on the Hub")
-    command.add_argument("--labels", nargs="+", metavar="LABEL", help="classes by id or name; by default the first ten")
-    command.add_argument("--num_images_per_label", type=count, default=8, metavar="N", help="default: 8")
+    command.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="LABEL",
+        help="classes by id or name, in turn; or all, in turn; or uniform, drawn at random; default: of a picture the "
+        "first ten, of a file uniform",
+    )
+    command.add_argument("--num_images", type=count, metavar="N", help="images in all")
+    command.add_argument("--num_images_per_label", type=count, metavar="N", help="instead; default: 8")
     command.add_argument("--guidance_scale", type=float, metavar="S", help="default: the pipeline's own")
+    command.add_argument(
+        "--condition_unet",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="tell the UNet the class, or let the classifier alone steer; default: tell it",
+    )
     command.add_argument("--num_inference_steps", type=count, metavar="N", help="default: the pipeline's own")
     command.add_argument("--respacing", metavar="R", help='instead: published timesteps, such as "250" or "ddim25"')
     command.add_argument("--batch_size", type=count, default=64, metavar="N", help="images at once; default: 64")
     command.add_argument("--seed", type=int, default=0, help="default: 0")
-    command.add_argument("--output", default="samples.png", metavar="PNG", help="default: samples.png")
+    command.add_argument(
+        "--output",
+        default="samples.png",
+        help="a picture (.png), a file (.npz, .parquet) or a folder of PNGs; default: samples.png",
+    )
     command.set_defaults(run=sample)
 
     command = commands.add_parser("upscale", help="make large images of small ones")
@@ -42,6 +65,58 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--output", default="upscaled.npz", metavar="NPZ|PNG", help="default: upscaled.npz")
     command.set_defaults(run=upscale)
+
+    command = commands.add_parser("evaluate", help="measure samples against real images")
+    command.add_argument("generated", help="a .npz or .parquet file of samples, a folder of images, or a pipeline")
+    command.add_argument(
+        "reference", help="real images: the same, a dataset (digits:train, user/name:test), or saved statistics"
+    )
+    command.add_argument("--held_out", metavar="IMAGES", help="images never trained on: looks for copies of REFERENCE")
+    command.add_argument("--likelihood", action="store_true", help="bits per dimension of REFERENCE under the pipeline")
+    command.add_argument("--interval", action="store_true", help="a 95 %% confidence interval of each FID")
+    command.add_argument(
+        "--distance_dtype",
+        choices=["float32", "float16"],
+        default="float32",
+        help="float16 has the published evaluator's noise in precision and recall; default: float32",
+    )
+    command.add_argument("--save_statistics", metavar="NPZ", help="save the reference's, to be given in its place")
+    command.add_argument("--num_images", type=count, default=10_000, metavar="N", help="of a pipeline; default: 10000")
+    command.add_argument("--guidance_scale", type=float, metavar="S", help="default: the pipeline's own")
+    command.add_argument("--num_inference_steps", type=count, metavar="N", help="default: the pipeline's own")
+    command.add_argument("--respacing", metavar="R", help='instead: published timesteps, such as "250" or "ddim25"')
+    command.add_argument("--seed", type=int, default=0, help="default: 0")
+    add_measuring(command)
+    command.add_argument("--output", default="evaluation", metavar="FOLDER", help="default: evaluation")
+    command.set_defaults(run=evaluate)
+
+    command = commands.add_parser("sweep", help="find the guidance scale")
+    command.add_argument("model", help="a pipeline's folder, or its name on the Hub")
+    command.add_argument("reference", help="real images, as for evaluate")
+    command.add_argument("--scales", default="0:10", help='"0,1,2.5", or "0:10" for a range; default: 0:10')
+    command.add_argument("--steps", help='numbers of steps, "25,50"; default: the pipeline\'s own')
+    command.add_argument("--seeds", default="0,1,2", help="each makes samples of its own; default: 0,1,2")
+    command.add_argument("--num_images", type=count, default=1000, metavar="N", help="at each setting; default: 1000")
+    command.add_argument("--no_save", action="store_true", help="do not write the choice into the pipeline's defaults")
+    add_measuring(command)
+    command.add_argument("--output", default="sweep", metavar="FOLDER", help="default: sweep")
+    command.set_defaults(run=sweep, seed=0)
+
+    command = commands.add_parser("inspect-classifier", help="tell how good a noisy classifier is, and where to guide")
+    command.add_argument("model", help="a classifier's or a pipeline's folder, or its name on the Hub")
+    command.add_argument("data", help="digits, a folder with one sub-folder of images per class, or a dataset")
+    command.add_argument("--train_split", default="train", metavar="NAME", help="as it was trained; default: train")
+    command.add_argument("--validation_split", metavar="NAME", help="the split held out; default: a part of the above")
+    command.add_argument("--held_out_fraction", type=float, metavar="F", help="that part; default: training's own")
+    command.add_argument("--image_column", metavar="NAME", help="default: found by its type or usual name")
+    command.add_argument("--label_column", metavar="NAME", help="default: found by its type or usual name")
+    command.add_argument("--num_images", type=count, default=2000, metavar="N", help="held-out ones; default: 2000")
+    command.add_argument("--batch_size", type=count, default=64, metavar="N", help="images at once; default: 64")
+    command.add_argument("--seed", type=int, default=0, help="of the noise; default: 0")
+    command.add_argument(
+        "--output", default="inspection.png", metavar="PNG", help="numbers go beside it as .json; default: %(default)s"
+    )
+    command.set_defaults(run=inspect_classifier)
 
     command = commands.add_parser("convert", help="OpenAI's checkpoints to a pipeline, and back")
     command.add_argument(
@@ -68,41 +143,432 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.set_defaults(run=push)
 
     args = parser.parse_args(join_flags(sys.argv[1:] if argv is None else argv))
+    use_processor()
     try:
         args.run(args)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None
+    finally:
+        leave_processes()
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Draws a grid of samples, a row for each label."""
-    import torch
+    """Draws samples, on as many processes as were launched together."""
+    from .evaluation.sampling import check_destination, sample_to_file
+    from .processes import join_processes
 
-    from .evaluation.pictures import labelled_grid, save_png
-    from .evaluation.sampling import sample_batches
+    check_destination(args.output)
+    if args.num_images is not None and args.num_images_per_label is not None:
+        raise ValueError("Give --num_images or --num_images_per_label, not both.")
+    with stoppable():
+        state = join_processes()
+        pipe = load_guided(args.model, state)
+        labels = labels_to_sample(pipe, args)
+        options = {"batch_size": args.batch_size, "seed": args.seed, **sampling_options(args)}
+        made = sample_to_file(pipe, labels, args.output, **options)
+    if state.is_main_process:
+        num_images = labels if isinstance(labels, int) else len(labels)
+        there = "is there already, made by the same command"
+        print(f"Saved {num_images} samples as {args.output}" if made else f"{args.output} {there}")
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Ends a command that can be gone on with in one sentence, on Ctrl-C and on SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # launchers stop their processes so
+    try:
+        yield
+    except KeyboardInterrupt:
+        stopped = "Stopped; what is made is kept, and the same command goes on."
+        raise SystemExit(stopped if os.environ.get("RANK", "0") == "0" else 1) from None
+
+
+def load_guided(model: str, state: Any) -> Any:
+    """A pipeline where this process computes; the bar of its steps is the main process's, below that of the images."""
     from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 
-    check_output(args.output, ".png")
-    pipe = load_pipeline(ClassifierGuidedPipeline, args.model)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = load_pipeline(ClassifierGuidedPipeline, model).to(state.device)
+    bar = {"desc": "batch", "position": 1, "leave": False}
+    pipe.set_progress_bar_config(**bar, disable=None if state.is_main_process else True)
+    return pipe
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say to the pipeline."""
+    names = ("guidance_scale", "condition_unet", "num_inference_steps", "respacing")
+    return {name: getattr(args, name) for name in names}
+
+
+def labels_to_sample(pipe: Any, args: argparse.Namespace) -> Any:
+    """The class of each image to sample, or the number of images without classes."""
+    from .evaluation.sampling import sample_labels
+
+    per_label = args.num_images_per_label or 8
     labels = ids_and_names(pipe, args.labels)
-    if labels is None and pipe.num_classes is not None:
-        labels = list(range(min(10, pipe.num_classes)))
-    ids = torch.tensor([]) if labels is None else pipe.resolve_labels(labels).cpu()
-    copies = args.num_images_per_label
-    batches = sample_batches(
-        pipe,
-        copies if labels is None else ids.repeat_interleave(copies),
-        args.batch_size,
-        args.seed,
-        guidance_scale=args.guidance_scale,
-        num_inference_steps=args.num_inference_steps,
-        respacing=args.respacing,
+    if pipe.num_classes is None:
+        return args.num_images or per_label
+    which: Any = "uniform"
+    if args.labels in (["uniform"], ["all"]):
+        which = args.labels[0]
+    elif labels is not None:
+        which = pipe.resolve_labels(labels).tolist()
+    elif args.output.endswith(".png"):
+        which = list(range(min(10, pipe.num_classes)))
+    if which == "uniform" and args.num_images is None:
+        raise ValueError("Say how many samples to draw of all classes together: --num_images 50000.")
+    num_images = args.num_images or per_label * (pipe.num_classes if which == "all" else len(which))
+    return sample_labels(which, num_images, pipe.num_classes, args.seed)
+
+
+def add_measuring(command: argparse.ArgumentParser) -> None:
+    """The flags that measuring commands share."""
+    command.add_argument(
+        "--features",
+        nargs="+",
+        default=["inception"],
+        metavar="MODEL",
+        help="what images are measured in: inception, or a model's folder or name on the Hub; NAME=MODEL names it; "
+        "default: inception",
     )
-    images = [image for batch in batches for image in batch]
-    names = [pipe.id2label.get(id, str(id)) for id in ids.tolist()] or ["samples"]
-    save_png(labelled_grid(images, names), args.output)
-    print(f"Saved {len(images)} samples as {args.output}")
+    command.add_argument(
+        "--labels", nargs="+", default=["all"], metavar="LABEL", help="of samples, as for sample; default: all"
+    )
+    command.add_argument(
+        "--condition_unet",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="tell the UNet the class, or let the classifier alone steer; default: tell it",
+    )
+    command.add_argument("--batch_size", type=count, default=64, metavar="N", help="images at once; default: 64")
+    command.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes that decode images")
+    command.add_argument("--no_cache", action="store_true", help="compute the features of real images anew")
+    command.set_defaults(num_images_per_label=None)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Measures samples against real images, and writes a report with pictures."""
+    from .evaluation.evaluate import evaluate as evaluate_images
+    from .evaluation.evaluate import what_to_know
+    from .evaluation.feature_sets import CACHE_DIR, FeatureSet, collect_features
+    from .evaluation.likelihood import likelihood, likelihood_labels
+    from .evaluation.memorisation import closest_pairs
+    from .evaluation.pictures import likelihood_curve, save_png
+    from .evaluation.sampling import sample_to_file
+    from .evaluation.sources import ImageSet, SampledImages, open_images
+    from .files import write_json
+    from .processes import join_processes
+
+    # 1. What there is, looked at before hours are spent on it
+    started = time.monotonic()
+    if args.save_statistics:
+        check_output(args.save_statistics, ".npz")
+        if len(args.features) > 1:
+            raise ValueError("--save_statistics keeps one kind of features; give one to --features.")
+    output = make_folder(args.output)
+    state = join_processes()
+    pipe = load_guided(args.generated, state) if is_pipeline(args.generated) else None
+    extractors = load_extractors(args.features, pipe, state)
+    if pipe is not None:
+        labels = labels_to_sample(pipe, args)
+        generated: Any = SampledImages(pipe, labels, args.seed, **sampling_options(args))
+    elif args.likelihood:
+        raise ValueError(f"--likelihood is of a pipeline, and {args.generated} is none.")
+    else:
+        generated = open_images(args.generated)
+    reference = open_real(args.reference, generated.size, args, state)
+    held_out = open_real(args.held_out, generated.size, args, state) if args.held_out else None
+    needs_images = {
+        "--held_out": args.held_out,
+        "--likelihood": args.likelihood,
+        "--save_statistics": args.save_statistics,
+    }
+    for flag in (flag for flag, given in needs_images.items() if given):
+        if not isinstance(reference, ImageSet) or (held_out is not None and not isinstance(held_out, ImageSet)):
+            raise ValueError(f"{flag} needs images, and statistics alone were given.")
+    bits_labels = likelihood_labels(pipe, reference) if args.likelihood else None
+    tell(state, *(f"Note: {note}" for note in what_to_know(generated, reference)))
+
+    # 2. Sample, where it is a pipeline's turn; measure
+    with stoppable():
+        if pipe is not None:
+            options = {"batch_size": args.batch_size, "seed": args.seed, **sampling_options(args)}
+            sample_to_file(pipe, labels, output / "samples.npz", **options)
+            state.wait_for_everyone()
+            samples = open_images(str(output / "samples.npz"))
+            samples.id2label, samples.name = generated.id2label, args.generated
+            generated = samples
+        seconds = {"sampling": time.monotonic() - started}
+        options = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+        options["cache_dir"] = None if args.no_cache else CACHE_DIR
+        result = evaluate_images(
+            generated,
+            reference,
+            extractors,
+            held_out=held_out,
+            interval=args.interval,
+            distance_dtype=args.distance_dtype,
+            **options,
+        )
+        seconds["measuring"] = time.monotonic() - started - sum(seconds.values())
+        bits = None
+        if pipe is not None and args.likelihood:
+            bits = likelihood(
+                pipe.unet, pipe.scheduler, reference, bits_labels, args.respacing, args.batch_size, args.seed
+            )
+            seconds["likelihood"] = time.monotonic() - started - sum(seconds.values())
+        if args.save_statistics:
+            features = collect_features(reference, extractors[0], **options)
+            if isinstance(features, FeatureSet):
+                features.save(args.save_statistics)
+    if result is None:
+        return  # another process reports
+
+    # 3. Report
+    settings = {name: value for name, value in vars(args).items() if name != "run"}
+    report = {**result.to_dict(), "seconds": {name: round(value, 1) for name, value in seconds.items()}}
+    write_json({**report, "likelihood": bits and bits.to_dict(), "settings": settings}, output / "report.json")
+    for name, found in result.memorisation.items():
+        save_png(closest_pairs(found, generated, reference), output / f"closest-pairs-{name}.png")
+    if bits is not None:
+        likelihood_curve(bits.timesteps, bits.vb, output / "likelihood.png")
+    tell(
+        state,
+        "",
+        str(result),
+        *([] if bits is None else [str(bits)]),
+        "",
+        f"The report and its pictures are in {output}.",
+    )
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Measures samples at every scale, draws fidelity against diversity, and saves the scale to keep."""
+    from .evaluation.evaluate import judged_labels
+    from .evaluation.feature_sets import CACHE_DIR, FeatureSet, collect_features
+    from .evaluation.features import weights_digest
+    from .evaluation.pictures import sweep_curve
+    from .evaluation.sources import SampledImages
+    from .evaluation.sweep import choose_scale, guidance_at, parse_scales, save_choice
+    from .evaluation.sweep import sweep as sweep_scales
+    from .files import write_json
+    from .processes import join_processes
+
+    # 1. What there is, looked at before hours are spent on it
+    scales = parse_scales(args.scales)
+    steps: list[int | None] = [None] if args.steps is None else parse_numbers("--steps", args.steps)
+    seeds = parse_numbers("--seeds", args.seeds)
+    if len(args.features) > 1:
+        raise ValueError("One kind of features chooses the scale; give one to --features.")
+    output = make_folder(args.output)
+    state = join_processes()
+    pipe = load_guided(args.model, state)
+    guidance_at(pipe, scales[0])
+    (extractor,) = load_extractors(args.features, pipe, state)
+    reference = open_real(args.reference, pipe.sample_size, args, state)
+    labels = labels_to_sample(pipe, args)
+    if isinstance(labels, int):
+        raise ValueError(f"{args.model} has no classes, so nothing steers it; a sweep is of guidance by classes.")
+    notes: list[str] = []
+    judged = judged_labels(SampledImages(pipe, labels), extractor, notes)
+    settings = {name: value for name, value in vars(args).items() if name not in SWEEP_FREE}
+    settings["features"] = f"{extractor.name} {extractor.fingerprint}"
+    path = output / "sweep.json"
+    settings["weights"] = [weights_digest(model) for model in (pipe.unet, pipe.classifier) if model is not None]
+    known: dict[str, Any] = {"settings": settings, "rows": []}
+    if path.is_file():
+        known = json.loads(path.read_text())
+    if known["settings"] != settings:
+        changed = [name for name in settings if known["settings"].get(name) != settings[name]]
+        raise ValueError(
+            f"{path} was measured otherwise ({', '.join(changed)}); give the same flags, or another --output."
+        )
+    tell(state, *(f"Note: {note}" for note in notes))
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        known["rows"] = rows
+        write_json({"settings": settings, "rows": rows}, path)
+
+    # 2. Measure
+    with stoppable():
+        cache_dir = None if args.no_cache else CACHE_DIR
+        real: Any = reference
+        if not isinstance(reference, FeatureSet):
+            options = {"batch_size": args.batch_size, "num_workers": args.num_workers, "cache_dir": cache_dir}
+            real = collect_features(reference, extractor, **options)
+        rows = sweep_scales(
+            pipe,
+            real,
+            extractor,
+            labels,
+            scales=scales,
+            steps=steps,
+            seeds=seeds,
+            judged=judged,
+            batch_size=args.batch_size,
+            done=known["rows"],
+            on_row=keep,
+            condition_unet=args.condition_unet,
+        )
+    if not state.is_main_process:
+        return
+
+    # 3. Choose, draw, save
+    chosen, reason = choose_scale(rows, f"fid/{extractor.name}")
+    write_json({"settings": settings, "rows": known["rows"], "chosen": chosen, "reason": reason}, path)
+    sweep_curve(rows, extractor.name, output / "sweep.png", chosen)
+    tell(state, reason)
+    if args.no_save:
+        return
+    if not args.condition_unet:
+        tell(state, "Nothing is saved: by default this pipeline tells its UNet the class, here it was not told.")
+    elif not Path(args.model).is_dir():
+        tell(state, f"{args.model} is not a folder, so nothing is saved; download it first to have it keep this.")
+    else:
+        tell(state, f"{args.model} keeps by default: {save_choice(args.model, chosen)}")
+
+
+# Flags of a sweep that may differ between two sittings.
+SWEEP_FREE = {"run", "scales", "steps", "seeds", "output", "features", "num_workers", "no_cache", "no_save"}
+
+
+def tell(state: Any, *lines: str) -> None:
+    """Prints, in the main process alone."""
+    if state.is_main_process:
+        print(*lines, sep="\n" if lines else "", end="\n" if lines else "")
+
+
+def parse_numbers(flag: str, text: str) -> list[Any]:
+    """Whole numbers from 0 up, of a list such as `"25,50"`."""
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise ValueError(f"{flag} {text} are no whole numbers; give some as 25,50.")
+    return [int(part) for part in text.split(",")]
+
+
+def make_folder(path: str) -> Path:
+    """A folder for results, made if need be."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {path} cannot be made ({error.strerror}); give another folder.") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output {path}: you may not write into that folder; give another.")
+    return folder
+
+
+def is_pipeline(name: str) -> bool:
+    """Whether a folder, or a repository of the Hub, holds a pipeline."""
+    if Path(name).exists() or name.count("/") != 1 or ":" in name:
+        return (Path(name) / "model_index.json").is_file()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        hf_hub_download(name, "model_index.json")
+    except (OSError, ValueError, HTTPError):
+        return False
+    return True
+
+
+def load_extractors(specs: Sequence[str], pipe: Any, state: Any) -> list[Any]:
+    """What images are measured in, none of which guides the pipeline."""
+    from .evaluation.evaluate import check_independent
+    from .evaluation.features import load_features
+
+    extractors = [load_features(spec, state.device) for spec in specs]
+    names = [extractor.name for extractor in extractors]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"Two of --features are called {name}; name them apart, as NAME=MODEL.")
+    if pipe is not None:
+        for extractor in extractors:
+            check_independent(pipe, extractor)
+    return extractors
+
+
+def open_real(spec: str, size: tuple[int, int], args: argparse.Namespace, state: Any) -> Any:
+    """Images to measure against, brought to a size; a pipeline's samples; or statistics, of a file without images."""
+    from .evaluation.feature_sets import FeatureSet
+    from .evaluation.sources import SampledImages, has_images, open_images
+
+    if is_pipeline(spec):
+        pipe = load_guided(spec, state)
+        if pipe.sample_size != size:
+            raise ValueError(f"{spec} makes images of {pipe.sample_size} pixels, and those to measure have {size}.")
+        return SampledImages(pipe, labels_to_sample(pipe, args), args.seed)
+    if spec.endswith(".npz") and Path(spec).is_file() and not has_images(spec):
+        return FeatureSet.load(spec)
+    return open_images(spec, size)
+
+
+def inspect_classifier(args: argparse.Namespace) -> None:
+    """Measures a noisy classifier at each level of noise: a picture, numbers, and what they mean."""
+    from .data import BUILT_IN, DataArguments, load_labelled_images
+    from .evaluation.classifier_inspection import inspect_classifier, noise_schedule, with_classes_of
+    from .evaluation.pictures import classifier_curves
+    from .files import write_json
+    from .models.classifier_adm import image_size
+    from .processes import join_processes
+
+    check_output(args.output, ".png")
+    classifier = load_classifier(args.model)
+    noise_schedule(classifier)  # refuses one of clean images before any are loaded
+    is_folder = args.data not in BUILT_IN and Path(args.data).is_dir()
+    train, held_out = load_labelled_images(
+        DataArguments(
+            train_data_dir=args.data if is_folder else None,
+            dataset_name=None if is_folder else args.data,
+            train_split=args.train_split,
+            validation_split=args.validation_split,
+            held_out_fraction=args.held_out_fraction,
+            image_column=args.image_column,
+            label_column=args.label_column,
+            resolution=list(image_size(classifier.config)),
+            image_channels=classifier.config.in_channels,
+        ),
+        seed=args.seed,
+    )
+    if held_out is None:
+        raise ValueError(f"Nothing of {args.data} is held out; give a larger --held_out_fraction, or none.")
+    train, held_out = (with_classes_of(classifier, images) for images in (train, held_out))
+    state = join_processes()
+    if not state.is_main_process:
+        return
+    inspection = inspect_classifier(
+        classifier.to(state.device),
+        held_out,
+        train,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        max_images=args.num_images,
+    )
+    classifier_curves(inspection, args.output)
+    write_json(inspection.to_dict(), Path(args.output).with_suffix(".json"))
+    print(
+        f"{args.model} on {inspection.num_images} held-out images of {args.data} (and {inspection.num_train_images} "
+        f"that it was trained on)\n\n{inspection}\n\nSaved {args.output} and its numbers as .json"
+    )
+
+
+def load_classifier(model: str) -> Any:
+    """An image classifier of a folder or of the Hub, or that of a pipeline there, in float32."""
+    import torch
+    from transformers import AutoModelForImageClassification
+
+    from . import ADMForImageClassification  # noqa: F401, makes it known to transformers
+
+    of_pipeline = is_pipeline(model)
+    if Path(model).is_dir() and not of_pipeline and not (Path(model) / "config.json").is_file():
+        raise ValueError(f"{model} is no folder of a classifier or pipeline: neither config.json nor model_index.json.")
+    subfolder = {"subfolder": "classifier"} if of_pipeline else {}
+    try:
+        return load_pipeline(AutoModelForImageClassification, model, dtype=torch.float32, **subfolder)
+    except (OSError, ValueError) as error:
+        if of_pipeline:
+            raise ValueError(f"The pipeline {model} has no classifier to inspect.") from error
+        if "Unrecognized" in str(error):
+            raise ValueError(f"{model} is no image classifier.") from error
+        raise
 
 
 def upscale(args: argparse.Namespace) -> None:
@@ -113,6 +579,7 @@ def upscale(args: argparse.Namespace) -> None:
 
     from .data.samples import read_samples, write_samples
     from .evaluation.pictures import labelled_grid, save_png
+    from .evaluation.sampling import to_8_bit
     from .pipelines.pipeline_classifier_guided_upscale import ClassifierGuidedUpscalePipeline
 
     # 1. What there is, looked at before hours are spent on it
@@ -149,12 +616,12 @@ def upscale(args: argparse.Namespace) -> None:
             generator=generator,
             output_type="latent",
         ).images
-        batches.append(((sample + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+        batches.append(to_8_bit(sample).permute(0, 2, 3, 1).cpu().numpy())
     large = np.concatenate(batches)
 
     # 3. Save
     if args.output.endswith(".npz"):
-        write_samples(args.output, large, None if labels is None else labels.numpy())
+        write_samples(args.output, [large], large.shape, None if labels is None else labels.numpy())
     else:
         small = [image if isinstance(image, Image.Image) else Image.fromarray(image.squeeze()) for image in images]
         pairs = zip(small, (Image.fromarray(image.squeeze()) for image in large), strict=True)
@@ -184,8 +651,8 @@ def open_picture(path: str) -> Any:
         ) from error
 
 
-def load_pipeline(kind: Any, model: str) -> Any:
-    """A pipeline of a folder or of the Hub, without the bars of its parts."""
+def load_pipeline(kind: Any, model: str, **arguments: Any) -> Any:
+    """A pipeline or model of a folder or of the Hub, without the bars of its parts."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -194,7 +661,7 @@ def load_pipeline(kind: Any, model: str) -> Any:
     if not Path(model).exists() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
         raise ValueError(f"There is no folder {model}.")
     try:
-        return kind.from_pretrained(model)
+        return kind.from_pretrained(model, **arguments)
     except OSError as error:
         if Path(model).exists():
             raise

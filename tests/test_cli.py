@@ -45,6 +45,59 @@ def test_sample_draws_a_grid(folder, tmp_path, capsys):
     assert pictures[1] == pictures[2] != pictures[3]
 
 
+def test_sample_takes_labels_and_numbers(folder, tmp_path, capsys):
+    def labels(*flags: str) -> list[int]:
+        output = tmp_path / f"{len(list(tmp_path.iterdir()))}.npz"
+        main(["sample", str(folder), "--output", str(output), *flags])
+        assert f"as {output}" in capsys.readouterr().out
+        with np.load(output) as file:
+            assert file["arr_0"].shape == (len(file["arr_1"]), 8, 8, 1)
+            return file["arr_1"].tolist()
+
+    assert labels("--labels", "one", "0", "--num_images", "5") == [1, 0, 1, 0, 1]
+    assert labels("--labels", "one", "0", "--num_images_per_label", "2") == [1, 0, 1, 0]
+    assert labels("--labels", "all", "--num_images", "4") == [0, 1, 2, 0]
+    assert labels("--labels", "all") == [0, 1, 2] * 8
+    uniform = labels("--num_images", "20")  # the default of a file
+    assert uniform == labels("--labels", "uniform", "--num_images", "20") != [i % 3 for i in range(20)]
+    assert set(uniform) == {0, 1, 2}
+    assert labels("--num_images", "20", "--seed", "1") != uniform
+
+    output = tmp_path / "0.npz"
+    main(["sample", str(folder), "--output", str(output), "--labels", "one", "0", "--num_images", "5"])
+    assert capsys.readouterr().out == f"{output} is there already, made by the same command\n"
+
+
+def test_the_classifier_steers_alone(folder, tmp_path):
+    paths = [tmp_path / "told.npz", tmp_path / "not-told.npz"]
+    flags = ["--labels", "one", "--num_images", "4", "--batch_size", "4"]
+    main(["sample", str(folder), *flags, "--output", str(paths[0])])
+    main(["sample", str(folder), *flags, "--no-condition_unet", "--output", str(paths[1])])
+    told, not_told = (np.load(path)["arr_0"] for path in paths)
+    pipe = ClassifierGuidedPipeline.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    samples = pipe(num_images_per_label=4, generator=generator, output_type="latent").images  # and here is none
+    expected = ((samples + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    assert np.array_equal(not_told, expected)
+    assert not np.array_equal(told, expected)
+
+
+def test_sample_without_classes(tiny_unet, tmp_path):
+    unet = tiny_unet(sample_size=8, in_channels=1, out_channels=2, channel_mult=(1,), num_class_embeds=None)
+    ClassifierGuidedPipeline(unet, ADMScheduler(), sampling_defaults={"respacing": "3"}).save_pretrained(tmp_path / "p")
+    sample = ["sample", str(tmp_path / "p"), "--output"]
+    main([*sample, str(tmp_path / "samples.png")])
+    assert Image.open(tmp_path / "samples.png").height == 56 + 2 * 16  # a row of eight
+    main([*sample, str(tmp_path / "many.npz"), "--num_images", "12", "--batch_size", "5"])
+    with np.load(tmp_path / "many.npz") as file:
+        assert file["arr_0"].shape == (12, 8, 8, 1)
+        assert "arr_1" not in file
+    main([*sample, str(tmp_path / "folder"), "--num_images", "2"])
+    assert (tmp_path / "folder" / "metadata.jsonl").read_text().splitlines()[1] == '{"file_name": "000001.png"}'
+    with pytest.raises(SystemExit, match="this pipeline has no classes"):
+        main([*sample, str(tmp_path / "x.npz"), "--labels", "all", "--num_images", "2"])
+
+
 def test_upscale_writes_published_files_and_pictures(tiny_unet, tmp_path, capsys):
     pipe = ClassifierGuidedUpscalePipeline(
         tiny_unet(low_res_channels=3),
@@ -99,10 +152,13 @@ def test_upscale_writes_published_files_and_pictures(tiny_unet, tmp_path, capsys
 def test_mistakes_end_in_one_sentence(folder, tmp_path):
     for argv, message in [
         (["sample", str(folder), "--labels", "two"], "no class named 'two'"),
-        (["sample", str(folder), "--guidance_scale", "1"], "needs a classifier"),
+        (["sample", str(folder), "--guidance_scale", "1", "--output", str(tmp_path / "x.png")], "needs a classifier"),
         (["sample", str(tmp_path / "nowhere")], "There is no folder"),
         (["sample", "me/nowhere"], "There is no folder me/nowhere, nor could the Hub's"),
-        (["sample", str(folder), "--output", "samples.jpg"], "must end in .png"),
+        (["sample", str(folder), "--output", "samples.jpg"], "must end in .npz, .parquet or .png"),
+        (["sample", str(tmp_path / "nowhere"), "--output", str(tmp_path / "no" / "x.npz")], "make it first"),
+        (["sample", str(folder), "--output", str(tmp_path / "x.npz")], "Say how many samples"),
+        (["sample", str(folder), "--num_images", "9", "--num_images_per_label", "3"], "not both"),
         (["push", str(tmp_path), "me/model"], "neither model_index.json nor config.json"),
     ]:
         with pytest.raises(SystemExit, match="error: ") as caught:

@@ -8,20 +8,18 @@ the data otherwise says so in a `data` of its own. Scripts of several stages tak
 import argparse
 import dataclasses
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from accelerate import PartialState
 from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
 from ..data import BUILT_IN, DataArguments
 from ..hub.push import PushError
+from ..processes import leave_processes, use_processor
 from ..schedulers.schedules import space_timesteps
 from ..schedulers.scheduling_adm import FEW_STEPS
 
@@ -229,13 +227,7 @@ def run_script(main: Any) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "datasets", "transformers", "diffusers", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    if (
-        "ACCELERATE_MIXED_PRECISION" in os.environ
-        and os.environ.get("OMP_NUM_THREADS") == "1"
-        and hasattr(os, "sched_getaffinity")
-    ):
-        # accelerate launches with one thread a process, also where the processor is all there is to compute on
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    use_processor()
     try:
         main()
     except (ValueError, OSError, ImportError, PushError) as error:
@@ -244,8 +236,7 @@ def run_script(main: Any) -> None:
     except KeyboardInterrupt:
         raise SystemExit("Stopped; the same command goes on from the last checkpoint.") from None
     finally:
-        if PartialState._shared_state:  # else nothing was started
-            PartialState().destroy_process_group()
+        leave_processes()
 
 
 def _flags_of(stages: list[type], prefix: str = "") -> type:

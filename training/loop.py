@@ -7,7 +7,6 @@ the same bits as never having stopped.
 import copy
 import functools
 import hashlib
-import json
 import logging
 import math
 import os
@@ -397,10 +396,3 @@ def finish_trackers(accelerator: Accelerator) -> None:
     """Ends the logs, but not the processes' connection, which later stages need."""
     for tracker in accelerator.trackers:
         tracker.finish()
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Writes under a temporary name and renames."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)

@@ -10,28 +10,29 @@ with `pipeline/` (for `ClassifierGuidedPipeline.from_pretrained`), grids, curves
 the same command goes on where it was.
 """
 
-import copy
 import logging
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
 
 from hf_guided import ADMUNet2DModel, ClassifierGuidedPipeline
 from hf_guided.data import LabelledImages, load_labelled_images
-from hf_guided.evaluation import classifier_features, judge_features, labelled_grid, save_png, trade_off_curve
-from hf_guided.evaluation.sampling import sample_batches
+from hf_guided.evaluation import labelled_grid, save_png, trade_off_curve
+from hf_guided.evaluation.evaluate import FEWEST_IMAGES, measure
+from hf_guided.evaluation.feature_sets import FeatureSet, collect_features
+from hf_guided.evaluation.features import ModelFeatures
+from hf_guided.evaluation.memorisation import memorisation
+from hf_guided.evaluation.sources import ImageSet, LoadedImages, SampledImages
+from hf_guided.files import write_json
 from hf_guided.guidance import ClassifierGuidance
 from hf_guided.hub import write_model_card
 from hf_guided.hub.push import check_login
@@ -44,11 +45,13 @@ from hf_guided.training.arguments import (
     run_script,
 )
 from hf_guided.training.checkpoints import list_checkpoints, save_folder
-from hf_guided.training.loop import finish, write_json
+from hf_guided.training.loop import finish
 from hf_guided.training.train_classifier import ClassifierArguments, make_classifier, train_classifier
 from hf_guided.training.train_diffusion import DiffusionArguments, train_diffusion, unet_config
 
 logger = logging.getLogger(__name__)
+
+MAX_REAL_IMAGES = 10_000  # that samples are measured against
 
 
 @dataclass
@@ -109,7 +112,7 @@ def main() -> None:
         pipeline.save_pretrained(folder)
         draw_grid(pipeline, args.default_scale, Path(folder) / "grid.png", args.sampling_batch_size)
         generated = [row for row in report if row["guidance_scale"] is not None]
-        trade_off_curve(generated, Path(folder) / "trade_off.png")
+        trade_off_curve(generated, "judge", Path(folder) / "trade_off.png")
         name = Path(data_args.train_data_dir or data_args.dataset_name or "").name
         on_hub = data_args.dataset_name and "/" in data_args.dataset_name and not Path(data_args.dataset_name).exists()
         write_model_card(
@@ -152,11 +155,12 @@ def check_stages(stages: dict[str, Any], images: LabelledImages) -> None:
         ClassifierGuidance(scale)
     if report.sampling_batch_size < 1:
         raise ValueError(f"--sampling_batch_size {report.sampling_batch_size} is too small; give 1 or more.")
-    if len(images) < 4:
-        raise ValueError(f"{len(images)} images are too few to train on and to judge by; give 4 or more.")
-    if report.num_images < 4:
+    if len(images) < FEWEST_IMAGES:
+        raise ValueError(f"{len(images)} images are too few to train on and to judge by; give {FEWEST_IMAGES} or more.")
+    if report.num_images < FEWEST_IMAGES:
         raise ValueError(
-            f"--num_images {report.num_images} is too few to judge precision and recall by; take 4 or more."
+            f"--num_images {report.num_images} is too few to judge precision and recall by; take {FEWEST_IMAGES} or "
+            f"more."
         )
     if diffusion.class_conditional and diffusion.label_dropout == 0 and report.guidance_scales:
         raise ValueError(
@@ -174,44 +178,38 @@ def check_stages(stages: dict[str, Any], images: LabelledImages) -> None:
 
 def make_report(
     pipeline: ClassifierGuidedPipeline,
-    judge: torch.nn.Module,
+    judge: Any,
     images: tuple[LabelledImages, LabelledImages | None],
     args: ReportArguments,
     output_dir: Path,
 ) -> list[dict[str, Any]]:
-    """Samples at every setting, judged by a network that never guides; the held-out images are the floor."""
+    """Samples at every setting, judged by a network that never guides; the held-out images show the best to be had."""
+    extractor = ModelFeatures(judge, "judge")
 
-    def judged(batches: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-        features, probabilities = zip(*(classifier_features(judge, batch) for batch in batches), strict=True)
-        return np.concatenate(features), np.concatenate(probabilities)
+    def features(images: ImageSet) -> FeatureSet:
+        collected = collect_features(images, extractor, batch_size=args.sampling_batch_size)
+        assert collected is not None  # this is the main process, and the others have ended
+        return collected
 
-    def judged_real(images: LabelledImages) -> tuple[tuple[np.ndarray, np.ndarray], torch.Tensor]:
-        labels: list[torch.Tensor] = []
-
-        def pixels() -> Iterator[torch.Tensor]:
-            for batch in real_batches(images, args.sampling_batch_size):
-                labels.append(batch["labels"])  # of the image that stands in, where a file is corrupt
-                yield batch["pixel_values"]
-
-        return judged(pixels()), torch.cat(labels)
-
-    train_features = judged_real(images[0])[0][0]
-    rows: list[dict[str, Any]] = []
-    if images[1] is not None and len(images[1]) > 3:
-        features, labels = judged_real(images[1])
-        verdict = judge_features(*features, labels, train_features)
-        rows.append({"samples": "held-out images", "guidance_scale": None, "condition_unet": None, **verdict})
+    train = features(LoadedImages(images[0].plain(MAX_REAL_IMAGES)))
+    held_out, rows = None, []
+    if images[1] is not None and len(images[1]) >= FEWEST_IMAGES:
+        real = LoadedImages(images[1].plain(MAX_REAL_IMAGES))
+        held_out = features(real)
+        metrics = measure(held_out, train, real.labels)
+        rows.append({"samples": "held-out images", "guidance_scale": None, "condition_unet": None, **metrics})
 
     settings = [(scale, False) for scale in args.guidance_scales]
     if pipeline.unet.config.num_class_embeds is not None:
         settings += [(scale, True) for scale in args.conditional_scales]
+    labels = torch.arange(args.num_images) % len(pipeline.id2label)
     for scale, condition_unet in tqdm(settings, desc="sampling"):
-        labels = torch.arange(args.num_images) % len(pipeline.id2label)
-        arguments = {"guidance_scale": scale, "condition_unet": condition_unet, "output_type": "pt"}
-        batches = sample_batches(pipeline, labels, args.sampling_batch_size, args.seed, **arguments)
-        as_8_bit = ((batch * 255).round() / 127.5 - 1 for batch in batches)  # as the images that a user gets
-        verdict = judge_features(*judged(as_8_bit), labels, train_features)
-        rows.append({"samples": "generated", "guidance_scale": scale, "condition_unet": condition_unet, **verdict})
+        arguments = {"guidance_scale": scale, "condition_unet": condition_unet}
+        generated = features(SampledImages(pipeline, labels, args.seed, **arguments))
+        metrics = measure(generated, train, labels.numpy())
+        if held_out is not None:
+            metrics["copied_share/judge"] = memorisation(generated, train, held_out).copied_share
+        rows.append({"samples": "generated", **arguments, **metrics})
         path = output_dir / f"grid-scale-{scale:g}-unet-{'told' if condition_unet else 'not-told'}.png"
         draw_grid(pipeline, scale, path, args.sampling_batch_size, condition_unet)
     return rows
@@ -223,19 +221,10 @@ def draw_grid(
     """Ten samples of each of the first ten classes, a row each."""
     names = list(pipeline.id2label.values())[:10]
     labels = torch.arange(len(names)).repeat_interleave(10)
-    arguments: dict[str, Any] = {"guidance_scale": scale, "condition_unet": condition_unet}
-    pictures = [picture for batch in sample_batches(pipeline, labels, batch_size, **arguments) for picture in batch]
+    samples = SampledImages(pipeline, labels, guidance_scale=scale, condition_unet=condition_unet)
     told = condition_unet and pipeline.unet.config.num_class_embeds is not None
     title = f"guidance scale {scale:g}, the UNet is {'told' if told else 'not told'} the class"
-    save_png(labelled_grid(pictures, names, title=title), path)
-
-
-def real_batches(images: LabelledImages, batch_size: int) -> Iterable[dict[str, torch.Tensor]]:
-    """Up to 10,000 real images, drawn by the same chance every time, neither mirrored nor cropped at random."""
-    plain = copy.copy(images)
-    plain.random_flip = plain.random_crop = False
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:10_000].tolist()
-    return DataLoader(plain, sampler=[(index, 0) for index in order], batch_size=batch_size)
+    save_png(labelled_grid(samples.pictures(batch_size), names, title=title), path)
 
 
 def describe(
@@ -265,13 +254,18 @@ def describe(
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """The report on the screen."""
-    lines = [f"\n{'':30}{'accuracy':>10}{'FID':>9}{'precision':>11}{'recall':>8}   (in the judge's features)"]
+    lines = [f"\n{'':30}{'accuracy':>10}{'FID':>9}{'precision':>11}{'recall':>8}{'copied':>8}   (by the judge)"]
     for row in rows:
         name = row["samples"]
         if row["guidance_scale"] is not None:
             name = f"scale {row['guidance_scale']:g}, UNet {'told' if row['condition_unet'] else 'not told'} the class"
-        lines.append(f"{name:34}{row['accuracy']:6.3f}{row['fid']:9.3g}{row['precision']:11.3f}{row['recall']:8.3f}")
+        accuracy, fid, precision, recall = (row[f"{metric}/judge"] for metric in COLUMNS)
+        copied = f"{row['copied_share/judge']:.3f}" if "copied_share/judge" in row else ""
+        lines.append(f"{name:34}{accuracy:6.3f}{fid:9.3g}{precision:11.3f}{recall:8.3f}{copied:>8}")
     logger.info("\n".join(lines))
+
+
+COLUMNS = ("accuracy", "fid", "precision", "recall")
 
 
 if __name__ == "__main__":

@@ -6,19 +6,28 @@
     accelerate launch -m hf_guided.training.train_classifier                         # from an installed wheel
 
 arXiv 2105.05233, section 4.3: the encoder of the UNet with an attention pool, trained on images noised to uniformly
-drawn timesteps. The finished classifier is `<output_dir>/classifier/model`.
+drawn timesteps. The finished classifier is `<output_dir>/classifier/model`, with a card that says how good it is at
+each level of noise, and where to guide with it.
 """
 
+import logging
+import platform
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import nn
 
 from hf_guided import ADMClassifierConfig, ADMForImageClassification, ADMScheduler
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
+from hf_guided.evaluation.classifier_inspection import inspect_classifier
+from hf_guided.evaluation.pictures import classifier_curves
+from hf_guided.files import write_json
+from hf_guided.hub import write_model_card
 from hf_guided.schedulers.scheduling_adm import model_timesteps
 from hf_guided.training.arguments import (
     ArchitectureArguments,
@@ -30,6 +39,8 @@ from hf_guided.training.arguments import (
 )
 from hf_guided.training.loop import Batch, Task, finish, train
 from hf_guided.training.timestep_sampling import TimestepSampler
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -84,7 +95,69 @@ def train_classifier(
     task = ClassifierTask(name, make_classifier(args, train_images), ADMScheduler(**args.schedule()), args.noisy)
     if not train(task, train_images, held_out_images, args, data_args):
         return None
-    return finish(task.model.save_pretrained, Path(args.output_dir) / name / "model", args)
+
+    kind = "noisy" if args.noisy else "clean"
+
+    def save(folder: str) -> None:
+        task.model.save_pretrained(folder)
+        inspection = inspect(folder, train_images, held_out_images, args) if args.noisy else None
+        write_model_card(
+            folder,
+            title=f"Classifier of {kind} {Path(data_args.source).name}",
+            summary=f"A classifier of {kind} images",
+            class_names=list(train_images.id2label.values()),
+            training={
+                "images": f"{len(train_images)} to train on, {len(held_out_images or ())} held out",
+                "steps": describe_steps(args),
+                **({"noise schedule": args.beta_schedule} if args.noisy else {}),
+                "seed": args.seed,
+                **describe_machine(),
+            },
+            inspection=inspection,
+            model_class="ADMForImageClassification",
+            repo_id=args.hub_model_id,
+            **describe_data(data_args),
+        )
+
+    return finish(save, Path(args.output_dir) / name / "model", args)
+
+
+def inspect(
+    folder: str, train_images: LabelledImages, held_out_images: LabelledImages | None, args: ClassifierArguments
+) -> dict[str, Any] | None:
+    """Measures a saved classifier at each level of noise, into `inspection.png` and `inspection.json` beside it."""
+    try:
+        if held_out_images is None:
+            raise ValueError("no images are held out.")
+        classifier = ADMForImageClassification.from_pretrained(folder).to(PartialState().device)
+        inspection = inspect_classifier(classifier, held_out_images, train_images, batch_size=args.train_batch_size)
+    except ValueError as error:  # of the images: too late to refuse the training
+        logger.warning(f"The classifier is not inspected: {error}")
+        return None
+    logger.info(f"\n{inspection}")
+    classifier_curves(inspection, Path(folder) / "inspection.png")
+    write_json(inspection.to_dict(), Path(folder) / "inspection.json")
+    return inspection.to_dict()
+
+
+def describe_data(data_args: DataArguments) -> dict[str, Any]:
+    """What it was trained on, for the model card."""
+    on_hub = data_args.dataset_name and "/" in data_args.dataset_name and not Path(data_args.dataset_name).exists()
+    return {"dataset": Path(data_args.source).name, "dataset_id": data_args.dataset_name if on_hub else None}
+
+
+def describe_steps(args: LoopArguments) -> str:
+    """How long it was trained, for the model card."""
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
+    return f"{args.max_train_steps} steps of {batch_size} images"
+
+
+def describe_machine() -> dict[str, Any]:
+    """What it was trained with, for the model card."""
+    is_gpu = PartialState().device.type == "cuda"
+    hardware = torch.cuda.get_device_name() if is_gpu else f"{torch.get_num_threads()} CPU threads"
+    packages = ("hf-guided", "torch", "diffusers", "transformers", "accelerate")
+    return {"hardware": f"{hardware}, {platform.system()}", "versions": {name: version(name) for name in packages}}
 
 
 def make_classifier(args: ClassifierArguments, images: LabelledImages) -> ADMForImageClassification:

@@ -19,7 +19,7 @@ from torch import nn
 from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.pictures import labelled_grid, save_png
-from hf_guided.evaluation.sampling import sample_batches
+from hf_guided.evaluation.sources import SampledImages
 from hf_guided.losses import diffusion_loss
 from hf_guided.schedulers.scheduling_adm import model_timesteps
 from hf_guided.training.arguments import (
@@ -119,9 +119,8 @@ class DiffusionTask(Task):
         pipeline.set_progress_bar_config(disable=True)
         names = list(self.id2label.values())[:10] if self.args.class_conditional else ["samples"]
         labels = torch.arange(len(names)).repeat_interleave(8) if self.args.class_conditional else 8
-        batches = sample_batches(pipeline, labels, self.args.train_batch_size)
-        pictures = [picture for batch in batches for picture in batch]
-        save_png(labelled_grid(pictures, names), path)
+        samples = SampledImages(pipeline, labels)
+        save_png(labelled_grid(samples.pictures(self.args.train_batch_size), names), path)
         model.train(was_training)
 
 

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
+from ..files import replacing
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.layers import level_attention, level_widths
 from ..models.unet_adm import ADMUNet2DModel
@@ -272,11 +273,6 @@ def _shared_flags(config: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _save(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Writes under a temporary name and renames it, so that nobody finds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        torch.save(dict(state_dict), partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        torch.save(dict(state_dict), temporary)

@@ -33,8 +33,9 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Dataset on the Hub, or a local path that `datasets` can load. Built in, from scikit-learn: "
-            "'digits' of 8x8, also used when neither this nor --train_data_dir is given; 'photographs', crops of two."
+            "help": "Dataset on the Hub, or a local path that `datasets` can load, a .parquet file too. Built in, from "
+            "scikit-learn: 'digits' of 8x8, also used when neither this nor --train_data_dir is given; 'photographs', "
+            "crops of two."
         },
     )
     dataset_config_name: str | None = field(
@@ -153,6 +154,17 @@ class LabelledImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def plain(self, most: int | None = None) -> "LabelledImages":
+        """These images, neither mirrored nor cropped at random; of more than `most`, so many, drawn by the same chance
+        every time."""
+        chosen = np.arange(len(self))
+        if most is not None and most < len(self):
+            chosen = np.sort(np.random.default_rng(0).choice(len(self), most, replace=False))
+        labels = None if self.labels is None else self.labels[chosen]
+        return LabelledImages(
+            self.images, self.rows[chosen], labels, self.id2label, self.name, self.resolution, self.image_channels
+        )
 
     def open(self, index: int) -> Image.Image:
         """The image as it is in the file, upright. Raises one of `BAD_IMAGE_ERRORS` if there is none."""
@@ -316,16 +328,23 @@ def _load_split(
     """The images of a split, one undecoded "image" a row, with their labels and the names of the classes."""
     datasets = import_extra("datasets")
     path, where = args.dataset_name, f"split '{split}' of '{args.source}'"
-    hint = "check the name and the split"
+    hint, data_files = "check the name and the split", None
+    if path is not None and path.endswith(".parquet"):
+        path, data_files = "parquet", path
     if args.train_data_dir is not None:
         path, hint = "imagefolder", "a folder needs one sub-folder of images per class"
         if not os.path.isdir(args.train_data_dir):
             raise FileNotFoundError(f"--train_data_dir '{args.train_data_dir}' is not a folder; {hint}.")
     try:
         dataset = datasets.load_dataset(
-            path, args.dataset_config_name, data_dir=args.train_data_dir, split=split, cache_dir=args.cache_dir
+            path,
+            args.dataset_config_name,
+            data_dir=args.train_data_dir,
+            data_files=data_files,
+            split=split,
+            cache_dir=args.cache_dir,
         )
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, ConnectionError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"Cannot load {where} ({reason}); {hint}.") from error
     columns = ", ".join(dataset.column_names)

@@ -1,10 +1,28 @@
-"""The published layout of samples: a `.npz` file of 8-bit images `arr_0` and, if there are classes, labels `arr_1`."""
+"""Files of samples.
 
+The published layout is a `.npz` file of 8-bit images `arr_0` and, if there are classes, labels `arr_1`. Parquet files
+and folders of PNGs are laid out as `datasets.load_dataset` reads them.
+"""
+
+import io
+import json
 import os
+import shutil
 import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
+
+from ..files import replacing
+
+RECORD_KEY = "hf_guided"
+_RECORD_FILE = ".hf_guided.json"  # hidden, so that load_dataset passes it by
+_ROW_GROUP = 100  # rows that parquet reads at once: as datasets writes images
 
 
 def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
@@ -43,15 +61,158 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
     return images, labels
 
 
-def write_samples(path: str | os.PathLike, images: np.ndarray, labels: np.ndarray | None = None) -> None:
-    """Writes a `.npz` file under a temporary name and renames it.
+def write_samples(
+    path: str | os.PathLike,
+    batches: Iterable[np.ndarray],
+    shape: tuple[int, int, int, int],
+    labels: np.ndarray | None = None,
+    *,
+    id2label: Mapping[int, str] | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes samples, one batch in memory at a time, under a temporary name, and renames them.
+
+    Equal samples make equal files, to the byte.
 
     Args:
-        path (`str` or `os.PathLike`): The file.
-        images (`np.ndarray` of shape `(n, height, width, channels)`): uint8.
+        path (`str` or `os.PathLike`): A `.npz` file; a `.parquet` file with the columns `image` and `label`; or else a
+            folder of `000000.png` and so on with a `metadata.jsonl`.
+        batches (`Iterable[np.ndarray]`): Images of shape `(n, height, width, channels)`, uint8.
+        shape (`tuple[int, int, int, int]`): That of all batches together.
         labels (`np.ndarray` of shape `(n,)`, *optional*): Class ids.
+        id2label (`Mapping[int, str]`, *optional*): Class names, for parquet files and folders.
+        record (`Mapping`, *optional*): How the samples were made, which [`read_record`] gives back.
     """
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, images, *([] if labels is None else [labels]))
-    os.replace(temporary, path)
+    path = Path(path)
+    text = None if record is None else json.dumps(record)
+    names = None if labels is None else _class_names(id2label or {}, labels)
+    with replacing(path) as temporary:
+        if path.suffix == ".npz":
+            _write_npz(temporary, batches, shape, labels, text)
+        elif path.suffix == ".parquet":
+            _write_parquet(temporary, batches, labels, names, text)
+        else:
+            try:
+                _write_folder(temporary, batches, shape[0], labels, names, text)
+            except BaseException:
+                shutil.rmtree(temporary)
+                raise
+
+
+def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
+    """The record that a file or folder of [`write_samples`] or a picture of [`save_png`] has; `None` if it has none."""
+    path = Path(path)
+    text: str | bytes
+    try:
+        if path.is_dir():
+            text = (path / _RECORD_FILE).read_text()
+        elif path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                text = archive.getinfo("arr_0.npy").comment
+        elif path.suffix == ".parquet":
+            text = import_parquet().read_schema(path).metadata[RECORD_KEY.encode()]
+        else:
+            with Image.open(path) as picture:
+                text = picture.info[RECORD_KEY]
+        return json.loads(text)
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):  # among which are Pillow's and pyarrow's
+        return None
+
+
+def to_picture(image: np.ndarray) -> Image.Image:
+    """A picture of an image `(height, width, channels)`, uint8."""
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+
+
+def _write_npz(
+    path: Path,
+    batches: Iterable[np.ndarray],
+    shape: tuple[int, ...],
+    labels: np.ndarray | None,
+    record: str | None,
+) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+
+        def add(name: str, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str, comment: str = "") -> None:
+            entry = zipfile.ZipInfo(f"{name}.npy")  # of the same date in every file
+            entry.comment = comment.encode()
+            with archive.open(entry, "w", force_zip64=True) as stream:
+                header = {"descr": dtype, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(stream, header)
+                for part in parts:
+                    stream.write(part.astype(dtype, copy=False).tobytes())
+
+        add("arr_0", batches, shape, "|u1", record or "")
+        if labels is not None:
+            add("arr_1", [labels], labels.shape, "<i8")
+
+
+def _write_parquet(
+    path: Path,
+    batches: Iterable[np.ndarray],
+    labels: np.ndarray | None,
+    names: list[str] | None,
+    record: str | None,
+) -> None:
+    parquet = import_parquet()
+    import pyarrow
+    from datasets import ClassLabel, Features
+    from datasets import Image as ImageFeature
+
+    features = Features({"image": ImageFeature(), **({} if names is None else {"label": ClassLabel(names=names)})})
+    schema = features.arrow_schema
+    if record is not None:
+        schema = schema.with_metadata({**schema.metadata, RECORD_KEY: record})
+    records = ({"bytes": png, "path": None} for png in _pngs(batches))
+    ids = iter([] if labels is None else labels.tolist())
+    with open(path, "wb") as file, parquet.ParquetWriter(file, schema) as writer:
+        while images := list(islice(records, _ROW_GROUP)):
+            columns = {"image": images, **({} if names is None else {"label": list(islice(ids, len(images)))})}
+            writer.write_table(pyarrow.table(columns, schema=schema))
+
+
+def _write_folder(
+    folder: Path,
+    batches: Iterable[np.ndarray],
+    num_images: int,
+    labels: np.ndarray | None,
+    names: list[str] | None,
+    record: str | None,
+) -> None:
+    folder.mkdir()
+    digits = max(6, len(str(num_images - 1)))
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as metadata:
+        for i, png in enumerate(_pngs(batches)):
+            line: dict[str, Any] = {"file_name": f"{i:0{digits}d}.png"}
+            (folder / line["file_name"]).write_bytes(png)
+            if labels is not None and names is not None:
+                line |= {"label": names[labels[i]], "class_id": int(labels[i])}
+            metadata.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if record is not None:
+        (folder / _RECORD_FILE).write_text(record + "\n")
+
+
+def _pngs(batches: Iterable[np.ndarray]) -> Iterator[bytes]:
+    """Each image as the bytes of a PNG."""
+    for batch in batches:
+        for image in batch:
+            buffer = io.BytesIO()
+            to_picture(image).save(buffer, format="PNG")
+            yield buffer.getvalue()
+
+
+def import_parquet() -> Any:
+    """pyarrow's module of parquet files, which comes with datasets."""
+    try:
+        import datasets  # noqa: F401
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("Parquet files need datasets: pip install 'hf-guided[train]'.") from error
+    return pyarrow.parquet
+
+
+def _class_names(id2label: Mapping[int, str], labels: np.ndarray) -> list[str]:
+    """Names by id, each once: classes of one name, such as ImageNet's two cranes, have their ids beside it."""
+    names = [id2label.get(label, str(label)) for label in range(max([*id2label, *labels.tolist()]) + 1)]
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} ({label})" for label, name in enumerate(names)]

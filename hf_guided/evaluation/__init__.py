@@ -1,18 +1,24 @@
 """How good samples and models are: distances between features, an independent judge, likelihood, pictures of it all."""
 
-from .distances import frechet_distance, inception_score, kernel_distance, precision_recall
-from .features import classifier_features, judge_features
+from .distances import frechet_distance, frechet_interval, inception_score, kernel_distance
 from .likelihood import bits_per_dim
+from .manifolds import ManifoldMetrics, density_coverage, manifold_metrics, nearest_distances, precision_recall
 from .pictures import labelled_grid, save_png, trade_off_curve
+from .statistics import FeatureStatistics, InceptionScoreStatistics
 
 __all__ = [
+    "FeatureStatistics",
+    "InceptionScoreStatistics",
+    "ManifoldMetrics",
     "bits_per_dim",
-    "classifier_features",
+    "density_coverage",
     "frechet_distance",
+    "frechet_interval",
     "inception_score",
-    "judge_features",
     "kernel_distance",
     "labelled_grid",
+    "manifold_metrics",
+    "nearest_distances",
     "precision_recall",
     "save_png",
     "trade_off_curve",

@@ -1,77 +1,348 @@
-"""From images to the numbers of a report: features of any transformers image classifier, and the judge's verdict."""
+"""From images to the numbers that are compared: features of published networks and of one's own, each with its name."""
 
-from collections.abc import Sequence
+import hashlib
+import importlib
+import importlib.util
+import json
+import re
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
+from transformers.utils import logging
 
-from .distances import frechet_distance, precision_recall
+from ..models.classifier_adm import ADMForImageClassification, image_size
+from ..models.image_processing_adm import ADMImageProcessor
+
+# Parts of a path that say nothing of what lies there.
+_NAMELESS = ("model", "pipeline")
 
 
-@torch.no_grad()
-def classifier_features(
-    classifier: PreTrainedModel, images: torch.Tensor, batch_size: int = 256
-) -> tuple[np.ndarray, np.ndarray]:
-    """Features and class probabilities of images, computed where the classifier is, in evaluation mode.
+@dataclass(frozen=True)
+class FeatureBatch:
+    """What an extractor makes of images.
+
+    Attributes:
+        features (`np.ndarray` of shape `(n, dim)`): Float32: for distances between sets.
+        probabilities (`np.ndarray` of shape `(n, classes)`, *optional*): Float32, from classifiers: for the Inception
+            Score and accuracy.
+        spatial (`np.ndarray` of shape `(n, dim)`, *optional*): Float32, from Inception: for sFID.
+    """
+
+    features: np.ndarray
+    probabilities: np.ndarray | None = None
+    spatial: np.ndarray | None = None
+
+
+class FeatureExtractor(Protocol):
+    """What features are computed by: called with `torch.uint8` images `(n, channels, height, width)`, channels 1 or 3,
+    on the CPU, as many as one forward pass takes. Any class with these members will do.
+
+    Attributes:
+        name (`str`): Part of the name of every number: `"inception"`, `"dinov2-base"`, `"judge"`.
+        fingerprint (`str`): Hex digest of weights and preprocessing; features are cached under it.
+        id2label (`dict[int, str]`, *optional*): Names of the classes of `probabilities`; `None` where nobody named
+            them.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def id2label(self) -> dict[int, str] | None: ...
+
+    def __call__(self, images: torch.Tensor) -> FeatureBatch: ...
+
+
+class ModelFeatures:
+    """Features of any vision model or image classifier of transformers, computed where the model is.
+
+    An image classifier's features are its last hidden state, maps `(n, dim, h, w)` or tokens `(n, k, dim)`, averaged
+    over positions. Another model's are what it pools itself (`pooler_output`; after the projection, in models that
+    also know text), or the mean of its last hidden state where it pools nothing.
+
+    `Dinov2Model` pools the class token after the last normalisation, and gets whole images, resized without keeping
+    their shape, where its processor would crop them: both as in FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675, and the
+    code published with it, whose default is `facebook/dinov2-large`).
 
     Args:
-        classifier (`PreTrainedModel`): An image classifier that returns `.logits` and `.hidden_states`. The features
-            are its last hidden state, maps `(batch, dim, h, w)` or tokens `(batch, n, dim)`, averaged over positions.
-        images (`torch.Tensor` of shape `(n, channels, height, width)`): Images in [-1, 1], or as the classifier wants
-            its `pixel_values`.
-        batch_size (`int`, defaults to 256): Images per call. It changes speed and memory, never the order.
+        model (`PreTrainedModel`): The model, in any floating-point type. Its mode is left as it was.
+        name (`str`): The name that its numbers carry.
+        processor (`BaseImageProcessor`, *optional*): What turns pictures into `pixel_values`. Only
+            [`ADMForImageClassification`] needs none, for its [`ADMImageProcessor`] follows from its config: images of
+            its own size become `images / 127.5 - 1` to the bit, others are resized.
+
+    Raises:
+        `ValueError`: If the model takes no images, or images of neither 1 nor 3 channels, or has no processor.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str, processor: Any | None = None):
+        kind = type(model).__name__
+        config = getattr(model.config, "vision_config", model.config)
+        self.model, self.name = model, name
+        self.channels = getattr(config, "num_channels", getattr(config, "in_channels", 3))
+        self.is_classifier = "ForImageClassification" in kind
+        if model.main_input_name != "pixel_values" and not hasattr(model, "get_image_features"):
+            raise ValueError(f"{kind} takes {model.main_input_name}, not images; features come from a vision model.")
+        if self.channels not in (1, 3):
+            raise ValueError(f"{kind} takes images of {self.channels} channels; features come from models of 1 or 3.")
+        if processor is None and isinstance(model, ADMForImageClassification):
+            height, width = image_size(model.config)
+            processor = ADMImageProcessor(size={"height": height, "width": width}, num_channels=self.channels)
+        if processor is None:
+            raise ValueError(f"{kind} needs its image processor, which says how images become pixel_values.")
+        if kind == "Dinov2Model" and getattr(processor, "do_center_crop", False):
+            settings = processor.to_dict()
+            processor = type(processor).from_dict(settings | {"size": settings["crop_size"], "do_center_crop": False})
+        self.processor = processor
+
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """Names of a classifier's classes; `None` for other models and for classes that are only numbered, as
+        transformers does with `LABEL_0`, `LABEL_1` and so on."""
+        names = self.model.config.id2label
+        if not self.is_classifier or all(label == f"LABEL_{i}" for i, label in names.items()):
+            return None
+        return dict(names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the model's class and weights and the processor's settings, computed when first asked for."""
+        settings = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
+        return weights_digest(self.model, settings)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> FeatureBatch:
+        """Computes the features of images in one forward pass.
+
+        Args:
+            images (`torch.Tensor` of shape `(n, channels, height, width)`): `torch.uint8`, gray or RGB. Gray values are
+                repeated for models of 3 channels; models of 1 channel see the luminance of RGB as PIL computes it.
+
+        Returns:
+            [`FeatureBatch`]: `probabilities` are the softmax of a classifier's logits.
+        """
+        arrays = match_channels(images, self.channels).movedim(1, -1).numpy()
+        pictures = [Image.fromarray(array.squeeze(-1) if self.channels == 1 else array) for array in arrays]
+        pixel_values = self.processor(pictures, return_tensors="pt").pixel_values
+        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            if not self.is_classifier:
+                output = getattr(self.model, "get_image_features", self.model)(pixel_values)
+                pooled = getattr(output, "pooler_output", None)
+                return FeatureBatch(_numpy(_mean(output.last_hidden_state) if pooled is None else pooled.flatten(1)))
+            output = self.model(pixel_values, output_hidden_states=True)
+            probabilities = output.logits.float().softmax(dim=-1)
+            return FeatureBatch(_numpy(_mean(output.hidden_states[-1])), _numpy(probabilities))
+        finally:
+            self.model.train(was_training)
+
+
+class InceptionFeatures:
+    """The features of the published evaluator of ADM (arXiv 2105.05233): Inception-v3 of 2015 as torch-fidelity has it.
+
+    `features` are `pool_3` (2048); `probabilities` the softmax of its 1008 outputs without the bias, which are nobody's
+    classes; `spatial` the first 7 channels of `mixed_6/conv`, 17x17 positions in rows, channels innermost (2023).
+
+    Args:
+        weights (`str` or `os.PathLike`, *optional*): A file of its weights. By default torch-fidelity's loader finds
+            them among torch.hub's checkpoints, or downloads them to there once (91 MiB).
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where the features are computed.
+
+    Raises:
+        `ImportError`: If torch-fidelity is not installed. torchvision need not be.
+        `OSError`: If the weights are not there and cannot be downloaded.
+    """
+
+    name = "inception"
+    id2label = None
+
+    def __init__(self, weights: Any | None = None, device: torch.device | str = "cpu"):
+        module = _torch_fidelity_inception()
+
+        def load_weights(url: str, progress: bool) -> dict[str, torch.Tensor]:
+            if weights is not None:
+                return torch.load(weights, map_location="cpu", weights_only=True)
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=progress, weights_only=True)
+
+        module.load_state_dict_from_url = load_weights  # type: ignore[attr-defined]  # a copy of the module, ours alone
+        try:
+            model = module.FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"])
+        except OSError as error:
+            if weights is not None:
+                raise
+            url = module.URL_INCEPTION_V3
+            raise OSError(
+                f"Inception's weights could not be had ({error}); download {url} by hand and put it into "
+                f"{torch.hub.get_dir()}/checkpoints."
+            ) from error
+        self.model = model.to(device)
+        self.device = torch.device(device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the weights, computed when first asked for."""
+        return weights_digest(self.model)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> FeatureBatch:
+        """Computes the features of images in one forward pass.
+
+        Args:
+            images (`torch.Tensor` of shape `(n, channels, height, width)`): `torch.uint8`, of any size; gray values are
+                repeated.
+
+        Returns:
+            [`FeatureBatch`]: All three of its kinds.
+        """
+        maps: list[torch.Tensor] = []
+        hook = self.model.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: maps.append(output))
+        try:
+            pooled, logits = self.model(match_channels(images, 3).to(self.device))
+        finally:
+            hook.remove()
+        spatial = maps[0][:, :7].permute(0, 2, 3, 1).flatten(1)
+        return FeatureBatch(_numpy(pooled), _numpy(logits.softmax(dim=-1)), _numpy(spatial))
+
+
+def load_features(spec: str, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """Loads what features are computed by.
+
+    Args:
+        spec (`str`): `"inception"`, the published evaluator's features; or the folder or Hub id of any vision model or
+            image classifier of transformers, its image processor beside it, loaded in float32. Its name is the last
+            part of the path or id that says something (`outputs/judge/model` is called `judge`,
+            `facebook/dinov2-base` is called `dinov2-base`), or NAME in `"NAME=outputs/judge/model"`.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where the features are computed.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: Features `(n, dim)` and probabilities `(n, classes)`, both float32.
+        [`FeatureExtractor`]: [`InceptionFeatures`] or [`ModelFeatures`]. Pictures are resized by PIL, whether or not
+        torchvision is installed.
+
+    Raises:
+        `ValueError`: If there is no such model, it takes no images, some of its weights are missing, or the folder is a
+            pipeline's: the classifier that guides must not judge.
     """
-    if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
+    if spec == InceptionFeatures.name:
+        return InceptionFeatures(device=device)
+    name, path = "", spec
+    if not Path(spec).exists() and (match := re.fullmatch(r"([\w.-]+)=(.+)", spec)):
+        name, path = match.groups()
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and (folder.exists() or path.count("/") > 1 or path.startswith((".", "/", "~"))):
+        raise ValueError(f"There is no folder {path}.")
+    if (folder / "model_index.json").exists():
         raise ValueError(
-            "The images must be a floating-point tensor of shape (n, channels, height, width) with values in [-1, 1], "
-            f"got {images.dtype} of shape {tuple(images.shape)}."
+            f"{path} is a pipeline, and the classifier that guides it must not judge it; name the folder of a "
+            f"classifier that was trained apart, or of a vision model."
         )
-    features, probabilities = [], []
-    was_training = classifier.training
-    classifier.eval()
+    parts = folder.absolute().parts if folder.exists() else folder.parts
+    name = name or next((part for part in reversed(parts) if part not in _NAMELESS), path)
+    if name == InceptionFeatures.name:
+        raise ValueError(f"The name {name} stands for the published features; give this model another: NAME={path}.")
+
+    source = str(folder) if folder.exists() else path
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        for batch in images.split(batch_size):
-            output = classifier(batch.to(classifier.device, classifier.dtype), output_hidden_states=True)
-            hidden_state = output.hidden_states[-1].float()
-            features.append(hidden_state.mean(dim=(2, 3) if hidden_state.ndim == 4 else 1).cpu())
-            probabilities.append(output.logits.float().softmax(dim=-1).cpu())
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        is_classifier = any("ForImageClassification" in kind for kind in config.architectures or [])
+        auto_class = AutoModelForImageClassification if is_classifier else AutoModel
+        processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
+        model, info = auto_class.from_pretrained(
+            source, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # config, processor and damaged weights each have errors of their own
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"No vision model or image classifier could be loaded from {path}: {reason}") from error
     finally:
-        classifier.train(was_training)
-    return torch.cat(features).numpy(), torch.cat(probabilities).numpy()
+        if shown:
+            logging.enable_progress_bar()
+    missing = sorted(info["missing_keys"])
+    if missing and all(key.startswith("pooler.") for key in missing):
+        model.pooler = None  # as many ViTs are published: what pools was never trained, so let nothing pool
+    elif missing:
+        raise ValueError(f"{path} lacks {len(missing)} weights of its {type(model).__name__}, such as {missing[0]}.")
+    return ModelFeatures(model.to(device), name, processor)
 
 
-def judge_features(
-    features: np.ndarray,
-    probabilities: np.ndarray,
-    labels: Sequence[int] | torch.Tensor,
-    reference_features: np.ndarray,
-) -> dict[str, float]:
-    """What an independent classifier says of generated samples: one row of a report.
-
-    The judge must not be the classifier that guided the samples: guidance would be asked whether it pleased itself.
+def match_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
+    """Gray from RGB as PIL's `convert("L")` does it, or RGB from gray by repeating.
 
     Args:
-        features (`np.ndarray` of shape `(n, dim)`), probabilities (`np.ndarray` of shape `(n, classes)`): What
-            [`classifier_features`] gives for the samples with a classifier trained apart from the one that guides.
-        labels (`Sequence[int]` or `torch.Tensor` of shape `(n,)`): The class id that each sample was asked to show.
-        reference_features (`np.ndarray` of shape `(m, dim)`): The same classifier's features of real images, computed
-            once for all rows of a report.
+        images (`torch.Tensor` of shape `(n, channels, height, width)`): `torch.uint8`, at least one, 1 or 3 channels.
+        channels (`int`): 1 or 3.
 
-    Returns:
-        `dict[str, float]`: `accuracy`, the fraction of samples that the judge finds to be what was asked; `fid`,
-        `precision` and `recall` (k = 3), in the judge's features.
+    Raises:
+        `ValueError`: If they are no such images.
     """
-    requested = np.asarray(torch.as_tensor(labels).cpu())
-    if requested.shape != (len(features),):
-        raise ValueError(f"Each sample needs one label, got labels of shape {requested.shape} for {len(features)}.")
-    precision, recall = precision_recall(features, reference_features)
-    return {
-        "accuracy": float((probabilities.argmax(axis=1) == requested).mean()),
-        "fid": frechet_distance(features, reference_features),
-        "precision": precision,
-        "recall": recall,
-    }
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+        raise ValueError(
+            f"The images must be a torch.uint8 tensor of shape (n, 1 or 3, height, width), got {images.dtype} of shape "
+            f"{tuple(images.shape)}."
+        )
+    if images.shape[1] < channels:
+        return images.expand(-1, channels, -1, -1)
+    if images.shape[1] > channels:
+        red, green, blue = images.to(torch.int32).unsqueeze(2).unbind(1)
+        return ((19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16).to(torch.uint8)  # ITU-R 601 in 65536ths
+    return images
+
+
+def _mean(hidden_state: torch.Tensor) -> torch.Tensor:
+    """Means over the positions of maps `(n, dim, h, w)` or tokens `(n, k, dim)`, in float32."""
+    return hidden_state.float().mean(dim=(2, 3) if hidden_state.ndim == 4 else 1)
+
+
+def _numpy(values: torch.Tensor) -> np.ndarray:
+    return values.float().cpu().numpy()
+
+
+def weights_digest(model: torch.nn.Module, settings: str = "") -> str:
+    """Hex SHA-256 of a model's class, of settings, and of the names, types, shapes and bytes of its weights."""
+    digest = hashlib.sha256(json.dumps([type(model).__name__, settings]).encode())
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _torch_fidelity_inception() -> ModuleType:
+    """A copy of torch-fidelity's module of Inception, ours alone.
+
+    The package's `__init__` imports torchvision; the module needs none. So it is imported under a bare package, which
+    is taken away again.
+    """
+    found = importlib.util.find_spec("torch_fidelity")
+    if found is None or found.submodule_search_locations is None:
+        raise ImportError(
+            "Inception features come from torch-fidelity: pip install 'hf-guided[eval]', or, to do without "
+            "torchvision, pip install --no-deps torch-fidelity."
+        )
+
+    def take_out() -> dict[str, ModuleType]:
+        names = [name for name in sys.modules if name.split(".")[0] == "torch_fidelity"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    imported_before = take_out()
+    package = ModuleType("torch_fidelity")
+    package.__path__ = list(found.submodule_search_locations)
+    sys.modules["torch_fidelity"] = package
+    try:
+        return importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    finally:
+        take_out()
+        sys.modules.update(imported_before)

@@ -1,15 +1,22 @@
 """How many bits a model needs to describe an image: the variational bound, term by term."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers.models.modeling_utils import ModelMixin
+from tqdm.auto import tqdm
 
+from ..guidance.labels import match_classes
 from ..losses import mean_over_pixels, normal_kl, variational_bound_term
 from ..schedulers.gaussian_process import upcast
 from ..schedulers.schedules import space_timesteps
 from ..schedulers.scheduling_adm import ADMScheduler, model_timesteps
+from .feature_sets import gather_to_main
+from .sources import ImageSet
 
 
 @dataclass
@@ -98,3 +105,121 @@ def bits_per_dim(
         mse=torch.stack(mse, dim=1),
         xstart_mse=torch.stack(xstart_mse, dim=1),
     )
+
+
+PER_TIMESTEP = ("vb", "mse", "xstart_mse")
+
+
+@dataclass
+class Likelihood:
+    """The bound of a whole set of images, in bits per dimension.
+
+    Attributes:
+        num_images (`int`): Images measured.
+        total_bpd (`float`), standard_error (`float`): The mean over images, and how sure it is.
+        prior_bpd (`float`): Its part that no model can change.
+        timesteps (`list[int]`): The timesteps, last first.
+        vb, mse, xstart_mse (`list[float]`): Means of [`BitsPerDim`]'s, at each timestep.
+    """
+
+    num_images: int
+    total_bpd: float
+    standard_error: float
+    prior_bpd: float
+    timesteps: list[int]
+    vb: list[float]
+    mse: list[float]
+    xstart_mse: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        halves = {0: "first", 1: "second", 2: "third", 3: "last"}
+        shares = [sum(part) for part in np.array_split(np.array(self.vb[::-1]), 4)]
+        listed = ", ".join(f"{halves[i]} {share:.3f}" for i, share in enumerate(shares))
+        return (
+            f"Likelihood: at most {self.total_bpd:.4f} bits per dimension (standard error {self.standard_error:.4f}) "
+            f"over {self.num_images:,} images; {self.prior_bpd:.2g} of them are the prior's, and by quarters of the "
+            f"timesteps: {listed}."
+        )
+
+
+def likelihood(
+    unet: ModelMixin,
+    scheduler: ADMScheduler,
+    images: ImageSet,
+    class_labels: np.ndarray | None = None,
+    respacing: str | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Likelihood | None:
+    """[`bits_per_dim`] of a whole set, over all processes that run this call.
+
+    Args:
+        unet ([`ADMUNet2DModel`] or like it), scheduler ([`ADMScheduler`]), respacing (`str`, *optional*): See
+            [`bits_per_dim`].
+        images ([`ImageSet`]): The images.
+        class_labels (`np.ndarray` of shape `(n,)`, *optional*): The class id of each, for a class-conditional UNet.
+        batch_size (`int`, defaults to 64): Images at once in each process.
+        seed (`int`, defaults to 0): Seed of the noise, which each batch draws anew; the number of processes does not
+            change it.
+
+    Returns:
+        [`Likelihood`]: In the main process; `None` in the others.
+    """
+    state = PartialState()
+    batches = [part.tolist() for part in torch.arange(len(images)).split(batch_size)]
+    mine = range(state.process_index, len(batches), state.num_processes)
+    measured = []
+    loader = images.batches([batches[i] for i in mine])
+    progress = tqdm(loader, desc="bits per dimension", unit="batch", disable=not state.is_main_process, leave=False)
+    for i, batch in zip(mine, progress, strict=True):
+        labels = None if class_labels is None else torch.from_numpy(class_labels[batches[i]]).to(unet.device)
+        pixels = batch.to(unet.device) / 127.5 - 1
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + i)
+            bits = bits_per_dim(unet, scheduler, pixels, labels, respacing)
+        measured.append([getattr(bits, part).cpu().double() for part in ("total_bpd", "prior_bpd", *PER_TIMESTEP)])
+    gathered = gather_to_main(measured)
+    if gathered is None:
+        return None
+    total, prior, *terms = (
+        torch.cat(part) for part in zip(*(batch for share in gathered for batch in share), strict=True)
+    )
+    timesteps = space_timesteps(scheduler.config.num_train_timesteps, respacing) if respacing else None
+    return Likelihood(
+        num_images=len(images),
+        total_bpd=total.mean().item(),
+        standard_error=(total.std() / math.sqrt(len(images))).item(),
+        prior_bpd=prior.mean().item(),
+        timesteps=list(timesteps or range(scheduler.config.num_train_timesteps))[::-1],
+        **{name: term.mean(dim=0).tolist() for name, term in zip(PER_TIMESTEP, terms, strict=True)},
+    )
+
+
+def likelihood_labels(pipeline: Any, images: ImageSet) -> np.ndarray | None:
+    """What the pipeline's UNet is told of real images: their classes by name, the null label without, or nothing.
+
+    Raises:
+        `ValueError`: If it must be told the class and the images have none, or others; or if its scheduler or UNet has
+            no likelihood.
+    """
+    if not isinstance(pipeline.scheduler, ADMScheduler):
+        raise ValueError(f"{type(pipeline.scheduler).__name__} has no likelihood; give the pipeline an ADMScheduler.")
+    config = pipeline.unet.config
+    if images.channels != config.in_channels:
+        raise ValueError(
+            f"{images.name} has images of {images.channels} channels and the UNet of {config.in_channels}: it gives "
+            f"them no likelihood."
+        )
+    if config.num_class_embeds is None:
+        return None
+    if images.labels is None:
+        if not config.get("null_class_label", False):
+            raise ValueError(f"This UNet must be told the class, and {images.name} has no labels.")
+        return np.full(len(images), config.num_class_embeds)
+    names = pipeline.id2label or {label: f"LABEL_{label}" for label in range(config.num_class_embeds)}
+    matched = match_classes(images.id2label or names, names, set(np.unique(images.labels).tolist()), "of the pipeline")
+    return np.array([matched[label] for label in images.labels.tolist()])

@@ -1,14 +1,21 @@
 """Pictures of a report: samples beside the names of their classes, and the trade-off that the guidance scale buys."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from ..data.samples import RECORD_KEY
+from ..files import replacing
+from .classifier_inspection import ClassifierInspection
 
 _INK, _PAPER = "#1f2328", "white"
 _MAX_NAME_LENGTH = 28  # characters; ImageNet names several synonyms
+_MAX_CONFUSION_CLASSES = 20  # that a matrix can show
 
 
 def labelled_grid(
@@ -43,7 +50,7 @@ def labelled_grid(
 
     font_size = min(22, max(14, height // 4))
     font, title_font = ImageFont.load_default(font_size), ImageFont.load_default(font_size + 2)
-    names = [name if len(name) <= _MAX_NAME_LENGTH else name[: _MAX_NAME_LENGTH - 3] + "..." for name in row_names]
+    names = [_shortened(name) for name in row_names]
     gap, margin = max(2, cell_size // 16), 16
     left = margin + round(max(font.getlength(name) for name in names)) + 12
     top = margin if title is None else margin + 2 * font_size
@@ -64,29 +71,32 @@ def labelled_grid(
     return grid
 
 
-def save_png(image: Image.Image, path: str | os.PathLike) -> None:
-    """Writes a PNG under a temporary name and renames it, so that no reader ever sees half a picture."""
-    temporary = Path(f"{path}.tmp")
-    image.save(temporary, format="PNG", optimize=True)
-    os.replace(temporary, path)
+def save_png(image: Image.Image, path: str | os.PathLike, record: Mapping[str, Any] | None = None) -> None:
+    """Writes a PNG under a temporary name and renames it, so that no reader ever sees half a picture.
+
+    Args:
+        image (`PIL.Image.Image`): The picture.
+        path (`str` or `os.PathLike`): Where it goes.
+        record (`Mapping`, *optional*): How it was made, which [`read_record`] gives back.
+    """
+    text = PngInfo()
+    if record is not None:
+        text.add_text(RECORD_KEY, json.dumps(record))
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", optimize=True, pnginfo=text)
 
 
-def trade_off_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+def trade_off_curve(rows: Sequence[Mapping[str, Any]], features: str, path: str | os.PathLike) -> None:
     """Draws how precision, recall and FID move with the guidance scale (figure 4 of arXiv 2105.05233) into a PNG.
 
     Args:
         rows (`Sequence[Mapping]`): Rows of a report, each with `guidance_scale`, `condition_unet` (whether the UNet
-            was told the class), `precision`, `recall` and `fid`.
+            was told the class), `precision`, `recall` and `fid`, followed by `/` and `features`.
+        features (`str`): The features to draw.
         path (`str` or `os.PathLike`): Where the PNG goes.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The curves are drawn with matplotlib: pip install 'hf-guided[train]'.") from error
-
     rows = sorted(rows, key=lambda row: row["guidance_scale"])
-    # Without pyplot: no global state, no display, nothing to close.
-    figure = Figure(figsize=(9, 3.8), dpi=120, layout="constrained")
+    figure = _figure(9, 3.8)
     quality, distance = figure.subplots(1, 2)
     panels = ((quality, "precision", "#0969da"), (quality, "recall", "#bc4c00"), (distance, "fid", "#1a7f37"))
     for conditional, line, marker, fill, suffix in (
@@ -98,7 +108,7 @@ def trade_off_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
             if series:
                 axes.plot(
                     [row["guidance_scale"] for row in series],
-                    [row[metric] for row in series],
+                    [row[f"{metric}/{features}"] for row in series],
                     linestyle=line,
                     marker=marker,
                     color=color,
@@ -108,7 +118,7 @@ def trade_off_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
 
     scales = sorted({row["guidance_scale"] for row in rows})
     for axes, title in ((quality, "Precision and recall"), (distance, "FID (lower is better)")):
-        axes.set_title(title, loc="left", color=_INK)
+        axes.set_title(f"{title}, {features}", loc="left", color=_INK)
         axes.set_xscale("symlog", linthresh=1)  # scales run 0, 1, 3, 10
         axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
         axes.minorticks_off()
@@ -118,7 +128,198 @@ def trade_off_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
         axes.legend(frameon=False, fontsize="small")
     quality.set_ylim(0, 1.03)
     distance.set_ylim(bottom=0)
+    _save_figure(figure, path)
 
-    temporary = Path(f"{path}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+
+def likelihood_curve(timesteps: Sequence[int], vb: Sequence[float], path: str | os.PathLike) -> None:
+    """Draws where the bits of a likelihood are spent (figure 2 of arXiv 2102.09672) into a PNG.
+
+    Args:
+        timesteps (`Sequence[int]`): The timesteps.
+        vb (`Sequence[float]`): The term of the bound at each, in bits per dimension.
+        path (`str` or `os.PathLike`): Where the PNG goes.
+    """
+    figure = _figure(9, 3.8)
+    terms, total = figure.subplots(1, 2)
+    steps, bits = zip(*sorted(zip(timesteps, vb, strict=True)), strict=True)
+    running = [sum(bits[: i + 1]) for i in range(len(bits))]
+    terms.plot(steps, bits, color="#0969da", marker="o" if len(steps) < 60 else None, markersize=3)
+    terms.set_yscale("log")
+    terms.set_title("Bits per dimension at each timestep", loc="left", color=_INK)
+    total.plot(steps, running, color="#1a7f37")
+    total.set_title(f"Their sum up to it: {running[-1]:.3f}", loc="left", color=_INK)
+    total.set_ylim(bottom=0)
+    for axes in (terms, total):
+        axes.set_xlabel("timestep")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save_figure(figure, path)
+
+
+def sweep_curve(
+    rows: Sequence[Mapping[str, Any]], features: str, path: str | os.PathLike, chosen: Mapping[str, Any] | None = None
+) -> None:
+    """Draws fidelity and diversity against the guidance scale, and against each other, into a PNG.
+
+    Lines are means over seeds, bands reach from the lowest to the highest.
+
+    Args:
+        rows (`Sequence[Mapping]`): Each with `num_inference_steps`, `guidance_scale`, `seed`, and `fid`, `precision`,
+            `recall` and perhaps `accuracy`, followed by `/` and `features`.
+        features (`str`): The features to draw.
+        path (`str` or `os.PathLike`): Where the PNG goes.
+        chosen (`Mapping`, *optional*): The setting to mark.
+    """
+    steps = list(dict.fromkeys(row["num_inference_steps"] for row in rows))
+    scales = sorted({row["guidance_scale"] for row in rows})
+
+    def spread(count: int | None, metric: str) -> list[tuple[float, float, float]]:
+        of_scale = [
+            [
+                row[f"{metric}/{features}"]
+                for row in rows
+                if (row["num_inference_steps"], row["guidance_scale"]) == (count, scale)
+            ]
+            for scale in scales
+        ]
+        return [(sum(values) / len(values), min(values), max(values)) for values in of_scale]
+
+    figure = _figure(12.5, 3.9)
+    distance, quality, plane = figure.subplots(1, 3)
+    panels = [(distance, "fid", "#1a7f37"), (quality, "precision", "#0969da"), (quality, "recall", "#bc4c00")]
+    if all(f"accuracy/{features}" in row for row in rows):
+        panels.append((quality, "accuracy", "#8250df"))
+    for i, count in enumerate(steps):
+        line = ("-", "--", ":", "-.")[i % 4]
+        suffix = "" if count is None else f", {count} steps"
+        for axes, metric, color in panels:
+            means, lows, highs = zip(*spread(count, metric), strict=True)
+            label = f"{'FID' if metric == 'fid' else metric}{suffix}"
+            axes.plot(scales, means, line, marker="o", markersize=4, color=color, label=label)
+            axes.fill_between(scales, lows, highs, color=color, alpha=0.12, linewidth=0)
+        precision, recall = ([mean for mean, _, _ in spread(count, metric)] for metric in ("precision", "recall"))
+        plane.plot(recall, precision, line, marker="o", markersize=4, color=_INK, label=suffix.removeprefix(", "))
+        for scale, x, y in zip(scales, recall, precision, strict=True):
+            plane.annotate(f"{scale:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize="x-small")
+    if chosen is not None:
+        at = scales.index(chosen["guidance_scale"])
+        for axes in (distance, quality):
+            axes.axvline(chosen["guidance_scale"], color=_INK, linewidth=0.8, linestyle=":")
+        x, y = (spread(chosen["num_inference_steps"], metric)[at][0] for metric in ("recall", "precision"))
+        plane.plot([x], [y], "o", markersize=11, markerfacecolor="none", color="#cf222e", label="chosen")
+
+    positive = [scale for scale in scales if scale > 0]
+    for axes, title in ((distance, "FID (lower is better)"), (quality, "Fidelity and diversity")):
+        axes.set_title(f"{title}, {features}", loc="left", color=_INK)
+        axes.set_xscale("symlog", linthresh=min(positive, default=1.0))
+        axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
+        axes.minorticks_off()
+        axes.set_xlabel("guidance scale")
+    distance.set_yscale("log")
+    quality.set_ylim(0, 1.03)
+    plane.set_title("Precision against recall, by scale", loc="left", color=_INK)
+    plane.set_xlabel("recall (diversity)")
+    plane.set_ylabel("precision (fidelity)")
+    for axes in (distance, quality, plane):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False, fontsize="small")
+    _save_figure(figure, path)
+
+
+def classifier_curves(inspection: ClassifierInspection, path: str | os.PathLike) -> None:
+    """Draws how good a noisy classifier is at each level of noise, and its confusion at the lowest, into a PNG.
+
+    Args:
+        inspection ([`ClassifierInspection`]): What [`inspect_classifier`] measured.
+        path (`str` or `os.PathLike`): Where the PNG goes.
+    """
+    rows = inspection.rows
+    timesteps = [row.timestep for row in rows]
+    figure = _figure(12, 8.6)
+    (accuracy, calibration), (steering, confusion) = figure.subplots(2, 2)
+
+    curves = [
+        (accuracy, "accuracy, held-out images", "#0969da", "-", [row.accuracy for row in rows]),
+        (calibration, "mean confidence", "#8250df", "-", [row.confidence for row in rows]),
+        (calibration, "accuracy", "#0969da", "-", [row.accuracy for row in rows]),
+        (calibration, "calibration error", "#cf222e", "--", [row.calibration_error for row in rows]),
+        (steering, "root mean square over images", "#1a7f37", "-", [row.epsilon_shift for row in rows]),
+    ]
+    trained = [row.train_accuracy for row in rows if row.train_accuracy is not None]
+    if trained:
+        curves.insert(1, (accuracy, "accuracy, training images", "#bc4c00", "--", trained))
+    known = [row.information / inspection.label_entropy for row in rows]
+    curves.append((accuracy, "information about the class, of all there is", _INK, ":", known))
+    for axes, name, color, line, values in curves:
+        axes.plot(timesteps, values, line, marker="o", markersize=4, color=color, label=name)
+    accuracy.axhline(inspection.chance, color=_INK, linewidth=0.8, label=f"chance, {inspection.chance:.2f}")
+    for axes, title in (
+        (accuracy, "How much of the class it sees"),
+        (calibration, "How sure it is, and how right"),
+        (steering, "What guidance of scale 1 adds to epsilon, of its norm"),
+    ):
+        if inspection.interval is not None:
+            low, high = inspection.interval
+            label = f"suggested interval, {low} to {high}"
+            axes.axvspan(low, high, color="#1a7f37", alpha=0.1, linewidth=0, label=label)
+        axes.set_title(title, loc="left", color=_INK)
+        axes.set_xlabel("timestep")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="upper left" if axes is steering else "upper right", fontsize="small", edgecolor="none")
+    for axes in (accuracy, calibration):
+        axes.set_ylim(0, 1.03)
+    steering.set_ylim(bottom=0)
+    steering.yaxis.set_major_formatter("{x:.1%}")
+    _draw_confusion(confusion, inspection)
+    _save_figure(figure, path)
+
+
+def _draw_confusion(axes: Any, inspection: ClassifierInspection) -> None:
+    """A matrix of counts; of more classes than can be read, the commonest mistakes as text."""
+    counts, names = inspection.confusion, inspection.class_names
+    of_class = counts.sum(axis=1)
+    axes.set_title(f"Confusion at timestep {inspection.rows[0].timestep}", loc="left", color=_INK)
+    if len(names) > _MAX_CONFUSION_CLASSES:
+        mistakes = [(int(counts[i, j]), i, j) for i, j in np.argwhere(counts).tolist() if i != j]
+        mistakes.sort(key=lambda mistake: -mistake[0])
+        worst = [
+            f"{_shortened(names[i])} taken for {_shortened(names[j])}: {count} of {of_class[i]} images"
+            for count, i, j in mistakes[:14]
+        ]
+        axes.text(0, 0.98, "\n".join(worst) or "no mistakes", va="top", linespacing=1.6, color=_INK, fontsize="small")
+        axes.set_axis_off()
+        return
+    shares = counts / of_class.clip(min=1)[:, None]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for i, j in np.argwhere(counts).tolist():
+        color = _PAPER if shares[i, j] > 0.5 else _INK
+        axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=color, fontsize="small")
+    short = [_shortened(name, _MAX_NAME_LENGTH // 2) for name in names]
+    is_long = max(map(len, short)) > 3
+    axes.set_xticks(range(len(names)), short, **({"rotation": 45, "ha": "right"} if is_long else {}), fontsize="small")
+    axes.set_yticks(range(len(names)), short, fontsize="small")
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("true class")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _shortened(name: str, length: int = _MAX_NAME_LENGTH) -> str:
+    return name if len(name) <= length else name[: length - 3] + "..."
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure, in inches; without pyplot: no global state, no display, nothing to close."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The curves are drawn with matplotlib: pip install 'hf-guided[train]'.") from error
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def _save_figure(figure: Any, path: str | os.PathLike) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,28 +1,433 @@
-"""Many samples, a batch at a time."""
+"""Many samples: which image has which label and noise, and a file of them that several processes and sittings make."""
 
-from collections.abc import Iterator
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import try_to_load_from_cache
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..data.samples import import_parquet, read_record, to_picture, write_samples
+from ..files import replacing, write_json
+from .pictures import labelled_grid, save_png
+
+MAX_PICTURED = 1000  # images in one picture
+_GRID_ROWS = _GRID_COLUMNS = 10  # of the picture beside a file
+_BLOCK = 4096  # bytes that even a small file takes
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PATIENCE = 600  # seconds without news of the other processes, beside twenty batches' time
+
+
+def image_seeds(seed: int, num_images: int) -> list[int]:
+    """The seed of each image's own noise: the i-th integer drawn, as the pipeline draws it from a single generator.
+
+    Args:
+        seed (`int`): Seed of all images together.
+        num_images (`int`): How many.
+    """
+    return torch.randint(2**63 - 1, (num_images,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def to_8_bit(samples: torch.Tensor) -> torch.Tensor:
+    """Samples in 8 bits as the published scripts round them: what lies between two values is cut off.
+
+    Args:
+        samples (`torch.Tensor`): In [-1, 1], of any shape.
+
+    Returns:
+        `torch.Tensor`: uint8 of the same shape.
+    """
+    return ((samples + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+
+
+def sample_labels(which: str | Sequence[int], num_images: int, num_classes: int, seed: int = 0) -> torch.Tensor:
+    """The class of each image. It depends on the image's index alone: more images begin with the same labels.
+
+    Args:
+        which (`str` or `Sequence[int]`): `"uniform"` draws classes, all equally likely, as the published scripts do;
+            `"all"` takes all classes in turn; or ids, taken in turn.
+        num_images (`int`): How many.
+        num_classes (`int`): Classes that there are.
+        seed (`int`, defaults to 0): Seed of all images together, for `"uniform"`.
+
+    Returns:
+        `torch.Tensor` of shape `(num_images,)`: Class ids.
+    """
+    if which == "uniform":
+        generator = torch.Generator().manual_seed(~seed)  # another stream than that of the images' seeds
+        return torch.randint(num_classes, (num_images,), generator=generator)
+    ids = torch.arange(num_classes) if isinstance(which, str) else torch.tensor(which)
+    return ids[torch.arange(num_images) % len(ids)]
 
 
 def sample_batches(
-    pipeline: Any, labels: torch.Tensor | int, batch_size: int, seed: int = 0, **arguments: Any
-) -> Iterator[Any]:
-    """Yields the images of each batch; image i of a seed has the same noise for every batch size.
+    pipeline: Any,
+    labels: torch.Tensor | int,
+    batch_size: int,
+    seed: int = 0,
+    *,
+    batches: Iterable[int] | None = None,
+    **arguments: Any,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Samples batch by batch; image i of a seed has the same noise, to the bit, for every batch size.
 
     Args:
         pipeline ([`ClassifierGuidedPipeline`] or one called like it): Makes the images.
         labels (`torch.Tensor` of shape `(n,)`, or `int`): The class of each image; or so many images without a class.
         batch_size (`int`): Images at once.
         seed (`int`, defaults to 0): Seed of all images together.
+        batches (`Iterable[int]`, *optional*): The batches to make, of which batch b begins with image b * batch_size;
+            all, by default.
         arguments: Go to the pipeline.
+
+    Yields:
+        The index of a batch, and its images: uint8 of shape `(batch_size or fewer, channels, height, width)`, on the
+        CPU.
     """
-    generator = torch.Generator().manual_seed(seed)
+    num_images = labels if isinstance(labels, int) else len(labels)
+    seeds = image_seeds(seed, num_images)
+    for batch in range(math.ceil(num_images / batch_size)) if batches is None else batches:
+        part = slice(batch * batch_size, (batch + 1) * batch_size)
+        generators = [torch.Generator().manual_seed(image_seed) for image_seed in seeds[part]]
+        which = {"num_images_per_label": len(generators)} if isinstance(labels, int) else {"class_labels": labels[part]}
+        options = {**which, "generator": generators, "output_type": "latent", "return_dict": False}
+        yield batch, to_8_bit(pipeline(**options, **arguments)[0]).cpu()
+
+
+def check_destination(output: str | os.PathLike) -> None:
+    """Refuses a name that [`sample_to_file`] could not write to, before a model is loaded.
+
+    Args:
+        output (`str` or `os.PathLike`): The file or folder.
+
+    Raises:
+        `ValueError`: If the ending is unknown, there is nowhere to put it, or something else has its name.
+        `ImportError`: If parquet files cannot be written.
+    """
+    path, kind = Path(output), _kind(output)
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {folder}; make it first.")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output {output}: you may not write into {folder}; give another.")
+    if os.path.ismount(path):
+        raise ValueError(f"--output {output} is a whole disk; give a name on it.")
+    if kind == ".parquet":
+        import_parquet()
+    for name in (path, _picture_path(path, kind)):
+        is_empty_folder = name == path and not kind and name.is_dir() and not any(name.iterdir())
+        if os.path.lexists(name) and not is_empty_folder and read_record(name) is None:
+            raise ValueError(f"{name} is there already and no file of samples; remove it, or give another --output.")
+
+
+def sample_to_file(
+    pipeline: Any,
+    labels: torch.Tensor | int,
+    output: str | os.PathLike,
+    *,
+    batch_size: int = 64,
+    seed: int = 0,
+    **arguments: Any,
+) -> bool:
+    """Samples into one file, by all processes, in as many sittings as it takes: the file is the same, to the byte.
+
+    Each finished batch is kept in a folder `<output>.parts` until all are there. After a stop or a kill the same call
+    makes those that are missing. A picture of some samples is put beside the file, with the ending `.png`.
+
+    Args:
+        pipeline ([`ClassifierGuidedPipeline`] or one called like it): Makes the images, of 1 or 3 channels.
+        labels (`torch.Tensor` of shape `(n,)`, or `int`): The class of each image; or so many images without a class.
+        output (`str` or `os.PathLike`): By its ending `.npz` as published, `.parquet`, or without one a folder of PNGs,
+            see [`write_samples`]; or `.png`, a picture of all images, a row for each class.
+        batch_size (`int`, defaults to 64): Images at once. Whole batches are dealt to the processes in turn.
+        seed (`int`, defaults to 0): Seed of all images together.
+        arguments: Go to the pipeline.
+
+    Returns:
+        `bool`: `True` if it was made, `False` if it was there already.
+
+    Raises:
+        `ValueError`: If the output, or what is there of it, was made otherwise, or there is no room for it.
+        `RuntimeError`: If the disk is full, or another process has ended; what is made is kept.
+    """
+    check_destination(output)
+    path, kind = Path(output), _kind(output)
+    channels = pipeline.unet.config.in_channels
+    num_images = labels if isinstance(labels, int) else len(labels)
+    if channels not in (1, 3):
+        raise ValueError(f"Images of {channels} channels are no pictures; only the pipeline itself can sample them.")
+    if kind == ".png" and num_images > MAX_PICTURED:
+        raise ValueError(
+            f"{num_images} images are too many for one picture; give an --output of .npz, .parquet or a folder."
+        )
+    shape = (num_images, *pipeline.sample_size, channels)
+    parts = _Parts(path.with_name(f"{path.name}.parts"), shape, batch_size)
+    plan = _plan(pipeline, labels, parts, seed, arguments)
+
+    # 1. What is missing: the main process looks, and tells the others
+    state = PartialState()
+    outcome: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            outcome = [_missing_batches(path, kind, parts, plan)]
+        except (ValueError, OSError) as error:
+            outcome = [error]
+    missing = broadcast_object_list(outcome)[0]
+    if isinstance(missing, Exception):
+        raise missing
+    if missing is None:
+        return False
+
+    # 2. Make it, and put it together when the others are done too
+    dealt = missing[state.process_index :: state.num_processes]
+    batches = sample_batches(pipeline, labels, batch_size, seed, batches=dealt, **arguments)
+    try:
+        if state.is_main_process:
+            _make_all(batches, parts, sum(parts.size(batch) for batch in missing))
+            _put_together(path, kind, parts, labels, pipeline.id2label, plan)
+        else:
+            for batch, images in batches:
+                parts.write(batch, images)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise RuntimeError(
+            f"The disk is full: {parts.num_finished()} of {num_images} images are kept in {parts.folder}. Make room, "
+            f"and the same command goes on."
+        ) from error
+    finally:
+        if state.is_main_process and parts.folder.is_dir() and not parts.num_finished():
+            shutil.rmtree(parts.folder)
+    return True
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The finished batches of an output, each a file of 8-bit pixels and nothing else."""
+
+    folder: Path
+    shape: tuple[int, int, int, int]  # images, height, width, channels
+    batch_size: int
+
+    @property
+    def num_batches(self) -> int:
+        return math.ceil(self.shape[0] / self.batch_size)
+
+    @property
+    def image_bytes(self) -> int:
+        return math.prod(self.shape[1:])
+
+    def path(self, batch: int) -> Path:
+        return self.folder / f"{batch:06d}.raw"
+
+    def size(self, batch: int) -> int:
+        """Images of a batch."""
+        return min(self.batch_size, self.shape[0] - batch * self.batch_size)
+
+    def finished(self) -> list[int]:
+        """The batches that are there, whole."""
+        bytes_of = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)}
+        batches = range(self.num_batches)
+        return [b for b in batches if bytes_of.get(self.path(b).name) == self.size(b) * self.image_bytes]
+
+    def num_finished(self) -> int:
+        """Images that are there."""
+        return sum(self.size(batch) for batch in self.finished())
+
+    def write(self, batch: int, images: torch.Tensor) -> None:
+        """Keeps a batch `(n, channels, height, width)`."""
+        with replacing(self.path(batch)) as temporary:
+            temporary.write_bytes(images.permute(0, 2, 3, 1).numpy().tobytes())
+
+    def read(self, batch: int) -> np.ndarray:
+        """A batch `(n, height, width, channels)`."""
+        return np.fromfile(self.path(batch), np.uint8).reshape(-1, *self.shape[1:])
+
+    def read_image(self, index: int) -> np.ndarray:
+        """An image `(height, width, channels)`."""
+        batch, position = divmod(index, self.batch_size)
+        start = position * self.image_bytes
+        return np.fromfile(self.path(batch), np.uint8, self.image_bytes, offset=start).reshape(self.shape[1:])
+
+
+def _kind(output: str | os.PathLike) -> str:
+    """The ending that says what to write; empty for a folder."""
+    name = os.fspath(output)
+    kind = "" if name.endswith(os.sep) else Path(name).suffix
+    if kind not in ("", ".npz", ".parquet", ".png"):
+        raise ValueError(f"--output {output} must end in .npz, .parquet or .png, or in / for a folder.")
+    return kind
+
+
+def _picture_path(path: Path, kind: str) -> Path:
+    """The picture beside a file or folder."""
+    return path.with_suffix(".png") if kind else path.with_name(f"{path.name}.png")
+
+
+def _plan(
+    pipeline: Any, labels: torch.Tensor | int, parts: _Parts, seed: int, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that samples depend on, as JSON gives it back."""
+    model = getattr(pipeline, "name_or_path", None)
+    model = None if model is None else str(model)
+    height, width, channels = parts.shape[1:]
+    plan = {
+        "model": model,
+        "model_files": None if model is None else _stamp(model),
+        "num_images": parts.shape[0],
+        "size": f"{height}x{width}x{channels}",
+        "labels": None if isinstance(labels, int) else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
+        "seed": seed,
+        "batch_size": parts.batch_size,
+        **{name: value for name, value in arguments.items() if value is not None},
+    }
+    return json.loads(json.dumps(plan, default=repr))
+
+
+def _stamp(model: str) -> str | None:
+    """What changes with a model: a hash of its files' names, sizes and times; of one on the Hub, the commit."""
+    if not Path(model).is_dir():
+        index = try_to_load_from_cache(model, "model_index.json")
+        return Path(index).parent.name if isinstance(index, str) else None
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).rglob("*")):
+        if path.suffix in (".json", ".safetensors", ".bin"):
+            digest.update(f"{path.relative_to(model)} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What two plans differ in, in words."""
+    hashes = {"labels": "the labels were others", "model_files": "the model's files were others"}
+    return "; ".join(
+        hashes.get(name, f"{name} was {old.get(name)} and is now {new.get(name)}")
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    )
+
+
+def _missing_batches(path: Path, kind: str, parts: _Parts, plan: dict[str, Any]) -> list[int] | None:
+    """The batches to make, with a folder ready for them; `None` if the output is there."""
+    record = read_record(path)
+    if record == plan:
+        if parts.folder.is_dir():
+            shutil.rmtree(parts.folder)  # a kill may have left it
+        return None
+    if record is not None and kind != ".png":
+        raise ValueError(
+            f"{path} is there already and was made otherwise: {_differences(record, plan)}. Give another --output, or "
+            f"remove it."
+        )
+
+    plan_file, old = parts.folder / "plan.json", None
+    if parts.folder.is_dir() and any(parts.folder.iterdir()):
+        if not plan_file.is_file():
+            raise ValueError(f"{parts.folder} is not this command's; remove it, or give another --output.")
+        old = json.loads(plan_file.read_text())
+        if old != plan and any(parts.folder.glob("*.raw")):
+            raise ValueError(
+                f"{parts.folder} holds samples made otherwise: {_differences(old, plan)}. Give the same flags to go "
+                f"on with them, or remove the folder to start anew."
+            )
+    finished = set(parts.finished()) if parts.folder.is_dir() else set()
+    missing = [batch for batch in range(parts.num_batches) if batch not in finished]
+    needed = sum(parts.size(batch) * parts.image_bytes + _BLOCK for batch in missing) + _largest_size(kind, parts)
+    free = shutil.disk_usage(path.absolute().parent).free
+    if needed > free:
+        raise ValueError(
+            f"The samples need up to {needed / 1e9:.3g} GB on the disk of {path.absolute().parent}, in parts and put "
+            f"together, and {free / 1e9:.3g} GB are free; make room, or give an --output elsewhere."
+        )
+    parts.folder.mkdir(exist_ok=True)
+    if old != plan:
+        write_json(plan, plan_file)
+    for left in set(parts.folder.iterdir()) - {plan_file, *map(parts.path, finished)}:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()  # what a kill cut off
+    return missing
+
+
+def _largest_size(kind: str, parts: _Parts) -> int:
+    """Bytes that an output takes at most; of PNGs of noise, which cannot be made smaller."""
+    num_images, height = parts.shape[:2]
+    png = parts.image_bytes * 1001 // 1000 + height + 200
+    of_image = {".npz": parts.image_bytes + 8, ".parquet": png + 50, "": math.ceil(png / _BLOCK) * _BLOCK + 200}
+    return num_images * of_image.get(kind, 0) + 100 * _BLOCK
+
+
+def _make_all(batches: Iterator[tuple[int, torch.Tensor]], parts: _Parts, num_missing: int) -> None:
+    """Keeps the main process's batches, waits for those of the others, and shows how far all of them are."""
+    num_images = parts.shape[0]
+    with tqdm(total=num_images, initial=num_images - num_missing, desc="sampling", unit="image") as bar:
+        longest, looked, started = 0.0, 0.0, time.monotonic()
+        for batch, images in batches:
+            parts.write(batch, images)
+            now = time.monotonic()
+            longest, started = max(longest, now - started), now
+            if now - looked > 1:  # small batches are many files to look at
+                looked = now
+                bar.update(parts.num_finished() - bar.n)
+        while bar.n < num_images:
+            if new := parts.num_finished() - bar.n:
+                bar.update(new)
+                started = time.monotonic()
+            elif time.monotonic() - started > _PATIENCE + 20 * longest:
+                raise RuntimeError(
+                    f"The other processes finish nothing more: {bar.n} of {num_images} images are kept in "
+                    f"{parts.folder}, and the same command goes on."
+                )
+            time.sleep(0.1)
+
+
+def _put_together(
+    path: Path,
+    kind: str,
+    parts: _Parts,
+    labels: torch.Tensor | int,
+    id2label: Mapping[int, str],
+    plan: Mapping[str, Any],
+) -> None:
+    """Makes the output of its parts, and the picture beside it, and removes the parts."""
+    save_png(_grid(parts, labels, id2label, everything=kind == ".png"), _picture_path(path, kind), record=plan)
+    if kind != ".png":
+        whole = parts.folder / f"whole{kind}"
+        ids = None if isinstance(labels, int) else labels.numpy().astype(np.int64)
+        with tqdm(total=parts.shape[0], desc="writing", unit="image") as bar:
+
+            def batches() -> Iterator[np.ndarray]:
+                for batch in range(parts.num_batches):
+                    yield parts.read(batch)
+                    bar.update(parts.size(batch))
+
+            write_samples(whole, batches(), parts.shape, ids, id2label=id2label, record=plan)
+        os.replace(whole, path)
+    shutil.rmtree(parts.folder)
+
+
+def _grid(parts: _Parts, labels: torch.Tensor | int, id2label: Mapping[int, str], everything: bool) -> Image.Image:
+    """All samples, a row for each class in the order of the labels; or ten of each of the first ten classes."""
     if isinstance(labels, int):
-        sizes = [len(batch) for batch in torch.arange(labels).split(batch_size)]
-        batches: list[dict[str, Any]] = [{"num_images_per_label": size} for size in sizes]
+        shown = torch.arange(labels if everything else min(labels, _GRID_ROWS * _GRID_COLUMNS))
+        rows = [row.tolist() for row in shown.split(_GRID_COLUMNS)]
+        names = ["samples", *[""] * (len(rows) - 1)]
     else:
-        batches = [{"class_labels": batch} for batch in labels.split(batch_size)]
-    for batch in batches:
-        yield pipeline(**batch, generator=generator, return_dict=False, **arguments)[0]
+        ids = labels.tolist()
+        classes = list(dict.fromkeys(ids)) if everything else sorted(set(ids))[:_GRID_ROWS]
+        rows = [(labels == label).nonzero()[: None if everything else _GRID_COLUMNS, 0].tolist() for label in classes]
+        names = [id2label.get(label, str(label)) for label in classes]
+    columns = max(map(len, rows))
+    blank = np.full(parts.shape[1:], 255, np.uint8)
+    images = [[*map(parts.read_image, row), *[blank] * (columns - len(row))] for row in rows]
+    return labelled_grid([to_picture(image) for row in images for image in row], names)

@@ -9,7 +9,7 @@ from .base import Pipeline
 
 
 def match_labels(pipeline: Pipeline, classifier: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
-    """The classifier's ids of the pipeline's class ids: by name if both name their classes, by id otherwise.
+    """The classifier's ids of the pipeline's class ids, see [`match_classes`].
 
     Args:
         pipeline ([`ClassifierGuidedPipeline`]): Whose `id2label` names the labels.
@@ -19,36 +19,55 @@ def match_labels(pipeline: Pipeline, classifier: PreTrainedModel, labels: torch.
     Raises:
         `ValueError`: For a class that the classifier does not know, or does not know by one name.
     """
-    ours = {label: name for label, name in pipeline.id2label.items() if name != f"LABEL_{label}"}
-    theirs = {int(label): name for label, name in classifier.config.id2label.items() if name != f"LABEL_{int(label)}"}
-    if not ours or not theirs or ours == theirs:
-        if pipeline.num_classes != classifier.config.num_labels:
+    theirs = {int(label): name for label, name in classifier.config.id2label.items()}
+    ours = pipeline.id2label or {label: f"LABEL_{label}" for label in range(pipeline.num_classes or 0)}
+    matched = match_classes(ours, theirs, set(labels.tolist()), type(classifier).__name__)
+    return torch.tensor([matched[label] for label in labels.tolist()], device=labels.device)
+
+
+def match_classes(ours: dict[int, str], theirs: dict[int, str], wanted: set[int], classifier: str) -> dict[int, int]:
+    """A classifier's id of each class id: by name if both name their classes, by id otherwise.
+
+    Args:
+        ours (`dict[int, str]`): Names of the classes by id; `LABEL_0` and the like, as transformers fills in, are none.
+        theirs (`dict[int, str]`): Those of the classifier's outputs.
+        wanted (`set[int]`): The ids of ours to match.
+        classifier (`str`): What the classifier is called in errors.
+
+    Raises:
+        `ValueError`: For a class that the classifier does not know, or does not know by one name.
+    """
+    our_names, their_names = (
+        {label: name for label, name in names.items() if name != f"LABEL_{label}"} for names in (ours, theirs)
+    )
+    if not our_names or not their_names or our_names == their_names:
+        if len(ours) != len(theirs):
             raise ValueError(
-                f"The classifier knows {classifier.config.num_labels} classes and the UNet {pipeline.num_classes}, and "
+                f"The classifier knows {len(theirs)} classes and the UNet {len(ours)}, and "
                 f"they have no names to match them by; give both an id2label, or take models of the same classes."
             )
-        return labels
+        return {label: label for label in wanted}
 
     def ids_of(name: str, spell: Callable[[str], set[str]]) -> set[int]:
-        return {label for label, other in theirs.items() if spell(name) & spell(other)}
+        return {label for label, other in their_names.items() if spell(name) & spell(other)}
 
     def match(label: int) -> int | None:
-        name = ours.get(label, "")
-        if theirs.get(label) == name:
+        name = our_names.get(label, "")
+        if their_names.get(label) == name:
             return label
         candidates = ids_of(name, lambda name: {name.strip().casefold()}) or ids_of(name, spellings)
         return candidates.pop() if len(candidates) == 1 else None
 
-    matched = {label: match(label) for label in set(labels.tolist())}
-    unmatched = [repr(ours.get(label, str(label))) for label, match in sorted(matched.items()) if match is None]
+    matched = {label: match(label) for label in wanted}
+    unmatched = [repr(our_names.get(label, str(label))) for label, match in sorted(matched.items()) if match is None]
     unmatched = list(dict.fromkeys(unmatched))
     if unmatched:
         more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
         raise ValueError(
-            f"The classifier {type(classifier).__name__} has no class of the name {', '.join(unmatched[:3])}{more}, or "
-            f"several; rename them in its config.id2label, or guide by a classifier of the same classes."
+            f"The classifier {classifier} has no class of the name {', '.join(unmatched[:3])}{more}, or "
+            f"several; rename them in its config.id2label, or take a classifier of the same classes."
         )
-    return torch.tensor([matched[label] for label in labels.tolist()], device=labels.device)
+    return {label: match for label, match in matched.items() if match is not None}
 
 
 def spellings(name: str) -> set[str]:

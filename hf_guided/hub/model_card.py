@@ -9,8 +9,21 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-_METRICS = {"accuracy": "Accuracy", "fid": "FID", "kid": "KID", "precision": "Precision", "recall": "Recall"}
-_HEADINGS = {"guidance_scale": "Guidance scale", "condition_unet": "UNet told the class", **_METRICS}
+from ..files import replacing
+
+_METRICS = {
+    "accuracy": "Accuracy",
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception Score",
+    "kid": "KID",
+    "precision": "Precision",
+    "recall": "Recall",
+    "density": "Density",
+    "coverage": "Coverage",
+    "copied_share": "Copied share",
+}
+_HEADINGS = {"guidance_scale": "Guidance scale", "condition_unet": "UNet told the class"}
 
 _CARD = """\
 ---
@@ -72,6 +85,21 @@ _RESULTS = """
 {notes}
 """
 
+_INSPECTION = """
+## The classifier at each level of noise
+
+Measured on {num_images:,} held-out images{trained}; all numbers are in [inspection.json](inspection.json).
+Cross entropy is in nats; epsilon shift is what guidance of scale 1 adds to the noise that the UNet predicts, as a part
+of its norm.
+{picture}
+{table}
+
+{findings}
+"""
+_INSPECTION_COLUMNS = (
+    "timestep", "accuracy", "train_accuracy", "confidence", "calibration_error", "cross_entropy", "epsilon_shift"
+)  # fmt: skip
+
 
 def write_model_card(
     folder: str | os.PathLike,
@@ -81,7 +109,7 @@ def write_model_card(
     class_names: Sequence[str] = (),
     training: Mapping[str, Any] | None = None,
     results: Sequence[Mapping[str, Any]] = (),
-    features: str = "the judge's features",
+    inspection: Mapping[str, Any] | None = None,
     dataset_id: str | None = None,
     repo_id: str | None = None,
     license: str | None = None,
@@ -105,9 +133,10 @@ def write_model_card(
             size, time, hardware, versions of packages ... A nested mapping becomes one row. Of paths only the last
             part is shown.
         results (`Sequence[Mapping[str, Any]]`, *optional*): Rows of the report, shown as a table with the first row's
-            keys as columns. Of its metrics (`accuracy`, `fid`, `kid`, `precision`, `recall`) the metadata has a
-            `model-index`.
-        features (`str`, defaults to `"the judge's features"`): What FID, precision and recall were computed in.
+            keys as columns. Metrics are named with the features that they were computed in, `"fid/judge"`; the
+            metadata has a `model-index` of them.
+        inspection (`Mapping[str, Any]`, *optional*): What [`inspect_classifier`] found of the classifier, as its
+            `to_dict()` or `inspection.json` says it; shown with `inspection.png`, where present.
         dataset_id (`str`, *optional*): The data's id on the Hub.
         repo_id (`str`, *optional*): Where the pipeline will be on the Hub; the usage then loads it from there. By
             default it loads the current folder.
@@ -135,7 +164,7 @@ def write_model_card(
         license=license,
         datasets=None if dataset_id is None else [dataset_id],
         model_name=title,
-        eval_results=_eval_results(results, features, dataset, dataset_id) or None,
+        eval_results=_eval_results(results, inspection, dataset, dataset_id) or None,
     )
     pictures = {
         "grid.png": "Samples, one row per class",
@@ -157,51 +186,79 @@ def write_model_card(
         rows = [[_heading(name), _public(value)] for name, value in training.items()]
         card += f"\n## Training\n\n{_table(['', ''], rows)}\n"
     if results:
-        columns = list(results[0])
+        columns = list(dict.fromkeys(column for row in results for column in row))
         headings = [_heading(column) for column in columns]
         table = _table(headings, [[_public(row.get(column)) for column in columns] for row in results])
-        notes = (
-            f"FID, precision and recall are computed in {features}, and compare only with others in the same features."
-        )
-        if "accuracy" in columns:
+        notes = "In brackets are the features that a number was computed in; it compares only with others in the same."
+        if any(column.startswith("accuracy/") for column in columns):
             notes += (
                 "\nAccuracy is the share of samples in which an independent classifier, not the one that guides, "
                 "sees the class that was asked for."
             )
+        if any(column.startswith("copied_share/") for column in columns):
+            notes += (
+                "\nCopied share is that of samples nearer to a training image than all but 1 % of held-out images are."
+            )
         card += _RESULTS.format(table=table, notes=notes)
+    if inspection is not None:
+        rows = inspection["rows"]
+        columns = [name for name in _INSPECTION_COLUMNS if any(row[name] is not None for row in rows)]
+        cells = [[_rounded(row[name]) for name in columns] for row in rows]
+        num_trained = inspection["num_train_images"]
+        has_picture = (folder / "inspection.png").is_file()
+        card += _INSPECTION.format(
+            num_images=inspection["num_images"],
+            trained=f" and {num_trained:,} of those that it was trained on" if num_trained else "",
+            picture="\n![Accuracy, calibration, gradients, confusion](inspection.png)\n" if has_picture else "",
+            table=_table([_heading(name) for name in columns], cells),
+            findings="\n".join(f"- {_public(finding)}" for finding in inspection["findings"]),
+        )
 
     path = folder / "README.md"
-    temporary = folder / "README.md.tmp"
-    ModelCard(card).save(temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        ModelCard(card).save(temporary)
     return path
 
 
 def _eval_results(
-    results: Sequence[Mapping[str, Any]], features: str, dataset: str, dataset_id: str | None
+    results: Sequence[Mapping[str, Any]], inspection: Mapping[str, Any] | None, dataset: str, dataset_id: str | None
 ) -> list[EvalResult]:
-    """Every metric of every row, named after its features and its row's settings."""
+    """Every metric of every row, named after its features and its row's settings, and the classifier's accuracy."""
+    data: dict[str, Any] = {
+        "dataset_type": dataset_id or re.sub(r"\W+", "-", dataset).strip("-").lower(),
+        "dataset_name": dataset,
+    }
     evaluations = []
     for row in results:
         if row.get("samples", "generated") != "generated":  # real images, for comparison: no result of the model
             continue
+        metrics = {key: value for key, value in row.items() if key.partition("/")[0] in _METRICS and value is not None}
         settings = "".join(
             f", {_heading(key)}: {_public(value)}"
             for key, value in row.items()
-            if key not in (*_METRICS, "samples") and value is not None
+            if key not in (*metrics, "samples") and value is not None
         )
-        for metric, name in _METRICS.items():
-            if row.get(metric) is not None:
-                evaluations.append(
-                    EvalResult(
-                        task_type="unconditional-image-generation",
-                        dataset_type=dataset_id or re.sub(r"\W+", "-", dataset).strip("-").lower(),
-                        dataset_name=dataset,
-                        metric_type=metric,
-                        metric_name=name + ("" if metric == "accuracy" else f" in {features}") + settings,
-                        metric_value=float(row[metric]),
-                    )
-                )
+        evaluations += [
+            EvalResult(
+                task_type="unconditional-image-generation",
+                **data,
+                metric_type=key.partition("/")[0],
+                metric_name=_heading(key) + settings,
+                metric_value=float(value),
+            )
+            for key, value in metrics.items()
+        ]
+    if inspection is not None:
+        first = inspection["rows"][0]
+        evaluations.append(
+            EvalResult(
+                task_type="image-classification",
+                **data,
+                metric_type="accuracy",
+                metric_name=f"Accuracy at timestep {first['timestep']}",
+                metric_value=first["accuracy"],
+            )
+        )
     return evaluations
 
 
@@ -226,6 +283,9 @@ def _usage(model_class: str, source: str, class_names: Sequence[str], dtype: str
 
 
 def _heading(column: str) -> str:
+    metric, _, features = column.partition("/")
+    if metric in _METRICS:
+        return _METRICS[metric] + (f" ({features})" if features else "")
     heading = column.replace("_", " ")
     return _HEADINGS.get(column, heading[:1].upper() + heading[1:])
 
@@ -240,6 +300,10 @@ def _class_list(class_names: Sequence[str]) -> str:
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _rounded(value: float | None) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else _public(value)
 
 
 def _public(value: Any) -> str:

@@ -12,10 +12,12 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from hf_guided import ADMUNet2DModel, ClassifierGuidedPipeline
-from hf_guided.data import DataArguments, load_labelled_images
-from hf_guided.evaluation import classifier_features, judge_features
-from hf_guided.training.loop import write_json
-from hf_guided.training.train import real_batches
+from hf_guided.evaluation.evaluate import measure
+from hf_guided.evaluation.feature_sets import collect_features
+from hf_guided.evaluation.features import ModelFeatures
+from hf_guided.evaluation.sampling import to_8_bit
+from hf_guided.evaluation.sources import ArrayImages, open_images
+from hf_guided.files import write_json
 
 
 def launch(module: str, *flags: str) -> None:
@@ -64,21 +66,21 @@ class Judge:
     def __init__(self, folder: Path, seed: int, num_images: int = 500):
         self.pipeline = ClassifierGuidedPipeline.from_pretrained(folder / "pipeline")
         self.pipeline.set_progress_bar_config(disable=True)
-        self.network = AutoModelForImageClassification.from_pretrained(folder / "judge" / "model")
+        network = AutoModelForImageClassification.from_pretrained(folder / "judge" / "model")
+        self.features = ModelFeatures(network, "judge")
         self.seed = seed
         self.labels = torch.arange(num_images) % len(self.pipeline.id2label)
-        train_images = load_labelled_images(DataArguments(dataset_name="digits"), seed=seed)[0]
-        real = torch.cat([batch["pixel_values"] for batch in real_batches(train_images, 250)])
-        self.reference = classifier_features(self.network, real)[0]
+        self.reference = collect_features(open_images("digits:train"), self.features)
 
     def __call__(self, sampling_seed: int | None = None, **arguments: Any) -> dict[str, float]:
         """Accuracy, FID, precision and recall in the judge's features, and the seconds that the samples took."""
         generator = torch.Generator().manual_seed(self.seed if sampling_seed is None else sampling_seed)
         started = time.perf_counter()
-        result = self.pipeline(self.labels, generator=generator, output_type="pt", return_cost=True, **arguments)
+        result = self.pipeline(self.labels, generator=generator, output_type="latent", return_cost=True, **arguments)
         seconds = time.perf_counter() - started
-        as_8_bit = (result.images * 255).round() / 127.5 - 1
-        verdict = judge_features(*classifier_features(self.network, as_8_bit), self.labels, self.reference)
+        samples = ArrayImages(to_8_bit(result.images).permute(0, 2, 3, 1).numpy())
+        metrics = measure(collect_features(samples, self.features), self.reference, self.labels.numpy())
+        verdict = {name: metrics[f"{name}/judge"] for name in ("accuracy", "fid", "precision", "recall")}
         return {**verdict, "seconds": seconds, **{f"{name}_calls": n for name, n in result.cost.calls.items()}}
 
     def pictures(self, **arguments: Any) -> list[Any]:

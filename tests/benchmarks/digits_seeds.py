@@ -26,7 +26,7 @@ def main() -> None:
     for rows in zip(*reports, strict=True):
         scale, told = rows[0]["guidance_scale"], rows[0]["condition_unet"]
         name = "held-out images" if scale is None else f"scale {scale:g}{', UNet told the class' if told else ''}"
-        cells = [spread([row[column] for row in rows], style) for column, style in COLUMNS.items()]
+        cells = [spread([row[f"{column}/judge"] for row in rows], style) for column, style in COLUMNS.items()]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

@@ -10,13 +10,12 @@ asked for, and the others.
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
+from hf_guided.evaluation.manifolds import nearest_distances
 
 from hf_guided import ADMForImageClassification, ClassifierGuidedPipeline
-from hf_guided.data import DataArguments, load_labelled_images
-from hf_guided.evaluation import classifier_features
-from hf_guided.evaluation.sampling import sample_batches
+from hf_guided.evaluation.features import ModelFeatures
+from hf_guided.evaluation.sources import SampledImages, open_images
 
 
 def main() -> None:
@@ -25,19 +24,20 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=200)
     args = parser.parse_args()
     judge = ADMForImageClassification.from_pretrained(args.output_dir / "judge" / "model")
+    extractor = ModelFeatures(judge, "judge")
     pipe = ClassifierGuidedPipeline.from_pretrained(args.output_dir / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    images = load_labelled_images(DataArguments(), seed=0)[0]
-    real = classifier_features(judge, torch.stack([images[i]["pixel_values"] for i in range(len(images))]))[0]
+    train = open_images("digits:train")
+    real = extractor(next(iter(train.batches([range(len(train))])))).features
 
     labels = torch.arange(args.num_images) % 10
     print("| scale | arrived | distance of those | distance of the others | judge unsure (below 0.9) |")
     print("| --- | --- | --- | --- | --- |")
     for scale in (0.0, 1.0, 3.0):
-        arguments = {"guidance_scale": scale, "condition_unet": False, "output_type": "latent"}
-        samples = torch.cat(list(sample_batches(pipe, labels, 200, **arguments)))
-        features, probabilities = classifier_features(judge, samples)
-        nearest = np.linalg.norm(features[:, None] - real[None], axis=-1).min(axis=1)
+        samples = SampledImages(pipe, labels, guidance_scale=scale, condition_unet=False)
+        judged = extractor(torch.cat(list(samples.batches([range(len(samples))]))))
+        nearest, _ = nearest_distances(judged.features, real)
+        probabilities = judged.probabilities
         arrived = probabilities.argmax(axis=1) == labels.numpy()
         unsure = (probabilities.max(axis=1) < 0.9).mean()
         others = nearest[~arrived].mean() if not arrived.all() else float("nan")

@@ -88,7 +88,8 @@ def test_save_png_keeps_the_old_picture_when_it_fails(tmp_path):
 
 def row(scale, conditional, precision=0.8, recall=0.9, fid=10.0):
     return {
-        "guidance_scale": scale, "condition_unet": conditional, "precision": precision, "recall": recall, "fid": fid,
+        "guidance_scale": scale, "condition_unet": conditional,
+        "precision/judge": precision, "recall/judge": recall, "fid/judge": fid,
     }  # fmt: skip
 
 
@@ -103,7 +104,7 @@ def test_trade_off_curve(tmp_path):
         "both": [*alone, row(0, True, fid=7.0), row(3, True, fid=9.0)],
         "conditional": [row(scale, True) for scale in (0, 1)],
     }.items():
-        trade_off_curve(rows, tmp_path / f"{name}.png")
+        trade_off_curve(rows, "judge", tmp_path / f"{name}.png")
         drawn[name] = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int)
     assert len(list(tmp_path.iterdir())) == 4  # no temporary file is left
     assert ("matplotlib.pyplot" in sys.modules) == had_pyplot

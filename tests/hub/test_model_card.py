@@ -11,12 +11,19 @@ ROWS = [
     {
         "guidance_scale": 0.0,
         "condition_unet": False,
-        "accuracy": 0.1,
-        "fid": 28.123456,
-        "precision": 0.5,
-        "recall": 0.9,
+        "accuracy/judge": 0.1,
+        "fid/inception": 28.123456,
+        "precision/judge": 0.5,
+        "recall/judge": 0.9,
     },
-    {"guidance_scale": 3.0, "condition_unet": True, "accuracy": 0.95, "fid": 6.2, "precision": 0.87, "recall": None},
+    {
+        "guidance_scale": 3.0,
+        "condition_unet": True,
+        "accuracy/judge": 0.95,
+        "fid/inception": 6.2,
+        "precision/judge": 0.87,
+        "recall/judge": None,
+    },
 ]
 
 
@@ -48,8 +55,8 @@ def test_metadata_is_read_back(tmp_path):
     assert data.model_name == "Digits | guided"
     values = {result.metric_name: result.metric_value for result in data.eval_results}
     assert len(values) == 7  # each row's numbers under a name of their own; None is left out
-    assert values["FID in the judge's features, Guidance scale: 0, UNet told the class: no"] == 28.123456
-    assert values["Accuracy, Guidance scale: 3, UNet told the class: yes"] == 0.95
+    assert values["FID (inception), Guidance scale: 0, UNet told the class: no"] == 28.123456
+    assert values["Accuracy (judge), Guidance scale: 3, UNet told the class: yes"] == 0.95
     assert {result.dataset_type for result in data.eval_results} == {"ada/digits"}
 
 
@@ -64,7 +71,7 @@ def test_nothing_is_claimed_that_was_not_said(tmp_path):
 def test_text_shows_what_it_was_given(tmp_path):
     for name in ("grid.png", "trade_off.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    text = write(tmp_path, features="Inception's pool_3").read_text()
+    text = write(tmp_path).read_text()
     for line in [
         "# Digits | guided",
         "![Samples, one row per class](grid.png)",
@@ -76,12 +83,13 @@ def test_text_shows_what_it_was_given(tmp_path):
         "| Wall time | 61234 |",
         "| Versions | torch 2.13.0, diffusers 0.42.0 |",
         "| Options | a\\|b |",
-        "| Guidance scale | UNet told the class | Accuracy | FID | Precision | Recall |",
+        "| Guidance scale | UNet told the class | Accuracy (judge) | FID (inception) "
+        "| Precision (judge) | Recall (judge) |",
         "| 0 | no | 0.1 | 28.12 | 0.5 | 0.9 |",
         "| 3 | yes | 0.95 | 6.2 | 0.87 | - |",
     ]:
         assert line in text.splitlines(), line
-    assert "computed in Inception's pool_3" in text
+    assert "In brackets are the features that a number was computed in" in text
 
 
 def test_the_machine_stays_private(tmp_path):

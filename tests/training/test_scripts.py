@@ -45,7 +45,7 @@ def test_the_whole_walk_on_a_folder_of_pictures(photos, tmp_path):
         (2.0, False),
         (2.0, True),
     ]
-    assert all(0 <= row[name] <= 1 for row in report for name in ("accuracy", "precision", "recall"))
+    assert all(0 <= row[f"{name}/judge"] <= 1 for row in report for name in ("accuracy", "precision", "recall"))
     for picture in ("pipeline/grid.png", "pipeline/trade_off.png", "diffusion/preview-000002.png"):
         Image.open(out / picture).verify()
     card = (out / "pipeline" / "README.md").read_text()

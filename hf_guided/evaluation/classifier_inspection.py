@@ -1,0 +1,642 @@
+"""How good a classifier of noisy images is at each level of noise: in numbers, in words, and where to guide with it."""
+
+import copy
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..data import LabelledImages
+from ..guidance.base import frozen
+from ..guidance.labels import match_classes
+from ..schedulers.scheduling_adm import ADMScheduler, model_timesteps
+
+NUM_LEVELS = 11
+NUM_BINS = 15  # of confidence; as many as in the experiments of arXiv 1706.04599
+
+# A difference counts from here on: chance alone makes one as large in 1 of 700 normal draws.
+STANDARD_ERRORS = 3
+# With 100 images an accuracy is known to 0.05 (standard error), so that steps of 0.15 from level to level can be seen.
+FEWEST_HELD_OUT = 100
+# Ten images tell a class that is found from one that is not, and hardly more.
+FEWEST_HELD_OUT_PER_CLASS = 10
+# On digits 50 a class gave the accuracy of 150; 20 cost 0.03 of it, and 5 cost 0.10.
+FEWEST_TRAINING_PER_CLASS = 50
+# A class counts as collapsed if it is found less than half as often as the others, and if a class as good as the others
+# would be found so rarely with this probability at most, shared by all classes (Bonferroni).
+COLLAPSED_RECALL = 0.5
+COLLAPSED_PROBABILITY = 0.01
+# Accuracy on training images above that on held-out ones. Digits trained as the recipe says come to 0.03.
+MEMORISED_GAP = 0.1
+# Confidence above accuracy. Digits trained as the recipe says come to 0.04, on 5 images a class to 0.16. It matters
+# where it takes the gradient away, which goes with 1 - p.
+OVERCONFIDENCE, SURE = 0.1, 0.5
+# Confidence above accuracy where the image is drowned. Trained on noisy digits 0.08 at most, on clean ones 0.7.
+SURE_OF_NOISE = 0.2
+# The part of the labels' information that a classifier must have somewhere. Digits trained as the recipe says come to
+# 0.98, on 5 images a class to 0.73, in 40 steps to 0.32, and on shuffled labels to 0.01.
+LEAST_INFORMATION = 0.5
+# Nats that log p(y | x_t) gains along its gradient within one standard deviation of the noise. Digits have up to 1.5,
+# and shuffled labels 0.13.
+LEAST_GRADIENT = 0.05
+# Up to here the noise is weaker than an image whose pixels have a variance of 1, which leaves a class to be seen.
+IMAGE_OUTWEIGHS_NOISE = 0.5  # alpha_bar
+# The interval reaches up to where the classifier has this part of the information that it has at best, and down to
+# where it has this other.
+INFORMATION_ABOVE, INFORMATION_BELOW = 0.25, 0.99
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """What a classifier does at one timestep. All but `train_accuracy` is of held-out images.
+
+    Attributes:
+        timestep (`int`): Of the training schedule, 0 the least noisy.
+        alpha_bar (`float`): The share of the image's variance that is left in \\(x_t\\), where its own is 1.
+        accuracy (`float`): Share of images whose likeliest class is theirs.
+        train_accuracy (`float`, *optional*): The same of training images.
+        confidence (`float`): Mean probability of the likeliest class.
+        calibration_error (`float`): Expected calibration error, arXiv 1706.04599 equation 3, over 15 equally wide bins.
+        cross_entropy (`float`): Mean of -log p(y | x_t), in nats.
+        information (`float`): How much less that is than the entropy of the labels, in nats: what the classifier knows
+            of the class, a lower bound of the mutual information (Barber & Agakov 2003).
+        gradient_norm (`float`): Root mean square over images of the norm of d log p(y | x_t) / d x_t.
+        epsilon_shift (`float`): What guidance of scale 1 adds to epsilon (arXiv 2105.05233, Algorithm 2), sqrt(1 -
+            alpha_bar) times the gradient, as a part of epsilon's own norm, the root of the number of pixel values.
+        broken_images (`int`): Images with a logit or gradient that is not finite; only accuracy counts them, as wrong.
+    """
+
+    timestep: int
+    alpha_bar: float
+    accuracy: float
+    train_accuracy: float | None
+    confidence: float
+    calibration_error: float
+    cross_entropy: float
+    information: float
+    gradient_norm: float
+    epsilon_shift: float
+    broken_images: int
+
+
+@dataclass(frozen=True)
+class ClassifierInspection:
+    """What [`inspect_classifier`] measured; `str()` is a table and the findings.
+
+    Attributes:
+        rows (`list[NoiseLevel]`): By timestep, the least noisy first.
+        confusion (`np.ndarray` of shape `(classes, classes)`): Held-out images at the first of them, by true class
+            (row) and likeliest class (column).
+        class_names (`list[str]`): By id.
+        num_images, num_train_images (`int`): Images measured.
+        num_held_out, num_training (`int`): Images there are.
+        num_values (`int`): Pixels of an image times its channels.
+    """
+
+    rows: list[NoiseLevel]
+    confusion: np.ndarray
+    class_names: list[str]
+    num_images: int
+    num_train_images: int
+    num_held_out: int
+    num_training: int
+    num_values: int
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of one who always names the most frequent class."""
+        return float(self.confusion.sum(axis=1).max() / self.num_images)
+
+    @property
+    def label_entropy(self) -> float:
+        """The entropy of the held-out labels in nats, log K for K equally frequent classes."""
+        return label_entropy(self.confusion.sum(axis=1))
+
+    @property
+    def last_signal(self) -> int | None:
+        """Index of the last row whose accuracy is above chance by more than chance."""
+        bound = self.chance + STANDARD_ERRORS * self.standard_error(self.chance)
+        above = [i for i, row in enumerate(self.rows) if row.accuracy > bound]
+        return above[-1] if above else None
+
+    @property
+    def interval(self) -> tuple[int, int] | None:
+        """A suggestion for `ClassifierGuidance(scale, interval=...)`, from the information at each level.
+
+        Up to the upper end the classifier has half of what it knows at best; above, its gradient says more of the noise
+        than of the class. From the lower end down it gains less than 1 % more: the class is decided. `None` for a
+        classifier that should not guide.
+        """
+        if self._is_broken or self.last_signal is None or self._knows_too_little or self._is_sure_of_noise:
+            return None
+        low, high = (self._last_with(part * self._best.information) for part in (INFORMATION_BELOW, INFORMATION_ABOVE))
+        return round(low), round(min(high, self.rows[self.last_signal].timestep))
+
+    @property
+    def findings(self) -> list[str]:
+        """What goes wrong, or that nothing does; what is uncertain; where to guide. Sentences with their numbers."""
+        faults = self._faults()
+        return [*(faults or [self._praise()]), *self._caveats(), self._advice()]
+
+    def standard_error(self, accuracy: float, num_images: int | None = None) -> float:
+        """Of an accuracy measured on so many images, the held-out ones by default."""
+        return math.sqrt(accuracy * (1 - accuracy) / (num_images or self.num_images))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a JSON file. The confusion is a list of `[true class, likeliest class, images]` without zeros."""
+        rows = [{name: _or_none(value) for name, value in asdict(row).items()} for row in self.rows]
+        confusion = [[*pair, int(self.confusion[tuple(pair)])] for pair in np.argwhere(self.confusion).tolist()]
+        return {
+            "num_images": self.num_images,
+            "num_train_images": self.num_train_images,
+            "chance": self.chance,
+            "label_entropy": self.label_entropy,
+            "interval": self.interval and list(self.interval),
+            "findings": self.findings,
+            "rows": rows,
+            "class_names": self.class_names,
+            "confusion": confusion,
+        }
+
+    def table(self) -> list[list[str]]:
+        """The rows as text, below their headings."""
+        columns = {
+            "timestep": "d", "accuracy": ".3f", "train_accuracy": ".3f", "confidence": ".3f",
+            "calibration_error": ".3f", "cross_entropy": ".3f", "gradient_norm": ".3g", "epsilon_shift": ".2%",
+        }  # fmt: skip
+        if self.num_train_images == 0:
+            del columns["train_accuracy"]
+        lines = [[f"{getattr(row, name):{style}}" for name, style in columns.items()] for row in self.rows]
+        return [[name.replace("_", " ") for name in columns], *lines]
+
+    def __str__(self) -> str:
+        table = self.table()
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        aligned = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+        return "\n".join([*aligned, "", *(f"- {finding}" for finding in self.findings)])
+
+    @property
+    def _best(self) -> NoiseLevel:
+        return max(self.rows, key=lambda row: row.information)
+
+    @property
+    def _is_broken(self) -> bool:
+        return any(row.broken_images for row in self.rows)
+
+    @property
+    def _knows_too_little(self) -> bool:
+        return self._best.information < LEAST_INFORMATION * self.label_entropy
+
+    @property
+    def _is_sure_of_noise(self) -> bool:
+        last = self.rows[-1]
+        is_drowned = self.last_signal != len(self.rows) - 1
+        return is_drowned and last.confidence - last.accuracy > SURE_OF_NOISE
+
+    def _last_with(self, information: float) -> float:
+        """The last timestep at which the classifier has so much information, between rows on a straight line."""
+        i = max(i for i, row in enumerate(self.rows) if row.information >= information)
+        if i == len(self.rows) - 1:
+            return self.rows[i].timestep
+        here, after = self.rows[i], self.rows[i + 1]
+        part = (here.information - information) / (here.information - after.information)
+        return here.timestep + part * (after.timestep - here.timestep)
+
+    def _faults(self) -> list[str]:
+        """What goes wrong."""
+        faults = []
+        first, last, num_classes = self.rows[0], self.rows[-1], len(self.class_names)
+        if self.num_training and self.num_training < FEWEST_TRAINING_PER_CLASS * num_classes:
+            faults.append(
+                f"Too little training data: {self.num_training:,} images are {self.num_training / num_classes:.3g} a "
+                f"class, where {FEWEST_TRAINING_PER_CLASS} were enough for digits. Train on more, or on mirrored and "
+                f"randomly cropped ones (--random_flip, --random_crop)."
+            )
+        if self._is_broken:
+            worst = max(self.rows, key=lambda row: row.broken_images)
+            faults.append(
+                f"Not finite: for {worst.broken_images} of {self.num_images} images, logits or gradients are infinite "
+                f"or NaN at timestep {worst.timestep}, and guidance would stop there. Load the classifier in float32, "
+                f"or train it again with a lower learning rate; then inspect it again."
+            )
+            return faults
+        faults += self._memorised()
+        if self.last_signal is None:
+            likeliest = int(self.confusion.sum(axis=0).argmax())
+            share = self.confusion[:, likeliest].sum() / self.num_images
+            faults.append(
+                f"No signal at any timestep: accuracy is {first.accuracy:.2f} at timestep {first.timestep}, where "
+                f"chance is {self.chance:.2f}, and {share:.0%} of the images are taken for "
+                f"{self.class_names[likeliest]!r}. It has learned nothing to guide by: look at the labels, and train "
+                f"longer."
+            )
+            return faults
+        if self._knows_too_little:
+            faults.append(
+                f"It knows little: at best, at timestep {self._best.timestep}, {max(self._best.information, 0):.2f} of "
+                f"the {self.label_entropy:.2f} nats that tell the classes apart (accuracy {self._best.accuracy:.2f}, "
+                f"chance {self.chance:.2f}). Train longer, and look whether the labels are right."
+            )
+        faults += self._collapsed_classes()
+        if self._is_sure_of_noise:
+            faults.append(
+                f"It takes noise for images: at timestep {last.timestep}, right in {last.accuracy:.2f}, it is "
+                f"{last.confidence:.2f} sure, as one that was trained on clean images is. Its gradient misleads "
+                f"there; train it on noisy images (train_classifier.py --noisy), or use it with "
+                f"DenoisedClassifierGuidance."
+            )
+        else:
+            faults += self._overconfidence()
+        strongest = max(self.rows, key=lambda row: row.epsilon_shift)
+        nats = strongest.epsilon_shift * math.sqrt(self.num_values)
+        if nats < LEAST_GRADIENT:
+            faults.append(
+                f"Gradients vanish: along the largest, at timestep {strongest.timestep}, log p gains {nats:.1g} nats "
+                f"within one standard deviation of the noise, and guidance of scale 1 changes epsilon by "
+                f"{strongest.epsilon_shift:.1g} of its norm. That steers nothing; train longer."
+            )
+        lost = self.rows[min(self.last_signal + 1, len(self.rows) - 1)]
+        if lost.timestep > self.rows[self.last_signal].timestep and lost.alpha_bar > IMAGE_OUTWEIGHS_NOISE:
+            faults.append(
+                f"It loses the class early: accuracy is {lost.accuracy:.2f} at timestep {lost.timestep}, where chance "
+                f"is {self.chance:.2f} and the image still outweighs the noise (alpha_bar {lost.alpha_bar:.2f}). Train "
+                f"it longer, larger, and on noisy images (train_classifier.py --noisy)."
+            )
+        return faults
+
+    def _memorised(self) -> list[str]:
+        pairs = [(row, row.train_accuracy) for row in self.rows if row.train_accuracy is not None]
+        if not pairs:
+            return []
+        row, train_accuracy = max(pairs, key=lambda pair: pair[1] - pair[0].accuracy)
+        error = math.hypot(
+            self.standard_error(row.accuracy), self.standard_error(train_accuracy, self.num_train_images)
+        )
+        if train_accuracy - row.accuracy <= max(MEMORISED_GAP, STANDARD_ERRORS * error):
+            return []
+        return [
+            f"It has memorised training images: at timestep {row.timestep} it is right in {train_accuracy:.2f} of them "
+            f"and in {row.accuracy:.2f} of held-out ones. Samples are new images, so the lower number counts; train "
+            f"shorter, with dropout and weight decay, or on more images (--random_flip, --random_crop)."
+        ]
+
+    def _overconfidence(self) -> list[str]:
+        sure = [row for row in self.rows if row.confidence > SURE]
+        if not sure:
+            return []
+        row = max(sure, key=lambda row: row.confidence - row.accuracy)
+        if row.confidence - row.accuracy <= max(OVERCONFIDENCE, STANDARD_ERRORS * self.standard_error(row.accuracy)):
+            return []
+        return [
+            f"It is surer than right: at timestep {row.timestep} it is {row.confidence:.2f} sure and right in "
+            f"{row.accuracy:.2f} (calibration error {row.calibration_error:.2f}). Its gradient vanishes for images "
+            f"that it wrongly takes for done; train with dropout and weight decay, shorter or on more images, or guide "
+            f"with entropy_scaling=EntropyScaling(), which keeps the gradient up."
+        ]
+
+    def _collapsed_classes(self) -> list[str]:
+        counts, found = self.confusion.sum(axis=1), self.confusion.diagonal()
+        present = np.flatnonzero(counts)
+        recall = found[present] / counts[present]
+        collapsed = []
+        for i, label in enumerate(present.tolist()):
+            others = float(np.delete(recall, i).mean())
+            by_chance = len(present) * _binomial_tail(int(found[label]), int(counts[label]), others)
+            if recall[i] < COLLAPSED_RECALL * others and by_chance < COLLAPSED_PROBABILITY:
+                mistakes = self.confusion[label] * (np.arange(len(counts)) != label)
+                collapsed.append(
+                    f"{self.class_names[label]!r} is found in {found[label]} of its {counts[label]} images (the others "
+                    f"in {others:.0%} of theirs), mostly taken for {self.class_names[int(mistakes.argmax())]!r}"
+                    + (" and never named" if self.confusion[:, label].sum() == 0 else "")
+                )
+        if not collapsed:
+            return []
+        more = f"; and {len(collapsed) - 3} more" if len(collapsed) > 3 else ""
+        return [
+            f"Collapsed class{'es' if len(collapsed) > 1 else ''} at timestep {self.rows[0].timestep}: "
+            f"{'; '.join(collapsed[:3])}{more}. Guidance towards such a class leads elsewhere; look whether its "
+            f"training images are there, labelled rightly, and as many as the others'."
+        ]
+
+    def _praise(self) -> str:
+        first = self.rows[0]
+        train = f" ({first.train_accuracy:.2f} of training images)" if first.train_accuracy is not None else ""
+        return (
+            f"Nothing that is known to go wrong was found: at timestep {first.timestep} it is right in "
+            f"{first.accuracy:.2f} of held-out images{train}, where chance is {self.chance:.2f}, and its calibration "
+            f"error is {max(row.calibration_error for row in self.rows):.2f} at most."
+        )
+
+    def _caveats(self) -> list[str]:
+        """What the numbers cannot say, and where the signal ends, as it does for every classifier."""
+        caveats = []
+        counts = self.confusion.sum(axis=1)
+        fewest = int(counts.argmin())
+        if self.num_images < FEWEST_HELD_OUT or counts[fewest] < FEWEST_HELD_OUT_PER_CLASS:
+            is_part = self.num_images < self.num_held_out
+            mend = f"measure more of the {self.num_held_out:,} (--num_images)" if is_part else "hold out more images"
+            caveats.append(
+                f"Too little held-out data to be sure: of {self.num_images:,} images, each accuracy is uncertain by up "
+                f"to {0.5 / math.sqrt(self.num_images):.2f} (standard error), and {counts[fewest]} of "
+                f"{self.class_names[fewest]!r} say little of that class; {mend}."
+            )
+        if self.last_signal is not None and self.last_signal < len(self.rows) - 1:
+            last, lost = self.rows[self.last_signal], self.rows[self.last_signal + 1]
+            caveats.append(
+                f"No signal above timestep {last.timestep}: accuracy is {last.accuracy:.2f} there and "
+                f"{lost.accuracy:.2f} at {lost.timestep}, where chance is {self.chance:.2f}, give or take "
+                f"{STANDARD_ERRORS * self.standard_error(self.chance):.2f}. Guidance there adds noise."
+            )
+        return caveats
+
+    def _advice(self) -> str:
+        if self.interval is None:
+            return "No interval is suggested for a classifier with these faults."
+        low, high = self.interval
+        return (
+            f"Suggested: ClassifierGuidance(scale, interval=({low}, {high})). Of the {self._best.information:.2f} nats "
+            f"that it knows of the class at best ({self.label_entropy:.2f} would be all), it has "
+            f"{INFORMATION_ABOVE:.0%} at timestep {high}; below {low} it gains less than {1 - INFORMATION_BELOW:.0%} "
+            f"more. It is a suggestion: compare with guidance at all timesteps."
+        )
+
+
+def inspect_classifier(
+    classifier: PreTrainedModel,
+    held_out: Any,
+    train: Any | None = None,
+    *,
+    timesteps: Sequence[int] | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    max_images: int = 2000,
+) -> ClassifierInspection:
+    r"""Measures a classifier of noisy images, \\(p(y | x_t)\\), on images noised by the schedule of its config.
+
+    Args:
+        classifier ([`ADMForImageClassification`] or one called like it): Is left as it was.
+        held_out ([`LabelledImages`] or a `Dataset`): Images that it was not trained on, neither mirrored nor cropped at
+            random here. Items are `{"pixel_values", "labels"}` or pairs of these: an image `(channels, height, width)`
+            in [-1, 1] and the id of its class.
+        train (the same, *optional*): Those that it was trained on, to tell learned from memorised; as many are drawn.
+        timesteps (`Sequence[int]`, *optional*): Levels of noise, two or more; by default 11 from 0 to the last, evenly.
+        seed (`int`, defaults to 0): Of the noise, which depends on it and the image's index alone: the same at every
+            level and for every batch size.
+        batch_size (`int`, defaults to 256): Images at once. It changes speed and memory alone.
+        max_images (`int`, defaults to 2000): Of more, so many are drawn, always the same.
+
+    Returns:
+        [`ClassifierInspection`]
+
+    Raises:
+        `ValueError`: For a classifier that takes no timestep; for timesteps outside its schedule; for images of another
+            size, labels that it does not have, or images of a single class.
+    """
+    scheduler = noise_schedule(classifier)
+    total = scheduler.config.num_train_timesteps
+    if timesteps is None:
+        timesteps = np.linspace(0, total - 1, min(NUM_LEVELS, total)).round().astype(int).tolist()
+    levels = sorted({int(timestep) for timestep in timesteps})
+    if len(levels) < 2 or levels[0] < 0 or levels[-1] >= total:
+        raise ValueError(f"timesteps={list(timesteps)} must be two or more from 0 to {total - 1}.")
+    if batch_size < 1 or max_images < 1:
+        raise ValueError(f"batch_size and max_images must be 1 or more, got {batch_size} and {max_images}.")
+
+    shared = (classifier, scheduler, levels, seed, batch_size)
+    measured = _measure(held_out, *shared, max_images, with_gradient=True)
+    num_images = len(measured.labels)
+    trained = None if train is None else _measure(train, *shared, num_images, with_gradient=False)
+
+    num_classes = classifier.config.num_labels
+    entropy = label_entropy(np.bincount(measured.labels))
+    if entropy == 0:
+        raise ValueError("The held-out images show a single class, in which nothing can be told apart; give others.")
+    rows = []
+    for i, timestep in enumerate(levels):
+        alpha_bar = float(scheduler.alphas_cumprod[timestep])
+        is_right = measured.predictions[i] == measured.labels
+        whole = np.isfinite(measured.cross_entropy[i]) & np.isfinite(measured.gradient_norm[i])
+        confidence = measured.confidence[i][whole]
+        cross_entropy = _mean(measured.cross_entropy[i][whole])
+        gradient_norm = math.sqrt(_mean(measured.gradient_norm[i][whole] ** 2))
+        rows.append(
+            NoiseLevel(
+                timestep=timestep,
+                alpha_bar=alpha_bar,
+                accuracy=_mean(is_right & whole),
+                train_accuracy=None if trained is None else _mean(trained.predictions[i] == trained.labels),
+                confidence=_mean(confidence),
+                calibration_error=expected_calibration_error(confidence, is_right[whole]),
+                cross_entropy=cross_entropy,
+                information=entropy - cross_entropy,
+                gradient_norm=gradient_norm,
+                epsilon_shift=math.sqrt((1 - alpha_bar) / measured.num_values) * gradient_norm,
+                broken_images=int((~whole).sum()),
+            )
+        )
+    confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
+    np.add.at(confusion, (measured.labels, measured.predictions[0]), 1)
+    return ClassifierInspection(
+        rows=rows,
+        confusion=confusion,
+        class_names=[str(classifier.config.id2label[label]) for label in range(num_classes)],
+        num_images=num_images,
+        num_train_images=0 if trained is None else len(trained.labels),
+        num_held_out=len(held_out),
+        num_training=0 if train is None else len(train),
+        num_values=measured.num_values,
+    )
+
+
+def noise_schedule(classifier: PreTrainedModel) -> ADMScheduler:
+    """The scheduler of the noise that a classifier was trained on.
+
+    Raises:
+        `ValueError`: If it knows clean images only.
+    """
+    model = getattr(classifier, "_orig_mod", classifier)  # of torch.compile
+    if "timestep" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"{type(model).__name__} takes no timestep: it knows clean images only and has no noise levels to inspect; "
+            f"give a classifier of noisy images, as training/train_classifier.py makes."
+        )
+    names = ("beta_schedule", "num_train_timesteps", "trained_betas", "rescale_timesteps")
+    return ADMScheduler(**{name: getattr(classifier.config, name) for name in names})
+
+
+def with_classes_of(classifier: PreTrainedModel, images: LabelledImages) -> LabelledImages:
+    """The same images with the classifier's class ids, matched by the names of the classes.
+
+    Raises:
+        `ValueError`: For a class that the classifier does not know.
+    """
+    names = {int(label): name for label, name in classifier.config.id2label.items()}
+    matched = match_classes(images.id2label, names, set(images.id2label), type(classifier).__name__)
+    images = copy.copy(images)
+    images.labels = np.array([matched[label] for label in _labels_of(images).tolist()])
+    images.id2label = names
+    return images
+
+
+def expected_calibration_error(confidence: np.ndarray, is_right: np.ndarray, num_bins: int = NUM_BINS) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, equations 2 and 3).
+
+    Args:
+        confidence (`np.ndarray` of shape `(n,)`): The probability of each likeliest class.
+        is_right (`np.ndarray` of shape `(n,)`): Whether it is the true one.
+        num_bins (`int`, defaults to 15): Bins of equal width, open at their lower end.
+
+    Returns:
+        `float`: The mean over images of how far the accuracy of their bin is from its confidence.
+    """
+    bins = np.ceil(confidence * num_bins).astype(int)
+    gaps = np.bincount(bins, weights=is_right - confidence, minlength=num_bins + 1)
+    return float(np.abs(gaps).sum() / len(confidence)) if len(confidence) else math.nan
+
+
+def label_entropy(counts: np.ndarray) -> float:
+    """The entropy in nats of classes seen so many times each."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+@dataclass
+class _Measured:
+    """Of each image its label, `(n,)`, and at each level, `(levels, n)`, what the classifier says of it."""
+
+    labels: np.ndarray
+    predictions: np.ndarray
+    confidence: np.ndarray
+    cross_entropy: np.ndarray
+    gradient_norm: np.ndarray
+    num_values: int
+
+
+def _measure(
+    images: Any,
+    classifier: PreTrainedModel,
+    scheduler: ADMScheduler,
+    levels: Sequence[int],
+    seed: int,
+    batch_size: int,
+    max_images: int,
+    with_gradient: bool,
+) -> _Measured:
+    labels, outputs = [], []
+    was_training = classifier.training
+    classifier.eval()
+    try:
+        with frozen(classifier), torch.set_grad_enabled(with_gradient):
+            for indices, clean, of_batch in _batches(images, batch_size, max_images):
+                _check(clean, of_batch, classifier)
+                noise = torch.stack([_noise(seed, index, clean.shape[1:]) for index in indices])
+                device = classifier.device
+                batch = (clean.to(device, torch.float32), noise.to(device), of_batch.to(device))
+                at_levels = [_classify(classifier, scheduler, batch, level, with_gradient) for level in levels]
+                labels.append(of_batch)
+                outputs.append(torch.stack(at_levels, dim=1))
+    finally:
+        classifier.train(was_training)
+    predictions, confidence, cross_entropy, gradient_norm = torch.cat(outputs, dim=2).numpy()
+    return _Measured(
+        labels=torch.cat(labels).numpy(),
+        predictions=predictions.astype(np.int64),
+        confidence=confidence,
+        cross_entropy=cross_entropy,
+        gradient_norm=gradient_norm,
+        num_values=clean[0].numel(),
+    )
+
+
+def _classify(
+    classifier: PreTrainedModel,
+    scheduler: ADMScheduler,
+    batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    timestep: int,
+    with_gradient: bool,
+) -> torch.Tensor:
+    """Prediction, confidence, cross entropy and norm of the gradient of each image, `(4, batch)` in float64."""
+    clean, noise, labels = batch
+    timesteps = torch.full((len(clean),), timestep, device=clean.device)
+    noisy = scheduler.add_noise(clean, noise, timesteps).requires_grad_(with_gradient)
+    logits = classifier(noisy.to(classifier.dtype), model_timesteps(scheduler, timesteps)).logits.float()
+    log_p = logits.log_softmax(dim=-1)  # in float32, as guidance takes it
+    of_label = log_p.gather(1, labels[:, None])[:, 0]
+    norm = torch.full_like(of_label, torch.nan)
+    if with_gradient:
+        (gradient,) = torch.autograd.grad(of_label.sum(), noisy)
+        norm = gradient.flatten(1).norm(dim=1)
+    best, prediction = log_p.detach().max(dim=-1)
+    return torch.stack([prediction.double(), best.double().exp(), -of_label.detach().double(), norm.double()]).cpu()
+
+
+def _batches(images: Any, batch_size: int, max_images: int) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Indices, images and labels of up to `max_images`."""
+    if isinstance(images, LabelledImages):
+        _labels_of(images)
+        images = images.plain()
+    if len(images) == 0:
+        raise ValueError("There are no images to inspect the classifier on.")
+    indices = np.arange(len(images))
+    if len(images) > max_images:
+        indices = np.sort(np.random.default_rng(0).choice(len(images), max_images, replace=False))
+    parts = [part.tolist() for part in torch.from_numpy(indices).split(batch_size)]
+    # Without a generator of its own, a loader draws from the global one.
+    loader = DataLoader(images, batch_sampler=parts, )
+    progress = tqdm(loader, desc="inspecting", unit="batch", leave=False)
+    for part, batch in zip(parts, progress, strict=True):
+        pixel_values, labels = (batch["pixel_values"], batch["labels"]) if isinstance(batch, dict) else batch
+        yield part, pixel_values, labels
+
+
+def _labels_of(images: LabelledImages) -> np.ndarray:
+    if images.labels is None:
+        raise ValueError(f"{images.name!r} has no labels, without which no classifier can be inspected.")
+    return images.labels
+
+
+def _noise(seed: int, index: int, shape: Sequence[int]) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng((seed, index)).standard_normal(tuple(shape), dtype=np.float32))
+
+
+def _check(images: torch.Tensor, labels: torch.Tensor, classifier: PreTrainedModel) -> None:
+    """Refuses images and labels that are not this classifier's."""
+    channels, num_classes = classifier.config.in_channels, classifier.config.num_labels
+    if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
+        raise ValueError(
+            f"The classifier takes floating-point images of {channels} channels, batches of shape (n, {channels}, "
+            f"height, width); got {images.dtype} of shape {tuple(images.shape)}."
+        )
+    if labels.min() < 0 or labels.max() >= num_classes:
+        wrong = int(labels.min() if labels.min() < 0 else labels.max())
+        raise ValueError(f"An image has the label {wrong}; the classifier's classes are 0 to {num_classes - 1}.")
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _or_none(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _binomial_tail(successes: int, trials: int, probability: float) -> float:
+    """The probability of so few successes or fewer; in logarithms, for the factors leave the range of floats."""
+    if probability >= 1:
+        return float(successes >= trials)
+    if probability <= 0:
+        return 1.0
+    logs = [
+        math.lgamma(trials + 1) - math.lgamma(i + 1) - math.lgamma(trials - i + 1)
+        + i * math.log(probability) + (trials - i) * math.log1p(-probability)
+        for i in range(successes + 1)
+    ]  # fmt: skip
+    return min(1.0, sum(math.exp(log) for log in logs))

@@ -1,0 +1,298 @@
+"""Every number of one set of images against another, with what must be known to read them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..guidance.labels import match_classes
+from .distances import frechet_distance, frechet_interval, kernel_distance
+from .feature_sets import FeatureSet, collect_features
+from .features import FeatureExtractor, weights_digest
+from .manifolds import manifold_metrics
+from .memorisation import Memorisation, memorisation
+from .sources import ArrayImages, ImageSet, LoadedImages
+
+PUBLISHED_NUM_IMAGES = 50_000  # that published FIDs are computed from
+K, DENSITY_K = 3, 5  # neighbours, as published, of precision and recall and of density and coverage
+FEWEST_IMAGES = max(K, DENSITY_K) + 1
+
+
+def measure(
+    generated: FeatureSet,
+    reference: FeatureSet,
+    labels: np.ndarray | None = None,
+    distance_dtype: str = "float32",
+) -> dict[str, float]:
+    """The metrics of samples in the features of one extractor, whose name is part of each metric's.
+
+    Args:
+        generated ([`FeatureSet`]): Of the samples.
+        reference ([`FeatureSet`]): Of real images, by the same extractor.
+        labels (`np.ndarray` of shape `(n,)`, *optional*): The class id, among the extractor's classes, that each sample
+            was asked to show.
+        distance_dtype (`str`, defaults to `"float32"`): `"float16"` has the published evaluator's noise in precision
+            and recall, see [`precision_recall`].
+
+    Returns:
+        `dict[str, float]`: `accuracy`, `fid`, `sfid`, `inception_score`, `kid`, `precision`, `recall`, `density`,
+        `coverage`, as far as they can be had, each followed by `/` and the extractor's name: `"fid/inception"`.
+
+    Raises:
+        `ValueError`: If the two are of different extractors.
+    """
+    check_features(reference, generated.extractor, generated.fingerprint)
+    metrics: dict[str, float] = {}
+    if labels is not None and generated.predictions is not None:
+        metrics["accuracy"] = float((generated.predictions == labels).mean())
+    metrics["fid"] = frechet_distance(generated.statistics, reference.statistics)
+    if generated.spatial_statistics is not None and reference.spatial_statistics is not None:
+        metrics["sfid"] = frechet_distance(generated.spatial_statistics, reference.spatial_statistics)
+    if generated.score is not None:
+        metrics["inception_score"] = generated.score.score
+    if generated.kept is not None and reference.kept is not None:
+        metrics["kid"] = kernel_distance(generated.kept, reference.kept)
+        manifolds = manifold_metrics(generated.kept, reference.kept, K, DENSITY_K, distance_dtype)
+        metrics |= manifolds._asdict()
+    return {f"{name}/{generated.extractor}": value for name, value in metrics.items()}
+
+
+@dataclass
+class Evaluation:
+    """What [`evaluate`] found; `str()` is a table and the notes.
+
+    Attributes:
+        generated, reference (`str`): What was compared.
+        num_generated (`int`), num_reference (`int`, *optional*): Images of each; statistics may not say.
+        metrics (`dict[str, float]`): Numbers by name, features included: `"fid/inception"`.
+        intervals (`dict[str, tuple[float, float]]`): 95 % confidence intervals, where asked for.
+        class_accuracy (`dict[str, dict[str, float]]`): Accuracy of each class by extractor.
+        memorisation (`dict[str, Memorisation]`): By extractor, where there are held-out images.
+        notes (`list[str]`): What must be known to read the numbers.
+    """
+
+    generated: str
+    reference: str
+    num_generated: int
+    num_reference: int | None
+    metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    class_accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
+    memorisation: dict[str, Memorisation] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return {**vars(self), "memorisation": {name: found.to_dict() for name, found in self.memorisation.items()}}
+
+    def __str__(self) -> str:
+        extractors = list(dict.fromkeys(name.partition("/")[2] for name in self.metrics))
+        names = list(dict.fromkeys(name.partition("/")[0] for name in self.metrics))
+        count = "unknown" if self.num_reference is None else f"{self.num_reference:,}"
+        lines = [f"{self.num_generated:,} images of {self.generated} against {count} of {self.reference}", ""]
+        width = max(12, *(len(extractor) + 2 for extractor in extractors))
+        lines.append(f"{'features':16}" + "".join(f"{extractor:>{width}}" for extractor in extractors))
+        for name in names:
+            values = (self.metrics.get(f"{name}/{extractor}") for extractor in extractors)
+            cells = ("" if value is None else f"{value:.4g}" for value in values)
+            lines.append(f"{TITLES.get(name, name):16}" + "".join(f"{cell:>{width}}" for cell in cells))
+        lines.append("")
+        for name, (low, high) in self.intervals.items():
+            metric, _, extractor = name.partition("/")
+            lines.append(f"{TITLES[metric]} in {extractor} features: {low:.4g} to {high:.4g} with 95 % confidence.")
+        for extractor, accuracies in self.class_accuracy.items():
+            worst = sorted(accuracies.items(), key=lambda item: item[1])[:5]
+            listed = ", ".join(f"{name} {accuracy:.2f}" for name, accuracy in worst)
+            lines.append(f"Lowest accuracies by {extractor}: {listed}.")
+        lines += [found.finding for found in self.memorisation.values()]
+        lines += [f"Note: {note}" for note in self.notes]
+        return "\n".join(lines).rstrip()
+
+
+TITLES = {
+    "accuracy": "Accuracy",
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception Score",
+    "kid": "KID",
+    "precision": "Precision",
+    "recall": "Recall",
+    "density": "Density",
+    "coverage": "Coverage",
+}
+
+
+def evaluate(
+    generated: ImageSet,
+    reference: ImageSet | FeatureSet,
+    extractors: Sequence[FeatureExtractor],
+    *,
+    held_out: ImageSet | None = None,
+    interval: bool = False,
+    distance_dtype: str = "float32",
+    batch_size: int = 64,
+    num_workers: int = 0,
+    cache_dir: Any = None,
+) -> Evaluation | None:
+    """Measures samples against real images, in one or several kinds of features, over all processes that run this.
+
+    Args:
+        generated ([`ImageSet`]): The samples.
+        reference ([`ImageSet`] or [`FeatureSet`]): Real images, or statistics of them.
+        extractors (`Sequence[FeatureExtractor]`): What computes features. One with classes also judges, if the samples
+            have labels; it must not be the classifier that guided them.
+        held_out ([`ImageSet`], *optional*): Real images that the model never saw. With them `reference` is taken for
+            the training images, and the samples' distance to these is compared, see [`memorisation`].
+        interval (`bool`, defaults to `False`): Also a confidence interval of each FID, see [`frechet_interval`].
+        distance_dtype (`str`, defaults to `"float32"`): See [`measure`].
+        batch_size (`int`, defaults to 64), num_workers (`int`, defaults to 0): See [`collect_features`].
+        cache_dir (`str` or `os.PathLike`, *optional*): Where features of real images are kept, see
+            [`collect_features`].
+
+    Returns:
+        [`Evaluation`]: In the main process; `None` in the others.
+
+    Raises:
+        `ValueError`: For too few images, classes that an extractor does not know, or features that are not finite.
+    """
+    notes = what_to_know(generated, reference)
+    for extractor in extractors if isinstance(reference, FeatureSet) else ():
+        check_features(reference, extractor.name, extractor.fingerprint)
+    labels = {extractor.name: judged_labels(generated, extractor, notes) for extractor in extractors}
+    result = None
+    for extractor in extractors:
+        options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
+        ours = collect_features(generated, extractor, **options)
+        real: FeatureSet | None
+        if isinstance(reference, ImageSet):
+            real = collect_features(reference, extractor, cache_dir=cache_dir, **options)
+        else:
+            real = reference
+        unseen = None if held_out is None else collect_features(held_out, extractor, cache_dir=cache_dir, **options)
+        if ours is None or real is None:
+            continue  # not the main process
+        if result is None:
+            name = reference.name if isinstance(reference, ImageSet) else "saved statistics"
+            result = Evaluation(generated.name, name, len(generated), real.num_images, notes=notes)
+        if isinstance(reference, ArrayImages) and reference.statistics and extractor.name == "inception":
+            real = with_published_statistics(real, reference, notes)
+
+        result.metrics |= measure(ours, real, labels[extractor.name], distance_dtype)
+        if len(generated) <= ours.statistics.mean.size:
+            notes.append(
+                f"{len(generated):,} samples are fewer than the {ours.statistics.mean.size:,} features of "
+                f"{extractor.name}, so the FID says little; KID does not suffer from that."
+            )
+        if interval and ours.kept is not None:
+            strata = dealt_labels(generated)
+            strata = None if strata is None else strata[ours.kept_indices]
+            result.intervals[f"fid/{extractor.name}"] = frechet_interval(ours.kept, real.statistics, strata=strata)
+        if (asked := labels[extractor.name]) is not None and ours.predictions is not None:
+            names = extractor.id2label or {}
+            result.class_accuracy[extractor.name] = {
+                names.get(label, str(label)): float((ours.predictions[asked == label] == label).mean())
+                for label in np.unique(asked).tolist()
+            }
+        if unseen is not None:
+            result.memorisation[extractor.name] = memorisation(ours, real, unseen)
+    for images in (generated, reference, held_out):
+        if isinstance(images, LoadedImages) and (bad := images.images.bad_files):
+            notes.append(f"{len(bad)} files of {images.name} cannot be read, others stood in for them: {bad[0]} ...")
+    return result
+
+
+def what_to_know(generated: ImageSet, reference: ImageSet | FeatureSet) -> list[str]:
+    """What is found out before the work and tells in the numbers; refuses what cannot be measured at all."""
+    for images in (generated, reference):
+        if isinstance(images, ImageSet) and len(images) < FEWEST_IMAGES:
+            raise ValueError(
+                f"{images.name} has {len(images)} images; {FEWEST_IMAGES} are the fewest that can be measured."
+            )
+    notes = list(generated.notes)
+    if len(generated) < PUBLISHED_NUM_IMAGES:
+        notes.append(
+            f"FID falls with the number of samples: compare this one, of {len(generated):,}, only with others of as "
+            f"many; published ones are of {PUBLISHED_NUM_IMAGES:,}."
+        )
+    if not isinstance(reference, ImageSet):
+        if reference.kept is None:
+            notes.append("the reference is known by its statistics alone, so there is only what these can tell.")
+        return notes
+    notes += reference.notes
+    if generated.channels != reference.channels:
+        gray, rgb = sorted((generated, reference), key=lambda images: images.channels)
+        notes.append(
+            f"{gray.name} is gray and {rgb.name} is RGB; gray values are repeated, and the missing colour tells in the "
+            f"numbers."
+        )
+    if generated.labels is not None and reference.labels is not None and reference.id2label:
+        ours = {generated.id2label.get(label, label) for label in np.unique(generated.labels).tolist()}
+        missing = [name for label, name in sorted(reference.id2label.items()) if name not in ours and label not in ours]
+        if missing:
+            listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            notes.append(
+                f"of the reference's {len(reference.id2label)} classes {len(missing)} have no sample: {listed}. Recall "
+                f"and FID count that against the model; sample all classes, or take a reference without these."
+            )
+    return notes
+
+
+def check_features(reference: FeatureSet, name: str, fingerprint: str) -> None:
+    """Refuses to compare with features of another extractor; published statistics do not say their weights."""
+    if reference.extractor != name or reference.fingerprint not in ("", fingerprint):
+        raise ValueError(
+            f"The reference's features are of {reference.extractor} and the samples' of {name}, or of other weights; "
+            f"numbers of different features cannot be compared. Compute the reference's anew."
+        )
+
+
+def check_independent(pipeline: Any, extractor: FeatureExtractor) -> None:
+    """Refuses to measure by a classifier that guides the pipeline: it would be asked whether it pleased itself.
+
+    Raises:
+        `ValueError`: If the extractor has the weights of one of the pipeline's classifiers.
+    """
+    model = getattr(extractor, "model", None)
+    for name in ("classifier", "clean_classifier"):
+        guide = getattr(pipeline, name, None)
+        if model is not None and guide is not None and weights_digest(model) == weights_digest(guide):
+            raise ValueError(
+                f"{extractor.name} is the pipeline's own {name}, which guides the samples and would only say whether "
+                f"it pleased itself; measure by a model that was trained apart."
+            )
+
+
+def dealt_labels(generated: ImageSet) -> np.ndarray | None:
+    """The samples' labels if all classes have as many, which no chance makes; `None` otherwise."""
+    if generated.labels is None:
+        return None
+    counts = np.unique(generated.labels, return_counts=True)[1]
+    return generated.labels if counts.max() - counts.min() <= 1 else None
+
+
+def judged_labels(generated: ImageSet, extractor: FeatureExtractor, notes: list[str]) -> np.ndarray | None:
+    """The samples' class ids among those of an extractor that judges; `None`, with a note on why, if it cannot."""
+    if generated.labels is None or extractor.id2label is None:
+        return None
+    wanted = set(np.unique(generated.labels).tolist())
+    names = generated.id2label
+    if not names and max(wanted) < len(extractor.id2label):  # ids alone, as files of samples have them
+        return generated.labels
+    try:
+        matched = match_classes(names, extractor.id2label, wanted, extractor.name)
+    except ValueError as error:
+        notes.append(f"no accuracy by {extractor.name}: {error}")
+        return None
+    return np.array([matched[label] for label in generated.labels.tolist()])
+
+
+def with_published_statistics(features: FeatureSet, images: ArrayImages, notes: list[str]) -> FeatureSet:
+    """The features of a published reference batch with the statistics that stand in its file, of the whole data set."""
+    assert images.statistics is not None
+    notes.append(
+        f"FID uses the statistics that stand in {images.name}, which are of its whole data set; precision, recall and "
+        f"the like use its {len(images):,} images."
+    )
+    statistics = images.statistics
+    return replace(features, statistics=statistics["features"], spatial_statistics=statistics.get("spatial"))

@@ -1,0 +1,344 @@
+"""Sets of images to compare, from files of samples, folders and datasets: all as 8-bit integers of one size."""
+
+import hashlib
+import io
+import math
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ..data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images
+from ..data.images import BAD_IMAGE_ERRORS, resize_and_crop
+from .features import weights_digest
+from .sampling import sample_batches
+from .statistics import FeatureStatistics
+
+HELD_OUT, TRAIN = "held_out", "train"
+_MODES = {1: "L", 3: "RGB"}
+
+
+class ImageSet(Dataset, ABC):
+    """Images of one size; `images[i]` is uint8 of shape `(channels, height, width)`.
+
+    Attributes:
+        name (`str`): What it is called in sentences.
+        size (`tuple[int, int]`): Height and width in pixels.
+        channels (`int`): 1 or 3.
+        labels (`np.ndarray` of shape `(n,)`, *optional*): The class id of each image.
+        id2label (`dict[int, str]`): Names of the classes; empty where nobody named them.
+        notes (`list[str]`): What was done to the images, in sentences.
+    """
+
+    name: str
+    size: tuple[int, int]
+    channels: int
+    labels: np.ndarray | None
+    id2label: dict[int, str]
+    notes: list[str]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+
+    @abstractmethod
+    def contents(self) -> Iterator[bytes]:
+        """What tells this set from another, for [`digest`]."""
+
+    def digest(self) -> str:
+        """A hash of the images' content: equal for equal images whatever they are called, other once one changes."""
+        digest = hashlib.sha256(f"{len(self)} {self.size} {self.channels}".encode())
+        for content in self.contents():
+            digest.update(content)
+        return digest.hexdigest()
+
+    def batches(self, indices: Sequence[Sequence[int]], num_workers: int = 0) -> Iterable[torch.Tensor]:
+        """Batches `(n, channels, height, width)` of the images of these indices."""
+        return DataLoader(self, batch_sampler=list(map(list, indices)), num_workers=num_workers)
+
+    def picture(self, index: int) -> Image.Image:
+        """One of the images."""
+        return to_picture(self[index])
+
+    def pictures(self, batch_size: int = 64) -> list[Image.Image]:
+        """All of the images."""
+        indices = [part.tolist() for part in torch.arange(len(self)).split(batch_size)]
+        return [to_picture(image) for batch in self.batches(indices) for image in batch]
+
+
+def to_picture(image: torch.Tensor) -> Image.Image:
+    """A picture of an image `(channels, height, width)`, uint8."""
+    return Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy())
+
+
+class ArrayImages(ImageSet):
+    """Images in an array, in memory or mapped from a file.
+
+    Args:
+        images (`np.ndarray` of shape `(n, height, width, channels)`): uint8.
+        labels (`np.ndarray` of shape `(n,)`, *optional*): Class ids.
+        id2label (`dict[int, str]`, *optional*): Names of the classes.
+        name (`str`): What it is called.
+        size (`tuple[int, int]`, *optional*): Height and width to bring the images to, as training does; their own, by
+            default.
+        statistics (`dict[str, FeatureStatistics]`, *optional*): Those that came with the images, of Inception's
+            features: `"features"`, and `"spatial"`.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray | None = None,
+        id2label: dict[int, str] | None = None,
+        name: str = "the images",
+        size: tuple[int, int] | None = None,
+        statistics: dict[str, FeatureStatistics] | None = None,
+    ):
+        if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in _MODES or len(images) == 0:
+            raise ValueError(
+                f"{name}: images are uint8 of shape (n, height, width, 1 or 3), got {images.dtype} of shape "
+                f"{images.shape}."
+            )
+        own = (images.shape[1], images.shape[2])
+        self.images, self.labels, self.id2label, self.name = images, labels, id2label or {}, name
+        self.size, self.channels, self.statistics = size or own, images.shape[3], statistics
+        self.notes = [] if self.size == own else [_resized(name, [own], self.size)]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        pixels = self.images[index]
+        if pixels.shape[:2] != self.size:
+            picture = resize_and_crop(Image.fromarray(pixels.squeeze(), _MODES[self.channels]), self.size)
+            pixels = np.asarray(picture).reshape(*self.size, self.channels)
+        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+    def contents(self) -> Iterator[bytes]:
+        for part in np.array_split(self.images, -(-self.images.nbytes // 2**26)):
+            yield np.ascontiguousarray(part).tobytes()
+        for statistics in (self.statistics or {}).values():
+            yield from (statistics.mean.tobytes(), statistics.covariance.tobytes())
+
+
+class LoadedImages(ImageSet):
+    """Images of a folder or dataset, decoded when they are asked for, brought to one size as training does.
+
+    Args:
+        images ([`LabelledImages`]): Neither mirrored nor cropped at random.
+    """
+
+    def __init__(self, images: LabelledImages, name: str | None = None):
+        self.images, self.labels, self.id2label = images, images.labels, images.id2label
+        self.name = name or images.name
+        self.size, self.channels, self.notes = images.resolution, images.image_channels, []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        values = self.images[index]["pixel_values"]
+        return ((values + 1) * 127.5).round().to(torch.uint8)  # bytes come back to the bit
+
+    def contents(self) -> Iterator[bytes]:
+        for row in tqdm(self.images.rows.tolist(), desc=f"reading {self.name}", unit="image", leave=False):
+            record = self.images.images[row]["image"]
+            if isinstance(record, Image.Image):
+                yield record.mode.encode() + record.tobytes()
+            elif record is not None and record["bytes"] is not None:
+                yield record["bytes"]
+            elif record is not None:
+                yield Path(record["path"]).read_bytes() if Path(record["path"]).is_file() else b""
+
+
+class SampledImages(ImageSet):
+    """Samples of a pipeline, made when they are asked for and not kept.
+
+    Args:
+        pipeline ([`ClassifierGuidedPipeline`] or one called like it): Makes them.
+        labels (`torch.Tensor` of shape `(n,)`, or `int`): The class of each, or so many without a class.
+        seed (`int`, defaults to 0): Seed of all together.
+        arguments: Go to the pipeline.
+    """
+
+    def __init__(self, pipeline: Any, labels: torch.Tensor | int, seed: int = 0, **arguments: Any):
+        self.pipeline, self.sampled_labels, self.seed, self.arguments = pipeline, labels, seed, arguments
+        self.name, self.notes, self.id2label = "the samples", [], dict(pipeline.id2label)
+        self.labels = None if isinstance(labels, int) else labels.numpy()
+        self.size, self.channels = pipeline.sample_size, pipeline.unet.config.in_channels
+
+    def __len__(self) -> int:
+        return self.sampled_labels if isinstance(self.sampled_labels, int) else len(self.sampled_labels)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return next(iter(self.batches([[index]])))[0]
+
+    def batches(self, indices: Sequence[Sequence[int]], num_workers: int = 0) -> Iterator[torch.Tensor]:
+        """Samples of whole batches, each as long as the first."""
+        if indices:
+            size = len(indices[0])
+            wanted = [batch[0] // size for batch in indices]
+            made = sample_batches(self.pipeline, self.sampled_labels, size, self.seed, batches=wanted, **self.arguments)
+            yield from (images for _, images in made)
+
+    def contents(self) -> Iterator[bytes]:
+        labels = self.sampled_labels if isinstance(self.sampled_labels, int) else self.sampled_labels.tolist()
+        arguments = {**(self.pipeline.config.sampling_defaults or {}), **self.arguments}
+        yield f"{self.pipeline.scheduler.config} {labels} {self.seed} {arguments}".encode()
+        for component in self.pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                yield weights_digest(component).encode()
+
+
+def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
+    """Opens a set of images by its name on the command line.
+
+    Args:
+        spec (`str`): A `.npz` file of samples or a published reference batch; a `.parquet` file of samples; a folder of
+            images; `"digits"` or `"photographs"`; or a dataset of the Hub. Folders and datasets may end in a part:
+            `":train"` and `":held_out"` are what training takes from them by default, any other is a split of the
+            dataset. Without one it is all of a folder, or of a dataset's split "train".
+        size (`tuple[int, int]`, *optional*): Height and width to bring the images to, as training does. Their own, by
+            default, which must then be one.
+
+    Returns:
+        [`ImageSet`]: Gray if all of its images are. Its `notes` say what was done to them.
+
+    Raises:
+        `ValueError`: If there are no such images, or they differ in size and none is given.
+    """
+    if spec.endswith(".npz"):
+        return _open_samples(spec, size)
+    source, _, part = spec.rpartition(":") if ":" in spec and not Path(spec).exists() else (spec, "", "")
+    arguments: dict[str, Any] = {"resolution": None if size is None else list(size)}
+    if source in BUILT_IN or not Path(source).is_dir():
+        if Path(source).is_file() and not source.endswith(".parquet"):
+            raise ValueError(f"{source} is no set of images; give a .npz or .parquet file of samples, or a folder.")
+        arguments["dataset_name"] = source
+    else:
+        arguments["train_data_dir"] = source
+    if source not in BUILT_IN and size is None:
+        arguments["resolution"] = [1]  # until their own is known
+    if part not in ("", TRAIN, HELD_OUT):
+        if source in BUILT_IN:
+            raise ValueError(f"The {source} have no part {part!r}; give {source}:{TRAIN} or {source}:{HELD_OUT}.")
+        arguments["train_split"] = part
+    if part not in (TRAIN, HELD_OUT):
+        arguments["held_out_fraction"] = 0.0
+    train, held_out = load_labelled_images(DataArguments(**arguments), seed=0, require_labels=False)
+    images = held_out if part == HELD_OUT else train
+    if images is None:
+        raise ValueError(f"Nothing of {source} is held out; give other images.")
+    sizes, images.image_channels = _look(images)
+    if size is None and len(sizes) > 1:
+        (first, one), (second, other) = list(sizes.items())[:2]
+        raise ValueError(
+            f"The images of {spec} differ in size: {one} has {first[0]}x{first[1]} pixels and {other} "
+            f"{second[0]}x{second[1]}; bring them to one size first."
+        )
+    images.resolution = size or next(iter(sizes))
+    loaded = LoadedImages(images, spec)
+    if set(sizes) != {images.resolution}:
+        loaded.notes.append(_resized(spec, list(sizes), images.resolution))
+    return loaded
+
+
+def has_images(path: str) -> bool:
+    """Whether a `.npz` file holds images, and not statistics alone."""
+    return not zipfile.is_zipfile(path) or "arr_0.npy" in zipfile.ZipFile(path).namelist()
+
+
+def read_statistics(path: str) -> dict[str, FeatureStatistics] | None:
+    """Statistics of Inception's features in a published reference file, `"features"` and `"spatial"`; `None` if there
+    are none."""
+    with np.load(path, allow_pickle=False) as file:
+        if "mu" not in file:
+            return None
+        names = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+        return {
+            kind: FeatureStatistics.from_moments(file[mean], file[covariance])
+            for kind, (mean, covariance) in names.items()
+            if mean in file
+        }
+
+
+def map_array(path: str, name: str) -> np.ndarray:
+    """An array of a `.npz` file, mapped where the file holds it uncompressed, as `np.savez` writes it, else read."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{name}.npy")
+        if member.compress_type == zipfile.ZIP_STORED:
+            with archive.open(member) as stream:
+                version = np.lib.format.read_magic(stream)
+                read_header = np.lib.format.read_array_header_1_0
+                if version != (1, 0):
+                    read_header = np.lib.format.read_array_header_2_0
+                shape, is_fortran, dtype = read_header(stream)
+                header_size = stream.tell()
+            with open(path, "rb") as file:  # the local header says how long it is itself
+                file.seek(member.header_offset + 26)
+                lengths = np.frombuffer(file.read(4), "<u2").astype(int)
+            start = member.header_offset + 30 + lengths.sum() + header_size
+            return np.memmap(path, dtype, "r", int(start), shape, order="F" if is_fortran else "C")
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays[name]
+
+
+def _open_samples(path: str, size: tuple[int, int] | None) -> ArrayImages:
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file {path}.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "arr_0" not in file:
+                raise ValueError(f"{path} holds no images (no arr_0).")
+            labels = file.get("arr_1")
+        images, statistics = map_array(path, "arr_0"), read_statistics(path)
+    except (zipfile.BadZipFile, EOFError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or no .npz file of samples; write or download it again.") from error
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+        raise ValueError(f"arr_1 of {path} are no labels of its {len(images)} images: {labels.dtype} {labels.shape}.")
+    return ArrayImages(images, labels, name=path, size=size, statistics=statistics)
+
+
+def _look(images: LabelledImages) -> tuple[dict[tuple[int, int], str], int]:
+    """Heights and widths, each with a file that has them, and channels, from the headers of the files alone."""
+    sizes: dict[tuple[int, int], str] = {}
+    channels = 1
+    for index, row in enumerate(images.rows.tolist()):
+        record = images.images[row]["image"]
+        try:
+            if isinstance(record, Image.Image):
+                height, width, mode = record.height, record.width, record.mode
+            else:
+                file = record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])
+                with Image.open(file) as picture:
+                    lies_on_its_side = picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                    width, height = picture.size[::-1] if lies_on_its_side else picture.size
+                    mode = picture.mode
+        except (*BAD_IMAGE_ERRORS, TypeError):
+            continue  # is named when its pixels are wanted
+        sizes.setdefault((height, width), images.file_name(index))
+        channels = channels if mode in ("1", "L", "LA", "F") or mode.startswith("I") else 3
+    if not sizes:
+        raise ValueError(f"None of the {len(images)} files of {images.name} is an image that can be read.")
+    return sizes, channels
+
+
+def _resized(name: str, found: list[tuple[int, int]], size: tuple[int, int]) -> str:
+    """What bringing images of the sizes found to another does to them, as a sentence."""
+    smallest, largest = min(found, key=math.prod), max(found, key=math.prod)
+    span = f"{smallest[0]}x{smallest[1]}" + ("" if smallest == largest else f" to {largest[0]}x{largest[1]}")
+    blown_up = smallest[0] < size[0] or smallest[1] < size[1]
+    return (
+        f"{name} has images of {span} pixels; they are brought to {size[0]}x{size[1]} as in training, "
+        + ("which blows small ones up, and tells in the numbers" if blown_up else "shrunk and cropped at the centre")
+        + "."
+    )

@@ -1,0 +1,195 @@
+"""Finding the guidance scale: fidelity and diversity against it (figure 4 of arXiv 2105.05233), and a choice."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from ..files import write_json
+from ..guidance import guidance_from_dict
+from .evaluate import measure
+from .feature_sets import FeatureSet, collect_features
+from .features import FeatureExtractor
+from .sources import SampledImages
+
+Row = dict[str, Any]
+SETTING = ("num_inference_steps", "guidance_scale", "seed")  # what tells a row from another
+
+
+def sweep(
+    pipeline: Any,
+    reference: FeatureSet | None,
+    extractor: FeatureExtractor,
+    labels: torch.Tensor,
+    *,
+    scales: Sequence[float],
+    steps: Sequence[int | None] = (None,),
+    seeds: Sequence[int] = (0, 1, 2),
+    judged: np.ndarray | None = None,
+    batch_size: int = 64,
+    done: Sequence[Row] = (),
+    on_row: Callable[[list[Row]], None] | None = None,
+    **arguments: Any,
+) -> list[Row]:
+    """Samples at every scale and number of steps with every seed, and measures each, over all processes.
+
+    Args:
+        pipeline ([`ClassifierGuidedPipeline`]): Makes the samples, guided as its saved defaults say, at another scale.
+        reference ([`FeatureSet`]): Of real images; only the main process needs it.
+        extractor ([`FeatureExtractor`]): What the samples are measured in, never the classifier that guides.
+        labels (`torch.Tensor` of shape `(n,)`): The class of each sample, the same at every setting.
+        scales (`Sequence[float]`): Guidance scales.
+        steps (`Sequence[int]`, defaults to `(None,)`): Numbers of steps; `None` are the pipeline's own.
+        seeds (`Sequence[int]`, defaults to `(0, 1, 2)`): Each makes samples of its own, from the same noise at every
+            setting, so that settings differ by more than chance where their differences agree over seeds.
+        judged (`np.ndarray` of shape `(n,)`, *optional*): The labels among the extractor's classes, for accuracy.
+        batch_size (`int`, defaults to 64): Samples at once.
+        done (`Sequence[dict]`, *optional*): Rows of an earlier call, which are not measured again.
+        on_row (`Callable`, *optional*): Is given all rows after each, in the main process.
+        arguments: Go to the pipeline.
+
+    Returns:
+        `list[dict]`: `num_inference_steps`, `guidance_scale`, `seed` and the metrics of [`measure`] by name.
+    """
+    rows = list(done)
+    known = {tuple(row[name] for name in SETTING) for row in rows}
+    settings = [(count, scale, seed) for seed in seeds for count in steps for scale in scales]
+    missing = [setting for setting in settings if setting not in known]
+    for count, scale, seed in tqdm(missing, desc="sweep", unit="setting", disable=not PartialState().is_main_process):
+        options = {**guidance_at(pipeline, scale), "num_inference_steps": count, **arguments}
+        samples = SampledImages(pipeline, labels, seed, **options)
+        features = collect_features(samples, extractor, batch_size=batch_size)
+        if features is not None and reference is not None:
+            setting = dict(zip(SETTING, (count, scale, seed), strict=True))
+            rows.append({**setting, **measure(features, reference, judged)})
+            if on_row is not None:
+                on_row(rows)
+    wanted = set(settings)
+    return sorted((row for row in rows if setting_of(row) in wanted), key=lambda row: settings.index(setting_of(row)))
+
+
+def setting_of(row: Row) -> tuple[int | None, float, int]:
+    """What tells a row from the others: steps, scale and seed."""
+    return row["num_inference_steps"], row["guidance_scale"], row["seed"]
+
+
+def guidance_at(pipeline: Any, scale: float) -> dict[str, Any]:
+    """The pipeline's argument for a scale: of the one kind of guidance that it saves, or of the classifier's.
+
+    Raises:
+        `ValueError`: If it saves several kinds.
+    """
+    saved = (pipeline.config.sampling_defaults or {}).get("guidance")
+    if saved is None:
+        return {"guidance_scale": scale}
+    if len(saved) > 1:
+        raise ValueError(
+            f"The pipeline saves {len(saved)} kinds of guidance, and a sweep varies one scale: save one of them."
+        )
+    return {"guidance": guidance_from_dict({**saved[0], "scale": scale})}
+
+
+def choose_scale(rows: Sequence[Row], metric: str) -> tuple[Row, str]:
+    """The setting to keep: the cheapest and most varied of those that noise cannot tell from the best.
+
+    Seeds shift all settings together, and noise grows with the metric; so the noise is what the settings' and the
+    seeds' means leave over of the metric's logarithm (two-way analysis of variance), and a setting cannot be told from
+    the best one if their means are no further apart than one standard error of such a difference. Of these it takes the
+    fewest steps, and then the smallest scale.
+
+    Args:
+        rows (`Sequence[dict]`): Of [`sweep`], every setting with every seed.
+        metric (`str`): The metric that counts, the lower the better, such as `"fid/inception"`.
+
+    Returns:
+        The setting's `num_inference_steps` and `guidance_scale` with the mean of the metric, and why it, in a sentence.
+    """
+    settings = list(dict.fromkeys((row["num_inference_steps"], row["guidance_scale"]) for row in rows))
+    seeds = sorted({row["seed"] for row in rows})
+    value_of = {setting_of(row): row[metric] for row in rows}
+    values = np.array([[value_of[(*setting, seed)] for seed in seeds] for setting in settings])
+
+    logs = np.log(values.clip(min=1e-12))
+    means = logs.mean(axis=1)
+    best, error = int(means.argmin()), 0.0
+    if min(values.shape) > 1:
+        noise = logs - means[:, None] - logs.mean(axis=0) + logs.mean()
+        degrees = (len(settings) - 1) * (len(seeds) - 1)
+        error = math.sqrt((noise**2).sum() / degrees * 2 / len(seeds))
+    as_good = [i for i in range(len(settings)) if means[i] - means[best] <= error]
+    chosen = min(as_good, key=lambda i: (settings[i][0] or 0, settings[i][1]))
+
+    def told(i: int) -> str:
+        count, scale = settings[i]
+        return f"scale {scale:g}{'' if count is None else f' with {count} steps'}"
+
+    name, _, features = metric.partition("/")
+    reason = (
+        f"{told(chosen).capitalize()}: {name.upper()} in {features} features {values[chosen].mean():.3g} "
+        f"({values[chosen].min():.3g} to {values[chosen].max():.3g} over {len(seeds)} seeds)"
+    )
+    if chosen != best:
+        reason += f"; {told(best)} has {values[best].mean():.3g}, but {math.expm1(error):.0%} are noise"
+    elif len(seeds) == 1:
+        reason += "; with one seed nobody knows how much of that is noise"
+    count, scale = settings[chosen]
+    mean = float(values[chosen].mean())
+    return {"num_inference_steps": count, "guidance_scale": scale, metric: mean}, f"{reason}."
+
+
+def parse_scales(text: str) -> list[float]:
+    """Scales of the command line: `"0,1,2.5"`, or `"0:10"` for both ends and what lies between them of 1, 2, 5, 10 …
+    and their tenths, down to a fiftieth of the upper end.
+
+    Raises:
+        `ValueError`: For other texts.
+    """
+    try:
+        if ":" not in text:
+            return sorted({float(part) for part in text.split(",")})
+        low, high = (float(part) for part in text.split(":"))
+        if not 0 <= low < high < math.inf:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--scales {text} are no guidance scales; give some as 0,1,2.5 or a range as 0:10.") from None
+    return [low, *(scale for scale in _round_numbers(high) if low < scale < high), high]
+
+
+def _round_numbers(high: float) -> Iterator[float]:
+    for exponent in range(math.floor(math.log10(high / 50)), math.ceil(math.log10(high)) + 1):
+        for digit in (1, 2, 5):
+            if digit * 10.0**exponent >= high / 50 * (1 - 1e-9):
+                yield round(digit * 10.0**exponent, 12)
+
+
+def save_choice(folder: str | os.PathLike, chosen: Row) -> dict[str, Any]:
+    """Writes the chosen scale, and steps where these were swept, into the defaults of a saved pipeline.
+
+    Args:
+        folder (`str` or `os.PathLike`): The pipeline's; of its files only `model_index.json` changes, by renaming.
+        chosen (`dict`): Of [`choose_scale`].
+
+    Returns:
+        `dict`: The defaults as they are now.
+    """
+    path = Path(folder) / "model_index.json"
+    index = json.loads(path.read_text())
+    defaults = dict(index.get("sampling_defaults") or {})
+    if defaults.get("guidance"):
+        defaults["guidance"] = [{**defaults["guidance"][0], "scale": chosen["guidance_scale"]}]
+    else:
+        defaults["guidance_scale"] = chosen["guidance_scale"]
+    if chosen["num_inference_steps"] is not None:
+        for name in ("respacing", "timesteps"):
+            defaults.pop(name, None)
+        defaults["num_inference_steps"] = chosen["num_inference_steps"]
+    index["sampling_defaults"] = defaults
+    write_json(index, path)
+    return defaults

@@ -1,0 +1,185 @@
+"""`hf-guided evaluate` and `sweep` on small saved pipelines, files and folders."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_guided import ADMScheduler, ClassifierGuidedPipeline
+from hf_guided.cli import main
+from hf_guided.evaluation import frechet_distance
+from hf_guided.evaluation.features import load_features
+from hf_guided.evaluation.sources import open_images
+
+NAMES = {0: "cat", 1: "dog", 2: "owl"}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, tiny_unet, tiny_classifier):
+    """A pipeline, a judge, a file of samples, and a folder of real images."""
+    path = tmp_path_factory.mktemp("measuring")
+    shared = {"id2label": NAMES, "label2id": {name: label for label, name in NAMES.items()}}
+    guide, judge = tiny_classifier(**shared), tiny_classifier(**shared)
+    judge.head.classifier.to_out.bias.data += 1  # another one than guides
+    ClassifierGuidedPipeline(
+        tiny_unet(num_class_embeds=3, null_class_label=True),
+        ADMScheduler(solver_order=2),
+        guide,
+        sampling_defaults={"num_inference_steps": 2, "guidance_scale": 1.0},
+    ).save_pretrained(path / "pipeline")
+    judge.save_pretrained(path / "judge" / "model")
+    random = np.random.default_rng(0)
+    np.savez(path / "samples.npz", random.integers(0, 256, (30, 16, 16, 3), dtype=np.uint8), np.arange(30) % 3)
+    for label, name in NAMES.items():
+        (path / "real" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = random.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path / "real" / name / f"{label}{i}.png")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def caches(work, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(work / "hf"))
+    monkeypatch.setattr("hf_guided.evaluation.feature_sets.CACHE_DIR", work / "cache")
+    monkeypatch.chdir(work)
+
+
+def report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_a_file_against_a_folder(work, tmp_path, capsys):
+    arguments = ["samples.npz", "real", "--features", "judge/model", "--held_out", "real:held_out"]
+    main(["evaluate", *arguments, "--output", str(tmp_path / "first")])
+    said = capsys.readouterr().out
+    assert "real has images of 20x24 pixels; they are brought to 16x16 as in training" in said
+    assert said.index("Note: FID falls with the number") < said.index("30 images of samples.npz against 36 of real")
+    found = report(tmp_path / "first")
+    extractor = load_features("judge/model")
+    ours, real = (
+        extractor(next(iter(images.batches([range(len(images))])))).features
+        for images in (open_images("samples.npz"), open_images("real", size=(16, 16)))
+    )
+    assert found["metrics"]["fid/judge"] == pytest.approx(frechet_distance(ours, real), rel=1e-5)
+    assert set(found["class_accuracy"]["judge"]) == set(NAMES.values())
+    assert found["memorisation"]["judge"]["finding"] in said
+    Image.open(tmp_path / "first" / "closest-pairs-judge.png").verify()
+
+    # again with what is kept, and anew
+    main(["evaluate", *arguments, "--output", str(tmp_path / "second")])
+    main(["evaluate", *arguments, "--no_cache", "--output", str(tmp_path / "third")])
+    assert found["metrics"] == report(tmp_path / "second")["metrics"] == report(tmp_path / "third")["metrics"]
+
+
+def test_statistics_take_the_place_of_the_images(work, tmp_path):
+    shared = ["--features", "judge/model", "--output"]
+    saved = str(tmp_path / "real.npz")
+    main(["evaluate", "samples.npz", "real", "--save_statistics", saved, *shared, str(tmp_path / "images")])
+    main(["evaluate", "samples.npz", saved, *shared, str(tmp_path / "statistics")])
+    assert report(tmp_path / "statistics")["metrics"] == report(tmp_path / "images")["metrics"]
+    with np.load(saved) as file:
+        alone = {"mu": file["mu"], "sigma": file["sigma"]}
+    np.savez(tmp_path / "published.npz", **alone)
+    with pytest.raises(SystemExit, match="of inception and the samples' of judge"):
+        main(["evaluate", "samples.npz", str(tmp_path / "published.npz"), *shared, str(tmp_path / "other")])
+
+
+def test_a_pipeline_is_sampled_and_measured(work, tmp_path, capsys):
+    flags = ["--features", "named=judge/model", "--num_images", "12", "--batch_size", "5", "--interval"]
+    command = ["evaluate", "pipeline", "real", *flags, "--likelihood", "--respacing", "2"]
+    main([*command, "--output", str(tmp_path)])
+    found = report(tmp_path)
+    assert found["num_generated"] == 12
+    assert set(found["class_accuracy"]["named"]) == set(NAMES.values())
+    low, high = found["intervals"]["fid/named"]
+    assert low < found["metrics"]["fid/named"] < high
+    bits = found["likelihood"]
+    assert bits["num_images"] == 36
+    assert bits["timesteps"] == [999, 0]
+    assert bits["total_bpd"] == pytest.approx(sum(bits["vb"]) + bits["prior_bpd"], rel=1e-5)
+    assert "bits per dimension" in capsys.readouterr().out
+    for picture in ("samples.png", "likelihood.png"):
+        Image.open(tmp_path / picture).verify()
+    with np.load(tmp_path / "samples.npz") as file:
+        assert file["arr_1"].tolist() == [0, 1, 2] * 4
+
+
+def test_two_processes_measure_the_same(work, tmp_path):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)}
+    flags = ["--features", "judge/model", "--num_images", "22", "--batch_size", "4", "--likelihood", "--respacing", "2"]
+    reports = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        module = ["-m", "hf_guided.cli", "evaluate", "pipeline", "real", *flags, "--output", str(folder)]
+        command = [sys.executable, *(launch if processes > 1 else []), *module]
+        result = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.stdout.count("22 images of pipeline") == 1
+        reports.append(report(folder))
+    one, two = reports
+    for name, value in one["metrics"].items():
+        assert two["metrics"][name] == pytest.approx(value, rel=1e-9), name
+    assert two["likelihood"]["vb"] == pytest.approx(one["likelihood"]["vb"], rel=1e-12)
+    assert (tmp_path / "1" / "samples.npz").read_bytes() == (tmp_path / "2" / "samples.npz").read_bytes()
+
+
+def test_a_sweep_is_gone_on_with_and_its_choice_saved(work, tmp_path, capsys):
+    flags = ["--features", "judge/model", "--num_images", "9", "--seeds", "0,1", "--output", str(tmp_path / "sweep")]
+    command = ["sweep", "pipeline", "real", *flags]
+    index = work / "pipeline" / "model_index.json"
+    before = index.read_text()
+    main([*command, "--scales", "0,2", "--no_save"])
+    assert index.read_text() == before
+    path = tmp_path / "sweep" / "sweep.json"
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 4
+    rows[0]["fid/judge"] = 123.0  # a mark: this is not measured again
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}))
+
+    main([*command, "--scales", "0,1,2"])
+    swept = json.loads(path.read_text())
+    assert len(swept["rows"]) == 6
+    assert swept["rows"][0]["fid/judge"] == 123.0
+    assert swept["reason"] in capsys.readouterr().out
+    defaults = json.loads(index.read_text())["sampling_defaults"]
+    assert defaults == {"num_inference_steps": 2, "guidance_scale": swept["chosen"]["guidance_scale"]}
+    Image.open(tmp_path / "sweep" / "sweep.png").verify()
+    index.write_text(before)
+
+    with pytest.raises(SystemExit, match=r"was measured otherwise \(num_images\)"):
+        main([*command, "--num_images", "12"])
+    main([*command, "--scales", "0", "--no-condition_unet", "--output", str(tmp_path / "alone")])
+    assert "Nothing is saved" in capsys.readouterr().out
+    assert index.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["evaluate", "samples.npz", "real", "--features", "pipeline"],
+            "is a pipeline, and the classifier that guides",
+        ),
+        (["evaluate", "pipeline", "real", "--features", "pipeline/classifier"], "is the pipeline's own classifier"),
+        (["evaluate", "samples.npz", "real", "--likelihood", "--features", "judge/model"], "samples.npz is none"),
+        (["evaluate", "nowhere.npz", "real", "--features", "judge/model"], "There is no file nowhere.npz"),
+        (["evaluate", "samples.npz", "nowhere", "--features", "judge/model"], "Cannot load"),
+        (["evaluate", "samples.npz", "real", "--features", "judge/model", "judge/model"], "are called judge"),
+        (["evaluate", "samples.npz", "real", "--features", "judge/model", "--output", "samples.npz"], "cannot be made"),
+        (["sweep", "pipeline", "real", "--features", "judge/model", "--scales", "x"], "--scales x are no guidance"),
+        (["sweep", "pipeline", "real", "--features", "judge/model", "--steps", "1.5"], "--steps 1.5 are no whole"),
+        (["sweep", "pipeline", "nowhere.npz", "--features", "judge/model"], "There is no file nowhere.npz"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(argv, message, work, tmp_path):
+    output = [] if "--output" in argv else ["--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="error: ") as caught:
+        main([*argv, *output])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
