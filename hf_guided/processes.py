@@ -2,6 +2,7 @@
 
 import os
 import sys
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,7 +35,13 @@ def join_processes() -> "PartialState":
 
     accelerator = torch.accelerator.current_accelerator()
     is_shared = int(os.environ.get("WORLD_SIZE", 1)) > 1 and (accelerator is None or accelerator.type == "mps")
-    return PartialState(cpu=is_shared or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    # One may have work for hours when the others have done theirs; their launcher ends all of them if one fails.
+    patience = timedelta(days=7)
+    state = PartialState(cpu=is_shared or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=patience)
+    if state.device.type == "cpu":
+        # By the name "cpu:0" weights would be copied, and in memory of another alignment the last bits are others.
+        state.device = torch.device("cpu")
+    return state
 
 
 def leave_processes() -> None:

@@ -40,7 +40,7 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("arr_0", "arr_1") if name in file}
+            arrays = {name: map_array(path, name) for name in ("arr_0", "arr_1") if name in file}
     except (zipfile.BadZipFile, EOFError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no .npz file of samples; write or download it again.") from error
     if "arr_0" not in arrays:
@@ -59,6 +59,28 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
             f"many integers."
         )
     return images, labels
+
+
+def map_array(path: str | os.PathLike, name: str) -> np.ndarray:
+    """An array of a `.npz` file, mapped where the file holds it uncompressed, as `np.savez` writes it, else read."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{name}.npy")
+        if member.compress_type == zipfile.ZIP_STORED:
+            with archive.open(member) as stream:
+                version = np.lib.format.read_magic(stream)
+                read_header = np.lib.format.read_array_header_1_0
+                if version != (1, 0):
+                    read_header = np.lib.format.read_array_header_2_0
+                shape, is_fortran, dtype = read_header(stream)
+                header_size = stream.tell()
+            with open(path, "rb") as file:  # the local header says how long it is itself
+                file.seek(member.header_offset + 26)
+                lengths = np.frombuffer(file.read(4), "<u2").astype(int)
+            start = member.header_offset + 30 + lengths.sum() + header_size
+            if 0 not in shape and not dtype.hasobject:
+                return np.memmap(path, dtype, "r", int(start), shape, order="F" if is_fortran else "C")
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays[name]
 
 
 def write_samples(

@@ -48,8 +48,11 @@ LEAST_INFORMATION = 0.5
 LEAST_GRADIENT = 0.05
 # Up to here the noise is weaker than an image whose pixels have a variance of 1, which leaves a class to be seen.
 IMAGE_OUTWEIGHS_NOISE = 0.5  # alpha_bar
-# The interval reaches up to where the classifier has this part of the information that it has at best, and down to
-# where it has this other.
+# The interval reaches up to where the classifier still has the first part of the information that it has at best, and
+# down to where it has the second. With the digits of two main jobs and 10 steps that is about 150 to 700, 6 calls of
+# 10: beside a UNet that is told the class, FID is as with all of them (0.21 and 0.29 against 0.22 and 0.29, each at its
+# best scale); where the classifier steers alone, it is 0.56 and 0.86 against 0.51 and 0.55. Up to 600, where half of
+# the information is left, that would be 1.18 and 1.47.
 INFORMATION_ABOVE, INFORMATION_BELOW = 0.25, 0.99
 
 
@@ -303,13 +306,12 @@ class ClassifierInspection:
 
     def _collapsed_classes(self) -> list[str]:
         counts, found = self.confusion.sum(axis=1), self.confusion.diagonal()
-        present = np.flatnonzero(counts)
-        recall = found[present] / counts[present]
         collapsed = []
-        for i, label in enumerate(present.tolist()):
-            others = float(np.delete(recall, i).mean())
-            by_chance = len(present) * _binomial_tail(int(found[label]), int(counts[label]), others)
-            if recall[i] < COLLAPSED_RECALL * others and by_chance < COLLAPSED_PROBABILITY:
+        for label in np.flatnonzero(counts).tolist():
+            others = (found.sum() - found[label] + 1) / (counts.sum() - counts[label] + 2)  # the rule of succession
+            by_chance = len(counts) * _binomial_tail(int(found[label]), int(counts[label]), float(others))
+            is_rare = found[label] < COLLAPSED_RECALL * others * counts[label]
+            if is_rare and by_chance < COLLAPSED_PROBABILITY:
                 mistakes = self.confusion[label] * (np.arange(len(counts)) != label)
                 collapsed.append(
                     f"{self.class_names[label]!r} is found in {found[label]} of its {counts[label]} images (the others "
@@ -589,7 +591,7 @@ def _batches(images: Any, batch_size: int, max_images: int) -> Iterator[tuple[li
         indices = np.sort(np.random.default_rng(0).choice(len(images), max_images, replace=False))
     parts = [part.tolist() for part in torch.from_numpy(indices).split(batch_size)]
     # Without a generator of its own, a loader draws from the global one.
-    loader = DataLoader(images, batch_sampler=parts, )
+    loader = DataLoader(images, batch_sampler=parts, generator=torch.Generator())
     progress = tqdm(loader, desc="inspecting", unit="batch", leave=False)
     for part, batch in zip(parts, progress, strict=True):
         pixel_values, labels = (batch["pixel_values"], batch["labels"]) if isinstance(batch, dict) else batch
@@ -629,11 +631,7 @@ def _or_none(value: Any) -> Any:
 
 
 def _binomial_tail(successes: int, trials: int, probability: float) -> float:
-    """The probability of so few successes or fewer; in logarithms, for the factors leave the range of floats."""
-    if probability >= 1:
-        return float(successes >= trials)
-    if probability <= 0:
-        return 1.0
+    """The probability of so many successes or fewer, in logarithms, for the factors leave the range of floats."""
     logs = [
         math.lgamma(trials + 1) - math.lgamma(i + 1) - math.lgamma(trials - i + 1)
         + i * math.log(probability) + (trials - i) * math.log1p(-probability)

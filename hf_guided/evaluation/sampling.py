@@ -333,7 +333,7 @@ def _missing_batches(path: Path, kind: str, parts: _Parts, plan: dict[str, Any])
         )
 
     plan_file, old = parts.folder / "plan.json", None
-    if parts.folder.is_dir() and any(parts.folder.iterdir()):
+    if parts.folder.is_dir() and any(parts.folder.glob("[!.]*")):
         if not plan_file.is_file():
             raise ValueError(f"{parts.folder} is not this command's; remove it, or give another --output.")
         old = json.loads(plan_file.read_text())
@@ -342,7 +342,11 @@ def _missing_batches(path: Path, kind: str, parts: _Parts, plan: dict[str, Any])
                 f"{parts.folder} holds samples made otherwise: {_differences(old, plan)}. Give the same flags to go "
                 f"on with them, or remove the folder to start anew."
             )
-    finished = set(parts.finished()) if parts.folder.is_dir() else set()
+    finished = set()
+    if parts.folder.is_dir():
+        finished.update(parts.finished())
+        for left in set(parts.folder.iterdir()) - {plan_file, *map(parts.path, finished)}:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()  # what a kill cut off
     missing = [batch for batch in range(parts.num_batches) if batch not in finished]
     needed = sum(parts.size(batch) * parts.image_bytes + _BLOCK for batch in missing) + _largest_size(kind, parts)
     free = shutil.disk_usage(path.absolute().parent).free
@@ -354,8 +358,6 @@ def _missing_batches(path: Path, kind: str, parts: _Parts, plan: dict[str, Any])
     parts.folder.mkdir(exist_ok=True)
     if old != plan:
         write_json(plan, plan_file)
-    for left in set(parts.folder.iterdir()) - {plan_file, *map(parts.path, finished)}:
-        shutil.rmtree(left) if left.is_dir() else left.unlink()  # what a kill cut off
     return missing
 
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images
 from ..data.images import BAD_IMAGE_ERRORS, resize_and_crop
+from ..data.samples import read_samples, to_picture
 from .features import weights_digest
 from .sampling import sample_batches
 from .statistics import FeatureStatistics
@@ -67,17 +68,12 @@ class ImageSet(Dataset, ABC):
 
     def picture(self, index: int) -> Image.Image:
         """One of the images."""
-        return to_picture(self[index])
+        return to_picture(self[index].permute(1, 2, 0).numpy())
 
     def pictures(self, batch_size: int = 64) -> list[Image.Image]:
         """All of the images."""
         indices = [part.tolist() for part in torch.arange(len(self)).split(batch_size)]
-        return [to_picture(image) for batch in self.batches(indices) for image in batch]
-
-
-def to_picture(image: torch.Tensor) -> Image.Image:
-    """A picture of an image `(channels, height, width)`, uint8."""
-    return Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy())
+        return [to_picture(image.permute(1, 2, 0).numpy()) for batch in self.batches(indices) for image in batch]
 
 
 class ArrayImages(ImageSet):
@@ -271,41 +267,11 @@ def read_statistics(path: str) -> dict[str, FeatureStatistics] | None:
         }
 
 
-def map_array(path: str, name: str) -> np.ndarray:
-    """An array of a `.npz` file, mapped where the file holds it uncompressed, as `np.savez` writes it, else read."""
-    with zipfile.ZipFile(path) as archive:
-        member = archive.getinfo(f"{name}.npy")
-        if member.compress_type == zipfile.ZIP_STORED:
-            with archive.open(member) as stream:
-                version = np.lib.format.read_magic(stream)
-                read_header = np.lib.format.read_array_header_1_0
-                if version != (1, 0):
-                    read_header = np.lib.format.read_array_header_2_0
-                shape, is_fortran, dtype = read_header(stream)
-                header_size = stream.tell()
-            with open(path, "rb") as file:  # the local header says how long it is itself
-                file.seek(member.header_offset + 26)
-                lengths = np.frombuffer(file.read(4), "<u2").astype(int)
-            start = member.header_offset + 30 + lengths.sum() + header_size
-            return np.memmap(path, dtype, "r", int(start), shape, order="F" if is_fortran else "C")
-    with np.load(path, allow_pickle=False) as arrays:
-        return arrays[name]
-
-
 def _open_samples(path: str, size: tuple[int, int] | None) -> ArrayImages:
     if not Path(path).is_file():
         raise ValueError(f"There is no file {path}.")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if "arr_0" not in file:
-                raise ValueError(f"{path} holds no images (no arr_0).")
-            labels = file.get("arr_1")
-        images, statistics = map_array(path, "arr_0"), read_statistics(path)
-    except (zipfile.BadZipFile, EOFError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or no .npz file of samples; write or download it again.") from error
-    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
-        raise ValueError(f"arr_1 of {path} are no labels of its {len(images)} images: {labels.dtype} {labels.shape}.")
-    return ArrayImages(images, labels, name=path, size=size, statistics=statistics)
+    images, labels = read_samples(path)
+    return ArrayImages(images, labels, name=path, size=size, statistics=read_statistics(path))
 
 
 def _look(images: LabelledImages) -> tuple[dict[tuple[int, int], str], int]:

@@ -8,7 +8,7 @@ import pytest
 from datasets import ClassLabel, load_dataset
 from PIL import Image
 
-from hf_guided.data.samples import read_record, read_samples, write_samples
+from hf_guided.data.samples import map_array, read_record, read_samples, write_samples
 
 IMAGES = np.arange(5 * 4 * 6 * 3, dtype=np.uint8).reshape(5, 4, 6, 3)
 GREY = IMAGES[..., :1]
@@ -134,3 +134,15 @@ def test_other_files_are_refused_in_a_sentence(tmp_path):
         read_samples(path)
     with pytest.raises(FileNotFoundError):
         read_samples(tmp_path / "nowhere.npz")
+
+
+def test_uncompressed_samples_are_mapped_and_not_read(tmp_path):
+    """50,000 images of 256x256 are 9.8 GB: each process would read them all."""
+    for version, name in (((1, 0), "one"), ((2, 0), "two")):
+        images = np.asfortranarray(IMAGES) if name == "two" else IMAGES
+        path = tmp_path / f"{name}.npz"
+        with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array(member, images, version=version)
+        mapped = map_array(str(path), "arr_0")
+        assert isinstance(mapped, np.memmap)
+        np.testing.assert_array_equal(mapped, images)

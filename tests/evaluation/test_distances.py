@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 
@@ -5,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from hf_guided.evaluation.distances import frechet_distance, inception_score, kernel_distance, precision_recall
+from hf_guided.evaluation import (
+    FeatureStatistics,
+    frechet_distance,
+    frechet_interval,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 
 CASES = json.loads((Path(__file__).parent / "metrics.json").read_text())["cases"]
 
@@ -32,6 +40,8 @@ def test_published_evaluator(case):
     assert frechet_distance(generated, reference) == pytest.approx(case["fid"], rel=1e-6)
     assert frechet_distance(reference, torch.from_numpy(generated)) == pytest.approx(case["fid"], rel=1e-6)
     assert precision_recall(generated, reference) == pytest.approx((case["precision"], case["recall"]), abs=1e-3)
+    noisy = precision_recall(generated, reference, distance_dtype="float16")
+    assert noisy == pytest.approx((case["precision"], case["recall"]), abs=5e-3)
     score = inception_score(probabilities, split_size=case["inception_split"])
     assert score == pytest.approx(case["inception_score"], rel=1e-6)
     assert inception_score(probabilities) != pytest.approx(case["inception_score"], rel=1e-3)  # the splits matter
@@ -57,6 +67,94 @@ def test_frechet_distance_with_fewer_samples_than_features():
     nuclear = np.linalg.svd(ca @ cb.T, compute_uv=False).sum()
     expected = ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum() + (ca**2).sum() + (cb**2).sum() - 2 * nuclear
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(a, a[::-1]) == pytest.approx(0, abs=1e-5)
+
+
+def test_frechet_distance_is_symmetric():
+    generated, reference, _ = reference_case(CASES[0])
+    distance = frechet_distance(generated, reference)
+    assert frechet_distance(reference, generated) == pytest.approx(distance, rel=1e-12)
+    assert frechet_distance(generated, generated[::-1].copy()) == pytest.approx(0, abs=1e-12)
+
+
+def test_frechet_distance_of_statistics():
+    generated, reference, _ = reference_case(CASES[0])
+    distance = frechet_distance(generated, reference)
+    statistics = FeatureStatistics()
+    for batch in np.array_split(reference, 30):
+        statistics.update(batch)
+    assert frechet_distance(generated, statistics) == distance
+    published = FeatureStatistics.from_moments(statistics.mean, statistics.covariance)
+    assert frechet_distance(published, generated) == pytest.approx(distance, rel=1e-12)
+    with pytest.raises(ValueError, match="one width, got 95 and 96"):
+        frechet_distance(generated[:, 1:], published)
+    with pytest.raises(ValueError, match="at least 2 samples, got 0"):
+        frechet_distance(FeatureStatistics(), published)
+
+
+def gaussian(generator, n, dim, scale, shift):
+    return scale * np.linspace(2, 0.2, dim) * generator.standard_normal((n, dim)) + shift
+
+
+@pytest.mark.parametrize(
+    ("n", "dim", "scale", "shift", "widest"),
+    [
+        (400, 8, 0.9, 0.2, 1.2),
+        (100, 32, 0.9, 0.2, 1.35),  # few samples for the dimension
+        (24, 32, 0.9, 0.2, 1.35),  # fewer than features: singular covariances
+        (400, 8, 1.0, 0.0, 1.6),  # a perfect model: sqrt(2) too wide
+    ],
+)
+def test_frechet_interval_covers_what_other_samples_give(n, dim, scale, shift, widest):
+    g = np.random.default_rng(6)
+    reference = FeatureStatistics.from_moments(np.zeros(dim), np.diag(np.linspace(2, 0.2, dim) ** 2))
+    draws = [frechet_distance(gaussian(g, n, dim, scale, shift), reference) for _ in range(400)]
+    intervals, covered = [], 0
+    for _ in range(60):
+        low, high = frechet_interval(gaussian(g, n, dim, scale, shift), reference, num_splits=20)
+        intervals.append((high - low) / 2)
+        covered += low < np.mean(draws) < high
+    # 400 draws know the deviation to 4 %, 60 intervals the mean width to about 3 %.
+    assert 0.88 < np.mean(intervals) / 1.96 / np.std(draws, ddof=1) < widest
+    assert covered >= 54  # of 60, of which 57 are expected
+
+
+def test_frechet_interval_is_the_mean_over_all_halves():
+    g = np.random.default_rng(8)
+    generated, reference = g.standard_normal((7, 2)), g.standard_normal((50, 2))
+    gaps = []
+    for half in itertools.combinations(range(7), 4):
+        rest = np.setdiff1d(range(7), half)
+        gaps.append(frechet_distance(generated[list(half)], reference) - frechet_distance(generated[rest], reference))
+    deviation = np.sqrt(np.mean(np.square(gaps))) / 2
+    low, high = frechet_interval(generated, reference, num_splits=3000)
+    assert (high - low) / 2 / 1.95996 == pytest.approx(deviation, rel=0.05)  # each of the 35 halves about 86 times
+    assert (low + high) / 2 == pytest.approx(frechet_distance(generated, reference))
+
+
+def test_frechet_interval_of_samples_in_classes():
+    # Of two classes far apart, halves at random hold uneven shares; where the shares are given, that is no uncertainty.
+    g = np.random.default_rng(7)
+    classes = np.arange(200) % 2
+    samples = g.standard_normal((200, 3)) + 20 * classes[:, None]
+    reference = g.standard_normal((300, 3)) + 20 * (np.arange(300) % 2)[:, None] + 1
+    drawn, given = (frechet_interval(samples, reference, strata=strata) for strata in (None, classes))
+    assert given[1] - given[0] < 0.5 * (drawn[1] - drawn[0])
+    assert np.mean(given) == pytest.approx(frechet_distance(samples, reference))
+
+
+def test_frechet_interval_is_seeded_and_grows_with_confidence():
+    generated, reference, _ = reference_case(CASES[0])
+    numpy_state = np.random.get_state()[1].copy()
+    low, high = frechet_interval(generated, reference, num_splits=5)
+    assert low < frechet_distance(generated, reference) < high
+    assert frechet_interval(torch.from_numpy(generated), reference, num_splits=5) == (low, high)
+    assert frechet_interval(generated, reference, num_splits=5, seed=1) != (low, high)
+    narrow = frechet_interval(generated, reference, num_splits=5, confidence=0.6827)
+    assert (high - low) / (narrow[1] - narrow[0]) == pytest.approx(1.95996, rel=1e-3)
+    assert (np.random.get_state()[1] == numpy_state).all()
+    assert frechet_interval(generated[:4], generated[4:8])[0] >= 0
 
 
 def test_kernel_distance_is_the_unbiased_estimate():
@@ -88,30 +186,6 @@ def test_kernel_distance_over_subsets():
     assert min(same) < 0 < max(same)
 
 
-def test_precision_recall_by_hand():
-    reference = np.array([[0.0], [1.0], [2.0], [10.0]])  # radii for k=1: 1, 1, 1, 8
-    generated = np.array([[2.9], [3.1], [-1.5], [-40.0]])  # radii for k=1: 0.2, 0.2, 4.4, 38.5
-    # 2.9 is in the ball of 2, and 2.9 and 3.1 are in that of 10; -1.5 and -40 are in none.
-    # 0, 1 and 2 are in the ball of -1.5; 10 is in none (the ball of -40 ends at -1.5).
-    assert precision_recall(generated, reference, k=1) == (0.5, 0.75)
-    # k=2 reaches the second neighbour: radii 2, 1, 2, 9, and 4.4, 4.6, 4.6, 42.9.
-    assert precision_recall(generated, reference, k=2) == (0.75, 0.75)
-    assert precision_recall(reference, reference, k=1) == (1.0, 1.0)
-
-
-def test_precision_recall_is_the_same_in_any_blocks(monkeypatch):
-    generated, reference, _ = reference_case(CASES[0])
-    whole = precision_recall(generated, reference)
-    monkeypatch.setattr("hf_guided.evaluation.distances._BLOCK_ELEMENTS", 100_000)
-    assert precision_recall(generated, reference) == pytest.approx(whole, abs=1e-3)
-
-
-def test_precision_recall_does_not_feel_a_common_shift():
-    g = np.random.default_rng(4)
-    generated, reference = 0.8 * g.standard_normal((300, 6)), g.standard_normal((300, 6))
-    assert precision_recall(generated + 1e5, reference + 1e5) == precision_recall(generated, reference)
-
-
 def test_inception_score_bounds():
     one_hot = np.eye(10)[np.arange(1000) % 10]
     assert inception_score(one_hot) == pytest.approx(10)
@@ -124,7 +198,7 @@ def noise(*shape):
     return np.random.default_rng(5).standard_normal(shape)
 
 
-@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance, precision_recall])
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
 @pytest.mark.parametrize(
     ("a", "b", "sentence"),
     [
@@ -140,8 +214,6 @@ def test_bad_features(distance, a, b, sentence):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="k must be at least 1 and smaller than both sets, got k=5"):
-        precision_recall(noise(9, 3), noise(5, 3), k=5)
     with pytest.raises(ValueError, match="sum to 1"):
         inception_score(noise(9, 3) ** 2)
     with pytest.raises(ValueError, match="non-negative"):
@@ -150,3 +222,11 @@ def test_bad_arguments():
         inception_score(np.eye(3), split_size=0)
     with pytest.raises(ValueError, match="subset_size >= 2"):
         kernel_distance(noise(9, 3), noise(9, 3), subset_size=1)
+    with pytest.raises(ValueError, match="num_splits >= 1"):
+        frechet_interval(noise(9, 3), noise(9, 3), num_splits=0)
+    with pytest.raises(ValueError, match="confidence between 0 and 1, got 40 and 95"):
+        frechet_interval(noise(9, 3), noise(9, 3), confidence=95)
+    with pytest.raises(ValueError, match="at least 4 samples"):
+        frechet_interval(noise(3, 3), noise(9, 3))
+    with pytest.raises(ValueError, match=r"strata of shape \(8,\) for 9 samples"):
+        frechet_interval(noise(9, 3), noise(9, 3), strata=np.zeros(8))

@@ -262,6 +262,12 @@ def test_parts_of_another_plan_are_told(saved, folder, tmp_path, monkeypatch):
 
     (parts / "000001.raw").write_bytes(kept["000001.raw"][:-1])  # cut off by a crash of the machine
     (parts / ".000002.raw.123.tmp").write_bytes(b"half")
+    (parts / ".whole.123.tmp").mkdir()
+    with monkeypatch.context() as patch:
+        stop_after(0, interrupt, patch)
+        with pytest.raises(KeyboardInterrupt):
+            sample_to_file(saved, labels, path, batch_size=3)
+    assert sorted(contents(parts)) == ["000000.raw", "plan.json"]
     assert sample_to_file(saved, labels, path, batch_size=3)
     assert sample_to_file(saved, labels, tmp_path / "at-once.npz", batch_size=3)
     assert path.read_bytes() == (tmp_path / "at-once.npz").read_bytes()
@@ -387,15 +393,40 @@ def at_once(folder, tmp_path_factory):
     return directory
 
 
+def keep_samples(argv: list[str]) -> list[torch.Tensor]:
+    """Runs a command and returns its batches before they are rounded to 8 bits."""
+    kept, original = [], ClassifierGuidedPipeline.__call__
+
+    def call(*args, **kwargs):
+        result = original(*args, **kwargs)
+        kept.append(result[0])
+        return result
+
+    ClassifierGuidedPipeline.__call__ = call
+    try:
+        main(argv)
+    finally:
+        ClassifierGuidedPipeline.__call__ = original
+    return kept
+
+
 def test_two_processes_make_the_same_bits(folder, at_once, tmp_path):
-    process = start(command(folder, tmp_path / "samples.npz", processes=2))
-    wait_for_parts(tmp_path / "samples.npz", 1, process)
+    output = tmp_path / "two" / "samples.npz"
+    output.parent.mkdir()
+    argv = command(folder, output, processes=2)
+    module = argv.index("-m", 2)
+    process = start([*argv[:module], __file__, *argv[module + 2 :]])
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert out.count("Saved 47 samples") == 1
     assert "sampling: 100%" in errors
-    assert contents(tmp_path / "samples.npz") == contents(at_once / "samples.npz")
-    assert contents(tmp_path / "samples.png") == contents(at_once / "samples.png")
+    batches = keep_samples(command(folder, tmp_path / "samples.npz")[3:])
+    for rank in range(2):
+        kept = torch.load(output.parent / f"{rank}.pt", weights_only=True)
+        assert len(kept) == 12
+        assert all(torch.equal(*pair) for pair in zip(kept, batches[rank::2], strict=True))
+    for name in ("samples.npz", "samples.png"):
+        assert contents(output.parent / name) == contents(at_once / name)
 
 
 def test_killed_and_started_again_the_file_is_the_same(folder, at_once, tmp_path, monkeypatch):
@@ -424,3 +455,7 @@ def test_killed_and_started_again_the_file_is_the_same(folder, at_once, tmp_path
     stop_after(24 - kept, interrupt, monkeypatch)
     main(command(folder, output)[3:])
     assert contents(output) == contents(at_once / "samples.npz")
+
+
+if __name__ == "__main__":  # each process of a launch keeps what it made beside the output
+    torch.save(keep_samples(sys.argv[1:]), Path(sys.argv[-1]).with_name(f"{os.environ['RANK']}.pt"))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from hf_guided.data import DataArguments, load_labelled_images
 from hf_guided.data.images import resize_and_crop
-from hf_guided.evaluation.sources import ArrayImages, SampledImages, map_array, open_images
+from hf_guided.evaluation.sources import ArrayImages, SampledImages, open_images
 
 
 def pixels(n, height=8, width=8, channels=3, seed=0):
@@ -47,20 +47,6 @@ def test_samples(tmp_path, save):
     assert opened.notes == []
     np.testing.assert_array_equal(read(opened), images)
     assert np.asarray(opened.picture(2)).tolist() == images[2].tolist()
-
-
-def test_uncompressed_samples_are_mapped_and_not_read(tmp_path):
-    """50,000 images of 256x256 are 9.8 GB: each process would read them all."""
-    for version, name in (((1, 0), "one"), ((2, 0), "two")):
-        images = np.asfortranarray(pixels(3)) if name == "two" else pixels(3)
-        path = tmp_path / f"{name}.npz"
-        import zipfile
-
-        with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array(member, images, version=version)
-        mapped = map_array(str(path), "arr_0")
-        assert isinstance(mapped, np.memmap)
-        np.testing.assert_array_equal(mapped, images)
 
 
 def test_published_statistics_come_with_their_images(tmp_path):
