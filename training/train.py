@@ -10,12 +10,12 @@ with `pipeline/` (for `ClassifierGuidedPipeline.from_pretrained`), grids, curves
 the same command goes on where it was.
 """
 
+import json
 import logging
 import os
-import platform
+import shutil
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from hf_guided.guidance import ClassifierGuidance
 from hf_guided.hub import write_model_card
 from hf_guided.hub.push import check_login
 from hf_guided.training.arguments import (
-    LoopArguments,
     RunArguments,
     SamplingArguments,
     flag,
@@ -46,7 +45,14 @@ from hf_guided.training.arguments import (
 )
 from hf_guided.training.checkpoints import list_checkpoints, save_folder
 from hf_guided.training.loop import finish
-from hf_guided.training.train_classifier import ClassifierArguments, make_classifier, train_classifier
+from hf_guided.training.train_classifier import (
+    ClassifierArguments,
+    describe_data,
+    describe_machine,
+    describe_steps,
+    make_classifier,
+    train_classifier,
+)
 from hf_guided.training.train_diffusion import DiffusionArguments, train_diffusion, unet_config
 
 logger = logging.getLogger(__name__)
@@ -113,17 +119,20 @@ def main() -> None:
         draw_grid(pipeline, args.default_scale, Path(folder) / "grid.png", args.sampling_batch_size)
         generated = [row for row in report if row["guidance_scale"] is not None]
         trade_off_curve(generated, "judge", Path(folder) / "trade_off.png")
-        name = Path(data_args.train_data_dir or data_args.dataset_name or "").name
-        on_hub = data_args.dataset_name and "/" in data_args.dataset_name and not Path(data_args.dataset_name).exists()
+        inspection = None
+        if (output_dir / "classifier" / "model" / "inspection.json").is_file():
+            for name in ("inspection.json", "inspection.png"):
+                shutil.copy(output_dir / "classifier" / "model" / name, folder)
+            inspection = json.loads((Path(folder) / "inspection.json").read_text())
         write_model_card(
             folder,
-            title=f"Guided diffusion on {name}",
-            dataset=name,
+            title=f"Guided diffusion on {Path(data_args.source).name}",
             class_names=list(pipeline.id2label.values()),
             training=describe(stages, images, minutes),
             results=report,
-            dataset_id=data_args.dataset_name if on_hub else None,
+            inspection=inspection,
             repo_id=args.hub_model_id,
+            **describe_data(data_args),
         )
 
     finish(save, output_dir / "pipeline", args)
@@ -231,24 +240,15 @@ def describe(
     stages: dict[str, Any], images: tuple[LabelledImages, LabelledImages | None], minutes: float | None
 ) -> dict[str, Any]:
     """How it was trained, for the model card."""
-    device, processes = PartialState().device, PartialState().num_processes
-
-    def steps(args: LoopArguments) -> str:
-        batch_size = args.train_batch_size * args.gradient_accumulation_steps * processes
-        return f"{args.max_train_steps} steps of {batch_size} images"
-
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    packages = ("hf-guided", "torch", "diffusers", "transformers", "accelerate")
     return {
         "images": f"{len(images[0])} to train on, {len(images[1] or ())} held out",
-        "classifier": steps(stages["classifier"]),
-        "UNet": steps(stages["diffusion"]),
+        "classifier": describe_steps(stages["classifier"]),
+        "UNet": describe_steps(stages["diffusion"]),
         **({"UNet fine-tuned from": pretrained} if (pretrained := stages["diffusion"].pretrained_model) else {}),
         "noise schedule": stages["diffusion"].beta_schedule,
         "seed": stages["diffusion"].seed,
         "minutes": minutes,
-        "hardware": f"{hardware}, {platform.system()}",
-        "versions": {name: version(name) for name in packages},
+        **describe_machine(),
     }
 
 

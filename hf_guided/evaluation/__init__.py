@@ -1,5 +1,6 @@
 """How good samples and models are: distances between features, an independent judge, likelihood, pictures of it all."""
 
+from .classifier_inspection import ClassifierInspection, inspect_classifier
 from .distances import frechet_distance, frechet_interval, inception_score, kernel_distance
 from .likelihood import bits_per_dim
 from .manifolds import ManifoldMetrics, density_coverage, manifold_metrics, nearest_distances, precision_recall
@@ -7,6 +8,7 @@ from .pictures import labelled_grid, save_png, trade_off_curve
 from .statistics import FeatureStatistics, InceptionScoreStatistics
 
 __all__ = [
+    "ClassifierInspection",
     "FeatureStatistics",
     "InceptionScoreStatistics",
     "ManifoldMetrics",
@@ -15,6 +17,7 @@ __all__ = [
     "frechet_distance",
     "frechet_interval",
     "inception_score",
+    "inspect_classifier",
     "kernel_distance",
     "labelled_grid",
     "manifold_metrics",

@@ -124,7 +124,7 @@ class ClassifierInspection:
 
     @property
     def last_signal(self) -> int | None:
-        """Index of the last row whose accuracy is above chance by more than chance."""
+        """Index of the last row whose accuracy is above chance by more than 3 standard errors."""
         bound = self.chance + STANDARD_ERRORS * self.standard_error(self.chance)
         above = [i for i, row in enumerate(self.rows) if row.accuracy > bound]
         return above[-1] if above else None
@@ -365,8 +365,8 @@ class ClassifierInspection:
         return (
             f"Suggested: ClassifierGuidance(scale, interval=({low}, {high})). Of the {self._best.information:.2f} nats "
             f"that it knows of the class at best ({self.label_entropy:.2f} would be all), it has "
-            f"{INFORMATION_ABOVE:.0%} at timestep {high}; below {low} it gains less than {1 - INFORMATION_BELOW:.0%} "
-            f"more. It is a suggestion: compare with guidance at all timesteps."
+            f"{INFORMATION_ABOVE:.0%} or more up to timestep {high}, and below {low} it gains less than "
+            f"{1 - INFORMATION_BELOW:.0%} more. It is a suggestion: compare with guidance at all timesteps."
         )
 
 

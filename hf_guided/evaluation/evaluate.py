@@ -157,8 +157,9 @@ def evaluate(
         `ValueError`: For too few images, classes that an extractor does not know, or features that are not finite.
     """
     notes = what_to_know(generated, reference)
-    for extractor in extractors if isinstance(reference, FeatureSet) else ():
-        check_features(reference, extractor.name, extractor.fingerprint)
+    for extractor in extractors:
+        if isinstance(reference, FeatureSet):
+            check_features(reference, extractor.name, extractor.fingerprint)
     labels = {extractor.name: judged_labels(generated, extractor, notes) for extractor in extractors}
     result = None
     for extractor in extractors:

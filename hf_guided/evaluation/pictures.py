@@ -241,7 +241,7 @@ def classifier_curves(inspection: ClassifierInspection, path: str | os.PathLike)
     (accuracy, calibration), (steering, confusion) = figure.subplots(2, 2)
 
     curves = [
-        (accuracy, "accuracy, held-out images", "#0969da", "-", [row.accuracy for row in rows]),
+        (accuracy, "held-out accuracy", "#0969da", "-", [row.accuracy for row in rows]),
         (calibration, "mean confidence", "#8250df", "-", [row.confidence for row in rows]),
         (calibration, "accuracy", "#0969da", "-", [row.accuracy for row in rows]),
         (calibration, "calibration error", "#cf222e", "--", [row.calibration_error for row in rows]),
@@ -249,9 +249,9 @@ def classifier_curves(inspection: ClassifierInspection, path: str | os.PathLike)
     ]
     trained = [row.train_accuracy for row in rows if row.train_accuracy is not None]
     if trained:
-        curves.insert(1, (accuracy, "accuracy, training images", "#bc4c00", "--", trained))
+        curves.insert(1, (accuracy, "training accuracy", "#bc4c00", "--", trained))
     known = [row.information / inspection.label_entropy for row in rows]
-    curves.append((accuracy, "information about the class, of all there is", _INK, ":", known))
+    curves.append((accuracy, "share of all information", _INK, ":", known))
     for axes, name, color, line, values in curves:
         axes.plot(timesteps, values, line, marker="o", markersize=4, color=color, label=name)
     accuracy.axhline(inspection.chance, color=_INK, linewidth=0.8, label=f"chance, {inspection.chance:.2f}")
@@ -262,7 +262,7 @@ def classifier_curves(inspection: ClassifierInspection, path: str | os.PathLike)
     ):
         if inspection.interval is not None:
             low, high = inspection.interval
-            label = f"suggested interval, {low} to {high}"
+            label = f"suggested, {low} to {high}"
             axes.axvspan(low, high, color="#1a7f37", alpha=0.1, linewidth=0, label=label)
         axes.set_title(title, loc="left", color=_INK)
         axes.set_xlabel("timestep")

@@ -64,7 +64,9 @@ class ImageSet(Dataset, ABC):
 
     def batches(self, indices: Sequence[Sequence[int]], num_workers: int = 0) -> Iterable[torch.Tensor]:
         """Batches `(n, channels, height, width)` of the images of these indices."""
-        return DataLoader(self, batch_sampler=list(map(list, indices)), num_workers=num_workers)
+        # without a generator of its own, a loader draws from the global one
+        generator = torch.Generator()
+        return DataLoader(self, batch_sampler=list(map(list, indices)), num_workers=num_workers, generator=generator)
 
     def picture(self, index: int) -> Image.Image:
         """One of the images."""

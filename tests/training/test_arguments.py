@@ -120,7 +120,7 @@ def test_stages_that_contradict_each_other_are_refused():
         (["--judge_noisy"], "must be trained on noised images"),
         (["--sampling_batch_size", "0"], "give 1 or more"),
         (["--default_scale", "-1"], "finite number from 0 up"),
-        (["--num_images", "3"], "take 4 or more"),
+        (["--num_images", "3"], "take 6 or more"),
         (["--diffusion_channel_mult", "1", "1", "1", "1", "1"], "cannot be halved 4 times"),
         (["--classifier_num_heads", "5"], "do not divide into 5 attention heads"),
         (["--judge_model_channels", "20"], "multiple of 32"),
