@@ -216,6 +216,11 @@ def what_to_know(generated: ImageSet, reference: ImageSet | FeatureSet) -> list[
             f"FID falls with the number of samples: compare this one, of {len(generated):,}, only with others of as "
             f"many; published ones are of {PUBLISHED_NUM_IMAGES:,}."
         )
+    if dealt_labels(generated) is not None:
+        notes.append(
+            "the samples have as many of each class, which chance would not give: FID and KID are lower than of "
+            "samples whose classes are drawn (KID, which is unbiased for these, below 0)."
+        )
     if not isinstance(reference, ImageSet):
         if reference.kept is None:
             notes.append("the reference is known by its statistics alone, so there is only what these can tell.")

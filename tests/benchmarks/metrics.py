@@ -10,7 +10,6 @@ all of it, and spoils even the ratios where it comes and goes; the load is print
 """
 
 import argparse
-import multiprocessing
 import os
 import resource
 import tempfile
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from full_size_conversion import apart
 
 from hf_guided.evaluation import (
     frechet_distance,
@@ -105,12 +105,6 @@ def measure(function: Callable, folder: Path) -> tuple[float, float, int, list[f
     seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor_start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return seconds, processor_seconds, peak * 1024, np.atleast_1d(result).tolist()
-
-
-def apart(function: Callable, *arguments: object) -> object:
-    """Calls a function in a process of its own: Linux counts what a parent ever held for its children's peak."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 def main() -> None:

@@ -5,13 +5,12 @@ import json
 import numpy as np
 import pytest
 from evaluation_helpers import Pixels, pixels
-from hf_guided.evaluation.manifolds import density_coverage
 
-from hf_guided.evaluation import evaluate as front_door  # noqa: F401
 from hf_guided.evaluation import frechet_distance, kernel_distance, precision_recall
 from hf_guided.evaluation.distances import inception_score
-from hf_guided.evaluation.evaluate import evaluate, measure
+from hf_guided.evaluation.evaluate import evaluate, measure, what_to_know
 from hf_guided.evaluation.feature_sets import collect_features
+from hf_guided.evaluation.manifolds import density_coverage
 from hf_guided.evaluation.sources import ArrayImages
 
 NAMES = {0: "dark", 1: "gray", 2: "bright"}
@@ -79,6 +78,9 @@ def test_evaluation_of_several_features_with_held_out_images(tmp_path):
     assert f"{result.metrics['fid/few']:.4g}" in printed
     assert result.memorisation["few"].finding in printed
     assert not any("fewer" in note for note in result.notes)
+    assert any("as many of each class" in note for note in result.notes)
+    drawn = ArrayImages(generated.images, np.random.default_rng(0).integers(0, 3, 120), NAMES)
+    assert not any("as many of each class" in note for note in what_to_know(drawn, generated))
 
 
 def test_accuracy_is_of_names_and_not_of_ids():
