@@ -118,7 +118,7 @@ def trade_off_curve(rows: Sequence[Mapping[str, Any]], features: str, path: str 
 
     scales = sorted({row["guidance_scale"] for row in rows})
     for axes, title in ((quality, "Precision and recall"), (distance, "FID (lower is better)")):
-        axes.set_title(f"{title}, {features}", loc="left", color=_INK)
+        axes.set_title(f"{title} ({features})", loc="left", color=_INK)
         axes.set_xscale("symlog", linthresh=1)  # scales run 0, 1, 3, 10
         axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
         axes.minorticks_off()
@@ -210,7 +210,7 @@ def sweep_curve(
 
     positive = [scale for scale in scales if scale > 0]
     for axes, title in ((distance, "FID (lower is better)"), (quality, "Fidelity and diversity")):
-        axes.set_title(f"{title}, {features}", loc="left", color=_INK)
+        axes.set_title(f"{title} ({features})", loc="left", color=_INK)
         axes.set_xscale("symlog", linthresh=min(positive, default=1.0))
         axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
         axes.minorticks_off()
