@@ -117,7 +117,7 @@ def trade_off_curve(rows: Sequence[Mapping[str, Any]], features: str, path: str 
                 )
 
     scales = sorted({row["guidance_scale"] for row in rows})
-    for axes, title in ((quality, "Precision and recall"), (distance, "FID (lower is better)")):
+    for axes, title in ((quality, "Precision and recall"), (distance, "FID, lower is better")):
         axes.set_title(f"{title} ({features})", loc="left", color=_INK)
         axes.set_xscale("symlog", linthresh=1)  # scales run 0, 1, 3, 10
         axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
@@ -209,13 +209,17 @@ def sweep_curve(
         plane.plot([x], [y], "o", markersize=11, markerfacecolor="none", color="#cf222e", label="chosen")
 
     positive = [scale for scale in scales if scale > 0]
-    for axes, title in ((distance, "FID (lower is better)"), (quality, "Fidelity and diversity")):
+    smallest = min(positive, default=1.0)
+    for axes, title in ((distance, "FID, lower is better"), (quality, "Fidelity and diversity")):
         axes.set_title(f"{title} ({features})", loc="left", color=_INK)
-        axes.set_xscale("symlog", linthresh=min(positive, default=1.0))
+        axes.set_xscale("symlog", linthresh=smallest)
+        axes.set_xlim(scales[0] - 0.1 * smallest, 1.2 * scales[-1])
         axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
         axes.minorticks_off()
         axes.set_xlabel("guidance scale")
     distance.set_yscale("log")
+    distance.yaxis.set_major_formatter("{x:g}")
+    distance.yaxis.set_minor_formatter("{x:g}")
     quality.set_ylim(0, 1.03)
     plane.set_title("Precision against recall, by scale", loc="left", color=_INK)
     plane.set_xlabel("recall (diversity)")

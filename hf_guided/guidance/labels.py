@@ -20,7 +20,7 @@ def match_labels(pipeline: Pipeline, classifier: PreTrainedModel, labels: torch.
         `ValueError`: For a class that the classifier does not know, or does not know by one name.
     """
     theirs = {int(label): name for label, name in classifier.config.id2label.items()}
-    ours = pipeline.id2label or {label: f"LABEL_{label}" for label in range(pipeline.num_classes or 0)}
+    ours = {label: pipeline.id2label.get(label, f"LABEL_{label}") for label in range(pipeline.num_classes or 0)}
     matched = match_classes(ours, theirs, set(labels.tolist()), type(classifier).__name__)
     return torch.tensor([matched[label] for label in labels.tolist()], device=labels.device)
 

@@ -11,19 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..files import replacing
 
-_METRICS = {
-    "accuracy": "Accuracy",
-    "fid": "FID",
-    "sfid": "sFID",
-    "inception_score": "Inception Score",
-    "kid": "KID",
-    "precision": "Precision",
-    "recall": "Recall",
-    "density": "Density",
-    "coverage": "Coverage",
-    "copied_share": "Copied share",
-}
-_HEADINGS = {"guidance_scale": "Guidance scale", "condition_unet": "UNet told the class"}
+_HEADINGS = {"condition_unet": "UNet told the class", "fid": "FID", "sfid": "sFID", "kid": "KID"}
 
 _CARD = """\
 ---
@@ -232,7 +220,7 @@ def _eval_results(
     for row in results:
         if row.get("samples", "generated") != "generated":  # real images, for comparison: no result of the model
             continue
-        metrics = {key: value for key, value in row.items() if key.partition("/")[0] in _METRICS and value is not None}
+        metrics = {key: value for key, value in row.items() if "/" in key and value is not None}
         settings = "".join(
             f", {_heading(key)}: {_public(value)}"
             for key, value in row.items()
@@ -283,11 +271,9 @@ def _usage(model_class: str, source: str, class_names: Sequence[str], dtype: str
 
 
 def _heading(column: str) -> str:
-    metric, _, features = column.partition("/")
-    if metric in _METRICS:
-        return _METRICS[metric] + (f" ({features})" if features else "")
-    heading = column.replace("_", " ")
-    return _HEADINGS.get(column, heading[:1].upper() + heading[1:])
+    name, _, features = column.partition("/")
+    words = name.replace("_", " ")
+    return _HEADINGS.get(name, words[:1].upper() + words[1:]) + (f" ({features})" if features else "")
 
 
 def _class_list(class_names: Sequence[str]) -> str:
