@@ -433,8 +433,8 @@ SWEEP_FREE = {"run", "scales", "steps", "seeds", "output", "features", "num_work
 
 def tell(state: Any, *lines: str) -> None:
     """Prints, in the main process alone."""
-    if state.is_main_process:
-        print(*lines, sep="\n" if lines else "", end="\n" if lines else "")
+    if state.is_main_process and lines:
+        print(*lines, sep="\n")
 
 
 def parse_numbers(flag: str, text: str) -> list[Any]:
