@@ -11,10 +11,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from hf_guided.evaluation.manifolds import nearest_distances
 
 from hf_guided import ADMForImageClassification, ClassifierGuidedPipeline
 from hf_guided.evaluation.features import ModelFeatures
+from hf_guided.evaluation.manifolds import nearest_distances
 from hf_guided.evaluation.sources import SampledImages, open_images
 
 

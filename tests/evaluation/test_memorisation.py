@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from evaluation_helpers import Pixels, pixels
-from hf_guided.evaluation.statistics import FeatureStatistics
 from scipy.stats import mannwhitneyu
 
 from hf_guided.evaluation.feature_sets import FeatureSet, collect_features
 from hf_guided.evaluation.memorisation import closest_pairs, memorisation
 from hf_guided.evaluation.sources import ArrayImages
+from hf_guided.evaluation.statistics import FeatureStatistics
 
 
 def feature_set(features):
