@@ -41,10 +41,12 @@ class RunArguments:
 
     output_dir: str = flag("outputs", "Folder for checkpoints, previews and the finished model.")
     seed: int = flag(0, "Seed of everything random.")
-    push_to_hub: bool = flag(False, "Push the finished folder to the Hub.")
+    push_to_hub: bool = flag(False, "Push to the Hub: at checkpoints, beside the training, and the finished folder.")
     hub_model_id: str | None = flag(None, "Repository to push to, user/name.")
     hub_private: bool = flag(False, "Make the repository private, if it is new.")
-    hub_token: str | None = flag(None, "Token to push with; the saved login, by default.")
+    hub_token: str | None = flag(None, "Token to push with; the saved login or HF_TOKEN, by default.")
+    hub_license: str | None = flag(None, "Licence of what is pushed, as the Hub spells it: apache-2.0, mit ...")
+    recipe: str | None = field(default=None, init=False)  # its name, for the model card
 
     def __post_init__(self) -> None:
         if self.push_to_hub and not self.hub_model_id:
@@ -183,7 +185,8 @@ def parse_arguments(
 
     dataset = given.get("dataset_name", BUILT_IN[0])
     has_data = "train_data_dir" in given or dataset not in BUILT_IN
-    recipe = read_recipe(given.pop("recipe", None) or ("images" if has_data else dataset))
+    recipe_name = given.pop("recipe", None) or ("images" if has_data else dataset)
+    recipe = read_recipe(recipe_name)
     unknown = set(recipe) - SECTIONS
     if unknown:
         raise ValueError(f"The recipe has sections that no script knows: {', '.join(sorted(unknown))}.")
@@ -205,9 +208,12 @@ def parse_arguments(
         name: {key.removeprefix(f"{name}_"): value for key, value in given.items() if key.startswith(f"{name}_")}
         for name in stages
     }
-    return data, {
+    filled = {
         name: _fill(stage, name, recipe.get(name, {}), {**given, **prefixed[name]}) for name, stage in stages.items()
     }
+    for stage in filled.values():
+        stage.recipe = Path(recipe_name).stem
+    return data, filled
 
 
 def read_recipe(name_or_path: str) -> dict[str, Any]:
@@ -225,7 +231,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
 def run_script(main: Any) -> None:
     """Runs a training script; a mistake of its user's ends in one sentence instead of a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "datasets", "transformers", "diffusers", "accelerate"):
+    for noisy in ("httpx", "httpx2", "huggingface_hub", "datasets", "transformers", "diffusers", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     use_processor()
     try:
@@ -242,7 +248,10 @@ def run_script(main: Any) -> None:
 def _flags_of(stages: list[type], prefix: str = "") -> type:
     """A dataclass of every field of some dataclasses, each once, under prefixed names."""
     fields = {
-        prefix + f.name: (prefix + f.name, f.type, _copy(f)) for stage in stages for f in dataclasses.fields(stage)
+        prefix + f.name: (prefix + f.name, f.type, _copy(f))
+        for stage in stages
+        for f in dataclasses.fields(stage)
+        if f.init
     }
     return dataclasses.make_dataclass("Flags", fields.values())
 
@@ -254,7 +263,7 @@ def _copy(f: dataclasses.Field) -> Any:
 
 
 def _fill(stage: type, name: str, recipe: dict[str, Any], given: dict[str, Any]) -> Any:
-    names = {f.name for f in dataclasses.fields(stage)}
+    names = {f.name for f in dataclasses.fields(stage) if f.init}
     unknown = set(recipe) - names
     if unknown:
         raise ValueError(f"The recipe's section {name!r} has unknown keys: {', '.join(sorted(unknown))}.")

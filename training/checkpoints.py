@@ -31,6 +31,8 @@ FREE_FLAGS = {
     "hub_model_id",
     "hub_private",
     "hub_token",
+    "hub_license",
+    "recipe",
     "dataloader_num_workers",
     "cache_dir",
 }
@@ -92,8 +94,15 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, current: dict[str, Any], others: dict[str, Any]) -> int:
-    """Restores everything and returns the number of updates done.
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: `step` and `seconds` trained, and its `fingerprint`."""
+    return {"seconds": 0.0, **json.loads((checkpoint / STATE_FILE).read_text())}
+
+
+def load_checkpoint(
+    accelerator: Accelerator, folder: Path, current: dict[str, Any], others: dict[str, Any]
+) -> tuple[int, float]:
+    """Restores everything and returns the number of updates done, and the seconds that they took.
 
     Args:
         accelerator (`Accelerator`): Restores what it prepared: model and optimizer.
@@ -104,7 +113,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, current: dict[str, A
     Raises:
         `ValueError`: If it was trained with other flags, data or another number of processes, naming each.
     """
-    state = json.loads((folder / STATE_FILE).read_text())
+    state = read_state(folder)
     saved = state["fingerprint"]
     differing = [
         f"{name} was {saved.get(name)!r} and is now {current.get(name)!r}"
@@ -120,13 +129,14 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, current: dict[str, A
     states = torch.load(folder / OTHERS_FILE, map_location="cpu", weights_only=True)
     for name, other in others.items():
         other.load_state_dict(states[name])
-    return state["step"]
+    return state["step"], state["seconds"]
 
 
 def save_checkpoint(
     accelerator: Accelerator,
     output_dir: Path,
     step: int,
+    seconds: float,
     current: dict[str, Any],
     others: dict[str, Any],
     total_limit: int,
@@ -140,7 +150,8 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         torch.save({name: other.state_dict() for name, other in others.items()}, partial / OTHERS_FILE)
-        (partial / STATE_FILE).write_text(json.dumps({"step": step, "fingerprint": current}, indent=2))
+        state = {"step": step, "seconds": round(seconds, 1), "fingerprint": current}
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=2))
         replace_folder(partial, folder)
         for old in list_checkpoints(output_dir)[:-total_limit]:
             remove_folder(old)
@@ -153,6 +164,8 @@ def save_folder(save: Callable[[str], Any], folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    if (folder / "README.md").is_file():  # the model card, which may have a user's edits
+        shutil.copy(folder / "README.md", partial)
     save(str(partial))
     replace_folder(partial, folder)
 

@@ -10,8 +10,10 @@ import hashlib
 import logging
 import math
 import os
+import shutil
 import signal
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import DataArguments, LabelledImages, StepBatchSampler, check_images
-from ..hub.push import check_login, push_folder
+from ..hub.push import BackgroundPush, PushError, prepare_push, push_command, push_folder
 from .arguments import LoopArguments, RunArguments
 from .checkpoints import (
     find_checkpoint,
@@ -82,6 +84,7 @@ def train(
     held_out_images: LabelledImages | None,
     args: LoopArguments,
     data_args: DataArguments,
+    save: Callable[[str], Any],
 ) -> bool:
     """Trains `task.model`; at the end it holds the moving average of its weights.
 
@@ -90,6 +93,7 @@ def train(
         train_images, held_out_images ([`LabelledImages`]): What it is trained on, and what its loss is watched on.
         args ([`LoopArguments`]): The loop's flags.
         data_args ([`DataArguments`]): The data's, for the record.
+        save (`Callable`): Writes the model into a folder as its users load it: what is pushed at checkpoints.
 
     Returns:
         `bool`: `False` if a signal stopped it; its state is then saved, and the same call goes on from there.
@@ -131,7 +135,7 @@ def train(
 
     current = fingerprint([args, data_args], train_images, accelerator)
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    step = load_checkpoint(accelerator, checkpoint, current, others) if checkpoint else 0
+    step, seconds = load_checkpoint(accelerator, checkpoint, current, others) if checkpoint else (0, 0.0)
     ema.to(accelerator.device)
     if step > args.max_train_steps:
         raise ValueError(
@@ -167,7 +171,13 @@ def train(
     def due(every: int) -> bool:
         return every > 0 and step % every == 0
 
+    pushes = None
+    if args.push_to_hub and args.hub_model_id and accelerator.is_main_process:
+        pushes = BackgroundPush(args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
+    snapshot = output_dir / "snapshot"
+
     model.train()
+    started = time.monotonic() - seconds
     with stop_requests(accelerator) as stop_requested:
         while step < args.max_train_steps:
             for micro_step in range(args.gradient_accumulation_steps):
@@ -205,9 +215,22 @@ def train(
             stopping = stop_requested()
             if stopping or due(args.checkpointing_steps) or step == args.max_train_steps:
                 check_finite(sum(parameter.detach().float().mean() for parameter in parameters).item(), step)
-                folder = save_checkpoint(accelerator, output_dir, step, current, others, args.checkpoints_total_limit)
+                seconds = time.monotonic() - started
+                folder = save_checkpoint(
+                    accelerator, output_dir, step, seconds, current, others, args.checkpoints_total_limit
+                )
+                if pushes and not pushes.is_busy and not stopping and step < args.max_train_steps:
+                    with averaged_weights(ema, parameters):
+                        save_folder(save, snapshot)
+                    pushes.start(snapshot, f"Training, step {step} of {args.max_train_steps}")
             if stopping:
                 progress.close()
+                if pushes and (pushes.is_busy or pushes.failure):
+                    why = f"failed: {pushes.failure}" if pushes.failure else "is not done and ends here."
+                    logger.warning(
+                        f"The push of the newest snapshot {why} To finish it:\n"
+                        f"  {push_command(snapshot, pushes.repo_id, args.hub_private)}"
+                    )
                 if accelerator.is_main_process:
                     how = "" if args.resume_from_checkpoint == "latest" else " with --resume_from_checkpoint latest"
                     logger.info(
@@ -218,6 +241,13 @@ def train(
 
     progress.close()
     finish_trackers(accelerator)
+    if pushes:
+        if pushes.is_busy:
+            logger.info("Waiting for the push of the newest snapshot.")
+        pushes.wait()
+        if pushes.failure:
+            logger.warning(f"The push of the newest snapshot failed: {pushes.failure}")
+        shutil.rmtree(snapshot, ignore_errors=True)
     ema.copy_to(parameters)
     accelerator.unwrap_model(model).eval()
     if accelerator.is_main_process and train_images.bad_files:
@@ -225,24 +255,28 @@ def train(
     return True
 
 
-def finish(save: Callable[[str], Any], folder: Path, args: RunArguments) -> Path:
-    """Writes the finished folder, whole or not at all, and pushes it if asked to.
-
-    Args:
-        save (`Callable`): Writes the folder that it is given, as `save_pretrained` does.
-        folder (`Path`): Where the folder goes.
-        args ([`RunArguments`]): Its `push_to_hub` and `hub_…` say whether and where to push.
-
-    Returns:
-        `Path`: The folder.
-    """
+def finish(save: Callable[[str], Any], folder: Path) -> Path:
+    """Has the main process write the finished folder, whole or not at all."""
     if PartialState().is_main_process:
         save_folder(save, folder)
         logger.info(f"Saved {folder}")
-        if args.push_to_hub and args.hub_model_id:
-            url = push_folder(folder, args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
-            logger.info(f"Pushed to {url}")
     return folder
+
+
+def publish(folder: Path | None, args: RunArguments) -> None:
+    """Pushes the finished folder, if there is one and `args` ask for it.
+
+    Raises:
+        `PushError`: If that fails, with the command that does it later.
+    """
+    if folder is None or not args.push_to_hub or not args.hub_model_id or not PartialState().is_main_process:
+        return
+    try:
+        url = push_folder(folder, args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
+    except PushError as error:
+        command = push_command(folder, args.hub_model_id, args.hub_private)
+        raise PushError(f"{error}\nAll is trained and saved. To push it:\n  {command}") from error
+    logger.info(f"Pushed to {url}")
 
 
 def preflight(
@@ -252,8 +286,8 @@ def preflight(
     if accelerator.is_main_process:
         make_writable(output_dir)
         remove_leftovers(output_dir)
-        if args.push_to_hub:
-            check_login(args.hub_token)
+        if args.push_to_hub and args.hub_model_id:
+            args.hub_model_id = prepare_push(args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
         report = check_once(images)
         num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -266,6 +300,7 @@ def preflight(
             f"training  {args.max_train_steps} steps of {batch_size} images on {accelerator.num_processes} "
             f"{accelerator.device.type} process(es), {args.max_train_steps * batch_size / len(images):.1f} epochs\n"
             f"writes    {output_dir}: checkpoints every {args.checkpointing_steps} steps, logs, the finished model"
+            f"{f', pushed to {args.hub_model_id} at each' if args.push_to_hub else ''}"
         )
     accelerator.wait_for_everyone()
 

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from hf_guided.evaluation.sources import ImageSet, LoadedImages, SampledImages
 from hf_guided.files import write_json
 from hf_guided.guidance import ClassifierGuidance
 from hf_guided.hub import write_model_card
-from hf_guided.hub.push import check_login
+from hf_guided.hub.push import prepare_push
 from hf_guided.training.arguments import (
     RunArguments,
     SamplingArguments,
@@ -43,13 +42,11 @@ from hf_guided.training.arguments import (
     parse_arguments,
     run_script,
 )
-from hf_guided.training.checkpoints import list_checkpoints, save_folder
-from hf_guided.training.loop import finish
+from hf_guided.training.cards import describe_data, describe_images, describe_run, describe_steps, on_hub
+from hf_guided.training.checkpoints import save_folder
+from hf_guided.training.loop import finish, publish
 from hf_guided.training.train_classifier import (
     ClassifierArguments,
-    describe_data,
-    describe_machine,
-    describe_steps,
     make_classifier,
     train_classifier,
 )
@@ -81,16 +78,14 @@ def main() -> None:
     data_args, stages = parse_arguments(stage_types, description=__doc__)
     args: ReportArguments = stages["report"]
     output_dir = Path(args.output_dir)
-    for name in ("judge", "classifier", "diffusion"):  # the finished folder alone is pushed
+    for name in ("judge", "classifier"):  # the UNet is pushed at its checkpoints, and the finished pipeline
         stages[name].push_to_hub = False
-    started = time.monotonic()
 
     # 1. Train: what judges, what guides, what makes images
     images = load_labelled_images(data_args, seed=args.seed)
     check_stages(stages, images[0])
-    if args.push_to_hub and os.environ.get("RANK", "0") == "0":
-        check_login(args.hub_token)
-    is_resumed = any(list_checkpoints(output_dir / name) for name in ("judge", "classifier", "diffusion"))
+    if args.push_to_hub and args.hub_model_id and os.environ.get("RANK", "0") == "0":
+        args.hub_model_id = prepare_push(args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
     judge_folder = train_classifier(data_args, stages["judge"], images, name="judge")
     classifier_folder = judge_folder and train_classifier(data_args, stages["classifier"], images)
     diffusion_folder = classifier_folder and train_diffusion(data_args, stages["diffusion"], images)
@@ -107,7 +102,6 @@ def main() -> None:
     ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     save_folder(pipeline.save_pretrained, output_dir / "pipeline")
-    minutes = None if is_resumed else round((time.monotonic() - started) / 60, 1)
 
     # 3. Sample, judge, publish
     logger.info("\n== report ==")
@@ -128,14 +122,16 @@ def main() -> None:
             folder,
             title=f"Guided diffusion on {Path(data_args.source).name}",
             class_names=list(pipeline.id2label.values()),
-            training=describe(stages, images, minutes),
+            training=describe(stages, images),
             results=report,
             inspection=inspection,
             repo_id=args.hub_model_id,
+            license=args.hub_license,
+            base_model=on_hub(stages["diffusion"].pretrained_model),
             **describe_data(data_args),
         )
 
-    finish(save, output_dir / "pipeline", args)
+    finish(save, output_dir / "pipeline")
     print_table(report)
     logger.info(
         f"\nPictures, numbers and the pipeline are in {output_dir}. Try:\n\n"
@@ -143,6 +139,7 @@ def main() -> None:
         f'  pipe = ClassifierGuidedPipeline.from_pretrained("{output_dir / "pipeline"}")\n'
         f"  pipe({[pipeline.id2label[0]]}).images[0].save('sample.png')"
     )
+    publish(output_dir / "pipeline", args)
 
 
 def check_stages(stages: dict[str, Any], images: LabelledImages) -> None:
@@ -236,19 +233,16 @@ def draw_grid(
     save_png(labelled_grid(samples.pictures(batch_size), names, title=title), path)
 
 
-def describe(
-    stages: dict[str, Any], images: tuple[LabelledImages, LabelledImages | None], minutes: float | None
-) -> dict[str, Any]:
+def describe(stages: dict[str, Any], images: tuple[LabelledImages, LabelledImages | None]) -> dict[str, Any]:
     """How it was trained, for the model card."""
+    diffusion = stages["diffusion"]
     return {
-        "images": f"{len(images[0])} to train on, {len(images[1] or ())} held out",
-        "classifier": describe_steps(stages["classifier"]),
-        "UNet": describe_steps(stages["diffusion"]),
-        **({"UNet fine-tuned from": pretrained} if (pretrained := stages["diffusion"].pretrained_model) else {}),
-        "noise schedule": stages["diffusion"].beta_schedule,
-        "seed": stages["diffusion"].seed,
-        "minutes": minutes,
-        **describe_machine(),
+        "images": describe_images(images),
+        "classifier": describe_steps(stages["classifier"], "classifier"),
+        "UNet": describe_steps(diffusion, "diffusion"),
+        **({"UNet fine-tuned from": diffusion.pretrained_model} if diffusion.pretrained_model else {}),
+        "noise schedule": diffusion.beta_schedule,
+        **describe_run(diffusion),
     }
 
 

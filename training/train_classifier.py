@@ -11,9 +11,8 @@ each level of noise, and where to guide with it.
 """
 
 import logging
-import platform
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,8 @@ from hf_guided.training.arguments import (
     parse_arguments,
     run_script,
 )
-from hf_guided.training.loop import Batch, Task, finish, train
+from hf_guided.training.cards import describe_data, describe_images, describe_run, describe_steps
+from hf_guided.training.loop import Batch, Task, finish, publish, train
 from hf_guided.training.timestep_sampling import TimestepSampler
 
 logger = logging.getLogger(__name__)
@@ -93,33 +93,34 @@ def train_classifier(
     train_images, held_out_images = images or load_labelled_images(data_args, seed=args.seed)
     torch.manual_seed(args.seed)
     task = ClassifierTask(name, make_classifier(args, train_images), ADMScheduler(**args.schedule()), args.noisy)
-    if not train(task, train_images, held_out_images, args, data_args):
-        return None
-
     kind = "noisy" if args.noisy else "clean"
 
-    def save(folder: str) -> None:
+    def save(folder: str, is_finished: bool = False) -> None:
         task.model.save_pretrained(folder)
-        inspection = inspect(folder, train_images, held_out_images, args) if args.noisy else None
+        inspection = None
+        if args.noisy and is_finished:
+            inspection = inspect(folder, train_images, held_out_images, args)
         write_model_card(
             folder,
             title=f"Classifier of {kind} {Path(data_args.source).name}",
             summary=f"A classifier of {kind} images",
             class_names=list(train_images.id2label.values()),
             training={
-                "images": f"{len(train_images)} to train on, {len(held_out_images or ())} held out",
-                "steps": describe_steps(args),
+                "images": describe_images((train_images, held_out_images)),
+                "steps": describe_steps(args, name),
                 **({"noise schedule": args.beta_schedule} if args.noisy else {}),
-                "seed": args.seed,
-                **describe_machine(),
+                **describe_run(args),
             },
             inspection=inspection,
             model_class="ADMForImageClassification",
             repo_id=args.hub_model_id,
+            license=args.hub_license,
             **describe_data(data_args),
         )
 
-    return finish(save, Path(args.output_dir) / name / "model", args)
+    if not train(task, train_images, held_out_images, args, data_args, save):
+        return None
+    return finish(partial(save, is_finished=True), Path(args.output_dir) / name / "model")
 
 
 def inspect(
@@ -140,26 +141,6 @@ def inspect(
     return inspection.to_dict()
 
 
-def describe_data(data_args: DataArguments) -> dict[str, Any]:
-    """What it was trained on, for the model card."""
-    on_hub = data_args.dataset_name and "/" in data_args.dataset_name and not Path(data_args.dataset_name).exists()
-    return {"dataset": Path(data_args.source).name, "dataset_id": data_args.dataset_name if on_hub else None}
-
-
-def describe_steps(args: LoopArguments) -> str:
-    """How long it was trained, for the model card."""
-    batch_size = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
-    return f"{args.max_train_steps} steps of {batch_size} images"
-
-
-def describe_machine() -> dict[str, Any]:
-    """What it was trained with, for the model card."""
-    is_gpu = PartialState().device.type == "cuda"
-    hardware = torch.cuda.get_device_name() if is_gpu else f"{torch.get_num_threads()} CPU threads"
-    packages = ("hf-guided", "torch", "diffusers", "transformers", "accelerate")
-    return {"hardware": f"{hardware}, {platform.system()}", "versions": {name: version(name) for name in packages}}
-
-
 def make_classifier(args: ClassifierArguments, images: LabelledImages) -> ADMForImageClassification:
     """A fresh classifier of the images' size, channels and classes."""
     return ADMForImageClassification(
@@ -177,7 +158,7 @@ def make_classifier(args: ClassifierArguments, images: LabelledImages) -> ADMFor
 
 def main() -> None:
     data_args, stages = parse_arguments({"classifier": ClassifierArguments}, description=__doc__)
-    train_classifier(data_args, stages["classifier"])
+    publish(train_classifier(data_args, stages["classifier"]), stages["classifier"])
 
 
 if __name__ == "__main__":

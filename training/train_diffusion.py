@@ -9,6 +9,7 @@ arXiv 2105.05233, sections 2 and 3: the hybrid objective with a learned variance
 scheduler without a classifier, is `<output_dir>/diffusion/pipeline`. `--pretrained_model` fine-tunes one that is there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.pictures import labelled_grid, save_png
 from hf_guided.evaluation.sources import SampledImages
+from hf_guided.hub import write_model_card
 from hf_guided.losses import diffusion_loss
 from hf_guided.schedulers.scheduling_adm import model_timesteps
 from hf_guided.training.arguments import (
@@ -31,8 +33,9 @@ from hf_guided.training.arguments import (
     parse_arguments,
     run_script,
 )
+from hf_guided.training.cards import describe_data, describe_images, describe_run, describe_steps, on_hub
 from hf_guided.training.fine_tuning import Pretrained
-from hf_guided.training.loop import Batch, Task, finish, train
+from hf_guided.training.loop import Batch, Task, finish, publish, train
 from hf_guided.training.timestep_sampling import LossSecondMomentSampler, TimestepSampler
 
 
@@ -75,6 +78,7 @@ class DiffusionTask(Task):
     """The diffusion loss, some labels withheld."""
 
     name = "diffusion"
+    kind = "Diffusion model"
 
     def __init__(
         self, model: ADMUNet2DModel, scheduler: ADMScheduler, args: DiffusionArguments, id2label: dict[int, str]
@@ -123,6 +127,11 @@ class DiffusionTask(Task):
         save_png(labelled_grid(samples.pictures(self.args.train_batch_size), names), path)
         model.train(was_training)
 
+    def report(self, folder: Path) -> list[dict[str, Any]]:
+        """Draws what the finished model makes into its folder; returns rows of numbers for its card, if any."""
+        self.preview(self.model, folder / "grid.png")
+        return []
+
 
 def train_diffusion(
     data_args: DataArguments,
@@ -150,10 +159,37 @@ def train_and_save(
     args: DiffusionArguments,
     data_args: DataArguments,
 ) -> Path | None:
-    """Trains a task and saves its pipeline; the folder, or `None` if a signal stopped the training."""
-    if not train(task, *images, args, data_args):
+    """Trains a task and saves its pipeline with a card; the folder, or `None` if a signal stopped the training."""
+
+    def save(folder: str, results: Sequence[dict[str, Any]] = ()) -> None:
+        pipeline = task.pipeline()
+        pipeline.save_pretrained(folder)
+        write_model_card(
+            folder,
+            title=f"{task.kind} of {Path(data_args.source).name}",
+            class_names=list(task.id2label.values()) if args.class_conditional else (),
+            training={
+                "images": describe_images(images),
+                "steps": describe_steps(args, task.name),
+                **({"fine-tuned from": args.pretrained_model} if args.pretrained_model else {}),
+                "noise schedule": args.beta_schedule,
+                **describe_run(args),
+            },
+            results=results,
+            model_class=type(pipeline).__name__,
+            summary=f"{'A class-conditional' if args.class_conditional else 'An unconditional'} {task.kind.lower()}",
+            guided=False,
+            repo_id=args.hub_model_id,
+            license=args.hub_license,
+            base_model=on_hub(args.pretrained_model),
+            **describe_data(data_args),
+        )
+
+    if not train(task, *images, args, data_args, save):
         return None
-    return finish(task.pipeline().save_pretrained, Path(args.output_dir) / task.name / "pipeline", args)
+    return finish(
+        lambda folder: save(folder, task.report(Path(folder))), Path(args.output_dir) / task.name / "pipeline"
+    )
 
 
 def unet_config(
@@ -191,7 +227,7 @@ def make_unet(args: DiffusionArguments, images: LabelledImages, low_res_channels
 
 def main() -> None:
     data_args, stages = parse_arguments({"diffusion": DiffusionArguments}, description=__doc__)
-    train_diffusion(data_args, stages["diffusion"])
+    publish(train_diffusion(data_args, stages["diffusion"]), stages["diffusion"])
 
 
 if __name__ == "__main__":

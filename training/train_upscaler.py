@@ -7,7 +7,7 @@
     accelerate launch -m hf_guided.training.train_upscaler                           # from an installed wheel
 
 arXiv 2105.05233, section 5.2: trained like the diffusion model, on images that are downsampled on the fly. The finished
-pipeline is `<output_dir>/upscaler/pipeline`; beside it, `grid.png` and `report.json` show held-out images upsampled.
+pipeline is `<output_dir>/upscaler/pipeline`; in it, `grid.png` and `report.json` show held-out images upsampled.
 """
 
 import logging
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from diffusers.image_processor import VaeImageProcessor
 from torch import nn
 
@@ -26,7 +25,7 @@ from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.pictures import labelled_grid, save_png
 from hf_guided.files import write_json
 from hf_guided.training.arguments import flag, parse_arguments, run_script
-from hf_guided.training.loop import Batch
+from hf_guided.training.loop import Batch, publish
 from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, make_unet, train_and_save
 
 logger = logging.getLogger(__name__)
@@ -63,6 +62,7 @@ class UpscalerTask(DiffusionTask):
     """
 
     name = "upscaler"
+    kind = "Upsampler"
     args: UpscalerArguments
 
     def __init__(
@@ -143,13 +143,19 @@ class UpscalerTask(DiffusionTask):
         save_png(labelled_grid(pictures, names, title=title), path)
         return {name: measure(columns[name], original, low_res) for name in ("bicubic", "sample")}
 
+    def report(self, folder: Path) -> list[dict[str, Any]]:
+        report = self.show(folder / "grid.png", NUM_MEASURED)
+        write_json(report, folder / "report.json")
+        print_table(report)
+        return [{"held-out images": name, **row} for name, row in report.items()]
+
 
 def train_upscaler(
     data_args: DataArguments,
     args: UpscalerArguments,
     images: tuple[LabelledImages, LabelledImages | None] | None = None,
 ) -> Path | None:
-    """Trains an upsampler, saves it as a pipeline, and shows what it makes of held-out images.
+    """Trains an upsampler and saves it as a pipeline that shows what it makes of held-out images.
 
     Args:
         data_args ([`DataArguments`]), args ([`UpscalerArguments`]): The flags.
@@ -168,13 +174,7 @@ def train_upscaler(
     model = make_unet(args, train_images, low_res_channels=train_images.image_channels)
     scheduler = ADMScheduler(**args.reverse_process())
     task = UpscalerTask(model, scheduler, args, low_size, examples=held_out_images or train_images)
-    folder = train_and_save(task, images, args, data_args)
-    if folder is not None and PartialState().is_main_process:
-        report = task.show(folder.parent / "grid.png", NUM_MEASURED)
-        write_json(report, folder.parent / "report.json")
-        print_table(report)
-        logger.info(f"\n{folder.parent / 'grid.png'} shows some of them.")
-    return folder
+    return train_and_save(task, images, args, data_args)
 
 
 def small_size(low_resolution: int | None, resolution: tuple[int, int]) -> tuple[int, int]:
@@ -234,7 +234,7 @@ def print_table(report: dict[str, dict[str, float]]) -> None:
 
 def main() -> None:
     data_args, stages = parse_arguments({"upscaler": UpscalerArguments}, description=__doc__)
-    train_upscaler(data_args, stages["upscaler"])
+    publish(train_upscaler(data_args, stages["upscaler"]), stages["upscaler"])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..files import replacing
+from .card_edits import merge, sign
 
 _HEADINGS = {"condition_unet": "UNet told the class", "fid": "FID", "sfid": "sFID", "kid": "KID"}
 
@@ -65,6 +66,12 @@ The weights are saved in {dtype}: `dtype=` loads them in it, and without it they
 the plain names and, the same ones, under those of the variant.
 """
 
+_LIMITS = """
+## What it can and cannot do
+
+{limits}
+"""
+
 _RESULTS = """
 ## Results
 
@@ -101,6 +108,7 @@ def write_model_card(
     dataset_id: str | None = None,
     repo_id: str | None = None,
     license: str | None = None,
+    base_model: str | None = None,
     model_class: str = "ClassifierGuidedPipeline",
     summary: str = "A class-conditional diffusion model with classifier guidance",
     origin: str | None = None,
@@ -109,7 +117,8 @@ def write_model_card(
 ) -> Path:
     """Writes the model card `README.md` of a saved pipeline or classifier.
 
-    It shows `grid.png` and `trade_off.png` where present.
+    It shows `grid.png` and `trade_off.png` where present. Of a card that is there already, what a user edited, added or
+    removed stays so.
 
     Args:
         folder (`str` or `os.PathLike`): The saved pipeline.
@@ -129,6 +138,7 @@ def write_model_card(
         repo_id (`str`, *optional*): Where the pipeline will be on the Hub; the usage then loads it from there. By
             default it loads the current folder.
         license (`str`, *optional*): Identifier of the licence, such as `"apache-2.0"`.
+        base_model (`str`, *optional*): What it was fine-tuned from, by its id on the Hub.
         model_class (`str`, defaults to `"ClassifierGuidedPipeline"`): What loads the folder: that,
             `"ClassifierGuidedUpscalePipeline"` or `"ADMForImageClassification"`.
         summary (`str`): What kind of model it is, in a few words.
@@ -151,11 +161,13 @@ def write_model_card(
         tags=[tag for tag, applies in tags.items() if applies],
         license=license,
         datasets=None if dataset_id is None else [dataset_id],
+        base_model=base_model,
         model_name=title,
         eval_results=_eval_results(results, inspection, dataset, dataset_id) or None,
     )
+    upscales = model_class == "ClassifierGuidedUpscalePipeline"
     pictures = {
-        "grid.png": "Samples, one row per class",
+        "grid.png": "Images made large" if upscales else "Samples, one row per class",
         "trade_off.png": "Precision, recall and FID by guidance scale",
     }
     advice = _GUIDED_ADVICE if guided else _UNGUIDED_ADVICE
@@ -170,6 +182,8 @@ def write_model_card(
     )
     if class_names:
         card += f"\n## Classes\n\n{_class_list(class_names)}\n"
+    limits = _limits(folder, class_names, results, classifies)
+    card += _LIMITS.format(limits="\n".join(f"- {limit}" for limit in limits))
     if training:
         rows = [[_heading(name), _public(value)] for name, value in training.items()]
         card += f"\n## Training\n\n{_table(['', ''], rows)}\n"
@@ -203,9 +217,17 @@ def write_model_card(
         )
 
     path = folder / "README.md"
+    card = sign(str(ModelCard(card)))  # which checks the metadata
+    if path.is_file():
+        card = merge(path.read_text(encoding="utf-8"), card)
     with replacing(path) as temporary:
-        ModelCard(card).save(temporary)
+        temporary.write_text(card, encoding="utf-8")
     return path
+
+
+def address(card: str, repo_id: str) -> str:
+    """Makes the usage of a card load from a repository what it loaded from the current folder."""
+    return re.sub(r'(from_pretrained\(|model=)"\."', rf'\1"{repo_id}"', card)
 
 
 def _eval_results(
@@ -248,6 +270,35 @@ def _eval_results(
             )
         )
     return evaluations
+
+
+def _limits(
+    folder: Path, class_names: Sequence[str], results: Sequence[Mapping[str, Any]], classifies: bool
+) -> list[str]:
+    """What to expect, and what not."""
+    config = folder / "config.json" if classifies else folder / "unet" / "config.json"
+    size = json.loads(config.read_text()).get("sample_size") if config.is_file() else None
+    height, width = size if isinstance(size, list) else (size, size)
+    images = "images" if size is None else f"images of {width}x{height} pixels"
+    limits = []
+    if classifies:
+        limits.append(
+            f"It tells the classes above apart in {images}, and puts anything else into one of them too. It is made to "
+            f"guide or to judge a generator of such images, not to decide anything about what is in a picture."
+        )
+    else:
+        known = "the classes above" if class_names else "the kind that it has learned"
+        limits.append(f"It makes {images}, of {known}; it takes no text, and other sizes and classes it does not know.")
+        limits.append("Its images are made up, however real they look: they are no evidence of anything.")
+    limits.append("What is rare, missing or one-sided in its training images is so here; it was not examined for bias.")
+    copied = [value for row in results for key, value in row.items() if key.startswith("copied_share/")]
+    if copied:
+        limits.append(
+            f"Samples may resemble training images closely: up to {max(copied):.1%} of them do (copied share)."
+        )
+    elif not classifies:
+        limits.append("Samples may resemble training images closely; how many do was not measured.")
+    return limits
 
 
 def _usage(model_class: str, source: str, class_names: Sequence[str], dtype: str | None) -> str:

@@ -1,13 +1,29 @@
 """Pushes a finished folder to the Hub in one commit, and says in one sentence what is wrong when it cannot."""
 
 import os
+import shlex
+import threading
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import (
+    DEFAULT_IGNORE_PATTERNS,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    filter_repo_objects,
+)
+
+from .card_edits import merge, sign
+from .model_card import address
 
 # What training leaves beside a finished pipeline. A star also matches slashes.
 _IGNORED = ["checkpoint-*", "*/checkpoint-*", "logs/*", "*/logs/*", "*.log", "*.tmp", "*tfevents*", "*__pycache__*"]
+_MODEL_FILES = ("model_index.json", "config.json")
+_ATTEMPTS = 3  # where others push to the same branch at the same time
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN, using a token with write access (https://huggingface.co/settings/tokens)"
 
@@ -16,19 +32,26 @@ class PushError(RuntimeError):
     """The Hub could not be reached or refused; the message says how to mend it."""
 
 
-def check_login(token: str | None = None) -> str:
-    """The user whom the Hub takes the token for, asked before a long training whose result is to be pushed.
+def prepare_push(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Makes the repository, if there is none, before a long training whose result is to be pushed to it.
+
+    Args:
+        repo_id, private, token: As for [`push_folder`].
+
+    Returns:
+        `str`: The whole `"user/name"`.
 
     Raises:
-        `PushError`: If there is no token, the Hub does not accept it, or it may only read.
+        `PushError`: If there is no token, the Hub does not accept it, or it may not write there.
     """
+    api = HfApi(token=token or True)
     try:
-        user = HfApi(token=token or True).whoami()
+        user = api.whoami()
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise PushError(f"This token may only read, not push: {_LOGIN}.")
+        return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     except (HTTPError, HfHubHTTPError, LocalTokenNotFoundError) as error:
-        raise PushError(_mend(error, "the Hub")) from error
-    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise PushError(f"This token may only read, not push: {_LOGIN}.")
-    return user["name"]
+        raise PushError(_mend(error, repo_id)) from error
 
 
 def push_folder(
@@ -39,10 +62,14 @@ def push_folder(
     token: str | None = None,
     commit_message: str = "Upload with hf-guided",
     revision: str | None = None,
+    create_pr: bool = False,
+    standalone: bool = False,
+    repo_type: str = "model",
 ) -> str:
     """Pushes a saved pipeline or model to a model repository of the Hub, which is created if need be, in one commit.
 
-    Checkpoints (`checkpoint-*`), logs and temporary files stay behind; files that only the repository has are kept.
+    Checkpoints (`checkpoint-*`), logs and temporary files stay behind; files that the repository has already are not
+    sent again, and those that only it has are kept, as is what was edited there of the model card.
 
     Args:
         folder (`str` or `os.PathLike`): A folder with a `model_index.json` (pipeline) or `config.json` (model).
@@ -52,34 +79,121 @@ def push_folder(
         token (`str`, *optional*): A token with write access. By default the one of `hf auth login` or `HF_TOKEN`.
         commit_message (`str`, defaults to `"Upload with hf-guided"`): First line of the commit.
         revision (`str`, *optional*): The branch to push to, created if need be. By default `main`.
+        create_pr (`bool`, defaults to `False`): Propose the commit as a pull request to `main` instead.
+        standalone (`bool`, defaults to `False`): Let the repository carry its code, see [`write_standalone`].
+        repo_type (`str`, defaults to `"model"`): `"space"` for the folder of [`write_space`].
 
     Returns:
-        `str`: The URL of the repository.
+        `str`: The URL of the repository, or of the pull request.
 
     Raises:
-        `ValueError`: If the folder is not a saved pipeline or model, or its model card has invalid metadata.
+        `ValueError`: If the folder is not a saved pipeline or model, or a model card has invalid metadata.
         `PushError`: If the Hub cannot be reached or refuses: the sentence says how to mend it.
     """
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("model_index.json", "config.json")):
+    if repo_type == "model" and not any((folder / name).is_file() for name in _MODEL_FILES):
         raise ValueError(
             f"{folder} has neither model_index.json nor config.json: give the folder that `save_pretrained` wrote."
         )
+    if create_pr and revision is not None:
+        raise ValueError(f"A pull request is made to main; leave out the revision {revision!r}, or create_pr.")
+    if standalone:
+        from .standalone import write_standalone
+
+        # Beside the folder, where weights need no second copy.
+        with TemporaryDirectory(dir=folder.absolute().parent, prefix=".standalone-") as parent:
+            return push_folder(
+                write_standalone(folder, Path(parent) / folder.absolute().name),
+                repo_id,
+                private=private,
+                token=token,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
+    paths = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    paths = list(filter_repo_objects(paths, ignore_patterns=[*DEFAULT_IGNORE_PATTERNS, *_IGNORED]))
     api = HfApi(token=token or True)  # True: a token is required
     try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        sdk = "gradio" if repo_type == "space" else None
+        repo = api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk)
         if revision is not None:
-            api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            revision=revision,
-            ignore_patterns=_IGNORED.copy(),  # the client appends to the list
-        )
+            api.create_branch(repo.repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
+        for attempt in range(1, _ATTEMPTS + 1):
+            # The card is merged with the one of this very commit, and nobody's later commit is overwritten.
+            head = api.repo_info(repo.repo_id, revision=revision, repo_type=repo_type).sha
+            operations = [CommitOperationAdd(path, folder / path) for path in paths if path != "README.md"]
+            if "README.md" in paths:
+                card = sign(address((folder / "README.md").read_text(encoding="utf-8"), repo.repo_id))
+                with suppress(EntryNotFoundError):
+                    there = api.hf_hub_download(repo.repo_id, "README.md", revision=head, repo_type=repo_type)
+                    card = merge(Path(there).read_text(encoding="utf-8"), card)
+                operations.append(CommitOperationAdd("README.md", card.encode()))
+            try:
+                commit = api.create_commit(
+                    repo.repo_id,
+                    operations,
+                    commit_message=commit_message,
+                    revision=revision,
+                    create_pr=create_pr,
+                    parent_commit=head,
+                    repo_type=repo_type,
+                )
+                break
+            except HfHubHTTPError as error:
+                if error.response.status_code != 412 or attempt == _ATTEMPTS:
+                    raise
     except (HTTPError, OSError, RuntimeError) as error:
         raise PushError(_mend(error, repo_id)) from error
-    return str(repo)
+    return commit.pr_url or str(repo)
+
+
+def push_command(folder: str | os.PathLike, repo_id: str, private: bool = False) -> str:
+    """What a user types to push a folder whose push has failed."""
+    return f"hf-guided push {shlex.quote(str(folder))} {repo_id}" + (" --hub_private" if private else "")
+
+
+class BackgroundPush:
+    """Pushes a training's snapshots beside it, one at a time; whatever fails, the training goes on.
+
+    Args:
+        repo_id, private, token: As for [`push_folder`].
+
+    Attributes:
+        failure (`str` or `None`): What is wrong with the newest snapshot's push, if it is done and has failed.
+    """
+
+    def __init__(self, repo_id: str, *, private: bool | None = None, token: str | None = None):
+        self.repo_id, self.private, self.token = repo_id, private, token
+        self.failure: str | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a push is under way; its folder must not change until it is done."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, folder: Path, commit_message: str) -> None:
+        """Begins a push; the one before must be done."""
+        self._thread = threading.Thread(target=self._push, args=(folder, commit_message), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits for the push under way."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _push(self, folder: Path, commit_message: str) -> None:
+        had_bars = not are_progress_bars_disabled()
+        disable_progress_bars()  # the training has its own
+        try:
+            push_folder(folder, self.repo_id, private=self.private, token=self.token, commit_message=commit_message)
+            self.failure = None
+        except Exception as error:  # none of them may end the training
+            self.failure = str(error)
+        finally:
+            if had_bars:
+                enable_progress_bars()
 
 
 def _mend(error: BaseException, repo_id: str) -> str:
@@ -96,6 +210,8 @@ def _mend(error: BaseException, repo_id: str) -> str:
             return f"This token may not write to {repo_id}, being read-only or without rights there: {_LOGIN}."
         if status == 404:
             return f"The Hub has no {repo_id} that this token may see: check the name, or {_LOGIN}."
+        if status == 412:
+            return f"Others keep pushing to {repo_id} at the same time: push again when they are done."
         return f"Pushing to {repo_id} failed, the Hub answered {status}: {error.server_message or error}"
     if isinstance(error, HTTPError):
         return f"Pushing to {repo_id} failed, the Hub could not be reached: {error}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub_server import HubError, HubServer, User
+from hub_server import Commit, HubError, HubServer, User
 
 from hf_guided import ADMScheduler, ClassifierGuidedPipeline
 from hf_guided.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance
@@ -72,6 +72,9 @@ def test_a_folder_arrives_whole_in_one_commit_and_comes_back(hub, folder, tmp_pa
     pulled = client(PULL, hub, tmp_path / "reader", repo_id="ada/digits")
     received = contents(pulled.stdout.strip())
     assert received.pop(".gitattributes")
+    card = received.pop("README.md").decode()
+    assert 'from_pretrained("ada/digits"' in card  # the local one loads from its own folder
+    assert 'from_pretrained("."' in expected.pop("README.md").decode()
     assert received == expected
 
     # Again, to a branch, with one file changed: one more commit, there only, and nothing is uploaded twice.
@@ -190,3 +193,106 @@ def test_guidance_saved_with_a_pipeline_comes_from_the_hub(hub, tmp_path, tiny_u
     defaults, calls = json.loads(loaded.stdout)
     assert defaults == {"num_inference_steps": 3, "guidance": [kind.to_dict() for kind in guidance]}
     assert calls == {"unet": 3, "classifier": 2, "guide_unet": 3}
+
+
+def test_edits_of_the_card_on_the_hub_survive(hub, folder, tmp_path):
+    """Even those that are made while the push is under way."""
+    arguments = {"folder": folder, "repo_id": "ada/digits"}
+    assert client(PUSH, hub, tmp_path / "home", WRITE, **arguments).returncode == 0
+    repo = hub.repos["ada/digits"]
+
+    def edit(old, new):
+        head = repo.head()
+        card = head.files["README.md"].decode()
+        assert old in card
+        files = head.files | {"README.md": card.replace(old, new).encode()}
+        repo.add("main", Commit("Update README.md", files, head.large, parent=head.sha))
+
+    edit("## Training", "## Who made it\n\nAda.\n\n## Training")
+    raced = []
+
+    def race(_):
+        if not raced:
+            raced.append(edit("- Its images are made up", "- They are free.\n- Its images are made up"))
+
+    hub.before_commit = race
+    (folder / "scheduler/scheduler_config.json").write_text("{}")
+    write_model_card(folder, title="Digits", dataset="digits", class_names=["0", "1"], training={"steps": 7})
+    assert client(PUSH, hub, tmp_path / "home", WRITE, **arguments).returncode == 0
+    assert raced
+    card = repo.head().files["README.md"].decode()
+    for line in ("Ada.", "- They are free.", "| Steps | 7 |"):
+        assert line in card.splitlines()
+    assert "| Steps | 3 |" not in card
+    assert repo.head().files["scheduler/scheduler_config.json"] == b"{}"
+    assert [commit.message for commit in repo.history()] == [
+        "Upload with hf-guided", "Update README.md", "Update README.md", "Upload with hf-guided", "initial commit",
+    ]  # fmt: skip
+
+    # What is pushed twice is edited in the folder, too: the newer of a user's two versions counts.
+    for thanks in ("To Bob.", "To Bob and Eve."):
+        local = (folder / "README.md").read_text()
+        (folder / "README.md").write_text(local.partition("\n## Thanks")[0] + f"\n## Thanks\n\n{thanks}\n")
+        assert client(PUSH, hub, tmp_path / "home", WRITE, **arguments).returncode == 0
+    lines = repo.head().files["README.md"].decode().splitlines()
+    assert "To Bob and Eve." in lines
+    assert "To Bob." not in lines
+    assert "Ada." in lines
+
+
+def test_what_has_not_changed_is_not_sent_again(hub, folder, tmp_path):
+    arguments = {"folder": folder, "repo_id": "ada/digits"}
+    assert client(PUSH, hub, tmp_path / "home", WRITE, **arguments).returncode == 0
+    before = len(hub.requests)
+    again = client(PUSH, hub, tmp_path / "home", WRITE, **arguments)
+    assert again.returncode == 0, again.stderr
+    assert len(hub.repos["ada/digits"].history()) == 2
+    sent = [path for method, path, _ in hub.requests[before:] if method == "PUT" or "/commit/" in path]
+    assert sent == []
+
+
+def test_someone_who_keeps_pushing_is_told_of(hub, folder, tmp_path):
+    hub.add_repo("ada/digits")
+    numbers = iter(range(100))
+
+    def race(repo):
+        repo.add("main", Commit(f"{next(numbers)}", repo.head().files, frozenset(), parent=repo.head().sha))
+
+    hub.before_commit = race
+    pushed = client(PUSH, hub, tmp_path / "home", WRITE, folder=folder, repo_id="ada/digits")
+    message = pushed.stderr.strip().splitlines()[-1]
+    assert message.endswith("Others keep pushing to ada/digits at the same time: push again when they are done.")
+    assert set(hub.repos["ada/digits"].head().files) == {".gitattributes"}
+
+
+def cli(hub, home, token, *arguments):
+    """Runs `hf-guided push`."""
+    command = [sys.executable, "-m", "hf_guided.cli", "push", *map(str, arguments)]
+    return subprocess.run(command, env=hub.environment(home, token), capture_output=True, text=True, timeout=60)
+
+
+def test_command_line_to_branches_organisations_and_as_a_pull_request(folder, tmp_path):
+    with HubServer({WRITE: User("ada", orgs={"zoo": "write"}), READ: User("bob")}) as hub:
+        home = tmp_path / "home"
+        pushed = cli(hub, home, WRITE, folder, "zoo/digits", "--revision", "small", "--hub_private")
+        assert pushed.stdout.strip() == f"{hub.endpoint}/zoo/digits", pushed.stderr
+        assert hub.repos["zoo/digits"].private
+        assert "model_index.json" in hub.repos["zoo/digits"].head("small").files
+        assert "model_index.json" not in hub.repos["zoo/digits"].head().files
+
+        hub.add_repo("ada/digits")
+        asked = cli(hub, home, None, folder, "ada/digits", "--hub_token", READ, "--create_pr", "--commit_message", "Hi")
+        assert asked.returncode == 0, asked.stderr
+        assert asked.stdout.strip() == f"{hub.endpoint}/ada/digits/discussions/1"
+        assert hub.repos["ada/digits"].head("refs/pr/1").message == "Hi"
+        assert len(hub.repos["ada/digits"].history()) == 1
+
+        for arguments, sentence in [
+            ((folder,), "error: Name the repository to push to, user/name"),
+            ((folder, "ada/digits", "--judge", "ada/judge"), "error: --judge is for the page of --space"),
+            ((folder, "--space", "ada/page"), "error: A page shows a model of the Hub: say where"),
+            ((folder, "ada/digits", "--create_pr", "--revision", "x"), "error: A pull request is made to main"),
+        ]:
+            refused = cli(hub, home, WRITE, *arguments)
+            assert refused.returncode == 1
+            assert refused.stderr.strip().splitlines()[-1].startswith(sentence), refused.stderr

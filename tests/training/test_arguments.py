@@ -49,7 +49,7 @@ def test_every_key_is_a_flag():
         "variance_type": ["--loss_type", "simple"],
         "num_train_timesteps": ["--num_inference_steps", "2"],
     }
-    for field in dataclasses.fields(DiffusionArguments):
+    for field in filter(lambda field: field.init, dataclasses.fields(DiffusionArguments)):
         kind = next((name for name in arguments if name in str(field.type)), "str")
         value = valid.get(field.name) or field.metadata.get("choices", [arguments[kind]])[-1]
         argv = [f"--{field.name}", value, *beside.get(field.name, [])]

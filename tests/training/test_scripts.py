@@ -1,7 +1,6 @@
 """The scripts as users run them, on a folder of their own pictures."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,27 +75,89 @@ def test_the_whole_walk_on_a_folder_of_pictures(photos, tmp_path):
     assert json.loads((out / "report.json").read_text())["rows"] == report
 
 
-def test_pushes_the_finished_pipeline_in_one_commit(photos, tmp_path):
-    with HubServer({"hf_secret": User("me", "write")}) as hub:
-        flags = [*TINY_RUN, "--train_data_dir", str(photos), "--resolution", "8", "--max_train_steps", "1"]
-        flags += ["--output_dir", "out", "--push_to_hub", "--hub_model_id", "me/fruit"]
-        result = subprocess.run(
-            [sys.executable, "-m", "hf_guided.training.train_diffusion", *flags],
-            cwd=tmp_path,
-            env={**os.environ, **hub.environment(tmp_path / "home", "hf_secret"), "ACCELERATE_USE_CPU": "true"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        assert "Pushed to" in result.stderr
-        assert "hf_secret" not in result.stderr + result.stdout
-        assert len(hub.repos["me/fruit"].history()) == 2  # the Hub's own first commit, and ours
-        files = set(hub.repos["me/fruit"].head().files)
-    assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"} <= files
-    assert not any("checkpoint" in name for name in files)
+PUSHING = ["--push_to_hub", "--hub_model_id", "fruit", "--hub_license", "mit", "--checkpointing_steps", "1"]
+
+
+def push(hub, script, *flags, cwd, token="hf_secret"):
+    """Runs a script, whose folders the Hub then has."""
+    return subprocess.run(
+        [sys.executable, "-m", f"hf_guided.{script}", *flags],
+        cwd=cwd,
+        env={**hub.environment(cwd / "home", token), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def hub():
+    with HubServer({"hf_secret": User("me"), "hf_other": User("you")}) as server:
+        yield server
+
+
+def test_pushes_at_checkpoints_and_at_the_end(photos, tmp_path, hub):
+    flags = [*TINY_RUN, "--train_data_dir", str(photos), "--resolution", "8", "--output_dir", "out", *PUSHING]
+    hub.delay("POST", "/api/models/.*/preupload/.*", 0.2)  # the training does not wait for it
+    result = push(hub, "training.train_diffusion", *flags, "--max_train_steps", "12", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Pushed to" in result.stderr
+    assert "hf_secret" not in result.stderr + result.stdout
+    last, *before, first = hub.repos["me/fruit"].history()
+    assert last.message == "Upload with hf-guided"
+    assert first.message == "initial commit"
+    steps = [int(commit.message.removeprefix("Training, step ").removesuffix(" of 12")) for commit in before]
+    assert 1 <= len(steps) < 11  # those that came while another was under way were left out
+    assert steps == sorted(steps, reverse=True)
+    for commit in (last, *before):  # each is whole, and says how far it is
+        assert {
+            "model_index.json",
+            "unet/diffusion_pytorch_model.safetensors",
+            "scheduler/scheduler_config.json",
+            "README.md",
+        } <= set(commit.files)
+        assert not any("checkpoint" in name for name in commit.files)
+        assert b"license: mit" in commit.files["README.md"]
+        assert b'from_pretrained("me/fruit")' in commit.files["README.md"]
+    weights = [commit.files["unet/diffusion_pytorch_model.safetensors"] for commit in (last, *before)]
+    assert len(set(weights)) == len(weights)
+    assert f"{steps[0]} of 12 steps of 4 images so far" in before[0].files["README.md"].decode()
+    assert "| Steps | 12 steps of 4 images, in 0." in last.files["README.md"].decode()
+    assert b"![Samples, one row per class](grid.png)" in last.files["README.md"]
+    assert last.files["grid.png"].startswith(b"\x89PNG")
+    assert not (tmp_path / "out" / "diffusion" / "snapshot").exists()
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or b"hf_secret" not in path.read_bytes()
+
+
+def test_a_push_that_fails_does_not_stop_the_training(photos, tmp_path, hub):
+    flags = [*TINY_RUN, "--train_data_dir", str(photos), "--resolution", "8", "--output_dir", "out", *PUSHING]
+    hub.fail("POST", "/api/models/me/fruit/commit/main", 403, times=100)
+    result = push(hub, "training.train_classifier", *flags, "--max_train_steps", "4", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "The push of the newest snapshot failed: This token may not write to me/fruit" in result.stderr
+    error, hint, command = result.stderr.strip().splitlines()[-3:]
+    assert error.startswith("error: This token may not write to me/fruit")
+    assert hint == "All is trained and saved. To push it:"
+    assert len(hub.repos["me/fruit"].history()) == 1
+    saved = (tmp_path / "out" / "classifier" / "model" / "model.safetensors").read_bytes()
+
+    hub.heal()
+    assert command.split()[:2] == ["hf-guided", "push"]
+    finished = push(hub, "cli", *command.split()[1:], cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert hub.repos["me/fruit"].head().files["model.safetensors"] == saved
+    assert {"preprocessor_config.json", "inspection.json"} <= set(hub.repos["me/fruit"].head().files)
+
+
+def test_who_may_not_push_hears_it_before_the_training(photos, tmp_path, hub):
+    flags = [*TINY_RUN, "--train_data_dir", str(photos), "--resolution", "8", "--max_train_steps", "1"]
+    flags += ["--push_to_hub", "--hub_model_id", "me/fruit"]
+    result = push(hub, "training.train_diffusion", *flags, cwd=tmp_path, token="hf_other")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: This token may not write to me/fruit")
+    assert not list(tmp_path.rglob("checkpoint-*"))
 
 
 def test_mistakes_end_in_one_sentence(photos, tmp_path):

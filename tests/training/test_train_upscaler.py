@@ -54,10 +54,10 @@ def test_the_script_leaves_a_pipeline_a_picture_and_numbers(photos, tmp_path, mo
         assert said in result.stderr
 
     out = tmp_path / "out" / "upscaler"
-    report = json.loads((out / "report.json").read_text())
+    report = json.loads((out / "pipeline" / "report.json").read_text())
     assert set(report) == {"bicubic", "sample"}
     assert all(value >= 0 for row in report.values() for value in row.values())
-    for name in ("grid.png", "preview-000004.png"):
+    for name in ("pipeline/grid.png", "preview-000004.png"):
         picture = Image.open(out / name)
         assert picture.width > 5 * 56  # five columns of enlarged pictures
     pipe = ClassifierGuidedUpscalePipeline.from_pretrained(out / "pipeline")
@@ -69,13 +69,13 @@ def test_the_script_leaves_a_pipeline_a_picture_and_numbers(photos, tmp_path, mo
 
     # the same command again: nothing is trained anew, and all is as before
     weights = out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
-    before = weights.read_bytes(), (out / "grid.png").read_bytes()
+    before = weights.read_bytes(), (out / "pipeline" / "grid.png").read_bytes()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_upscaler.py", *flags, "--output_dir", "out"])
     monkeypatch.setattr(UpscalerTask, "losses", lambda *args: pytest.fail("trained again"))
     script.main()
-    assert (weights.read_bytes(), (out / "grid.png").read_bytes()) == before
-    assert json.loads((out / "report.json").read_text()) == report
+    assert (weights.read_bytes(), (out / "pipeline" / "grid.png").read_bytes()) == before
+    assert json.loads((out / "pipeline" / "report.json").read_text()) == report
 
 
 def test_stopped_and_gone_on_with_it_ends_with_the_same_bits(photos, tmp_path, monkeypatch):

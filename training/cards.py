@@ -1,0 +1,55 @@
+"""What model cards say of a training: its data, its steps and time, its machine."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from hf_guided.data import DataArguments, LabelledImages
+from hf_guided.training.arguments import LoopArguments, RunArguments
+from hf_guided.training.checkpoints import list_checkpoints, read_state
+
+
+def describe_data(data_args: DataArguments) -> dict[str, Any]:
+    """What it was trained on."""
+    return {"dataset": Path(data_args.source).name, "dataset_id": on_hub(data_args.dataset_name)}
+
+
+def on_hub(name: str | None) -> str | None:
+    """The name, if it is one of the Hub's."""
+    return name if name and name.count("/") == 1 and not Path(name).exists() else None
+
+
+def describe_images(images: tuple[LabelledImages, LabelledImages | None]) -> str:
+    """How many there were."""
+    return f"{len(images[0])} to train on, {len(images[1] or ())} held out"
+
+
+def describe_steps(args: LoopArguments, stage: str) -> str:
+    """How long a stage was trained, in steps and, as its newest checkpoint tells, in time."""
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
+    text = f"{args.max_train_steps} steps of {batch_size} images"
+    checkpoints = list_checkpoints(Path(args.output_dir) / stage)
+    if not checkpoints:
+        return text
+    state = read_state(checkpoints[-1])
+    minutes = state["seconds"] / 60
+    if state["step"] < args.max_train_steps:
+        text = f"{state['step']} of {text} so far"
+    return f"{text}, in {f'{minutes / 60:.1f} hours' if minutes > 90 else f'{minutes:.1f} minutes'}"
+
+
+def describe_run(args: RunArguments) -> dict[str, Any]:
+    """What it was trained with."""
+    is_gpu = PartialState().device.type == "cuda"
+    hardware = torch.cuda.get_device_name() if is_gpu else f"{torch.get_num_threads()} CPU threads"
+    packages = ("hf-guided", "torch", "diffusers", "transformers", "accelerate")
+    return {
+        "recipe": args.recipe,
+        "seed": args.seed,
+        "hardware": f"{hardware}, {platform.system()}, {PartialState().num_processes} process(es)",
+        "versions": {name: version(name) for name in packages},
+    }
