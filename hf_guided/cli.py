@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -136,11 +137,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.set_defaults(run=convert)
 
     command = commands.add_parser("push", help="push a finished pipeline or model to the Hub, in one commit")
-    command.add_argument("folder", help="what save_pretrained or training wrote")
-    command.add_argument("repo_id", metavar="user/name", help="the repository, made if there is none")
+    command.add_argument("folder", help="what save_pretrained or training wrote; with --space alone, a name on the Hub")
+    command.add_argument("repo_id", nargs="?", metavar="user/name", help="the repository, made if there is none")
+    command.add_argument("--revision", metavar="BRANCH", help="the branch, made if there is none; default: main")
+    command.add_argument("--create_pr", action="store_true", help="propose the commit as a pull request")
+    command.add_argument("--commit_message", default="Upload with hf-guided", help="default: %(default)s")
+    command.add_argument(
+        "--standalone",
+        action="store_true",
+        help="let the repository carry its code, so that it loads with trust_remote_code=True and without this package",
+    )
+    command.add_argument("--space", metavar="user/space", help="also push the page of `hf-guided demo`, as a Space")
+    command.add_argument("--judge", metavar="MODEL", help="of that page: the classifier on the Hub that judges")
     command.add_argument("--hub_private", action="store_true", help="make a new repository private")
     command.add_argument("--hub_token", metavar="TOKEN", help="default: the saved login, or HF_TOKEN")
     command.set_defaults(run=push)
+
+    command = commands.add_parser("demo", help="a page to play with a pipeline in the browser")
+    command.add_argument("model", help="a pipeline's folder, or its name on the Hub")
+    command.add_argument("--judge", metavar="MODEL", help="a classifier that does not guide, to judge the samples")
+    command.add_argument(
+        "--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone; 0.0.0.0 lets others in"
+    )
+    command.add_argument("--port", type=count, default=7860, help="default: 7860")
+    command.set_defaults(run=demo)
 
     args = parser.parse_args(join_flags(sys.argv[1:] if argv is None else argv))
     use_processor()
@@ -717,9 +737,9 @@ def convert(args: argparse.Namespace) -> None:
     if args.push_to_hub:
         if not args.hub_model_id:
             raise ValueError("--push_to_hub needs --hub_model_id user/name to know where.")
-        from .hub.push import check_login
+        from .hub.push import prepare_push
 
-        check_login(args.hub_token)
+        args.hub_model_id = prepare_push(args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
 
     from .conversion.convert import convert_checkpoint
 
@@ -740,10 +760,62 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def push(args: argparse.Namespace) -> None:
-    """Pushes a folder to the Hub."""
+    """Pushes a folder to the Hub, and the page that shows it."""
     from .hub import push_folder
+    from .hub.push import prepare_push
 
-    print(push_folder(args.folder, args.repo_id, private=args.hub_private or None, token=args.hub_token))
+    access = {"private": args.hub_private or None, "token": args.hub_token}
+    if args.repo_id is None and args.space is None:
+        raise ValueError("Name the repository to push to, user/name; or, for a page of a model there, --space.")
+    if args.judge and not args.space:
+        raise ValueError("--judge is for the page of --space; add that, or leave it out.")
+    if args.repo_id is not None:
+        url = push_folder(
+            args.folder,
+            args.repo_id,
+            commit_message=args.commit_message,
+            revision=args.revision,
+            create_pr=args.create_pr,
+            standalone=args.standalone,
+            **access,
+        )
+        print(url)
+    elif Path(args.folder).exists():
+        raise ValueError(f"A page shows a model of the Hub: say where {args.folder} goes, as user/name before --space.")
+    if args.space is not None:
+        from tempfile import TemporaryDirectory
+
+        from .hub.space import write_space
+
+        with TemporaryDirectory() as folder:
+            model_id = args.folder if args.repo_id is None else prepare_push(args.repo_id, **access)
+            write_space(folder, model_id=model_id, judge_id=args.judge)
+            print(push_folder(folder, args.space, repo_type="space", **access))
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Serves a page to play with a pipeline until it is stopped."""
+    from .demo import build_demo, launch_demo
+    from .processes import join_processes
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        state = join_processes()
+        pipe = load_guided(args.model, state)
+        judge = load_extractors([args.judge], pipe, state)[0] if args.judge else None
+        url = launch_demo(build_demo(pipe, judge, shown_name(args.model)), args.host, args.port)
+        print(f"The demo of {args.model} is at {url} until Ctrl-C.", flush=True)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr, flush=True)
+        os._exit(1)  # an orderly end is aborted by the threads of a walk under way
+
+
+def shown_name(model: str) -> str:
+    """What a page calls a model: its name on the Hub, or the part of its folder's path that says something."""
+    if not Path(model).exists():
+        return model
+    return next(part for part in reversed(Path(model).absolute().parts) if part not in ("pipeline", "model"))
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ from ..guidance import ClassifierGuidance, Guidance, guidance_from_dict
 from ..guidance.base import GradientGuidance, broken_images
 from ..guidance.labels import spellings
 from ..guidance.steering import SamplingCost, Steering
-from ..models.classifier_adm import ADMForImageClassification
-from ..models.unet_adm import ADMUNet2DModel
+from ..models.classifier_adm import ADMForImageClassification  # noqa: F401
+from ..models.unet_adm import ADMUNet2DModel  # noqa: F401
 from ..schedulers.predictions import SPACINGS, alpha_bar_at, check_solver, correct_prediction, warn_of_overshoot
 from ..schedulers.repaint import RePaint, jump_positions
 from ..schedulers.schedules import space_timesteps
-from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler
+from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler  # noqa: F401
 
 Labels = int | str | Sequence[int | str] | torch.Tensor
 Images = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image | np.ndarray | torch.Tensor]
@@ -82,11 +82,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: ADMUNet2DModel | ModelMixin,
-        scheduler: ADMScheduler | SchedulerMixin,
-        classifier: ADMForImageClassification | PreTrainedModel | None = None,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        classifier: PreTrainedModel | None = None,
         classifier_processor: BaseImageProcessor | None = None,
-        guide_unet: ADMUNet2DModel | ModelMixin | None = None,
+        guide_unet: ModelMixin | None = None,
         id2label: dict | None = None,
         sampling_defaults: dict | None = None,
         clean_classifier: PreTrainedModel | None = None,
@@ -130,6 +130,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """Height and width in pixels that the UNet is made for."""
         size = self.unet.config.sample_size
         return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def has_adm_scheduler(self) -> bool:
+        """Whether the scheduler is an [`ADMScheduler`], this package's or one of a repository that has its code."""
+        return getattr(self.scheduler, "takes_gradient", False)
 
     def set_sampling_defaults(self, **defaults: Any) -> None:
         """Replaces the defaults that `save_pretrained` writes beside the components.
@@ -401,7 +406,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             )
         if mask_image is None:
             return original, None
-        if not isinstance(self.scheduler, ADMScheduler):
+        if not self.has_adm_scheduler:
             raise ValueError(
                 f"mask_image needs a scheduler that can jump back in its walk, ADMScheduler; "
                 f"{type(self.scheduler).__name__} cannot."
@@ -454,7 +459,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         options: dict[str, Any] = {"eta": eta, "generator": generators}
         if variance_noise is not None:  # beside which DDIM of diffusers takes no generator
             options = {"eta": eta, "variance_noise": variance_noise}
-        if isinstance(self.scheduler, ADMScheduler):
+        if self.has_adm_scheduler:
             output = self.scheduler.step(
                 model_output, timestep, latents, gradient=gradient, previous=previous, **options
             )
@@ -580,7 +585,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                     "condition_unet=False needs a UNet with a null label (null_class_label=True), trained with label "
                     "dropout; this one must be told the classes."
                 )
-        if not isinstance(self.scheduler, ADMScheduler):
+        if not self.has_adm_scheduler:
             check_solver(self.scheduler, shifted=any(isinstance(kind, GradientGuidance) for kind in kinds))
         for kind in kinds:
             kind.check(self, labels, condition_unet)
@@ -601,7 +606,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if defaulted:
             names = ("num_inference_steps", "respacing", "timesteps")
             given = {name: value for name in names if (value := self.default(name, None)) is not None}
-        if not isinstance(self.scheduler, ADMScheduler):
+        if not self.has_adm_scheduler:
             if "respacing" in given:
                 kept = space_timesteps(self.scheduler.config.num_train_timesteps, given.pop("respacing"))
                 given["timesteps"] = kept[::-1]

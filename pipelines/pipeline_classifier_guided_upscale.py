@@ -12,9 +12,6 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.samples import read_samples
 from ..guidance import Guidance
-from ..models.classifier_adm import ADMForImageClassification
-from ..models.unet_adm import ADMUNet2DModel
-from ..schedulers.scheduling_adm import ADMScheduler
 from .pipeline_classifier_guided import (
     ClassifierGuidedPipeline,
     GuidedPipelineOutput,
@@ -43,11 +40,11 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
 
     def __init__(
         self,
-        unet: ADMUNet2DModel | ModelMixin,
-        scheduler: ADMScheduler | SchedulerMixin,
-        classifier: ADMForImageClassification | PreTrainedModel | None = None,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        classifier: PreTrainedModel | None = None,
         classifier_processor: BaseImageProcessor | None = None,
-        guide_unet: ADMUNet2DModel | ModelMixin | None = None,
+        guide_unet: ModelMixin | None = None,
         id2label: dict | None = None,
         sampling_defaults: dict | None = None,
         clean_classifier: PreTrainedModel | None = None,

@@ -225,9 +225,26 @@ def write_model_card(
     return path
 
 
-def address(card: str, repo_id: str) -> str:
-    """Makes the usage of a card load from a repository what it loaded from the current folder."""
-    return re.sub(r'(from_pretrained\(|model=)"\."', rf'\1"{repo_id}"', card)
+def address(card: str, repo_id: str, standalone: bool = False) -> str:
+    """Makes the usage of a card load from a repository what it loaded from the current folder.
+
+    Args:
+        card (`str`): The card.
+        repo_id (`str`): The repository.
+        standalone (`bool`, defaults to `False`): It carries its code, and needs no package but diffusers' own.
+    """
+    card = re.sub(r'(from_pretrained\(|model=)"\."', rf'\1"{repo_id}"', card)
+    if standalone:
+        card = card.replace("`pip install hf-guided`, then:", "`pip install torch diffusers transformers`, then:")
+        card = re.sub(r"from hf_guided import \w*Pipeline", "from diffusers import DiffusionPipeline", card)
+        card = re.sub(
+            r"ClassifierGuided\w*Pipeline\.from_pretrained\((.*?)\)\n",
+            r"DiffusionPipeline.from_pretrained(\1, trust_remote_code=True)\n",
+            card,
+        )
+        card = card.replace("from hf_guided import ADMForImageClassification  # makes it known to transformers\n", "")
+        card = re.sub(r'(pipeline\("image-classification".*?)\)\n', r"\1, trust_remote_code=True)\n", card)
+    return card
 
 
 def _eval_results(

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import (
     DEFAULT_IGNORE_PATTERNS,
@@ -17,11 +17,14 @@ from huggingface_hub.utils import (
     filter_repo_objects,
 )
 
+from .. import _MODULE_OF
 from .card_edits import merge, sign
 from .model_card import address
 
 # What training leaves beside a finished pipeline. A star also matches slashes.
 _IGNORED = ["checkpoint-*", "*/checkpoint-*", "logs/*", "*/logs/*", "*.log", "*.tmp", "*tfevents*", "*__pycache__*"]
+# What a repository that carries its code may have of it, see `write_standalone`.
+_CODE_FILES = {f"{module.rpartition('.')[2]}.py" for module in _MODULE_OF.values()}
 _MODEL_FILES = ("model_index.json", "config.json")
 _ATTEMPTS = 3  # where others push to the same branch at the same time
 
@@ -122,12 +125,19 @@ def push_folder(
         for attempt in range(1, _ATTEMPTS + 1):
             # The card is merged with the one of this very commit, and nobody's later commit is overwritten.
             head = api.repo_info(repo.repo_id, revision=revision, repo_type=repo_type).sha
-            operations = [CommitOperationAdd(path, folder / path) for path in paths if path != "README.md"]
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [
+                CommitOperationAdd(path, folder / path) for path in paths if path != "README.md"
+            ]
+            # The code that an earlier push may have brought does not stay beside a model that no longer uses it.
+            there = api.list_repo_files(repo.repo_id, revision=head, repo_type=repo_type)
+            stale = [path for path in there if Path(path).name in _CODE_FILES and path not in paths]
+            operations += [CommitOperationDelete(path) for path in stale if repo_type == "model"]
             if "README.md" in paths:
-                card = sign(address((folder / "README.md").read_text(encoding="utf-8"), repo.repo_id))
+                card = (folder / "README.md").read_text(encoding="utf-8")
+                card = sign(address(card, repo.repo_id, standalone=not _CODE_FILES.isdisjoint(paths)))
                 with suppress(EntryNotFoundError):
-                    there = api.hf_hub_download(repo.repo_id, "README.md", revision=head, repo_type=repo_type)
-                    card = merge(Path(there).read_text(encoding="utf-8"), card)
+                    edited = api.hf_hub_download(repo.repo_id, "README.md", revision=head, repo_type=repo_type)
+                    card = merge(Path(edited).read_text(encoding="utf-8"), card)
                 operations.append(CommitOperationAdd("README.md", card.encode()))
             try:
                 commit = api.create_commit(

@@ -1,9 +1,8 @@
 """Filling holes with an unconditional walk: RePaint (arXiv 2201.09865)."""
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-
-from .scheduling_adm import ADMScheduler
 
 
 def jump_positions(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
@@ -44,7 +43,7 @@ class RePaint:
         mask (`torch.Tensor` of shape `(1 or batch, 1, height, width)`, bool): Where they are to be made anew.
     """
 
-    def __init__(self, scheduler: ADMScheduler, original: torch.Tensor, mask: torch.Tensor):
+    def __init__(self, scheduler: SchedulerMixin, original: torch.Tensor, mask: torch.Tensor):
         self.scheduler = scheduler
         self.original = original
         self.mask = mask

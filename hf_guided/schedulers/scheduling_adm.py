@@ -73,6 +73,7 @@ class ADMScheduler(SchedulerMixin, ConfigMixin):
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
+    takes_gradient = True  # schedulers of diffusers are handed a corrected prediction instead
 
     @register_to_config
     def __init__(

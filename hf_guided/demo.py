@@ -1,0 +1,691 @@
+"""A page to play with a pipeline: samples as they are denoised, and the same noise at several guidance scales."""
+
+import base64
+import html
+import io
+import queue
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image
+
+from .data.samples import to_picture
+from .evaluation.evaluate import check_independent, judged_labels
+from .evaluation.features import FeatureExtractor
+from .evaluation.pictures import labelled_grid
+from .evaluation.sampling import to_8_bit
+from .evaluation.sources import SampledImages
+from .evaluation.sweep import guidance_at
+from .guidance import ClassifierGuidance, guidance_from_dict
+from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from .schedulers.predictions import check_solver, original_of
+from .schedulers.scheduling_adm import FEW_STEPS, ADMScheduler
+
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ImportError('The demo needs gradio; install it with: pip install "hf-guided[demo]"') from error
+
+MAX_IMAGES, MAX_PIXELS = 16, 2**20  # at once, and of all of them together
+MAX_SCALES, MAX_SCALE = 6, 30
+MAX_SEED = 2**31 - 1
+MAX_WAITING = 20  # people in the queue
+FEWEST_STEPS = 2
+_FRAMES = 12  # of a walk that are shown whatever its speed; of a slow one also those in between
+_SECONDS_SHOWN, _SECONDS_BETWEEN = 0.06, 0.3  # a frame at least; frames in between at most so often
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A way to take the noise away.
+
+    Args:
+        name (`str`): What it is called on the page.
+        make (`Callable`): Its scheduler, for the diffusion of another; `None` copies that one.
+        max_steps (`int`): More gain nothing.
+        even_stride (`bool`): Its timesteps lie a whole number apart from 0 on, as published for DDIM.
+    """
+
+    name: str
+    make: Callable[[Any], Any]
+    max_steps: int = 100
+    even_stride: bool = False
+
+    def spacing(self, steps: int, num_train_timesteps: int) -> dict[str, Any]:
+        """The pipeline's argument for a number of steps."""
+        if not self.even_stride:
+            return {"num_inference_steps": steps}
+        return {"timesteps": list(range(0, num_train_timesteps, num_train_timesteps // steps))[:steps][::-1]}
+
+
+def _ours(algorithm_type: str, solver_order: int) -> Callable[[Any], Any]:
+    options = {"algorithm_type": algorithm_type, "solver_order": solver_order}
+    return lambda scheduler: ADMScheduler.from_config(scheduler.config, **options)
+
+
+def _theirs(kind: str) -> Callable[[Any], Any]:
+    return lambda scheduler: getattr(diffusers, kind).from_config(scheduler.config)
+
+
+OUR_SOLVERS = {
+    ("ddpm", 2): Solver("SDE-DPM-Solver++(2M)", _ours("ddpm", 2)),
+    ("ddim", 2): Solver("DPM-Solver++(2M)", _ours("ddim", 2)),
+    ("ddpm", 1): Solver("DDPM, as published", _ours("ddpm", 1), 250),
+    ("ddim", 1): Solver("DDIM, as published", _ours("ddim", 1), 250, even_stride=True),
+}
+THEIR_SOLVERS = (
+    Solver("Euler ancestral", _theirs("EulerAncestralDiscreteScheduler")),
+    Solver("Euler", _theirs("EulerDiscreteScheduler")),
+    Solver("UniPC", _theirs("UniPCMultistepScheduler")),
+)
+
+
+def solvers_of(pipe: ClassifierGuidedPipeline) -> list[Solver]:
+    """The solvers that a pipeline can be sampled with, its own first."""
+    scheduler = pipe.scheduler
+    if isinstance(scheduler, ADMScheduler):
+        own = OUR_SOLVERS[scheduler.config.algorithm_type, scheduler.config.solver_order]
+        solvers = list(OUR_SOLVERS.values())
+    else:
+        own = Solver(type(scheduler).__name__, lambda one: type(one).from_config(one.config))
+        solvers = []
+
+    def works(solver: Solver) -> bool:
+        try:
+            check_solver(solver.make(scheduler), shifted=True)
+        except ValueError:
+            return False
+        return True
+
+    return [own, *(solver for solver in solvers if solver != own), *filter(works, THEIR_SOLVERS)]
+
+
+class Studio:
+    """A pipeline that several people sample from, one after the other, and a judge. Nothing of the pipeline changes.
+
+    Args:
+        pipe ([`ClassifierGuidedPipeline`]): Makes the images.
+        judge ([`~hf_guided.evaluation.features.FeatureExtractor`], *optional*): A classifier that does not guide.
+
+    Raises:
+        `ValueError`: For a pipeline that upsamples or whose images are no pictures, and a judge that guides or does not
+            know its classes.
+    """
+
+    def __init__(self, pipe: ClassifierGuidedPipeline, judge: FeatureExtractor | None = None):
+        if pipe.unet.config.get("low_res_channels") is not None:
+            raise ValueError(
+                "This pipeline makes large pictures of small ones, and needs some to begin with; use hf-guided upscale."
+            )
+        if pipe.unet.config.in_channels not in (1, 3):
+            raise ValueError(f"Images of {pipe.unet.config.in_channels} channels are no pictures to show.")
+        self.pipe, self.judge = pipe, judge
+        self.solvers = {solver.name: solver for solver in solvers_of(pipe)}
+        self.num_train_timesteps = pipe.scheduler.config.num_train_timesteps
+        height, width = pipe.sample_size
+        self.max_images = max(1, min(MAX_IMAGES, MAX_PIXELS // (height * width)))
+        self.label_of = _named_apart(pipe.id2label, pipe.num_classes or 0)
+        self.guidance = self._one_guidance()
+        self.can_hide_class = self.guidance is not None and self._works(self.guidance, condition_unet=False)
+        self.judged: Any = None if judge is None else self._judged_classes(judge)
+        self._computing = threading.Lock()
+
+    def _one_guidance(self) -> Any:
+        """The guidance whose scale can be set: the one kind that is saved, or the classifier's; `None` without one."""
+        saved = self.pipe.default("guidance", None)
+        if saved is None:
+            scale = self.pipe.default("guidance_scale", 1.0)
+            kinds: list[Any] = [] if self.pipe.classifier is None else [ClassifierGuidance(scale)]
+        else:
+            kinds = [guidance_from_dict(kind) for kind in saved]
+        return kinds[0] if len(kinds) == 1 and self._works(kinds[0], condition_unet=True) else None
+
+    def _works(self, guidance: Any, condition_unet: bool) -> bool:
+        labels = self.pipe.resolve_labels([0]) if self.label_of else None
+        try:
+            self.pipe.check_inputs(labels, [guidance], condition_unet, "latent", [])
+        except ValueError:
+            return False
+        tells = self.pipe.unet.config.num_class_embeds is not None
+        return condition_unet or tells
+
+    def _judged_classes(self, judge: FeatureExtractor) -> Any:
+        """The judge's id of each class."""
+        check_independent(self.pipe, judge)
+        if not self.label_of:
+            raise ValueError(f"This pipeline has no classes, so {judge.name} has nothing to judge; leave it out.")
+        notes: list[str] = []
+        judged = judged_labels(SampledImages(self.pipe, torch.arange(len(self.label_of))), judge, notes)
+        if judged is None:
+            reason = notes[0] if notes else "it has no classes with names"
+            raise ValueError(f"{judge.name} cannot judge this pipeline's samples: {reason}")
+        return judged
+
+    def default_steps(self, solver: Solver) -> int:
+        """The saved number of steps of the pipeline's own solver, or what is usual."""
+        usual = FEW_STEPS if solver.max_steps <= 100 else 100
+        saved = self.pipe.default("num_inference_steps", usual) if solver.name == next(iter(self.solvers)) else usual
+        return min(saved, self.max_steps(solver))
+
+    def max_steps(self, solver: Solver) -> int:
+        return min(solver.max_steps, self.num_train_timesteps - 1)
+
+    def order(self, name: Any, num_images: Any, seed: Any, solver_name: Any, steps: Any, tell_unet: Any) -> "Order":
+        """What a browser, or anyone, asks for; checked, for it may be anything.
+
+        Raises:
+            `ValueError`: If it cannot be had, with what can be.
+        """
+        if self.label_of and not (isinstance(name, str) and name in self.label_of):
+            raise ValueError(f"There is no class {_told(name)}; choose one of the list.")
+        if not isinstance(solver_name, str) or solver_name not in self.solvers:
+            raise ValueError(f"There is no solver {_told(solver_name)}; take one of {', '.join(self.solvers)}.")
+        if not isinstance(tell_unet, bool):
+            raise ValueError(f"Whether the UNet is told the class is yes or no, not {_told(tell_unet)}.")
+        solver = self.solvers[solver_name]
+        return Order(
+            label=self.label_of[name] if self.label_of else None,
+            name=name if self.label_of else "picture",
+            num_images=whole_number("The number of pictures", num_images, 1, self.max_images),
+            seed=whole_number("The seed", seed, 0, MAX_SEED),
+            solver=solver,
+            steps=whole_number("The number of steps", steps, FEWEST_STEPS, self.max_steps(solver)),
+            tell_unet=tell_unet or not self.can_hide_class,
+        )
+
+    def walk(self, order: "Order", scale: float | None) -> Iterator["Frame"]:
+        """Samples, and shows the clean pictures that the model expects on the way; the last frame is the samples.
+
+        Closing the iterator stops the walk at its next step.
+        """
+        frames: queue.SimpleQueue[Frame | Exception] = queue.SimpleQueue()
+        stopped = threading.Event()
+
+        def compute() -> None:
+            try:
+                with self._computing:  # of a walk that was stopped, a step may still be under way
+                    frames.put(self._compute(order, scale, frames.put, stopped))
+            except Exception as error:
+                frames.put(error)
+
+        threading.Thread(target=compute, daemon=True).start()
+        try:
+            while True:
+                frame = frames.get()
+                if isinstance(frame, Exception):
+                    raise frame
+                yield frame
+                if frame.is_last:
+                    return
+                time.sleep(_SECONDS_SHOWN)
+        finally:
+            stopped.set()
+
+    def _compute(
+        self, order: "Order", scale: float | None, show: Callable[["Frame"], None], stopped: threading.Event
+    ) -> "Frame":
+        scheduler = order.solver.make(self.pipe.scheduler)
+        config = self.pipe.config
+        pipe = ClassifierGuidedPipeline(
+            **{**self.pipe.components, "scheduler": scheduler},
+            id2label=config.id2label,
+            sampling_defaults=config.sampling_defaults,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        num_steps, channels = order.steps, pipe.unet.config.in_channels
+        before: torch.Tensor | None = None
+        shown = time.monotonic()
+
+        def on_step_end(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            nonlocal before, shown
+            if stopped.is_set():
+                raise StoppedError
+            is_due = step % -(-num_steps // _FRAMES) == 0 or time.monotonic() - shown > _SECONDS_BETWEEN
+            if is_due and step + 1 < num_steps:
+                shown = time.monotonic()
+                images = tensors["latents"]
+                if before is not None:
+                    images = expected_images(scheduler, tensors["model_output"][:, :channels], before, timestep)
+                elif scheduler.init_noise_sigma != 1:
+                    images = images / scheduler.init_noise_sigma
+                show(Frame(step + 1, num_steps, to_8_bit(images).cpu()))
+            before = tensors["latents"]
+            return {}
+
+        if stopped.is_set():  # while it waited
+            raise StoppedError
+        samples: Any = pipe(
+            order.label,
+            order.num_images,
+            **order.solver.spacing(num_steps, self.num_train_timesteps),
+            **({} if scale is None else guidance_at(pipe, scale)),
+            condition_unet=order.tell_unet,
+            generator=torch.Generator().manual_seed(order.seed),
+            output_type="latent",
+            callback_on_step_end=on_step_end,
+            callback_on_step_end_tensor_inputs=["latents", "model_output"],
+        )
+        return Frame(num_steps, num_steps, to_8_bit(samples.images).cpu(), is_last=True)
+
+    def verdicts(self, order: "Order", images: torch.Tensor) -> list[str | None] | None:
+        """For each image `None` where the judge sees the class asked for, or else what it sees; `None` without one."""
+        if self.judge is None:
+            return None
+        probabilities, names = self.judge(images).probabilities, self.judge.id2label
+        assert probabilities is not None
+        assert names is not None
+        wanted = self.judged[order.label]
+        return [None if seen == wanted else names[seen] for seen in probabilities.argmax(axis=1).tolist()]
+
+
+class StoppedError(Exception):
+    """Nobody waits for the rest of a walk."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A checked request for samples."""
+
+    label: int | None
+    name: str
+    num_images: int
+    seed: int
+    solver: Solver
+    steps: int
+    tell_unet: bool
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Images `(n, channels, height, width)`, uint8, after a step of a walk."""
+
+    step: int
+    num_steps: int
+    images: torch.Tensor
+    is_last: bool = False
+
+
+def expected_images(scheduler: Any, prediction: torch.Tensor, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
+    """The clean images that the UNet expects of noisy ones, as exactly as a glance needs."""
+    alpha_bar = scheduler.alphas_cumprod[int(timestep)].item()
+    if scheduler.init_noise_sigma != 1:  # such schedulers reckon with image + sigma * noise
+        sample = sample * alpha_bar**0.5
+    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    return original_of(prediction, sample, alpha_bar, prediction_type).clamp(-1, 1)
+
+
+def whole_number(what: str, value: Any, low: int, high: int) -> int:
+    """A whole number within bounds.
+
+    Raises:
+        `ValueError`: If it is none; the bounds are named.
+    """
+    return int(number(what, value, low, high, kind="whole number"))
+
+
+def number(what: str, value: Any, low: float, high: float, kind: str = "number") -> float:
+    """A number within bounds.
+
+    Raises:
+        `ValueError`: If it is none; the bounds are named.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (kind == "whole number" and value != int(value)):
+        raise ValueError(f"{what} is a {kind} from {low:,} to {high:,}, not {_told(value)}.")
+    return value
+
+
+def scales_of(text: Any) -> list[float]:
+    """Guidance scales of a text such as `"0, 1, 3"`, in its order.
+
+    Raises:
+        `ValueError`: If they are none, or too many.
+    """
+    parts = text.split(",") if isinstance(text, str) else []
+    if not 1 <= len(parts) <= MAX_SCALES:
+        raise ValueError(f"Give 1 to {MAX_SCALES} scales with commas between them, such as 0, 1, 3, 10.")
+    return [number("A scale", _float(part), 0, MAX_SCALE) for part in parts]
+
+
+def _float(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip()
+
+
+def _told(value: Any) -> str:
+    """A value of whatever kind in an error, not at length."""
+    text = str(value) if isinstance(value, str | int | float | None) else type(value).__name__
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def _named_apart(id2label: dict[int, str], num_classes: int) -> dict[str, int]:
+    """The id of each class by its name; where several have one, the id is part of it."""
+    names = [id2label.get(label, str(label)) for label in range(num_classes)]
+    return {f"{name} ({i})" if names.count(name) > 1 else name: i for i, name in enumerate(names)}
+
+
+# What is shown
+
+
+def pictures_html(
+    frame: Frame, name: str, *, heading: str = "", columns: int = 0, verdicts: Sequence[str | None] | None = None
+) -> str:
+    """Images as a browser shows them: enlarged where they are small, saved at their true size by a click.
+
+    Args:
+        frame ([`Frame`]): The images; those on the way cannot be saved.
+        name (`str`): Of the files, without what tells them apart.
+        heading (`str`): HTML above them.
+        columns (`int`): So many in a row whatever the width; 0 for as many as fit.
+        verdicts (`Sequence[str]`, *optional*): See [`Studio.verdicts`].
+    """
+    height, width = frame.images.shape[-2:]
+    side = width * -(-96 // width) if width < 96 else min(width, 256)
+    sharp = " sharp" if width < 96 else ""
+    figures = []
+    for i, picture in enumerate(_pictures(frame.images)):
+        image = f'<img src="{_data_url(picture, whole=frame.is_last)}" alt="picture {i + 1}" decoding="sync">'
+        caption = ""
+        if frame.is_last:
+            # the address is set when it is clicked: it would double what is sent
+            file, click = f"{name}-{i + 1}.png", "this.href = this.firstElementChild.src"
+            image = f'<a href="#" download="{html.escape(file)}" title="Save as PNG" onclick="{click}">{image}</a>'
+        if verdicts is not None:
+            seen = verdicts[i]
+            kind, text = ("right", "✓") if seen is None else ("wrong", f"✗ {html.escape(seen)}")
+            caption = f'<figcaption class="{kind}">{text}</figcaption>'
+        figures.append(f"<figure>{image}{caption}</figure>")
+    repeated = f"{columns}, minmax(0, {side}px)" if columns else f"auto-fill, minmax(min({side}px, 22%), {side}px)"
+    style = f"grid-template-columns: repeat({repeated}); --shape: {width} / {height}; --side: {side}px"
+    return f'{heading}<div class="pictures{sharp}" style="{style}">{"".join(figures)}</div>'
+
+
+def _pictures(images: torch.Tensor) -> list[Image.Image]:
+    return [to_picture(image) for image in images.permute(0, 2, 3, 1).numpy()]
+
+
+def _data_url(picture: Image.Image, whole: bool = True) -> str:
+    """A picture inside a page; one of many that pass by may lose what nobody sees."""
+    kind, options = ("PNG", {}) if whole or picture.width < 96 else ("JPEG", {"quality": 85})
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def accuracy_html(verdicts: Sequence[str | None] | None) -> str:
+    """In how many the judge sees the class asked for."""
+    if verdicts is None:
+        return ""
+    right = sum(seen is None for seen in verdicts)
+    return f'<span class="accuracy">Judged right: {right} of {len(verdicts)} ({right / len(verdicts):.0%})</span>'
+
+
+def grid_html(rows: Sequence[tuple[str, torch.Tensor]], name: str) -> str:
+    """A link that saves all images as one picture, a named row for each set of them."""
+    pictures = [picture for _, images in rows for picture in _pictures(images)]
+    width = pictures[0].width
+    grid = labelled_grid(pictures, [heading for heading, _ in rows], cell_size=None if width < 256 else 256)
+    return f'<a download="{html.escape(name)}.png" href="{_data_url(grid)}">Save all as one picture</a>'
+
+
+def file_name(order: Order) -> str:
+    """What files of an order are called."""
+    name = re.sub(r"[^\w-]+", "-", order.name.split(",")[0]).strip("-")
+    return f"{name[:40] or 'class'}-seed{order.seed}"
+
+
+CSS = """
+.pictures { display: grid; gap: 6px; align-items: start; }
+.pictures * { margin: 0 !important; }
+.pictures figure { min-width: 0; }
+.pictures img { display: block; width: 100%; max-width: var(--side); border-radius: 4px; }
+.pictures img { aspect-ratio: var(--shape); }
+.pictures.sharp img { image-rendering: pixelated; }
+.pictures figcaption { font-size: 13px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.right { color: #1a7f37; } .wrong { color: #bc4c00; }
+.dark .right { color: #57ab5a; } .dark .wrong { color: #f0883e; }
+.row-name { display: flex; flex-wrap: wrap; gap: 2px 12px; margin-bottom: 4px; align-items: baseline; }
+.status { min-height: 28px; }
+.status a { text-decoration: underline; }
+.status a, .accuracy { white-space: nowrap; margin-right: 12px; }
+"""
+HINT = "A click on a picture saves it at its true size."
+
+
+def build_demo(pipe: ClassifierGuidedPipeline, judge: FeatureExtractor | None = None, title: str = "hf-guided") -> Any:
+    """Builds the page; [`launch_demo`] serves it.
+
+    Args:
+        pipe ([`ClassifierGuidedPipeline`]): Makes the images, where it is. It is left as it is.
+        judge ([`~hf_guided.evaluation.features.FeatureExtractor`], *optional*): A classifier that says in how many
+            samples it sees the class asked for; never the one that guides.
+        title (`str`, defaults to `"hf-guided"`): Heading of the page.
+
+    Returns:
+        `gradio.Blocks`: The page.
+
+    Raises:
+        `ValueError`: For a pipeline that upsamples or whose images are no pictures, and a judge that guides or does not
+            know its classes.
+    """
+    studio = Studio(pipe, judge)
+    first = next(iter(studio.solvers.values()))
+    guidance = studio.guidance
+    neutral = 0.0 if guidance is None else guidance.neutral_scale
+
+    def sample(
+        name: Any, num_images: Any, seed: Any, solver: Any, steps: Any, scale: Any, tell_unet: Any
+    ) -> Iterator[tuple[str, str]]:
+        with _errors_told():
+            order = studio.order(name, num_images, seed, solver, steps, tell_unet)
+            scale = None if guidance is None else number("The guidance scale", scale, 0, MAX_SCALE)
+            started, file = time.monotonic(), file_name(order)
+            for frame in studio.walk(order, scale):
+                if not frame.is_last:
+                    yield f"Step {frame.step} of {frame.num_steps}", pictures_html(frame, file)
+            verdicts = studio.verdicts(order, frame.images)
+            status = f"{_seconds(started)} {accuracy_html(verdicts)} {grid_html([(order.name, frame.images)], file)}"
+            yield status, pictures_html(frame, file, verdicts=verdicts)
+
+    def compare(
+        name: Any, num_images: Any, seed: Any, solver: Any, steps: Any, scales: Any, tell_unet: Any
+    ) -> Iterator[dict[Any, str]]:
+        with _errors_told():
+            order = studio.order(name, num_images, seed, solver, steps, tell_unet)
+            chosen = scales_of(scales)
+            started, file = time.monotonic(), file_name(order)
+            yield dict.fromkeys(rows, "")
+            finished = []
+            for row, scale in zip(rows, chosen, strict=False):
+                row_name = f"scale {scale:g}" + (", no guidance" if scale == neutral else "")
+                for frame in studio.walk(order, scale):
+                    verdicts = studio.verdicts(order, frame.images) if frame.is_last else None
+                    heading = f'<div class="row-name"><b>{row_name}</b>{accuracy_html(verdicts)}</div>'
+                    yield {
+                        compare_status: f"Scale {scale:g}: step {frame.step} of {frame.num_steps}",
+                        row: pictures_html(
+                            frame,
+                            f"{file}-scale{scale:g}",
+                            heading=heading,
+                            columns=order.num_images,
+                            verdicts=verdicts,
+                        ),
+                    }
+                finished.append((row_name, frame.images))
+            yield {compare_status: f"{_seconds(started)} {grid_html(finished, f'{file}-scales')}"}
+
+    def change_solver(name: str, steps: float) -> Any:
+        most = studio.max_steps(studio.solvers[name])
+        return gr.Slider(maximum=most, value=min(steps, most), label=f"Steps, {FEWEST_STEPS} to {most}")
+
+    with gr.Blocks(title=title, analytics_enabled=False) as blocks:
+        gr.Markdown(f"# {title}\n{_about(studio)}")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                class_name = gr.Dropdown(
+                    list(studio.label_of), label="Class", visible=bool(studio.label_of), elem_id="class"
+                )
+                most = studio.max_images
+                num_images = gr.Slider(1, most, min(8, most), step=1, label="Pictures", elem_id="pictures")
+                seed = gr.Number(0, minimum=0, maximum=MAX_SEED, precision=0, label="Seed", elem_id="seed")
+                new_seed = gr.Button("Another seed", size="sm", elem_id="new-seed")
+                solver = gr.Dropdown(list(studio.solvers), value=first.name, label="Solver", elem_id="solver")
+                most = studio.max_steps(first)
+                steps = gr.Slider(
+                    FEWEST_STEPS,
+                    most,
+                    studio.default_steps(first),
+                    step=1,
+                    label=f"Steps, {FEWEST_STEPS} to {most}",
+                    elem_id="steps",
+                )
+            with gr.Column(scale=3, min_width=320):
+                with gr.Tab("Sample"):
+                    scale = gr.Slider(
+                        0,
+                        MAX_SCALE,
+                        _default_scale(guidance),
+                        step=0.1,
+                        label="Guidance scale",
+                        info=f"{neutral:g} is no guidance",
+                        visible=guidance is not None,
+                        elem_id="scale",
+                    )
+                    tell = _tell_box(studio, True, "sample-tell")
+                    generate, cancel = _buttons("Generate", "sample")
+                    status = gr.HTML(elem_classes="status", elem_id="sample-status")
+                    pictures = gr.HTML(elem_id="sample-pictures")
+                with gr.Tab("What guidance does", visible=guidance is not None):
+                    gr.Markdown(
+                        "Each column begins with the same noise, and only the guidance scale differs. The larger it "
+                        "is, the more surely pictures show their class, and the more they look alike."
+                    )
+                    usual = "0, 1, 3, 10" if neutral == 0 else "1, 1.5, 3, 7"
+                    scales = gr.Textbox(usual, label=f"Scales, up to {MAX_SCALES}", elem_id="scales")
+                    compare_tell = _tell_box(studio, False, "compare-tell")
+                    compare_button, compare_cancel = _buttons("Compare", "compare")
+                    compare_status = gr.HTML(elem_classes="status", elem_id="compare-status")
+                    rows = [gr.HTML(elem_id=f"row-{i}") for i in range(MAX_SCALES)]
+        settings = [class_name, num_images, seed, solver, steps]
+        private: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        new_seed.click(lambda: random.randint(0, MAX_SEED), outputs=seed, **private)
+        solver.input(change_solver, [solver, steps], steps, **private)
+        _wire(generate, cancel, sample, [*settings, scale, tell], [status, pictures], "sample")
+        outputs = [compare_status, *rows]
+        _wire(compare_button, compare_cancel, compare, [*settings, scales, compare_tell], outputs, "compare")
+    return blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+
+
+def _about(studio: Studio) -> str:
+    """What the page is of, in a sentence or two."""
+    height, width = studio.pipe.sample_size
+    classes = f" of {len(studio.label_of)} classes" if studio.label_of else ""
+    judge = ""
+    if studio.judge is not None:
+        judge = f" A classifier that never guides ({studio.judge.name}) tells which of them show their class."
+    return f"Pictures{classes}, {width}x{height} pixels.{judge} {HINT}"
+
+
+def _default_scale(guidance: Any) -> float:
+    scale = getattr(guidance, "scale", 1.0)
+    return scale if isinstance(scale, int | float) else 1.0
+
+
+def _seconds(started: float) -> str:
+    return f"Done in {time.monotonic() - started:.1f} s."
+
+
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    """Tells what went wrong in the page, and not in the log."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise gr.Error("There is no memory left for that; take fewer pictures.", print_exception=False) from error
+    except (ValueError, RuntimeError) as error:
+        raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
+
+
+def _tell_box(studio: Studio, value: bool, name: str) -> Any:
+    return gr.Checkbox(
+        value,
+        label="Tell the UNet the class",
+        info="otherwise the classifier alone steers",
+        visible=studio.can_hide_class,
+        elem_id=name,
+    )
+
+
+def _buttons(text: str, name: str) -> tuple[Any, Any]:
+    with gr.Row():
+        go = gr.Button(text, variant="primary", min_width=120, elem_id=name)
+        cancel = gr.Button("Cancel", interactive=False, min_width=120, elem_id=f"{name}-cancel")
+    return go, cancel
+
+
+def _wire(go: Any, cancel: Any, fn: Callable[..., Any], inputs: list[Any], outputs: list[Any], name: str) -> None:
+    """Makes a button run a generator, one of all at a time, and another one cancel it."""
+
+    def toggle(running: bool) -> Callable[[], tuple[Any, Any]]:
+        return lambda: (gr.Button(interactive=not running), gr.Button(interactive=running))
+
+    status = outputs[0]
+    quick: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+    begun = go.click(toggle(True), outputs=[go, cancel], **quick)
+    run = begun.then(
+        fn,
+        inputs,
+        outputs,
+        api_name=name,
+        preprocess=False,  # what is wrong is told by us, for all inputs alike
+        concurrency_id="pipeline",
+        show_progress="minimal",
+        show_progress_on=status,
+    )
+    for ended in (run.success, run.failure):
+        ended(toggle(False), outputs=[go, cancel], **quick)
+    cancel.click(lambda: ("Cancelled.", *toggle(False)()), outputs=[status, go, cancel], cancels=run, **quick)
+
+
+def launch_demo(blocks: Any, host: str = "127.0.0.1", port: int = 7860) -> str:
+    """Serves the page from a thread, without asking the network for anything.
+
+    Args:
+        blocks (`gradio.Blocks`): Of [`build_demo`].
+        host (`str`, defaults to `"127.0.0.1"`): Where it listens: by default this machine alone reaches it, with
+            `"0.0.0.0"` everyone who can reach the machine.
+        port (`int`, defaults to 7860): At which port.
+
+    Returns:
+        `str`: Its address.
+
+    Raises:
+        `ValueError`: If the port is taken.
+    """
+    fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    try:
+        _, url, _ = blocks.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            ssr_mode=False,
+            footer_links=[],
+            theme=gr.themes.Default(**fonts),
+            css=CSS,
+            max_file_size="1kb",  # nothing is to be uploaded
+        )
+    except OSError as error:
+        raise ValueError(f"Port {port} of {host} cannot be had; give another --port.") from error
+    return url

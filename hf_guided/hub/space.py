@@ -1,0 +1,107 @@
+"""The demo as a Space of the Hub: a folder that runs there by itself."""
+
+import json
+import os
+import shutil
+from importlib.metadata import requires, version
+from pathlib import Path
+
+from huggingface_hub import metadata_save
+
+_PACKAGE = Path(__file__).parents[1]
+_LEFT_OUT = ("conversion", "baselines", "training", "hub")  # parts of the package that the page never needs
+
+_APP = '''\
+"""The page of `hf-guided demo`; locally: python app.py --host 127.0.0.1"""
+
+import sys
+
+from hf_guided.cli import main
+
+main(["demo", {arguments}, "--host", "0.0.0.0", *sys.argv[1:]])
+'''
+
+_README = """
+Classifier-guided diffusion: samples of [{model_id}](https://huggingface.co/{model_id}) as they are denoised, and the
+same noise at several guidance scales, side by side.{judge} Made by `hf-guided push --space`; `hf_guided/` is a copy of
+that package, so that nothing but `requirements.txt` is installed.
+
+A private model needs a secret `HF_TOKEN` in the settings of this Space: a token that may read it.
+"""
+
+
+def write_space(
+    folder: str | os.PathLike,
+    *,
+    model_id: str,
+    judge_id: str | None = None,
+    title: str | None = None,
+    license: str = "apache-2.0",
+) -> Path:
+    """Writes the repository of a Space that shows a pipeline of the Hub in the demo, with the package's own code.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where to, made if need be.
+        model_id (`str`): The pipeline on the Hub, `"user/name"`.
+        judge_id (`str`, *optional*): A classifier on the Hub that judges the samples, and does not guide them.
+        title (`str`, *optional*): Heading of the Space; the model's name, by default.
+        license (`str`, defaults to `"apache-2.0"`): Identifier of the licence of what is in the Space: the package's.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        `ImportError`: If gradio, whose version the Space asks for, is not installed.
+    """
+    folder = Path(folder)
+    models = [model_id] if judge_id is None else [model_id, judge_id]
+    try:
+        sdk_version = version("gradio")
+    except ImportError as error:
+        raise ImportError('A Space needs gradio; install it with: pip install "hf-guided[demo]"') from error
+    folder.mkdir(parents=True, exist_ok=True)
+
+    arguments = ", ".join(json.dumps(argument) for argument in [model_id, *(["--judge", judge_id] if judge_id else [])])
+    (folder / "app.py").write_text(_APP.format(arguments=arguments), encoding="utf-8")
+    (folder / "requirements.txt").write_text("\n".join(_requirements()) + "\n", encoding="utf-8")
+    judge = "" if judge_id is None else f" [{judge_id}](https://huggingface.co/{judge_id}) judges them."
+    readme = folder / "README.md"
+    readme.write_text(_README.format(model_id=model_id, judge=judge), encoding="utf-8")
+    header = {
+        "title": title or model_id.rpartition("/")[2],
+        "emoji": "🎲",
+        "colorFrom": "indigo",
+        "colorTo": "yellow",
+        "sdk": "gradio",
+        "sdk_version": sdk_version,
+        "app_file": "app.py",
+        "pinned": False,
+        "license": license,
+        "models": models,
+        "tags": ["hf-guided", "diffusers", "classifier-guidance"],
+    }
+    metadata_save(readme, header)
+    _copy_package(folder / "hf_guided")
+    return folder
+
+
+def _requirements() -> list[str]:
+    """What the package needs for the demo, as its own metadata says."""
+    needed = []
+    for requirement in requires("hf-guided") or []:
+        package, _, marker = (part.strip() for part in requirement.partition(";"))
+        if not marker or marker.replace("'", '"') == 'extra == "demo"':
+            needed.append(package)
+    return needed
+
+
+def _copy_package(folder: Path) -> None:
+    """The package's code, the folders that links stand for included."""
+
+    def ignored(parent: str, names: list[str]) -> list[str]:
+        parts = _LEFT_OUT if Path(parent) == _PACKAGE else ()
+        return [name for name in names if name in parts or not (name.endswith(".py") or (Path(parent) / name).is_dir())]
+
+    if folder.exists():
+        shutil.rmtree(folder)
+    shutil.copytree(_PACKAGE, folder, ignore=lambda parent, names: [*ignored(parent, names), "__pycache__"])

@@ -1,0 +1,314 @@
+"""Repositories that carry their code: `trust_remote_code=True` is all that loading them takes.
+
+The loaders of diffusers and transformers fetch one file for each class, and nothing that it imports from beside it.
+Such a file is made from this package's modules: the definitions that the class needs, as they stand there.
+"""
+
+import ast
+import builtins
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from graphlib import TopologicalSorter
+from importlib import import_module
+from importlib.util import resolve_name
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
+
+from .. import _MODULE_OF, __version__
+from .push import _IGNORED
+
+_PIPELINES = ("ClassifierGuidedPipeline", "ClassifierGuidedUpscalePipeline")
+# By which auto classes a model is found, and in which of its files that is written.
+_AUTO_CLASSES = {
+    "ADMUNet2DModel": {"config.json": {"AutoModel": "ADMUNet2DModel"}},
+    "ADMForImageClassification": {
+        "config.json": {
+            "AutoConfig": "ADMClassifierConfig",
+            "AutoModelForImageClassification": "ADMForImageClassification",
+        },
+        "preprocessor_config.json": {"AutoImageProcessor": "ADMImageProcessor"},
+    },
+}
+
+_HEADER = f"""\
+# Generated from hf-guided {__version__} by `hf-guided push --standalone`: do not edit, change the package instead.
+# Licence: Apache-2.0, https://www.apache.org/licenses/LICENSE-2.0
+"""
+_ONLY_IN_THE_PACKAGE = "register_with_diffusers"  # a decorator, for classes that are found by the package's name
+_LINE_LENGTH = 120
+
+
+def write_standalone(folder: str | os.PathLike, destination: str | os.PathLike) -> Path:
+    """Copies a saved pipeline or model and adds its code, so that it loads where this package is not installed.
+
+    It then loads by diffusers' `DiffusionPipeline`, a UNet alone by diffusers' `AutoModel`, and a classifier alone by
+    `AutoModelForImageClassification`. Components of diffusers and transformers stay as they are. Weights are linked
+    where the file system can.
+
+    Args:
+        folder (`str` or `os.PathLike`): What `save_pretrained` or training wrote.
+        destination (`str` or `os.PathLike`): Where to, empty or made.
+
+    Returns:
+        `Path`: The destination.
+
+    Raises:
+        `ValueError`: If the folder holds something else, a component of another library, or code already; or if the
+            destination is not empty.
+    """
+    folder, destination = Path(folder), Path(destination)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"{destination} is not empty: name a folder that is, or that is not there yet.")
+    added = _code_and_configs(folder)
+    paths = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in filter_repo_objects(paths, ignore_patterns=[*DEFAULT_IGNORE_PATTERNS, *_IGNORED]):
+        if path not in added:
+            (destination / path).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(folder / path, destination / path)
+    for path, text in added.items():
+        (destination / path).parent.mkdir(parents=True, exist_ok=True)
+        (destination / path).write_text(text, encoding="utf-8")
+    return destination
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    if source.suffix in (".safetensors", ".bin"):  # large, and only ever replaced, never changed in place
+        with suppress(OSError):
+            os.link(source.resolve(), target)
+            return
+    shutil.copyfile(source, target)
+
+
+def _code_and_configs(folder: Path) -> dict[str, str]:
+    """By path, the code that is added, and the configs that lead to it."""
+    index, config = _read_json(folder / "model_index.json"), _read_json(folder / "config.json")
+    name = index.get("_class_name") or config.get("_class_name") or (config.get("architectures") or [None])[0]
+    if isinstance(name, list) or "auto_map" in config:
+        raise ValueError(f"{folder} carries its code already: push it as it is.")
+    if name not in (_PIPELINES if index else _AUTO_CLASSES):
+        raise ValueError(
+            f"{folder} holds {name or 'no model'}; code can be added to a saved "
+            f"{' or '.join([*_PIPELINES, *_AUTO_CLASSES])}."
+        )
+    added = {f"{_code_module(name)}.py": _code(name)}
+    if not index:
+        return added | _auto_maps(folder, name)
+    for component, value in index.items():
+        if not isinstance(value, list) or value[0] in (None, "diffusers", "transformers"):
+            continue
+        library, class_name = value
+        if library != "hf_guided":
+            raise ValueError(
+                f"The component {component} of {folder} is {class_name} of {library}, whose code cannot be added; take "
+                f"one of hf_guided, diffusers or transformers."
+            )
+        added[f"{component}/{_code_module(class_name)}.py"] = _code(class_name)
+        index[component] = [_code_module(class_name), class_name]
+    index["_class_name"] = [_code_module(name), name]
+    return added | {"model_index.json": _to_json(index)}
+
+
+def _code_module(name: str) -> str:
+    """Where the code of a class is found in a repository: a file named like its module here."""
+    return _MODULE_OF[name].rpartition(".")[2]
+
+
+@cache
+def _code(name: str) -> str:
+    """The code of a class; beside a pipeline stand all kinds of guidance that it can be given."""
+    roots = [(f"hf_guided.{_MODULE_OF[name]}", name)]
+    if name in _PIPELINES:
+        roots += [("hf_guided.guidance", kind) for kind in _module("hf_guided.guidance").exported]
+    return inline(roots)
+
+
+def _auto_maps(folder: Path, name: str) -> dict[str, str]:
+    """The configs of a model, with what the auto classes look for in them."""
+    configs = {}
+    for path, found in _AUTO_CLASSES[name].items():
+        if config := _read_json(folder / path):
+            auto_map = {auto_class: f"{_code_module(name)}.{class_name}" for auto_class, class_name in found.items()}
+            configs[path] = _to_json({**config, "auto_map": auto_map})
+    return configs
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _to_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def inline(roots: Sequence[tuple[str, str]]) -> str:
+    """Makes one file of some definitions of a package and of all that they need of it.
+
+    Args:
+        roots (`Sequence[tuple[str, str]]`): Modules and names in them, of one package. The docstring of the first
+            module becomes the file's.
+
+    Returns:
+        `str`: The source, with all comments and docstrings of what it holds. It imports nothing of the package.
+
+    Raises:
+        `ValueError`: For what would mean something else in one file, or nothing.
+    """
+    meanings: dict[str, tuple[str, str]] = {}  # of each name of the file, as in `_Module`
+    needs: dict[str, list[str]] = {}  # the modules that a module needs
+    pending = [*reversed(roots)]
+    while pending:
+        user, name = pending.pop()
+        meaning = _meaning(user, name)
+        if meaning is None:  # a builtin, or a name inside of a function
+            continue
+        source = meaning[0]
+        is_ours = _package(source) == _package(user)
+        if is_ours and source not in (user, *needs.setdefault(user, [])):
+            needs[user].append(source)
+        if name not in meanings:
+            meanings[name] = meaning
+            if is_ours:
+                needs.setdefault(source, [])
+                pending += [(source, used) for used in _module(source).names_used_by(name)]
+        elif meanings[name] != meaning:
+            one, other = (module or spelled.split()[0] for module, spelled in (meanings[name], meaning))
+            raise ValueError(f"{name} of {one} and {name} of {other} cannot be in one file: rename one.")
+        if is_ours and hasattr(builtins, name):
+            raise ValueError(f"{name} of {source} would take the place of Python's own in the whole file: rename it.")
+
+    package = _package(roots[0][0])
+    docstring = _module(roots[0][0]).docstring
+    parts = [_HEADER + f'"""{docstring}"""', _import_lines({m for m in meanings.values() if _package(m[0]) != package})]
+    for name in TopologicalSorter(needs).static_order():
+        if text := _module(name).text_of({found for found, (source, _) in meanings.items() if source == name}):
+            title = "\n".join(f"# {line}".rstrip() for line in [name, *_module(name).docstring.splitlines()])
+            parts.append(f"\n{title}\n\n{text}" if name != roots[0][0] else f"\n{text}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _meaning(module: str, name: str) -> tuple[str, str] | None:
+    """What a name stands for in a module, `None` if it has none of that name; imports of ours are followed."""
+    meaning = _module(module).meanings.get(name)
+    if meaning is None or meaning[0] == module or _package(meaning[0]) != _package(module):
+        return meaning
+    if (found := _meaning(meaning[0], name)) is None:
+        raise ValueError(f"{module} imports {name} from {meaning[0]}, which does not define it.")
+    return found
+
+
+def _import_lines(meanings: set[tuple[str, str]]) -> str:
+    """Import statements, those of Python's own modules first."""
+    names: dict[str, list[str]] = {}
+    for source, spelled in sorted(meanings, key=lambda meaning: (meaning[0].lower(), meaning[1])):
+        names.setdefault(source, []).append(spelled)
+    modules = names.pop("", [])
+    groups: tuple[list[str], list[str]] = ([], [])
+    for spelled in modules:
+        groups[_package(spelled.split()[0]) not in sys.stdlib_module_names].append(f"import {spelled}")
+    for source, spelled_names in names.items():
+        line = f"from {source} import {', '.join(spelled_names)}"
+        if len(line) > _LINE_LENGTH:
+            line = f"from {source} import (\n" + "".join(f"    {spelled},\n" for spelled in spelled_names) + ")"
+        groups[_package(source) not in sys.stdlib_module_names].append(line)
+    return "\n\n".join("\n".join(group) for group in groups if group)
+
+
+class _Module:
+    """A module's source, taken apart at its top level.
+
+    Attributes:
+        docstring (`str`): Its docstring.
+        exported (`list[str]`): Its `__all__`.
+        meanings (`dict[str, tuple[str, str]]`): What each name stands for: of what is defined here, the module's own
+            name and the definition's; of what is imported, the source and the name in it as an import spells it
+            (`"x"`, `"x as y"`), the source of a whole module being `""`.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        path = Path(import_module(_package(name)).__path__[0], *name.split(".")[1:])
+        is_package = path.is_dir()
+        text = (path / "__init__.py" if is_package else path.with_suffix(".py")).read_text(encoding="utf-8")
+        tree, lines = ast.parse(text), text.splitlines()
+        self.docstring = ast.get_docstring(tree, clean=False) or ""
+        self.exported: list[str] = []
+        self.meanings: dict[str, tuple[str, str]] = {}
+        self._definitions: list[tuple[list[str], ast.stmt, str]] = []  # names, statement, text with its comments
+        end = 0
+        for statement in tree.body:
+            names: list[str] = []
+            match statement:
+                case ast.Import():
+                    for alias in statement.names:
+                        self._define(alias.asname or _package(alias.name), ("", _spelled(alias)))
+                case ast.ImportFrom():
+                    source = statement.module or ""
+                    if statement.level:
+                        package = name if is_package else name.rpartition(".")[0]
+                        source = resolve_name("." * statement.level + source, package)
+                    for alias in statement.names:
+                        if alias.asname not in (None, alias.name) and _package(source) == _package(name):
+                            self._refuse(statement, f"imports {_spelled(alias)}: import it by its own name")
+                        self._define(alias.asname or alias.name, (source, _spelled(alias)))
+                case ast.FunctionDef() | ast.ClassDef():
+                    names = [statement.name]
+                case ast.Assign(targets=[ast.Name(id="__all__")]):
+                    self.exported = ast.literal_eval(statement.value)
+                case ast.Assign(targets=[ast.Name(id=target)]) | ast.AnnAssign(target=ast.Name(id=target)):
+                    names = [target]
+                case ast.Expr(value=ast.Constant()):
+                    pass  # the docstring
+                case ast.Expr(value=ast.Call(func=ast.Attribute(attr="register"))):
+                    pass  # the auto classes are told by `auto_map` instead
+                case _:
+                    self._refuse(statement, "does something when it is imported: define names only")
+            for defined in names:
+                self._define(defined, (name, defined))
+            left_out = set()
+            if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+                for decorator in list(statement.decorator_list):
+                    if isinstance(decorator, ast.Name) and decorator.id == _ONLY_IN_THE_PACKAGE:
+                        statement.decorator_list.remove(decorator)
+                        left_out.add(decorator.lineno - 1)
+            stop = statement.end_lineno or end
+            text = "\n".join(lines[i] for i in range(end, stop) if i not in left_out)
+            self._definitions.append((names, statement, text))
+            end = stop
+
+    def names_used_by(self, name: str) -> list[str]:
+        """Names that a definition needs, with some more that are only spelled like them."""
+        (statement,) = (statement for names, statement, _ in self._definitions if name in names)
+        for node in ast.walk(statement):
+            if isinstance(node, ast.ImportFrom) and (node.level or _package(node.module or "") == _package(self.name)):
+                self._refuse(node, f"imports inside of {name}: import at the top")
+        return sorted({node.id for node in ast.walk(statement) if isinstance(node, ast.Name)} - {name})
+
+    def text_of(self, names: set[str]) -> str:
+        """The source of some definitions, in order."""
+        return "\n".join(text for defined, _, text in self._definitions if names.intersection(defined)).strip("\n")
+
+    def _define(self, name: str, meaning: tuple[str, str]) -> None:
+        if name in self.meanings:
+            raise ValueError(f"{self.name} defines {name} twice, of which one file cannot choose: rename one.")
+        self.meanings[name] = meaning
+
+    def _refuse(self, node: ast.stmt, what: str) -> None:
+        raise ValueError(f"{self.name}, line {node.lineno}, cannot be put into one file, for it {what}.")
+
+
+_module = cache(_Module)
+
+
+def _spelled(alias: ast.alias) -> str:
+    return alias.name if alias.asname in (None, alias.name) else f"{alias.name} as {alias.asname}"

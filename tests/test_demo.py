@@ -1,0 +1,489 @@
+"""The demo: its page in a real browser, what it answers to anyone, and what it makes of pipelines of every kind."""
+
+import base64
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from hf_guided import ADMScheduler, ClassifierGuidedPipeline
+from hf_guided.cli import main
+from hf_guided.data.samples import to_picture
+from hf_guided.demo import MAX_SEED, Studio, build_demo, scales_of
+from hf_guided.evaluation.features import ModelFeatures
+from hf_guided.evaluation.sampling import to_8_bit
+from hf_guided.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance
+
+CHROMIUM = (Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver"))
+NAMES = {0: "zero", 1: "<b>one</b>", 2: "two"}
+SMALL = {"sample_size": 8, "in_channels": 1, "channel_mult": (1,), "attention_resolutions": ()}
+
+
+@pytest.fixture(scope="module")
+def make_pipe(tiny_unet, tiny_classifier):
+    """Makes a pipeline of tiny models; one of 8x8 pixels and three named classes, by default."""
+
+    def make(scheduler=None, classifier=True, names=NAMES, defaults=None, guide=False, **unet):
+        options = {**SMALL, "out_channels": 2, "num_class_embeds": 3, "null_class_label": True, **unet}
+        guides = tiny_classifier(**{**SMALL, "channel_mult": [1]}, num_labels=3, id2label=NAMES) if classifier else None
+        return ClassifierGuidedPipeline(
+            tiny_unet(**options),
+            scheduler or ADMScheduler(solver_order=2),
+            guides,
+            guide_unet=tiny_unet(**{**options, "num_res_blocks": 2}) if guide else None,
+            id2label=names,
+            sampling_defaults=defaults or {"num_inference_steps": 10, "guidance_scale": 3.0},
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def judge(tiny_classifier):
+    """A classifier that is not the one that guides."""
+    names = {0: "two", 1: "zero", 2: "<b>one</b>"}
+    model = tiny_classifier(**{**SMALL, "channel_mult": [1, 1]}, num_labels=3, id2label=names)
+    return ModelFeatures(model, "judge")
+
+
+# The page
+
+
+@pytest.fixture(scope="module")
+def folder(make_pipe, judge, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    make_pipe().save_pretrained(folder / "dots/pipeline")
+    judge.model.save_pretrained(folder / "judge/model")
+    judge.processor.save_pretrained(folder / "judge/model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """`hf-guided demo` as a process, and where it is."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "hf_guided.cli", "demo", str(folder / "dots/pipeline")]
+    command += ["--judge", str(folder / "judge/model"), "--port", str(port)]
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "GRADIO_SERVER_NAME": "0.0.0.0"}
+    with (folder / "errors").open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+    process.line, process.errors = process.stdout.readline(), folder / "errors"
+    process.url, process.port = f"http://127.0.0.1:{port}/", port
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not all(path.exists() for path in CHROMIUM):
+        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM[0])
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    flags += f" disable-component-update disable-sync user-data-dir={tmp_path_factory.mktemp('chromium')}"
+    for flag in flags.split():
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(CHROMIUM[1])))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser, server):
+    return Page(browser, server.url)
+
+
+class Page:
+    """The page, freshly loaded, of a desktop's width or a phone's."""
+
+    def __init__(self, browser, url):
+        self.browser, self.url = browser, url
+        self.resize(1280, 900)
+        browser.get(url)
+        self.wait(lambda: self.find("#sample"))
+
+    def resize(self, width, height):
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    def wait(self, condition, seconds=30):
+        end = time.monotonic() + seconds
+        while not (result := condition()):
+            assert time.monotonic() < end, f"waited in vain; the page says: {self.text('body')}"
+            time.sleep(0.02)
+        return result
+
+    def find(self, selector):
+        return self.browser.find_elements("css selector", selector)
+
+    def text(self, selector):
+        return self.browser.execute_script(f"return document.querySelector({selector!r})?.innerText ?? ''")
+
+    def pictures(self, selector):
+        return self.browser.execute_script(f"return [...document.querySelectorAll('{selector} img')].map(i => i.src)")
+
+    def click(self, selector):
+        self.wait(lambda: self.find(selector) and self.find(selector)[0].is_enabled())
+        self.find(selector)[0].click()
+
+    def set(self, selector, value):
+        """Types into a field."""
+        field = self.find(f"{selector} input[type=number], {selector} input:not([type]), {selector} textarea")[0]
+        field.send_keys("\ue009a\ue000", str(value), "\ue004")  # Control-A, the value, Tab
+
+    def choose(self, selector, name):
+        self.find(f"{selector} input")[0].click()
+        options = self.wait(lambda: [option for option in self.find("li[role=option]") if option.text.strip() == name])
+        options[0].click()
+
+    def open_comparison(self):
+        next(tab for tab in self.find("button[role=tab]") if tab.text == "What guidance does").click()
+        self.wait(lambda: self.find("#compare")[0].is_displayed())
+
+    def errors(self):
+        return self.text(".toast-wrap") or self.text("[data-testid=toast-body]")
+
+
+def picture_of(url):
+    return Image.open(io.BytesIO(base64.b64decode(url.partition("base64,")[2])))
+
+
+def test_generate_shows_the_denoising_and_the_pipelines_own_images(page, make_pipe, judge, tmp_path):
+    page.choose("#class", NAMES[1])
+    page.set("#pictures", 3)
+    page.set("#seed", 5)
+    page.click("#sample")
+    seen = []
+
+    def is_done():
+        pictures = page.pictures("#sample-pictures")
+        if pictures and pictures not in seen:
+            seen.append(pictures)
+        return "Done in" in page.text("#sample-status")
+
+    page.wait(is_done)
+    assert len(seen) > 4  # of 10 steps
+    samples = make_pipe()([1], 3, generator=torch.Generator().manual_seed(5), output_type="latent").images
+    expected = [to_picture(image) for image in to_8_bit(samples).permute(0, 2, 3, 1).numpy()]
+    shown = [picture_of(url) for url in page.pictures("#sample-pictures")]
+    assert [picture.tobytes() for picture in shown] == [picture.tobytes() for picture in expected]
+    assert shown[0].format == "PNG"
+    assert page.find("#sample-pictures img")[0].size["width"] == 96  # twelve times as large as it is
+
+    right = judge(to_8_bit(samples)).probabilities.argmax(axis=1) == 2  # the judge's id of the class
+    assert f"Judged right: {right.sum()} of 3 ({right.mean():.0%})" in page.text("#sample-status")
+    marks = [mark.text for mark in page.find("#sample-pictures figcaption")]
+    assert [mark == "✓" for mark in marks] == right.tolist()
+    assert all(re.fullmatch(r"✓|✗ (zero|two)", mark) for mark in marks)
+
+    page.browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    page.click("#sample-pictures a")
+    page.click("#sample-status a")
+    files = page.wait(lambda: len(found := sorted(tmp_path.glob("*.png"))) == 2 and found)
+    assert [file.name for file in files] == ["b-one-b-seed5-1.png", "b-one-b-seed5.png"]
+    assert Image.open(files[0]).tobytes() == expected[0].tobytes()
+    assert Image.open(files[1]).width > 3 * 56
+
+    asked = [json.loads(entry["message"])["message"] for entry in page.browser.get_log("performance")]
+    asked = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
+    asked = [url for url in asked if url.startswith("http")]
+    assert asked
+    assert all(url.startswith(page.url) for url in asked)  # it works without a network
+
+
+def test_comparison_shows_the_same_noise_at_each_scale(page, make_pipe, judge):
+    page.set("#pictures", 2)
+    page.open_comparison()
+    page.set("#scales", "0, 2.5, 10")
+    page.click("#compare")
+    page.wait(lambda: "Done in" in page.text("#compare-status"))
+    pipe = make_pipe()
+    for row, scale in enumerate((0, 2.5, 10)):
+        options = {"guidance_scale": scale, "condition_unet": False, "output_type": "latent"}
+        samples = to_8_bit(pipe([0], 2, generator=torch.Generator().manual_seed(0), **options).images)
+        shown = [np.asarray(picture_of(url)) for url in page.pictures(f"#row-{row}")]
+        assert np.array_equal(np.stack(shown), samples[:, 0])
+        right = int((judge(samples).probabilities.argmax(axis=1) == 1).sum())
+        text = page.text(f"#row-{row}")
+        assert text.startswith(f"scale {scale:g}" + (", no guidance" if scale == 0 else ""))
+        assert f"Judged right: {right} of 2" in text
+    assert not page.pictures("#row-3")
+    assert picture_of(page.find("#compare-status a")[0].get_attribute("href")).height > 3 * 56
+
+    page.set("#scales", "0, much")
+    page.click("#compare")
+    page.wait(lambda: "A scale is a number from 0 to 30, not much." in page.errors())
+    page.set("#scales", "1")
+    page.click("#compare")  # and goes on
+    page.wait(lambda: "Done in" in page.text("#compare-status") and not page.pictures("#row-1"))
+
+
+def slow_order(num_images=16, steps=250):
+    """Seconds of work: class, pictures, seed, solver, steps, scale, tell."""
+    return ["zero", num_images, 0, "DDPM, as published", steps, 3, True]
+
+
+def test_cancel_stops_the_walk(page, server):
+    page.choose("#solver", "DDPM, as published")
+    page.wait(lambda: page.text("#steps").startswith("Steps, 2 to 250"))
+    page.set("#pictures", 16)
+    page.set("#steps", 250)
+    page.click("#sample")
+    page.wait(lambda: page.text("#sample-status").startswith("Step "))
+    assert not page.find("#sample")[0].is_enabled()
+    page.click("#sample-cancel")
+    page.wait(lambda: page.text("#sample-status") == "Cancelled.")
+    began = time.monotonic()
+    page.set("#pictures", 1)
+    page.set("#steps", 2)
+    page.click("#sample")
+    page.wait(lambda: "Done in" in page.text("#sample-status"))
+    assert time.monotonic() - began < 3  # the cancelled one would take longer, and both wait for one lock
+    assert not page.find("#sample-cancel")[0].is_enabled()
+    page.browser.get("about:blank")
+
+
+def test_two_people_are_served_in_turn(page, server):
+    first = begin(server, "sample", slow_order(steps=60))
+    page.click("#sample")
+    page.wait(lambda: re.search(r"queue: 1/1", page.text("#sample-status")))
+    page.wait(lambda: "Done in" in page.text("#sample-status"))
+    assert "Done in" in answer(server, "sample", first)[0]
+    # who waits may leave
+    first = begin(server, "sample", slow_order(steps=60))
+    page.click("#sample")
+    page.wait(lambda: "queue:" in page.text("#sample-status"))
+    page.click("#sample-cancel")
+    page.wait(lambda: page.text("#sample-status") == "Cancelled.")
+    assert "Done in" in answer(server, "sample", first)[0]
+
+
+def test_everything_fits_on_a_phone(page):
+    page.resize(390, 844)
+    page.click("#sample")
+    page.wait(lambda: "Done in" in page.text("#sample-status"))
+    check_fits(page, "class pictures seed new-seed solver steps scale sample-tell sample sample-cancel sample-pictures")
+    page.open_comparison()
+    page.click("#compare")
+    page.wait(lambda: "Done in" in page.text("#compare-status"))
+    check_fits(page, "scales compare-tell compare compare-cancel row-0 row-3")
+    page.click("#new-seed")
+    page.wait(lambda: page.find("#seed input")[0].get_attribute("value") != "0")
+
+
+def check_fits(page, names):
+    assert page.browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    ends = (
+        "return Math.max(...[...document.querySelectorAll('img, a, input')].map(e => e.getBoundingClientRect().right))"
+    )
+    assert page.browser.execute_script(ends) <= 390  # what overflows may be cut off instead
+    for name in names.split():
+        element = page.find(f"#{name}")[0]
+        left, width = element.rect["x"], element.rect["width"]
+        assert element.is_displayed(), name
+        assert left >= 0, name
+        assert left + width <= 390, name
+        assert width > 80, name
+
+
+def begin(server, name, values):
+    """Asks over HTTP, as anyone may."""
+    request = urllib.request.Request(
+        f"{server.url}gradio_api/call/{name}",
+        json.dumps({"data": values}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)["event_id"]
+
+
+def answer(server, name, event):
+    """The last of what comes: the values, or the error."""
+    with urllib.request.urlopen(f"{server.url}gradio_api/call/{name}/{event}", timeout=60) as response:
+        text = response.read().decode()
+    *_, last = re.findall(r"event: (\w+)\ndata: (.*)\n", text)
+    assert last[0] in ("complete", "error")
+    return json.loads(last[1]) if last[0] == "complete" else json.loads(last[1])["error"]
+
+
+GOOD = {"name": "two", "num_images": 2, "seed": 3, "solver": "UniPC", "steps": 3, "scale": 2.0, "tell": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("name", ["three", {"a": 1}, None, 7], "There is no class"),
+        ("num_images", [0, 17, 1.5, float("nan"), "2", None, [2], True, 10**400], "is a whole number from 1 to 16"),
+        ("seed", [-1, MAX_SEED + 1, float("inf")], f"The seed is a whole number from 0 to {MAX_SEED:,}"),
+        ("solver", ["Newton", [], None], "There is no solver"),
+        ("steps", [1, 10**9, float("nan"), "x" * 10_000], "is a whole number from 2 to 100"),
+        ("scale", [-0.1, 31, float("nan"), float("-inf"), None, {}], "The guidance scale is a number from 0 to 30"),
+        ("tell", ["yes", 1, None], "is yes or no"),
+    ],
+)
+def test_bad_values_are_told_and_survived(server, name, values, message):
+    for value in values:
+        told = answer(server, "sample", begin(server, "sample", list({**GOOD, name: value}.values())))
+        assert message in told, value
+        assert len(told) < 250
+
+
+def test_the_server_is_as_it_was(server):
+    before = answer(server, "sample", begin(server, "sample", list(GOOD.values())))
+    told = answer(server, "compare", begin(server, "compare", [*list(GOOD.values())[:5], "1,2,3,4,5,6,7", True]))
+    assert "Give 1 to 6 scales" in told
+    assert answer(server, "sample", begin(server, "sample", list(GOOD.values())))[1] == before[1]
+    pictures = [picture_of(url) for url in re.findall(r'src="([^"]+)"', before[1])]
+    assert [picture.size for picture in pictures] == [(8, 8), (8, 8)]
+
+
+def test_it_listens_to_this_machine_alone(server):
+    assert server.line.strip().endswith(f"is at {server.url} until Ctrl-C.")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", server.port), timeout=5)
+    socket.create_connection(("127.0.0.1", server.port), timeout=5).close()
+
+
+def test_ctrl_c_ends_it_in_one_sentence(server):
+    begin(server, "sample", slow_order())
+    time.sleep(0.5)  # it is under way
+    server.send_signal(signal.SIGINT)
+    server.wait(timeout=10)
+    assert server.errors.read_text().strip().splitlines()[-1] == "Stopped."
+    assert "Traceback" not in server.errors.read_text()
+
+
+# Pipelines of every kind
+
+
+def make_order(studio, **changes):
+    return studio.order(*{**{k: v for k, v in GOOD.items() if k != "scale"}, **changes}.values())
+
+
+def walk(studio, scale=2.0, **changes):
+    return list(studio.walk(make_order(studio, **changes), scale))
+
+
+def test_every_solver_walks_and_leaves_the_pipeline_alone(make_pipe):
+    pipe = make_pipe()
+    config, timesteps = dict(pipe.scheduler.config), pipe.scheduler.timesteps.clone()
+    studio = Studio(pipe)
+    assert next(iter(studio.solvers)) == "SDE-DPM-Solver++(2M)"
+    ends = {}
+    for name in studio.solvers:
+        frames = walk(studio, solver=name, steps=5)
+        assert [frame.step for frame in frames] == [1, 2, 3, 4, 5]
+        ends[name] = frames[-1].images
+        nearer = [(frame.images.float() - ends[name]).abs().mean() for frame in frames]
+        assert nearer[0] > nearer[3], name  # what is shown on the way is not noise to the end
+    assert len({images.numpy().tobytes() for images in ends.values()}) == len(studio.solvers) == 7
+    assert dict(pipe.scheduler.config) == config
+    assert torch.equal(pipe.scheduler.timesteps, timesteps)
+    generator = torch.Generator().manual_seed(3)
+    published = make_pipe(ADMScheduler(algorithm_type="ddim"))
+    images = published(
+        "two", 2, respacing="ddim5", guidance_scale=2.0, generator=generator, output_type="latent"
+    ).images
+    assert torch.equal(ends["DDIM, as published"], to_8_bit(images))
+
+
+def test_a_closed_walk_gives_way_to_the_next(make_pipe):
+    studio = Studio(make_pipe())
+    began = time.monotonic()
+    slow = studio.walk(make_order(studio, num_images=16, solver="DDPM, as published", steps=250), 2.0)
+    next(slow)
+    slow.close()
+    walk(studio, steps=2)
+    assert time.monotonic() - began < 2
+
+
+def test_a_pipeline_of_diffusers_parts(make_pipe):
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="fixed_small")
+    studio = Studio(make_pipe(scheduler, classifier=False, out_channels=1, null_class_label=False))
+    assert list(studio.solvers) == ["DDPMScheduler", "Euler ancestral", "Euler", "UniPC"]
+    assert (studio.guidance, studio.can_hide_class) == (None, False)
+    for name in studio.solvers:
+        assert walk(studio, None, solver=name)[-1].is_last
+
+
+def shown(blocks):
+    """Names of what is to be seen on a page."""
+    components = [block["props"] for block in blocks.get_config_file()["components"]]
+    return {props["elem_id"] for props in components if props.get("elem_id") and props.get("visible", True)}
+
+
+@pytest.mark.parametrize(
+    ("options", "hidden"),
+    [
+        ({}, set()),
+        ({"null_class_label": False}, {"sample-tell", "compare-tell"}),
+        ({"num_class_embeds": None, "null_class_label": False}, {"sample-tell", "compare-tell"}),
+        ({"classifier": False}, {"scale", "sample-tell", "compare-tell"}),
+        (
+            {"classifier": False, "num_class_embeds": None, "null_class_label": False, "names": None},
+            {"class", "scale", "sample-tell", "compare-tell"},
+        ),
+        ({"defaults": {"guidance": [ClassifierFreeGuidance(2.0)]}}, {"sample-tell", "compare-tell"}),
+        (
+            {"defaults": {"guidance": [AutoGuidance(2.0), ClassifierGuidance(1.0)]}, "guide": True},
+            {"scale", "sample-tell", "compare-tell"},
+        ),
+    ],
+    ids=["all", "always told", "unconditional UNet", "no classifier", "no classes", "classifier-free", "two kinds"],
+)
+def test_controls_that_do_nothing_are_not_there(make_pipe, options, hidden):
+    pipe = make_pipe(**{"defaults": {"num_inference_steps": 3}, **options})
+    blocks = build_demo(pipe)
+    assert {"class", "scale", "sample-tell", "compare-tell"} - shown(blocks) == hidden
+    studio = Studio(pipe)
+    changes = {"name": next(iter(studio.label_of), None), "solver": next(iter(studio.solvers))}
+    assert walk(studio, 1.5 if studio.guidance else None, **changes)[-1].is_last
+
+
+def test_what_cannot_be_shown_is_refused(make_pipe, judge, tiny_unet, tiny_classifier, monkeypatch):
+    pipe = make_pipe()
+    with pytest.raises(ValueError, match="large pictures of small ones"):
+        Studio(ClassifierGuidedPipeline(tiny_unet(low_res_channels=3), ADMScheduler()))
+    with pytest.raises(ValueError, match="guide is the pipeline's own classifier"):
+        Studio(pipe, ModelFeatures(pipe.classifier, "guide"))
+    other = tiny_classifier(**{**SMALL, "channel_mult": [1, 1]}, num_labels=2, id2label={0: "cat", 1: "dog"})
+    with pytest.raises(ValueError, match=r"other cannot judge this pipeline's samples: .* has no class of the name"):
+        Studio(pipe, ModelFeatures(other, "other"))
+    with pytest.raises(ValueError, match="no classes, so judge has nothing to judge"):
+        Studio(make_pipe(classifier=False, num_class_embeds=None, null_class_label=False, names=None), judge)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "hf_guided.demo")
+    with pytest.raises(SystemExit, match=re.escape('install it with: pip install "hf-guided[demo]"')):
+        main(["demo", "anything"])
+
+
+def test_names_that_several_classes_have_are_told_apart(make_pipe):
+    studio = Studio(make_pipe(names={0: "crane", 1: "crane", 2: "heron"}))
+    assert studio.label_of == {"crane (0)": 0, "crane (1)": 1, "heron": 2}
+    assert make_order(studio, name="crane (1)").label == 1
+
+
+def test_scales_are_read_in_their_order():
+    assert scales_of("10, 0,1.5") == [10, 0, 1.5]
+    for text in ("", "1,", "1;2", "nan", "-1", "1e9", None, ["1"]):
+        with pytest.raises(ValueError, match=r"A scale is|Give 1 to 6 scales"):
+            scales_of(text)
