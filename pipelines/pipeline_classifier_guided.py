@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,6 +156,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             kinds = [kind if isinstance(kind, Guidance) else guidance_from_dict(kind) for kind in kinds]
             defaults = {**defaults, "guidance": [kind.to_dict() for kind in kinds]}
         self.register_to_config(sampling_defaults=defaults or None)
+
+    def to_json_string(self) -> str:
+        """The config as it is saved: without the folder that it was loaded from, which is nobody's business."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @torch.no_grad()
     def __call__(

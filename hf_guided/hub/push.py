@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RemoteEntryNotFoundError
 from huggingface_hub.utils import (
     DEFAULT_IGNORE_PATTERNS,
     are_progress_bars_disabled,
@@ -135,7 +135,7 @@ def push_folder(
             if "README.md" in paths:
                 card = (folder / "README.md").read_text(encoding="utf-8")
                 card = sign(address(card, repo.repo_id, standalone=not _CODE_FILES.isdisjoint(paths)))
-                with suppress(EntryNotFoundError):
+                with suppress(RemoteEntryNotFoundError):
                     edited = api.hf_hub_download(repo.repo_id, "README.md", revision=head, repo_type=repo_type)
                     card = merge(Path(edited).read_text(encoding="utf-8"), card)
                 operations.append(CommitOperationAdd("README.md", card.encode()))
@@ -150,8 +150,10 @@ def push_folder(
                     repo_type=repo_type,
                 )
                 break
-            except HfHubHTTPError as error:
-                if error.response.status_code != 412 or attempt == _ATTEMPTS:
+            except (HfHubHTTPError, HTTPError) as error:
+                # Others' commit came first, or the answer was lost: then, looking anew, all of it is there already.
+                status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
+                if (status != 412 and (status < 500 or create_pr)) or attempt == _ATTEMPTS:
                     raise
     except (HTTPError, OSError, RuntimeError) as error:
         raise PushError(_mend(error, repo_id)) from error

@@ -1,9 +1,7 @@
 """The noisy-image classifier of ADM, arXiv 2105.05233, section 4: the UNet's encoder with a pooling head."""
 
-import inspect
 from collections.abc import Callable
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ from transformers import (
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import PushToHubMixin
 
 from ..registration import register_with_diffusers
 from .image_processing_adm import ADMImageProcessor
@@ -278,19 +275,21 @@ class ADMForImageClassification(PreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     @wraps(PreTrainedModel.save_pretrained, assigned=())  # pipelines look for "variant" among the arguments
-    def save_pretrained(
-        self, save_directory: Any, *args: Any, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves config, safetensors and the image processor of clean images. Takes what transformers' models take."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            height, width = image_size(self.config)
-            size = {"height": height, "width": width}
-            ADMImageProcessor(size=size, num_channels=self.config.in_channels).save_pretrained(save_directory)
-            if push_to_hub:  # once all is there
-                taken = inspect.signature(PushToHubMixin.push_to_hub).parameters
-                options = {name: value for name, value in kwargs.items() if name in taken}
-                self.push_to_hub(repo_id or Path(save_directory).name, **options)
+            self._save_image_processor(save_directory)
+
+    def _save_image_processor(self, folder: Any) -> None:
+        height, width = image_size(self.config)
+        size = {"height": height, "width": width}
+        ADMImageProcessor(size=size, num_channels=self.config.in_channels).save_pretrained(folder)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """Pushes, which `save_pretrained(push_to_hub=True)` does before it is back here: so the processor is saved."""
+        self._save_image_processor(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 def image_size(config: ADMClassifierConfig) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """The UNet of ADM, "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233), section 3."""
 
+import json
 from collections.abc import Sequence
 from functools import partial
 
@@ -141,6 +142,12 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         # 4. Output
         self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, channels)
         self.conv_out = ZeroConv2d(channels, out_channels, 3, padding=1)
+
+    def to_json_string(self) -> str:
+        """The config as it is saved: without the folder that it was loaded from, which is nobody's business."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def forward(
         self,

@@ -94,8 +94,7 @@ def test_a_push_is_retried_or_fails_clearly_and_never_leaves_half(hub, tmp_path)
             assert first[name].startswith(expected), name
         if step != "commit":
             assert failed == (fault.times > 0), name  # what passes is retried
-        if (step, how) != ("commit", "lose"):
-            assert (heads[name] == repo.history()[-1].sha) == failed, name  # nothing of a failed push is there
+        assert (heads[name] == repo.history()[-1].sha) == failed, name  # nothing of a failed push is there
         assert second[name] == url
         assert [commit.message for commit in repo.history()] == ["Upload with hf-guided", "initial commit"]
         assert repo.head().files.items() >= model_files(name).items()
@@ -218,6 +217,25 @@ def test_a_push_that_others_overtake_builds_on_theirs(hub, tmp_path):
     assert files == {**model_files("once"), "notes.txt": b"1"}
     assert always == "PushError: Others keep pushing to ada/always at the same time: push again when they are done."
     assert {commit.message for commit in repos["always"].history()} == {"Somebody else's", "initial commit"}
+
+
+PUSH_ONCE = """
+from hf_guided.hub import push_folder
+try:
+    said = push_folder(arguments["folder"], "ada/card")
+except Exception as error:
+    said = f"{type(error).__name__}: {error}"
+print(json.dumps(said))
+"""
+
+
+def test_a_card_that_cannot_be_read_is_not_overwritten(hub, tmp_path):
+    save(tmp_path / "model", {**model_files("card"), "README.md": b"# New\n"})
+    repo = hub.add_repo("ada/card")
+    repo.add("main", Commit("Edit", {"README.md": b"# Mine\n"}, frozenset(), repo.head().sha))
+    hub.fail("HEAD", "/ada/card/resolve/.*README.md", 500, float("inf"))
+    assert run(hub, tmp_path, PUSH_ONCE, folder=tmp_path / "model").startswith("PushError: ")
+    assert repo.head().files == {"README.md": b"# Mine\n"}
 
 
 def test_the_storage_would_notice_a_token(hub):

@@ -296,3 +296,36 @@ def test_command_line_to_branches_organisations_and_as_a_pull_request(folder, tm
             refused = cli(hub, home, WRITE, *arguments)
             assert refused.returncode == 1
             assert refused.stderr.strip().splitlines()[-1].startswith(sentence), refused.stderr
+
+
+def test_code_comes_and_goes_with_the_flag(hub, folder, tmp_path):
+    pushed = cli(hub, tmp_path / "home", WRITE, folder, "digits", "--standalone")
+    assert pushed.returncode == 0, pushed.stderr
+    repo = hub.repos["ada/digits"]
+    assert "pipeline_classifier_guided.py" in repo.head().files
+    usage = repo.head().files["README.md"].decode().split("```python\n")[1].split("```")[0]
+    assert "from diffusers import DiffusionPipeline" in usage
+    assert 'DiffusionPipeline.from_pretrained("ada/digits", trust_remote_code=True)' in usage
+    assert "hf_guided" not in usage
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["pipeline"]
+
+    assert cli(hub, tmp_path / "home", WRITE, folder, "digits").returncode == 0
+    assert len(repo.history()) == 3
+    assert not [path for path in repo.head().files if path.endswith(".py")]
+    assert "trust_remote_code" not in repo.head().files["README.md"].decode()
+
+
+def test_the_page_comes_beside_the_model(hub, folder, tmp_path):
+    pushed = cli(hub, tmp_path / "home", WRITE, folder, "digits", "--space", "ada/page", "--judge", "ada/judge")
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stdout.splitlines() == [f"{hub.endpoint}/ada/digits", f"{hub.endpoint}/spaces/ada/page"]
+    space = hub.repos["spaces/ada/page"]
+    assert space.sdk == "gradio"
+    assert [commit.message for commit in space.history()] == ["Upload with hf-guided", "initial commit"]
+    assert b'"ada/digits", "--judge", "ada/judge"' in space.head().files["app.py"]
+    assert {"README.md", "requirements.txt", "hf_guided/demo.py"} <= set(space.head().files)
+
+    again = cli(hub, tmp_path / "home", WRITE, "ada/digits", "--space", "page")  # of a model that is there
+    assert again.returncode == 0, again.stderr
+    assert b"--judge" not in space.head().files["app.py"]
+    assert len(space.history()) == 3
