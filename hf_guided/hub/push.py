@@ -3,12 +3,12 @@
 import os
 import shlex
 import threading
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import (
     DEFAULT_IGNORE_PATTERNS,
     are_progress_bars_disabled,
@@ -124,19 +124,19 @@ def push_folder(
             api.create_branch(repo.repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
         for attempt in range(1, _ATTEMPTS + 1):
             # The card is merged with the one of this very commit, and nobody's later commit is overwritten.
-            head = api.repo_info(repo.repo_id, revision=revision, repo_type=repo_type).sha
+            head: Any = api.repo_info(repo.repo_id, revision=revision, repo_type=repo_type)
+            there = {file.rfilename for file in head.siblings or ()}
             operations: list[CommitOperationAdd | CommitOperationDelete] = [
                 CommitOperationAdd(path, folder / path) for path in paths if path != "README.md"
             ]
-            # The code that an earlier push may have brought does not stay beside a model that no longer uses it.
-            there = api.list_repo_files(repo.repo_id, revision=head, repo_type=repo_type)
-            stale = [path for path in there if Path(path).name in _CODE_FILES and path not in paths]
-            operations += [CommitOperationDelete(path) for path in stale if repo_type == "model"]
+            if repo_type == "model":  # the code of an earlier push does not stay beside what no longer uses it
+                stale = [path for path in there.difference(paths) if Path(path).name in _CODE_FILES]
+                operations += [CommitOperationDelete(path) for path in stale]
             if "README.md" in paths:
                 card = (folder / "README.md").read_text(encoding="utf-8")
                 card = sign(address(card, repo.repo_id, standalone=not _CODE_FILES.isdisjoint(paths)))
-                with suppress(RemoteEntryNotFoundError):
-                    edited = api.hf_hub_download(repo.repo_id, "README.md", revision=head, repo_type=repo_type)
+                if "README.md" in there:
+                    edited = api.hf_hub_download(repo.repo_id, "README.md", revision=head.sha, repo_type=repo_type)
                     card = merge(Path(edited).read_text(encoding="utf-8"), card)
                 operations.append(CommitOperationAdd("README.md", card.encode()))
             try:
@@ -146,7 +146,7 @@ def push_folder(
                     commit_message=commit_message,
                     revision=revision,
                     create_pr=create_pr,
-                    parent_commit=head,
+                    parent_commit=head.sha,
                     repo_type=repo_type,
                 )
                 break
