@@ -16,6 +16,13 @@ _MODULE_OF = {
     "ADMScheduler": "schedulers.scheduling_adm",
     "ClassifierGuidedPipeline": "pipelines.pipeline_classifier_guided",
     "ClassifierGuidedUpscalePipeline": "pipelines.pipeline_classifier_guided_upscale",
+    "BigGANDiscriminator": "baselines.gan",
+    "BigGANGenerator": "baselines.gan",
+    "ClassConditionalGlow": "baselines.flow",
+    "ClassConditionalVAE": "baselines.vae",
+    "FlowPipeline": "pipelines.pipeline_flow",
+    "GANPipeline": "pipelines.pipeline_gan",
+    "VAEPipeline": "pipelines.pipeline_vae",
 }
 
 __all__ = [*_MODULE_OF, "__version__"]
@@ -32,6 +39,10 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from .baselines.flow import ClassConditionalGlow as ClassConditionalGlow
+    from .baselines.gan import BigGANDiscriminator as BigGANDiscriminator
+    from .baselines.gan import BigGANGenerator as BigGANGenerator
+    from .baselines.vae import ClassConditionalVAE as ClassConditionalVAE
     from .models.classifier_adm import ADMClassifierConfig as ADMClassifierConfig
     from .models.classifier_adm import ADMForImageClassification as ADMForImageClassification
     from .models.image_processing_adm import ADMImageProcessor as ADMImageProcessor
@@ -40,4 +51,7 @@ if TYPE_CHECKING:
     from .pipelines.pipeline_classifier_guided_upscale import (
         ClassifierGuidedUpscalePipeline as ClassifierGuidedUpscalePipeline,
     )
+    from .pipelines.pipeline_flow import FlowPipeline as FlowPipeline
+    from .pipelines.pipeline_gan import GANPipeline as GANPipeline
+    from .pipelines.pipeline_vae import VAEPipeline as VAEPipeline
     from .schedulers.scheduling_adm import ADMScheduler as ADMScheduler

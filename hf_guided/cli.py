@@ -1,6 +1,7 @@
 """`hf-guided …`: parses, calls, prints. What is heavy is imported by the command that needs it."""
 
 import argparse
+import inspect
 import json
 import os
 import signal
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     command.add_argument("--num_inference_steps", type=count, metavar="N", help="default: the pipeline's own")
     command.add_argument("--respacing", metavar="R", help='instead: published timesteps, such as "250" or "ddim25"')
+    add_latents(command)
     command.add_argument("--batch_size", type=count, default=64, metavar="N", help="images at once; default: 64")
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument(
@@ -86,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--guidance_scale", type=float, metavar="S", help="default: the pipeline's own")
     command.add_argument("--num_inference_steps", type=count, metavar="N", help="default: the pipeline's own")
     command.add_argument("--respacing", metavar="R", help='instead: published timesteps, such as "250" or "ddim25"')
+    add_latents(command)
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     add_measuring(command)
     command.add_argument("--output", default="evaluation", metavar="FOLDER", help="default: evaluation")
@@ -184,7 +187,7 @@ def sample(args: argparse.Namespace) -> None:
         state = join_processes()
         pipe = load_guided(args.model, state)
         labels = labels_to_sample(pipe, args)
-        options = {"batch_size": args.batch_size, "seed": args.seed, **sampling_options(args)}
+        options = {"batch_size": args.batch_size, "seed": args.seed, **sampling_options(pipe, args)}
         made = sample_to_file(pipe, labels, args.output, **options)
     if state.is_main_process:
         num_images = labels if isinstance(labels, int) else len(labels)
@@ -205,18 +208,40 @@ def stoppable() -> Iterator[None]:
 
 def load_guided(model: str, state: Any) -> Any:
     """A pipeline where this process computes; the bar of its steps is the main process's, below that of the images."""
-    from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
-
-    pipe = load_pipeline(ClassifierGuidedPipeline, model).to(state.device)
+    pipe = load_pipeline(pipeline_class(model), model).to(state.device)
     bar = {"desc": "batch", "position": 1, "leave": False}
     pipe.set_progress_bar_config(**bar, disable=None if state.is_main_process else True)
     return pipe
 
 
-def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say to the pipeline."""
-    names = ("guidance_scale", "condition_unet", "num_inference_steps", "respacing")
-    return {name: getattr(args, name) for name in names}
+def pipeline_class(model: str) -> Any:
+    """The class that a pipeline's `model_index.json` names, if it is one of the other families; else that of ours."""
+    import hf_guided
+
+    name = None
+    if is_pipeline(model):
+        from huggingface_hub import hf_hub_download
+
+        folder = Path(model)
+        path = folder / "model_index.json" if folder.exists() else hf_hub_download(model, "model_index.json")
+        name = json.loads(Path(path).read_text()).get("_class_name")
+    others = {f"{family}Pipeline" for family in ("VAE", "GAN", "Flow")}
+    return getattr(hf_guided, name if name in others else "ClassifierGuidedPipeline")
+
+
+def sampling_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say to the pipeline.
+
+    Raises:
+        `ValueError`: For a flag that this kind of pipeline does not know.
+    """
+    names = ("guidance_scale", "condition_unet", "num_inference_steps", "respacing", "temperature", "truncation")
+    given = {name: getattr(args, name, None) for name in names}
+    known = inspect.signature(type(pipe).__call__).parameters
+    for name, value in given.items():
+        if name not in known and value not in (None, True):
+            raise ValueError(f"A {type(pipe).__name__} knows no --{name}; leave it out.")
+    return {name: value for name, value in given.items() if name in known}
 
 
 def labels_to_sample(pipe: Any, args: argparse.Namespace) -> Any:
@@ -238,6 +263,12 @@ def labels_to_sample(pipe: Any, args: argparse.Namespace) -> Any:
         raise ValueError("Say how many samples to draw of all classes together: --num_images 50000.")
     num_images = args.num_images or per_label * (pipe.num_classes if which == "all" else len(which))
     return sample_labels(which, num_images, pipe.num_classes, args.seed)
+
+
+def add_latents(command: argparse.ArgumentParser) -> None:
+    """The flags of the families whose images come of latents at once."""
+    command.add_argument("--truncation", type=float, metavar="T", help="of a GAN: latents between -T and T")
+    command.add_argument("--temperature", type=float, metavar="T", help="of a VAE or flow: the latents' spread")
 
 
 def add_measuring(command: argparse.ArgumentParser) -> None:
@@ -290,7 +321,7 @@ def evaluate(args: argparse.Namespace) -> None:
     extractors = load_extractors(args.features, pipe, state)
     if pipe is not None:
         labels = labels_to_sample(pipe, args)
-        generated: Any = SampledImages(pipe, labels, args.seed, **sampling_options(args))
+        generated: Any = SampledImages(pipe, labels, args.seed, **sampling_options(pipe, args))
     elif args.likelihood:
         raise ValueError(f"--likelihood is of a pipeline, and {args.generated} is none.")
     else:
@@ -311,7 +342,7 @@ def evaluate(args: argparse.Namespace) -> None:
     # 2. Sample, where it is a pipeline's turn; measure
     with stoppable():
         if pipe is not None:
-            options = {"batch_size": args.batch_size, "seed": args.seed, **sampling_options(args)}
+            options = {"batch_size": args.batch_size, "seed": args.seed, **sampling_options(pipe, args)}
             sample_to_file(pipe, labels, output / "samples.npz", **options)
             state.wait_for_everyone()
             samples = open_images(str(output / "samples.npz"))
@@ -332,9 +363,7 @@ def evaluate(args: argparse.Namespace) -> None:
         seconds["measuring"] = time.monotonic() - started - sum(seconds.values())
         bits = None
         if pipe is not None and args.likelihood:
-            bits = likelihood(
-                pipe.unet, pipe.scheduler, reference, bits_labels, args.respacing, args.batch_size, args.seed
-            )
+            bits = likelihood(pipe, reference, bits_labels, args.respacing, args.batch_size, args.seed)
             seconds["likelihood"] = time.monotonic() - started - sum(seconds.values())
         if args.save_statistics:
             features = collect_features(reference, extractors[0], **options)
@@ -349,7 +378,7 @@ def evaluate(args: argparse.Namespace) -> None:
     write_json({**report, "likelihood": bits and bits.to_dict(), "settings": settings}, output / "report.json")
     for name, found in result.memorisation.items():
         save_png(closest_pairs(found, generated, reference), output / f"closest-pairs-{name}.png")
-    if bits is not None:
+    if bits is not None and bits.timesteps:
         likelihood_curve(bits.timesteps, bits.vb, output / "likelihood.png")
     tell(
         state,
@@ -382,6 +411,8 @@ def sweep(args: argparse.Namespace) -> None:
     output = make_folder(args.output)
     state = join_processes()
     pipe = load_guided(args.model, state)
+    if not hasattr(pipe, "set_sampling_defaults"):
+        raise ValueError(f"{args.model} is a {type(pipe).__name__}, which nothing guides; a sweep is of guidance.")
     guidance_at(pipe, scales[0])
     (extractor,) = load_extractors(args.features, pipe, state)
     reference = open_real(args.reference, pipe.sample_size, args, state)

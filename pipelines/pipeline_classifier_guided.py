@@ -1,17 +1,14 @@
 """Class-conditional images by classifier-guided diffusion (ADM, arXiv 2105.05233, section 4)."""
 
-import difflib
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -23,8 +20,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 # The classes that a saved pipeline may name register themselves with diffusers when they are imported.
 from ..data.images import to_channels, to_pixel_values
 from ..guidance import ClassifierGuidance, Guidance, guidance_from_dict
-from ..guidance.base import GradientGuidance, broken_images
-from ..guidance.labels import spellings
+from ..guidance.base import GradientGuidance
 from ..guidance.steering import SamplingCost, Steering
 from ..models.classifier_adm import ADMForImageClassification  # noqa: F401
 from ..models.unet_adm import ADMUNet2DModel  # noqa: F401
@@ -32,8 +28,8 @@ from ..schedulers.predictions import SPACINGS, alpha_bar_at, check_solver, corre
 from ..schedulers.repaint import RePaint, jump_positions
 from ..schedulers.schedules import space_timesteps
 from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler  # noqa: F401
+from .class_conditional import ClassConditionalPipeline, Labels
 
-Labels = int | str | Sequence[int | str] | torch.Tensor
 Images = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image | np.ndarray | torch.Tensor]
 
 
@@ -48,7 +44,7 @@ class GuidedPipelineOutput(ImagePipelineOutput):
     cost: SamplingCost | None = None
 
 
-class ClassifierGuidedPipeline(DiffusionPipeline):
+class ClassifierGuidedPipeline(ClassConditionalPipeline):
     r"""Makes images of given classes: a diffusion model, steered by a classifier of noisy images or in other ways.
 
     Args:
@@ -70,6 +66,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         `ValueError`: For defaults that cannot be saved.
     """
 
+    main_component = "unet"
     model_cpu_offload_seq = "clip_model->clean_classifier->classifier->guide_unet->unet"
     _optional_components = [
         "classifier",
@@ -107,7 +104,6 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         )
         self.register_to_config(id2label=id2label)
         self.set_sampling_defaults(**(sampling_defaults or {}))
-        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -127,10 +123,9 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         return len(self.id2label) if self.classifier or self.clean_classifier else None
 
     @property
-    def sample_size(self) -> tuple[int, int]:
-        """Height and width in pixels that the UNet is made for."""
-        size = self.unet.config.sample_size
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
+    def image_channels(self) -> int:
+        """Channels of the images."""
+        return self.unet.config.in_channels
 
     @property
     def has_adm_scheduler(self) -> bool:
@@ -156,12 +151,6 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             kinds = [kind if isinstance(kind, Guidance) else guidance_from_dict(kind) for kind in kinds]
             defaults = {**defaults, "guidance": [kind.to_dict() for kind in kinds]}
         self.register_to_config(sampling_defaults=defaults or None)
-
-    def to_json_string(self) -> str:
-        """The config as it is saved: without the folder that it was loaded from, which is nobody's business."""
-        config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @torch.no_grad()
     def __call__(
@@ -345,22 +334,13 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         return latents
 
     def finish(
-        self, latents: torch.Tensor, output_type: str, return_dict: bool, cost: SamplingCost | None = None
+        self, sample: torch.Tensor, output_type: str, return_dict: bool, cost: SamplingCost | None = None
     ) -> GuidedPipelineOutput | tuple:
-        """The images as they were asked for."""
-        broken = broken_images(latents).nonzero()[:, 0].tolist()
-        if broken:
-            raise RuntimeError(
-                f"Images {', '.join(map(str, broken[:5]))}{' …' if len(broken) > 5 else ''} of the batch are not "
-                f"finite: the UNet or the scheduler overflowed. Load the pipeline in float32 or bfloat16."
-            )
-        image: Any = latents
-        if output_type != "latent":
-            image = self.image_processor.postprocess(image, output_type=output_type)
-        self.maybe_free_model_hooks()
+        """The images as they were asked for, and what they cost."""
+        (images,) = super().finish(sample, output_type, return_dict=False)
         if return_dict:
-            return GuidedPipelineOutput(images=image, cost=cost)
-        return (image,) if cost is None else (image, cost)
+            return GuidedPipelineOutput(images=images, cost=cost)
+        return (images,) if cost is None else (images, cost)
 
     def prepare_steering(
         self,
@@ -491,45 +471,6 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         saved = (self.config.sampling_defaults or {}).get(name)
         return otherwise if saved is None else saved
 
-    def resolve_labels(self, class_labels: Labels | None) -> torch.Tensor | None:
-        """Ids and names as a tensor of ids; `None` stays `None`."""
-        if class_labels is None:
-            return None
-        if torch.is_tensor(class_labels):
-            class_labels = class_labels.flatten().tolist()
-        elif isinstance(class_labels, int | str):
-            class_labels = [class_labels]
-        if self.num_classes is None:
-            raise ValueError(
-                "class_labels were given, but this pipeline has no classes: its UNet is unconditional and it has no "
-                "classifier. Leave them out, or load a classifier."
-            )
-        ids = [self.id_of_name(label) if isinstance(label, str) else int(label) for label in class_labels]
-        unknown = [label for label in ids if not 0 <= label < self.num_classes]
-        if unknown or not ids:
-            raise ValueError(
-                f"class_labels {unknown} are not among the ids of the {self.num_classes} classes, 0 to "
-                f"{self.num_classes - 1}."
-            )
-        return torch.tensor(ids, device=self._execution_device)
-
-    def id_of_name(self, name: str) -> int:
-        """The id of a class name, or of one of the synonyms that a name separates by commas; case does not matter."""
-        ids_of: dict[str, list[int]] = {}
-        for label, names in self.id2label.items():
-            for spelling in spellings(names):
-                ids_of.setdefault(spelling, []).append(label)
-        ids = ids_of.get(name.strip().casefold(), [])
-        if len(ids) > 1:
-            listed = ", ".join(f"{label} ({self.id2label[label]})" for label in ids)
-            raise ValueError(f"The class name {name!r} belongs to several ids: {listed}. Give the id.")
-        if not ids:
-            near = difflib.get_close_matches(name.strip().casefold(), ids_of, n=3, cutoff=0.5)
-            known = [repr(self.id2label[ids_of[spelling][0]]) for spelling in near]
-            hint = f"the nearest are {', '.join(known)}" if known else "pipe.id2label lists all names"
-            raise ValueError(f"There is no class named {name!r}; {hint}.")
-        return ids[0]
-
     def resolve_guidance(
         self,
         guidance: Guidance | Sequence[Guidance] | None,
@@ -570,12 +511,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     ) -> None:
         """Refuses, before the first step, what could only fail or mislead later."""
         config = self.unet.config
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r} is not one of 'pil', 'np', 'pt', 'latent'.")
-        if output_type == "pil" and config.in_channels not in (1, 3):
-            raise ValueError(
-                f"Images of {config.in_channels} channels cannot be PIL images; choose output_type='np' or 'pt'."
-            )
+        self.check_output_type(output_type)
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -633,19 +569,6 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if hasattr(self.scheduler, "set_begin_index"):  # or it would look timesteps up, some of which may be the same
             self.scheduler.set_begin_index(0)
         warn_of_overshoot(self.scheduler)
-
-    def prepare_generators(
-        self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int
-    ) -> list[torch.Generator]:
-        """One generator for each image, so that an image does not depend on the batch that it is made in."""
-        if isinstance(generator, list | tuple):
-            if len(generator) != batch_size:
-                raise ValueError(f"{len(generator)} generators were given for {batch_size} images; give one per image.")
-            return list(generator)
-        device = "cpu" if generator is None else generator.device
-        # one by one: a generator on a GPU draws other numbers when it is asked for several at once
-        seeds = [torch.randint(2**63 - 1, (), generator=generator, device=device).item() for _ in range(batch_size)]
-        return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def prepare_latents(
         self, latents: torch.Tensor | None, batch_size: int, generators: list[torch.Generator]

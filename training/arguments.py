@@ -24,7 +24,7 @@ from ..schedulers.schedules import space_timesteps
 from ..schedulers.scheduling_adm import FEW_STEPS
 
 RECIPES = Path(__file__).parent / "recipes"
-SECTIONS = {"data", "judge", "classifier", "diffusion", "upscaler", "report"}
+SECTIONS = {"data", "judge", "classifier", "diffusion", "upscaler", "vae", "gan", "flow", "report"}
 
 
 def flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import DataArguments, LabelledImages, StepBatchSampler, check_images
+from ..files import write_json
 from ..hub.push import BackgroundPush, PushError, prepare_push, push_command, push_folder
 from .arguments import LoopArguments, RunArguments
 from .checkpoints import (
@@ -57,13 +58,14 @@ class Task(ABC):
 
     Attributes:
         name (`str`): Of the stage, for logs and folders.
-        model ([`ADMUNet2DModel`] or [`ADMForImageClassification`]): Is trained.
-        timestep_sampler (`TimestepSampler`): Which timesteps batches are noised to.
+        model (`nn.Module`): Is trained.
+        timestep_sampler (`TimestepSampler`): Which timesteps batches are noised to; of a model without noise, the only
+            one.
     """
 
     name: str
     model: Any
-    timestep_sampler: TimestepSampler
+    timestep_sampler: TimestepSampler = TimestepSampler(1)
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -73,9 +75,17 @@ class Task(ABC):
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The model's arguments for a batch, to estimate the memory that it needs."""
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, for the optimizer: groups of parameters, each perhaps with a learning rate of its own."""
+        return [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
+
     def preview(self, model: nn.Module, path: Path) -> None:
         """Draws what the model can do by now, if there is something to draw."""
         return None
+
+    def watch(self) -> dict[str, float]:
+        """Numbers worth logging beside the losses on held-out images, of the model as it is now."""
+        return {}
 
 
 def train(
@@ -114,9 +124,10 @@ def train(
     if args.gradient_checkpointing:
         enable = getattr(task.model, "enable_gradient_checkpointing", None)
         (enable or task.model.activation_checkpointing_enable)()  # as diffusers and transformers call it
-    parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+    groups = task.parameter_groups()
+    parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(
-        parameters,
+        groups,
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
@@ -131,7 +142,13 @@ def train(
     )
     model, optimizer = accelerator.prepare(task.model, optimizer)
     ema = EMAModel(parameters, decay=args.ema_decay)
-    others = {"ema": ema, "lr_scheduler": lr_scheduler, "timestep_sampler": task.timestep_sampler}
+    history = History()
+    others = {
+        "ema": ema,
+        "lr_scheduler": lr_scheduler,
+        "timestep_sampler": task.timestep_sampler,
+        "history": history,
+    }
 
     current = fingerprint([args, data_args], train_images, accelerator)
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
@@ -171,6 +188,10 @@ def train(
     def due(every: int) -> bool:
         return every > 0 and step % every == 0
 
+    def log(values: dict[str, float]) -> None:
+        accelerator.log(values, step=step)
+        history.rows.append({"step": step, "seconds": time.monotonic() - started, **values})
+
     pushes = None
     if args.push_to_hub and args.hub_model_id and accelerator.is_main_process:
         pushes = BackgroundPush(args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
@@ -204,11 +225,15 @@ def train(
                 values = {name: accelerator.reduce(value, "mean").item() for name, value in values.items()}
                 check_finite(values["loss"], step)
                 progress.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
-                accelerator.log({**values, "learning_rate": lr_scheduler.get_last_lr()[0]}, step=step)
+                log({**values, "learning_rate": lr_scheduler.get_last_lr()[0]})
             if accelerator.is_main_process and (due(args.validation_steps) or due(args.preview_steps)):
                 with averaged_weights(ema, parameters):
-                    if due(args.validation_steps) and held_out_images is not None:
-                        accelerator.log(validate(task, held_out_images, args, accelerator.device), step=step)
+                    if due(args.validation_steps):
+                        measured = task.watch()
+                        if held_out_images is not None:
+                            measured |= validate(task, held_out_images, args, accelerator.device)
+                        if measured:
+                            log(measured)
                     if due(args.preview_steps):
                         task.preview(task.model, output_dir / f"preview-{step:06d}.png")
 
@@ -216,6 +241,8 @@ def train(
             if stopping or due(args.checkpointing_steps) or step == args.max_train_steps:
                 check_finite(sum(parameter.detach().float().mean() for parameter in parameters).item(), step)
                 seconds = time.monotonic() - started
+                if accelerator.is_main_process:
+                    write_json(history.rows, output_dir / "history.json")
                 folder = save_checkpoint(
                     accelerator, output_dir, step, seconds, current, others, args.checkpoints_total_limit
                 )
@@ -253,6 +280,19 @@ def train(
     if accelerator.is_main_process and train_images.bad_files:
         logger.warning(f"{len(train_images.bad_files)} images could not be read and were replaced by others.")
     return True
+
+
+class History:
+    """What was logged, beside the step and the seconds of training; a resumed training goes on with it."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows = list(state["rows"])
 
 
 def finish(save: Callable[[str], Any], folder: Path) -> Path:

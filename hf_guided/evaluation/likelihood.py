@@ -1,7 +1,7 @@
 """How many bits a model needs to describe an image: the variational bound, term by term."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -117,51 +117,55 @@ class Likelihood:
     Attributes:
         num_images (`int`): Images measured.
         total_bpd (`float`), standard_error (`float`): The mean over images, and how sure it is.
-        prior_bpd (`float`): Its part that no model can change.
-        timesteps (`list[int]`): The timesteps, last first.
+        kind (`str`): `"bound"`, above the true number, or `"exact"`.
+        prior_bpd (`float`): Of a diffusion model, the part that no model can change.
+        timesteps (`list[int]`): The timesteps, last first; none of another family's model.
         vb, mse, xstart_mse (`list[float]`): Means of [`BitsPerDim`]'s, at each timestep.
     """
 
     num_images: int
     total_bpd: float
     standard_error: float
-    prior_bpd: float
-    timesteps: list[int]
-    vb: list[float]
-    mse: list[float]
-    xstart_mse: list[float]
+    kind: str = "bound"
+    prior_bpd: float = 0.0
+    timesteps: list[int] = field(default_factory=list)
+    vb: list[float] = field(default_factory=list)
+    mse: list[float] = field(default_factory=list)
+    xstart_mse: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """For a JSON file."""
         return asdict(self)
 
     def __str__(self) -> str:
+        told = (
+            f"Likelihood: {'at most ' if self.kind == 'bound' else ''}{self.total_bpd:.4f} bits per dimension (standard "
+            f"error {self.standard_error:.4f}) over {self.num_images:,} images"
+        )
+        if not self.timesteps:
+            return f"{told}."
         halves = {0: "first", 1: "second", 2: "third", 3: "last"}
         shares = [sum(part) for part in np.array_split(np.array(self.vb[::-1]), 4)]
         listed = ", ".join(f"{halves[i]} {share:.3f}" for i, share in enumerate(shares))
-        return (
-            f"Likelihood: at most {self.total_bpd:.4f} bits per dimension (standard error {self.standard_error:.4f}) "
-            f"over {self.num_images:,} images; {self.prior_bpd:.2g} of them are the prior's, and by quarters of the "
-            f"timesteps: {listed}."
-        )
+        return f"{told}; {self.prior_bpd:.2g} of them are the prior's, and by quarters of the timesteps: {listed}."
 
 
 def likelihood(
-    unet: ModelMixin,
-    scheduler: ADMScheduler,
+    pipeline: Any,
     images: ImageSet,
     class_labels: np.ndarray | None = None,
     respacing: str | None = None,
     batch_size: int = 64,
     seed: int = 0,
 ) -> Likelihood | None:
-    """[`bits_per_dim`] of a whole set, over all processes that run this call.
+    """Bits per dimension of a whole set, over all processes that run this call.
 
     Args:
-        unet ([`ADMUNet2DModel`] or like it), scheduler ([`ADMScheduler`]), respacing (`str`, *optional*): See
-            [`bits_per_dim`].
+        pipeline ([`ClassifierGuidedPipeline`]): Its UNet and scheduler are measured by [`bits_per_dim`]; another
+            pipeline by its own `bits_per_dim`.
         images ([`ImageSet`]): The images.
-        class_labels (`np.ndarray` of shape `(n,)`, *optional*): The class id of each, for a class-conditional UNet.
+        class_labels (`np.ndarray` of shape `(n,)`, *optional*): The class id of each, see [`likelihood_labels`].
+        respacing (`str`, *optional*): See [`bits_per_dim`].
         batch_size (`int`, defaults to 64): Images at once in each process.
         seed (`int`, defaults to 0): Seed of the noise, which each batch draws anew; the number of processes does not
             change it.
@@ -172,53 +176,58 @@ def likelihood(
     state = PartialState()
     batches = [part.tolist() for part in torch.arange(len(images)).split(batch_size)]
     mine = range(state.process_index, len(batches), state.num_processes)
-    measured = []
+    measured: list[list[torch.Tensor]] = []
     loader = images.batches([batches[i] for i in mine])
     progress = tqdm(loader, desc="bits per dimension", unit="batch", disable=not state.is_main_process, leave=False)
     for i, batch in zip(mine, progress, strict=True):
-        labels = None if class_labels is None else torch.from_numpy(class_labels[batches[i]]).to(unet.device)
-        pixels = batch.to(unet.device) / 127.5 - 1
+        labels = None if class_labels is None else torch.from_numpy(class_labels[batches[i]]).to(pipeline.device)
+        pixels = batch.to(pipeline.device) / 127.5 - 1
         with torch.random.fork_rng():
             torch.manual_seed(seed + i)
-            bits = bits_per_dim(unet, scheduler, pixels, labels, respacing)
+            if hasattr(pipeline, "bits_per_dim"):
+                measured.append([pipeline.bits_per_dim(pixels, labels).cpu().double()])
+                continue
+            bits = bits_per_dim(pipeline.unet, pipeline.scheduler, pixels, labels, respacing)
         measured.append([getattr(bits, part).cpu().double() for part in ("total_bpd", "prior_bpd", *PER_TIMESTEP)])
     gathered = gather_to_main(measured)
     if gathered is None:
         return None
-    total, prior, *terms = (
-        torch.cat(part) for part in zip(*(batch for share in gathered for batch in share), strict=True)
-    )
-    timesteps = space_timesteps(scheduler.config.num_train_timesteps, respacing) if respacing else None
-    return Likelihood(
+    total, *terms = (torch.cat(part) for part in zip(*(batch for share in gathered for batch in share), strict=True))
+    result = Likelihood(
         num_images=len(images),
         total_bpd=total.mean().item(),
         standard_error=(total.std() / math.sqrt(len(images))).item(),
-        prior_bpd=prior.mean().item(),
-        timesteps=list(timesteps or range(scheduler.config.num_train_timesteps))[::-1],
-        **{name: term.mean(dim=0).tolist() for name, term in zip(PER_TIMESTEP, terms, strict=True)},
+        kind=getattr(pipeline, "likelihood_kind", "bound"),
     )
+    if terms:
+        num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
+        kept = space_timesteps(num_train_timesteps, respacing) if respacing else range(num_train_timesteps)
+        result.timesteps, result.prior_bpd = list(kept)[::-1], terms[0].mean().item()
+        result.vb, result.mse, result.xstart_mse = (term.mean(dim=0).tolist() for term in terms[1:])
+    return result
 
 
 def likelihood_labels(pipeline: Any, images: ImageSet) -> np.ndarray | None:
-    """What the pipeline's UNet is told of real images: their classes by name, the null label without, or nothing.
+    """What the pipeline's model is told of real images: their classes by name, the null label without, or nothing.
 
     Raises:
-        `ValueError`: If it must be told the class and the images have none, or others; or if its scheduler or UNet has
-            no likelihood.
+        `ValueError`: If it must be told the class and the images have none, or others; or if it has no likelihood.
     """
-    if not isinstance(pipeline.scheduler, ADMScheduler):
+    if reason := getattr(pipeline, "no_likelihood", None):
+        raise ValueError(f"{type(pipeline).__name__} has no likelihood: {reason}.")
+    if not hasattr(pipeline, "bits_per_dim") and not isinstance(pipeline.scheduler, ADMScheduler):
         raise ValueError(f"{type(pipeline.scheduler).__name__} has no likelihood; give the pipeline an ADMScheduler.")
-    config = pipeline.unet.config
-    if images.channels != config.in_channels:
+    config = pipeline.main_config
+    if images.channels != pipeline.image_channels:
         raise ValueError(
-            f"{images.name} has images of {images.channels} channels and the UNet of {config.in_channels}: it gives "
-            f"them no likelihood."
+            f"{images.name} has images of {images.channels} channels and the model of {pipeline.image_channels}: it "
+            f"gives them no likelihood."
         )
     if config.num_class_embeds is None:
         return None
     if images.labels is None:
         if not config.get("null_class_label", False):
-            raise ValueError(f"This UNet must be told the class, and {images.name} has no labels.")
+            raise ValueError(f"This model must be told the class, and {images.name} has no labels.")
         return np.full(len(images), config.num_class_embeds)
     names = pipeline.id2label or {label: f"LABEL_{label}" for label in range(config.num_class_embeds)}
     matched = match_classes(images.id2label or names, names, set(np.unique(images.labels).tolist()), "of the pipeline")

@@ -165,7 +165,7 @@ def sample_to_file(
     """
     check_destination(output)
     path, kind = Path(output), _kind(output)
-    channels = pipeline.unet.config.in_channels
+    channels = pipeline.image_channels
     num_images = labels if isinstance(labels, int) else len(labels)
     if channels not in (1, 3):
         raise ValueError(f"Images of {channels} channels are no pictures; only the pipeline itself can sample them.")

@@ -172,7 +172,7 @@ class SampledImages(ImageSet):
         self.pipeline, self.sampled_labels, self.seed, self.arguments = pipeline, labels, seed, arguments
         self.name, self.notes, self.id2label = "the samples", [], dict(pipeline.id2label)
         self.labels = None if isinstance(labels, int) else labels.numpy()
-        self.size, self.channels = pipeline.sample_size, pipeline.unet.config.in_channels
+        self.size, self.channels = pipeline.sample_size, pipeline.image_channels
 
     def __len__(self) -> int:
         return self.sampled_labels if isinstance(self.sampled_labels, int) else len(self.sampled_labels)
@@ -190,9 +190,11 @@ class SampledImages(ImageSet):
 
     def contents(self) -> Iterator[bytes]:
         labels = self.sampled_labels if isinstance(self.sampled_labels, int) else self.sampled_labels.tolist()
-        arguments = {**(self.pipeline.config.sampling_defaults or {}), **self.arguments}
-        yield f"{self.pipeline.scheduler.config} {labels} {self.seed} {arguments}".encode()
-        for component in self.pipeline.components.values():
+        arguments = {**(self.pipeline.config.get("sampling_defaults") or {}), **self.arguments}
+        components = self.pipeline.components
+        scheduler = components["scheduler"].config if "scheduler" in components else ""
+        yield f"{scheduler} {labels} {self.seed} {arguments}".encode()
+        for component in components.values():
             if isinstance(component, torch.nn.Module):
                 yield weights_digest(component).encode()
 

@@ -21,8 +21,7 @@ _CARD = """\
 
 # {title}
 
-{summary} (ADM,
-[Diffusion Models Beat GANs on Image Synthesis](https://arxiv.org/abs/2105.05233)), {origin}.
+{summary} ({paper}), {origin}.
 
 {picture}
 
@@ -55,6 +54,10 @@ _GUIDED_ADVICE = """
 Steps and guidance scale are the saved defaults; `num_inference_steps=` and `guidance_scale=` change them, and
 `respacing="250"` samples as published. A higher scale gives images that are more typical of their class and less
 varied.
+"""
+
+_LATENTS_ADVICE = """
+`{knob}=` trades variety for typical images: the lower, the more typical of their class and the less varied they are.
 """
 
 _UNGUIDED_ADVICE = """
@@ -94,6 +97,15 @@ of its norm.
 _INSPECTION_COLUMNS = (
     "timestep", "accuracy", "train_accuracy", "confidence", "calibration_error", "cross_entropy", "epsilon_shift"
 )  # fmt: skip
+
+
+_ADM = "ADM,\n[Diffusion Models Beat GANs on Image Synthesis](https://arxiv.org/abs/2105.05233)"
+# By the pipeline of another family: its tag, its paper, and what its call takes to trade variety for fidelity.
+_FAMILIES = {
+    "VAEPipeline": ("vae", "[Auto-Encoding Variational Bayes](https://arxiv.org/abs/1312.6114)", "temperature"),
+    "GANPipeline": ("gan", "[Large Scale GAN Training](https://arxiv.org/abs/1809.11096)", "truncation"),
+    "FlowPipeline": ("normalizing-flow", "[Glow](https://arxiv.org/abs/1807.03039)", "temperature"),
+}
 
 
 def write_model_card(
@@ -139,8 +151,8 @@ def write_model_card(
             default it loads the current folder.
         license (`str`, *optional*): Identifier of the licence, such as `"apache-2.0"`.
         base_model (`str`, *optional*): What it was fine-tuned from, by its id on the Hub.
-        model_class (`str`, defaults to `"ClassifierGuidedPipeline"`): What loads the folder: that,
-            `"ClassifierGuidedUpscalePipeline"` or `"ADMForImageClassification"`.
+        model_class (`str`, defaults to `"ClassifierGuidedPipeline"`): What loads the folder: that or another pipeline
+            of this package, or `"ADMForImageClassification"`.
         summary (`str`): What kind of model it is, in a few words.
         origin (`str`, *optional*): Where it comes from, as the end of the first sentence; by default it was trained
             on `dataset` with this library.
@@ -152,7 +164,8 @@ def write_model_card(
     """
     folder, dataset = Path(folder), _public(dataset)
     classifies = model_class == "ADMForImageClassification"
-    tags = {"hf-guided": True, "diffusers": not classifies, "adm": True, "classifier-guidance": guided or classifies}
+    family, paper, knob = _FAMILIES.get(model_class, ("adm", _ADM, None))
+    tags = {"hf-guided": True, "diffusers": not classifies, family: True, "classifier-guidance": guided or classifies}
     tags["class-conditional-image-generation"] = bool(class_names) and not classifies
     data = ModelCardData(
         library_name="transformers" if classifies else "diffusers",
@@ -170,11 +183,12 @@ def write_model_card(
         "grid.png": "Images made large" if upscales else "Samples, one row per class",
         "trade_off.png": "Precision, recall and FID by guidance scale",
     }
-    advice = _GUIDED_ADVICE if guided else _UNGUIDED_ADVICE
+    advice = _GUIDED_ADVICE if guided else _LATENTS_ADVICE.format(knob=knob) if knob else _UNGUIDED_ADVICE
     card = _CARD.format(
         data=data.to_yaml(),
         title=title,
         summary=summary,
+        paper=paper,
         origin=origin or f"trained on {dataset} with\n`hf-guided`",
         picture="\n\n".join(f"![{text}]({name})" for name, text in pictures.items() if (folder / name).is_file()),
         usage=_usage(model_class, json.dumps(repo_id or "."), class_names, dtype),
@@ -293,8 +307,9 @@ def _limits(
     folder: Path, class_names: Sequence[str], results: Sequence[Mapping[str, Any]], classifies: bool
 ) -> list[str]:
     """What to expect, and what not."""
-    config = folder / "config.json" if classifies else folder / "unet" / "config.json"
-    size = json.loads(config.read_text()).get("sample_size") if config.is_file() else None
+    configs = [folder / part / "config.json" for part in ("", "unet", "vae", "generator", "flow")]
+    sizes = (json.loads(config.read_text()).get("sample_size") for config in configs if config.is_file())
+    size = next(sizes, None)
     height, width = size if isinstance(size, list) else (size, size)
     images = "images" if size is None else f"images of {width}x{height} pixels"
     limits = []

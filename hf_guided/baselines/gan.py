@@ -1,0 +1,272 @@
+"""A small BigGAN (arXiv 1809.11096): the GAN that the ADM paper compares itself with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils.parametrizations import spectral_norm
+
+from ..registration import register_with_diffusers
+from .sizes import bottom_size
+
+
+@dataclass
+class GeneratorOutput(BaseOutput):
+    """
+    Args:
+        sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Images in [-1, 1].
+    """
+
+    sample: torch.Tensor
+
+
+@register_with_diffusers
+class BigGANGenerator(ModelMixin, ConfigMixin):
+    r"""Makes images of latents and a class, which class-conditional batch norm tells every residual block.
+
+    Args:
+        sample_size (`int` or a pair, defaults to 32): Height and width in pixels.
+        image_channels (`int`, defaults to 3): Channels of the images.
+        num_class_embeds (`int`, defaults to 10): Number of classes.
+        latent_dim (`int`, defaults to 120): Length of the latent vector.
+        model_channels (`int`, defaults to 64): Base width.
+        channel_mult (`Sequence[int]`, defaults to `(1, 2, 4)`): Width of each level, as a multiple of the base; each
+            level has half the side length of the one before.
+
+    Raises:
+        `ValueError`: If the size cannot be halved that often.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        image_channels: int = 3,
+        num_class_embeds: int = 10,
+        latent_dim: int = 120,
+        model_channels: int = 64,
+        channel_mult: Sequence[int] = (1, 2, 4),
+    ):
+        super().__init__()
+        widths = [round(model_channels * multiple) for multiple in channel_mult]
+        self.bottom_shape = (widths[-1], *bottom_size(sample_size, len(widths)))
+        self.class_embedding = nn.Embedding(num_class_embeds, latent_dim)
+        conditions = 2 * latent_dim  # latents and class, at every block (BigGAN, figure 15)
+        self.from_latents = _normalised(nn.Linear(latent_dim, torch.Size(self.bottom_shape).numel()))
+        self.up_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            is_bottom = level == len(widths) - 1
+            self.up_blocks.append(
+                GeneratorBlock(width if is_bottom else widths[level + 1], width, conditions, upsample=not is_bottom)
+            )
+        self.norm_out = nn.BatchNorm2d(widths[0])
+        self.conv_out = _normalised(nn.Conv2d(widths[0], image_channels, 3, padding=1))
+
+    def forward(self, latents: torch.Tensor, class_labels: torch.Tensor) -> GeneratorOutput:
+        """
+        Args:
+            latents (`torch.Tensor` of shape `(batch, latent_dim)`): Standard normal.
+            class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
+        """
+        conditions = torch.cat([latents, self.class_embedding(class_labels)], dim=1)
+        hidden = self.from_latents(latents).unflatten(1, self.bottom_shape)
+        for block in self.up_blocks:
+            hidden = block(hidden, conditions)
+        return GeneratorOutput(sample=torch.tanh(self.conv_out(F.relu(self.norm_out(hidden)))))
+
+    @torch.no_grad()
+    def set_standing_statistics(self, num_batches: int = 16, batch_size: int = 128, seed: int = 0) -> None:
+        """Gives batch norm the statistics of these weights' own images, of all classes; sets evaluation mode.
+
+        Those gathered in training are of weights that have moved on, and none are of a moving average of weights
+        (BigGAN, appendix B: standing statistics).
+        """
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain average of all batches
+        self.train()
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(num_batches):
+            latents = torch.randn(batch_size, self.config.latent_dim, generator=generator)
+            labels = torch.randint(self.config.num_class_embeds, (batch_size,), generator=generator)
+            self(latents.to(self.device, self.dtype), labels.to(self.device))
+        self.eval()
+
+
+@register_with_diffusers
+class BigGANDiscriminator(ModelMixin, ConfigMixin):
+    r"""Scores how real an image of a class looks, by projection (arXiv 1802.05637).
+
+    Args: as those of [`BigGANGenerator`], without `latent_dim`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        image_channels: int = 3,
+        num_class_embeds: int = 10,
+        model_channels: int = 64,
+        channel_mult: Sequence[int] = (1, 2, 4),
+    ):
+        super().__init__()
+        bottom_size(sample_size, len(channel_mult))
+        widths = [image_channels, *(round(model_channels * multiple) for multiple in channel_mult)]
+        self.down_blocks = nn.ModuleList(
+            DiscriminatorBlock(widths[level], widths[level + 1], is_first=level == 0, downsample=level > 0)
+            for level in range(len(channel_mult))
+        )
+        self.mid_block = DiscriminatorBlock(widths[-1], widths[-1])
+        self.score = _normalised(nn.Linear(widths[-1], 1))
+        self.class_embedding = _normalised(nn.Embedding(num_class_embeds, widths[-1]))
+
+    def forward(self, sample: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Images in [-1, 1].
+            class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
+
+        Returns:
+            `torch.Tensor` of shape `(batch,)`: The higher, the more real.
+        """
+        hidden = sample
+        for block in self.down_blocks:
+            hidden = block(hidden)
+        features = F.relu(self.mid_block(hidden)).sum(dim=(2, 3))
+        return self.score(features)[:, 0] + (self.class_embedding(class_labels) * features).sum(dim=1)
+
+
+@dataclass
+class AdversarialOutput(BaseOutput):
+    """Scores of shape `(batch,)`.
+
+    Args:
+        real, fake (`torch.Tensor`): Of real images and of samples, for the discriminator: they are constants to the
+            generator.
+        judged (`torch.Tensor`): Of the same samples, for the generator: the discriminator is a constant.
+    """
+
+    real: torch.Tensor
+    fake: torch.Tensor
+    judged: torch.Tensor
+
+
+class AdversarialPair(nn.Module):
+    """Generator and discriminator, trained together: one forward pass gives both their losses.
+
+    Args:
+        generator ([`BigGANGenerator`]), discriminator ([`BigGANDiscriminator`]): The two.
+        translation (`int`, defaults to 0): What the discriminator sees, real or not, is shifted at random by up to so
+            many pixels, against overfitting (DiffAugment, arXiv 2006.10738).
+    """
+
+    def __init__(self, generator: BigGANGenerator, discriminator: BigGANDiscriminator, translation: int = 0):
+        super().__init__()
+        self.generator, self.discriminator, self.translation = generator, discriminator, translation
+
+    def forward(self, sample: torch.Tensor, class_labels: torch.Tensor, latents: torch.Tensor) -> AdversarialOutput:
+        """
+        Args:
+            sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Real images in [-1, 1].
+            class_labels (`torch.Tensor` of shape `(batch,)`): Their classes, and those of the samples.
+            latents (`torch.Tensor` of shape `(batch, latent_dim)`): Of the samples.
+        """
+        made = self.generator(latents, class_labels).sample
+        both = torch.cat([sample, made.detach()])
+        real, fake = self.discriminator(self._shift(both), class_labels.repeat(2)).chunk(2)
+        constants = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        judged = functional_call(self.discriminator, constants, (self._shift(made), class_labels))
+        return AdversarialOutput(real=real, fake=fake, judged=judged)
+
+    def _shift(self, images: torch.Tensor) -> torch.Tensor:
+        """Each image moved by whole pixels; what comes in at the edge is as dark as can be."""
+        reach = self.translation
+        if reach == 0:
+            return images
+        height, width = images.shape[2:]
+        down, right = torch.randint(2 * reach + 1, (2, len(images), 1), device=images.device)
+        rows = (torch.arange(height, device=images.device) + down)[:, None, :, None]
+        columns = (torch.arange(width, device=images.device) + right)[:, None, None, :]
+        padded = F.pad(images, (reach,) * 4, value=-1.0)
+        item = torch.arange(len(images), device=images.device)[:, None, None, None]
+        channel = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
+        return padded[item, channel, rows, columns]
+
+
+def hinge_losses(output: AdversarialOutput) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses of discriminator and generator, each of shape `(batch,)` (arXiv 1705.02894; BigGAN, section 3).
+
+    Args:
+        output ([`AdversarialOutput`]): The scores.
+    """
+    return F.relu(1 - output.real) + F.relu(1 + output.fake), -output.judged
+
+
+class GeneratorBlock(nn.Module):
+    """(class-conditional norm -> ReLU -> convolution) twice, beside a shortcut (BigGAN, figure 15 b)."""
+
+    def __init__(self, in_channels: int, out_channels: int, conditions: int, upsample: bool):
+        super().__init__()
+        self.upsample = upsample
+        self.norm1 = ConditionalBatchNorm2d(in_channels, conditions)
+        self.conv1 = _normalised(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.norm2 = ConditionalBatchNorm2d(out_channels, conditions)
+        self.conv2 = _normalised(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv_shortcut = _normalised(nn.Conv2d(in_channels, out_channels, 1))
+
+    def forward(self, hidden: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
+        shortcut, hidden = hidden, F.relu(self.norm1(hidden, conditions))
+        if self.upsample:
+            shortcut, hidden = (F.interpolate(part, scale_factor=2.0, mode="nearest") for part in (shortcut, hidden))
+        hidden = self.conv1(hidden)
+        hidden = self.conv2(F.relu(self.norm2(hidden, conditions)))
+        return hidden + self.conv_shortcut(shortcut)
+
+
+class DiscriminatorBlock(nn.Module):
+    """(ReLU -> convolution) twice, beside a shortcut (BigGAN, figure 15 c); the first sees the image without ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, is_first: bool = False, downsample: bool = False):
+        super().__init__()
+        self.is_first, self.downsample = is_first, downsample
+        self.conv1 = _normalised(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.conv2 = _normalised(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        changes = in_channels != out_channels or downsample
+        self.conv_shortcut = _normalised(nn.Conv2d(in_channels, out_channels, 1)) if changes else nn.Identity()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        shortcut = self.conv_shortcut(hidden)
+        hidden = self.conv1(hidden if self.is_first else F.relu(hidden))
+        hidden = self.conv2(F.relu(hidden))
+        if self.downsample:
+            shortcut, hidden = F.avg_pool2d(shortcut, 2), F.avg_pool2d(hidden, 2)
+        return hidden + shortcut
+
+
+class ConditionalBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose gain and bias are linear in what it is told (arXiv 1610.07629)."""
+
+    def __init__(self, num_channels: int, conditions: int):
+        super().__init__(num_channels, affine=False)
+        self.gain = _normalised(nn.Linear(conditions, num_channels, bias=False))
+        self.bias_of = _normalised(nn.Linear(conditions, num_channels, bias=False))
+
+    def forward(self, hidden: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        gain, bias = (layer(conditions)[:, :, None, None] for layer in (self.gain, self.bias_of))
+        return super().forward(hidden) * (1 + gain) + bias
+
+
+def _normalised(layer: Any) -> nn.Module:
+    """A layer of spectral norm 1 whose weights begin orthogonal (arXiv 1802.05957; BigGAN, section 3)."""
+    nn.init.orthogonal_(layer.weight)
+    if getattr(layer, "bias", None) is not None:
+        nn.init.zeros_(layer.bias)
+    return spectral_norm(layer)

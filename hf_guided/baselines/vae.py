@@ -1,0 +1,141 @@
+"""A class-conditional variational autoencoder (arXiv 1312.6114), of the convolutional blocks of diffusers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, DiagonalGaussianDistribution, Encoder
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+
+from ..losses import discretized_gaussian_log_likelihood, mean_over_pixels
+from ..registration import register_with_diffusers
+from .sizes import bottom_size
+
+_FIRST_LOG_VARIANCE = -3.0  # of a learned decoder variance: a standard deviation of 0.22, in images from -1 to 1
+
+
+@dataclass
+class VAEOutput(BaseOutput):
+    """
+    Args:
+        sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): The decoder's mean at latents drawn
+            from the posterior.
+        posterior (`DiagonalGaussianDistribution`): Of the latents given the image, `(batch, latent_dim, 1, 1)`.
+    """
+
+    sample: torch.Tensor
+    posterior: DiagonalGaussianDistribution
+
+
+@register_with_diffusers
+class ClassConditionalVAE(ModelMixin, ConfigMixin):
+    r"""Encodes an image of a class as a Gaussian of latents, and decodes latents of a class as a Gaussian of images.
+
+    The prior of the latents is the standard normal distribution for every class.
+
+    Args:
+        sample_size (`int` or a pair, defaults to 32): Height and width in pixels.
+        image_channels (`int`, defaults to 3): Channels of the images.
+        num_class_embeds (`int`, defaults to 10): Number of classes.
+        latent_dim (`int`, defaults to 128): Length of the latent vector.
+        model_channels (`int`, defaults to 64): Base width.
+        channel_mult (`Sequence[int]`, defaults to `(1, 2, 4)`): Width of each level, as a multiple of the base; each
+            level has half the side length of the one before.
+        num_res_blocks (`int`, defaults to 2): Residual blocks per level.
+        decoder_variance (`float`, *optional*): Fixed variance of the decoder's Gaussian, of images in [-1, 1]. By
+            default one variance for all pixels is learned (sigma-VAE, arXiv 2006.13202).
+
+    Raises:
+        `ValueError`: If the size cannot be halved that often.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        image_channels: int = 3,
+        num_class_embeds: int = 10,
+        latent_dim: int = 128,
+        model_channels: int = 64,
+        channel_mult: Sequence[int] = (1, 2, 4),
+        num_res_blocks: int = 2,
+        decoder_variance: float | None = None,
+    ):
+        super().__init__()
+        if decoder_variance is not None and decoder_variance <= 0:
+            raise ValueError(f"decoder_variance={decoder_variance} is no variance; give a positive one, or None.")
+        widths = tuple(round(model_channels * multiple) for multiple in channel_mult)
+        self.bottom_shape = (widths[-1], *bottom_size(sample_size, len(widths)))
+        options = {"block_out_channels": widths, "norm_num_groups": math.gcd(32, *widths)}
+        self.class_embedding = nn.Embedding(num_class_embeds, model_channels)
+        self.encoder = Encoder(
+            image_channels + model_channels,  # the class as planes beside the image
+            widths[-1],
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            layers_per_block=num_res_blocks,
+            double_z=False,
+            **options,
+        )
+        self.to_posterior = nn.Linear(math.prod(self.bottom_shape), 2 * latent_dim)
+        self.from_latents = nn.Linear(latent_dim, math.prod(self.bottom_shape))
+        self.decoder = Decoder(
+            widths[-1] + model_channels,
+            image_channels,
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            layers_per_block=num_res_blocks,
+            **options,
+        )
+        log_variance = _FIRST_LOG_VARIANCE if decoder_variance is None else math.log(decoder_variance)
+        self.decoder_log_variance = nn.Parameter(torch.tensor(log_variance), requires_grad=decoder_variance is None)
+
+    def encode(self, sample: torch.Tensor, class_labels: torch.Tensor) -> DiagonalGaussianDistribution:
+        """The posterior of the latents.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Images in [-1, 1].
+            class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
+        """
+        features = self.encoder(self._with_class(sample, class_labels))
+        return DiagonalGaussianDistribution(self.to_posterior(features.flatten(1))[:, :, None, None])
+
+    def decode(self, latents: torch.Tensor, class_labels: torch.Tensor) -> DecoderOutput:
+        """The mean of the images.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch, latent_dim)`): Standard normal for the images of the model.
+            class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
+        """
+        features = self.from_latents(latents).unflatten(1, self.bottom_shape)
+        return DecoderOutput(sample=self.decoder(self._with_class(features, class_labels)))
+
+    def forward(
+        self, sample: torch.Tensor, class_labels: torch.Tensor, generator: torch.Generator | None = None
+    ) -> VAEOutput:
+        """Encodes, draws latents and decodes; arguments as those of [`encode`]."""
+        posterior = self.encode(sample, class_labels)
+        latents = posterior.sample(generator)[:, :, 0, 0]
+        return VAEOutput(sample=self.decode(latents, class_labels).sample, posterior=posterior)
+
+    def bound(self, images: torch.Tensor, output: VAEOutput) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""The two terms of the bound on the negative log-likelihood of 8-bit images (arXiv 1312.6114, equation 3).
+
+        Args:
+            images (`torch.Tensor`): In [-1, 1], as they were encoded.
+            output ([`VAEOutput`]): Of [`forward`].
+
+        Returns:
+            Distortion `-log p(x|z)`, one draw of its mean over the posterior, and rate `KL(q(z|x) || p(z))`, each of
+            shape `(batch,)` in bits per dimension.
+        """
+        log_scale = (0.5 * self.decoder_log_variance.float()).expand_as(images)
+        likelihood = discretized_gaussian_log_likelihood(images.float(), output.sample.float(), log_scale)
+        dimensions = images[0].numel()
+        return -mean_over_pixels(likelihood) / math.log(2), output.posterior.kl() / (dimensions * math.log(2))
+
+    def _with_class(self, features: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        planes = self.class_embedding(class_labels)[:, :, None, None].expand(-1, -1, *features.shape[2:])
+        return torch.cat([features, planes.to(features.dtype)], dim=1)

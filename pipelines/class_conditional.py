@@ -1,0 +1,160 @@
+"""What all pipelines of this package share: labels by id or name, one generator for each image, images as asked for."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..guidance.base import broken_images
+from ..guidance.labels import spellings
+
+Labels = int | str | Sequence[int | str] | torch.Tensor
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Makes images of given classes.
+
+    A subclass registers its components and `id2label`, and says in `main_component` which of them makes the images: its
+    config knows their size, channels and classes.
+    """
+
+    main_component: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @property
+    def main_config(self) -> Any:
+        """The config of what makes the images."""
+        return getattr(self, self.main_component).config
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class names by id; empty where nobody named them."""
+        return {int(label): name for label, name in (self.config.id2label or {}).items()}
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes, or `None` for an unconditional model."""
+        return self.main_config.num_class_embeds
+
+    @property
+    def sample_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        size = self.main_config.sample_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images."""
+        return self.main_config.image_channels
+
+    def to_json_string(self) -> str:
+        """The config as it is saved: without the folder that it was loaded from, which is nobody's business."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def resolve_labels(self, class_labels: Labels | None) -> torch.Tensor | None:
+        """Ids and names as a tensor of ids; `None` stays `None`."""
+        if class_labels is None:
+            return None
+        if torch.is_tensor(class_labels):
+            class_labels = class_labels.flatten().tolist()
+        elif isinstance(class_labels, int | str):
+            class_labels = [class_labels]
+        if self.num_classes is None:
+            raise ValueError(
+                "class_labels were given, but this pipeline has no classes: its UNet is unconditional and it has no "
+                "classifier. Leave them out, or load a classifier."
+            )
+        ids = [self.id_of_name(label) if isinstance(label, str) else int(label) for label in class_labels]
+        unknown = [label for label in ids if not 0 <= label < self.num_classes]
+        if unknown or not ids:
+            raise ValueError(
+                f"class_labels {unknown} are not among the ids of the {self.num_classes} classes, 0 to "
+                f"{self.num_classes - 1}."
+            )
+        return torch.tensor(ids, device=self._execution_device)
+
+    def id_of_name(self, name: str) -> int:
+        """The id of a class name, or of one of the synonyms that a name separates by commas; case does not matter."""
+        ids_of: dict[str, list[int]] = {}
+        for label, names in self.id2label.items():
+            for spelling in spellings(names):
+                ids_of.setdefault(spelling, []).append(label)
+        ids = ids_of.get(name.strip().casefold(), [])
+        if len(ids) > 1:
+            listed = ", ".join(f"{label} ({self.id2label[label]})" for label in ids)
+            raise ValueError(f"The class name {name!r} belongs to several ids: {listed}. Give the id.")
+        if not ids:
+            near = difflib.get_close_matches(name.strip().casefold(), ids_of, n=3, cutoff=0.5)
+            known = [repr(self.id2label[ids_of[spelling][0]]) for spelling in near]
+            hint = f"the nearest are {', '.join(known)}" if known else "pipe.id2label lists all names"
+            raise ValueError(f"There is no class named {name!r}; {hint}.")
+        return ids[0]
+
+    def check_output_type(self, output_type: str) -> None:
+        """Refuses what images cannot be given as."""
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} is not one of 'pil', 'np', 'pt', 'latent'.")
+        if output_type == "pil" and self.image_channels not in (1, 3):
+            raise ValueError(
+                f"Images of {self.image_channels} channels cannot be PIL images; choose output_type='np' or 'pt'."
+            )
+
+    def prepare_labels(self, class_labels: Labels, num_images_per_label: int) -> torch.Tensor:
+        """The class id of each image, those of a label side by side, for a model that must be told."""
+        labels = self.resolve_labels(class_labels)
+        if labels is None:
+            raise ValueError("This model must be told the class: give class_labels, ids or names.")
+        if num_images_per_label < 1:
+            raise ValueError(f"num_images_per_label={num_images_per_label} makes no images; give 1 or more.")
+        return labels.repeat_interleave(num_images_per_label)
+
+    def prepare_generators(
+        self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int
+    ) -> list[torch.Generator]:
+        """One generator for each image, so that an image does not depend on the batch that it is made in."""
+        if isinstance(generator, list | tuple):
+            if len(generator) != batch_size:
+                raise ValueError(f"{len(generator)} generators were given for {batch_size} images; give one per image.")
+            return list(generator)
+        device = "cpu" if generator is None else generator.device
+        # one by one: a generator on a GPU draws other numbers when it is asked for several at once
+        seeds = [torch.randint(2**63 - 1, (), generator=generator, device=device).item() for _ in range(batch_size)]
+        return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+    def prepare_vectors(
+        self,
+        latents: torch.Tensor | None,
+        shape: tuple[int, int],
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """Latent vectors `(batch, length)`: those given, or standard normal ones."""
+        if latents is None:
+            generators = self.prepare_generators(generator, shape[0])
+            latents = randn_tensor(shape, generators, self._execution_device, torch.float32)
+        elif latents.shape != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}; these images need {shape}.")
+        return latents.to(self._execution_device, getattr(self, self.main_component).dtype)
+
+    def finish(self, sample: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        """The images as they were asked for."""
+        broken = broken_images(sample).nonzero()[:, 0].tolist()
+        if broken:
+            raise RuntimeError(
+                f"Images {', '.join(map(str, broken[:5]))}{' …' if len(broken) > 5 else ''} of the batch are not "
+                f"finite: the model or the scheduler overflowed. Load the pipeline in float32 or bfloat16."
+            )
+        images: Any = sample
+        if output_type != "latent":
+            images = self.image_processor.postprocess(sample, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -1,0 +1,93 @@
+"""Images of a class-conditional normalizing flow: latents -> inverse flow -> image."""
+
+import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+
+from ..baselines.flow import ClassConditionalGlow
+from .class_conditional import ClassConditionalPipeline, Labels
+
+
+class FlowPipeline(ClassConditionalPipeline):
+    r"""Makes images of given classes: random latents, taken back through an invertible network.
+
+    Args:
+        flow ([`ClassConditionalGlow`]): The network.
+        id2label (`dict[int, str]`, *optional*): Class names.
+    """
+
+    main_component = "flow"
+    model_cpu_offload_seq = "flow"
+    likelihood_kind = "exact"
+
+    def __init__(self, flow: ClassConditionalGlow, id2label: dict | None = None):
+        super().__init__()
+        self.register_modules(flow=flow)
+        self.register_to_config(id2label=id2label)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Labels,
+        num_images_per_label: int = 1,
+        *,
+        temperature: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        r"""Samples images: latents -> inverse flow -> image.
+
+        Args:
+            class_labels (`int`, `str`, a list of them, or a `torch.Tensor`): Classes by id or by name from `id2label`.
+            num_images_per_label (`int`, defaults to 1): Images of each label, side by side.
+            temperature (`float`, *optional*): Standard deviation of the latents, 1 by default: below 1 images are more typical
+                and less varied (Glow, section 6).
+            generator (`torch.Generator` or a list, *optional*): A single one gives image i the i-th integer drawn from
+                it as its own seed, so that images do not depend on the batch; a list means one per image.
+            latents (`torch.Tensor` of shape `(batch, channels * height * width)`, *optional*): Standard normal.
+            output_type (`str`, defaults to `"pil"`): `"pil"`; `"np"` `(batch, height, width, channels)` in [0, 1];
+                `"pt"` `(batch, channels, height, width)` in [0, 1]; `"latent"`, the same in [-1, 1].
+            return_dict (`bool`, defaults to `True`): Return an output object instead of a tuple.
+
+        Returns:
+            `ImagePipelineOutput`: `.images`.
+
+        Raises:
+            `ValueError`: For unknown labels, a negative temperature or tensors of the wrong shape.
+
+        Examples:
+            ```py
+            >>> import torch
+            >>> from hf_guided import FlowPipeline
+
+            >>> pipe = FlowPipeline.from_pretrained("outputs/flow/pipeline")
+            >>> images = pipe(["3", "7"], generator=torch.Generator().manual_seed(0)).images
+            ```
+        """
+        self.check_output_type(output_type)
+        labels = self.prepare_labels(class_labels, num_images_per_label)
+        temperature = 1.0 if temperature is None else temperature
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} is negative; give 0, the most typical image, or more.")
+        length = self.image_channels * self.sample_size[0] * self.sample_size[1]
+        latents = self.prepare_vectors(latents, (len(labels), length), generator)
+        sample = self.flow.decode(temperature * latents, labels).sample
+        return self.finish(sample, output_type, return_dict)
+
+    @torch.no_grad()
+    def bits_per_dim(
+        self, images: torch.Tensor, class_labels: torch.Tensor, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """The negative log-likelihood of the dequantised images, exact, in bits per dimension.
+
+        Args:
+            images (`torch.Tensor` of shape `(batch, channels, height, width)`): 8-bit images, scaled to [-1, 1].
+            class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
+            generator (`torch.Generator`, *optional*): Of the dequantisation.
+
+        Returns:
+            `torch.Tensor` of shape `(batch,)`
+        """
+        noise = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+        return self.flow(images, class_labels, noise)

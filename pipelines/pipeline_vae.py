@@ -1,0 +1,93 @@
+"""Images of a class-conditional variational autoencoder: latents -> decoder -> image."""
+
+import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+
+from ..baselines.vae import ClassConditionalVAE
+from .class_conditional import ClassConditionalPipeline, Labels
+
+
+class VAEPipeline(ClassConditionalPipeline):
+    r"""Makes images of given classes: the decoder's mean at random latents.
+
+    Args:
+        vae ([`ClassConditionalVAE`]): Decodes.
+        id2label (`dict[int, str]`, *optional*): Class names.
+    """
+
+    main_component = "vae"
+    model_cpu_offload_seq = "vae"
+    likelihood_kind = "bound"
+
+    def __init__(self, vae: ClassConditionalVAE, id2label: dict | None = None):
+        super().__init__()
+        self.register_modules(vae=vae)
+        self.register_to_config(id2label=id2label)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Labels,
+        num_images_per_label: int = 1,
+        *,
+        temperature: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        r"""Samples images: latents -> decoder -> image.
+
+        Args:
+            class_labels (`int`, `str`, a list of them, or a `torch.Tensor`): Classes by id or by name from `id2label`.
+            num_images_per_label (`int`, defaults to 1): Images of each label, side by side.
+            temperature (`float`, *optional*): Standard deviation of the latents, 1 by default: below 1 images are more typical
+                and less varied.
+            generator (`torch.Generator` or a list, *optional*): A single one gives image i the i-th integer drawn from
+                it as its own seed, so that images do not depend on the batch; a list means one per image.
+            latents (`torch.Tensor` of shape `(batch, latent_dim)`, *optional*): Standard normal.
+            output_type (`str`, defaults to `"pil"`): `"pil"`; `"np"` `(batch, height, width, channels)` in [0, 1];
+                `"pt"` `(batch, channels, height, width)` in [0, 1]; `"latent"`, the same in [-1, 1].
+            return_dict (`bool`, defaults to `True`): Return an output object instead of a tuple.
+
+        Returns:
+            `ImagePipelineOutput`: `.images`.
+
+        Raises:
+            `ValueError`: For unknown labels, a negative temperature or tensors of the wrong shape.
+
+        Examples:
+            ```py
+            >>> import torch
+            >>> from hf_guided import VAEPipeline
+
+            >>> pipe = VAEPipeline.from_pretrained("outputs/vae/pipeline")
+            >>> images = pipe(["3", "7"], generator=torch.Generator().manual_seed(0)).images
+            ```
+        """
+        self.check_output_type(output_type)
+        labels = self.prepare_labels(class_labels, num_images_per_label)
+        temperature = 1.0 if temperature is None else temperature
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} is negative; give 0, the most typical image, or more.")
+        latents = self.prepare_vectors(latents, (len(labels), self.vae.config.latent_dim), generator)
+        sample = self.vae.decode(temperature * latents, labels).sample
+        return self.finish(sample, output_type, return_dict)
+
+    @torch.no_grad()
+    def bits_per_dim(
+        self, images: torch.Tensor, class_labels: torch.Tensor, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """The bound on the negative log-likelihood, in bits per dimension: distortion and rate.
+
+        Args:
+            images (`torch.Tensor` of shape `(batch, channels, height, width)`): 8-bit images, scaled to [-1, 1].
+            class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
+            generator (`torch.Generator`, *optional*): Of the draw from the posterior.
+
+        Returns:
+            `torch.Tensor` of shape `(batch,)`
+        """
+        output = self.vae(images.to(self.vae.dtype), class_labels, generator)
+        distortion, rate = self.vae.bound(images, output)
+        return distortion + rate

@@ -1,0 +1,326 @@
+"""Trains a model of the families that diffusion is compared with: a VAE, a GAN or a normalizing flow, told the class.
+
+    accelerate launch training/train_baseline.py --family vae                        # the built-in digits
+    accelerate launch training/train_baseline.py --family gan --train_data_dir photos --resolution 64
+    accelerate launch -m hf_guided.training.train_baseline --family flow             # from an installed wheel
+
+The data, the loop and their flags are those of diffusion; `--family vae --help` lists the family's own. The finished
+pipeline is `<output_dir>/<family>/pipeline`, for `VAEPipeline`, `GANPipeline` or `FlowPipeline`.
+"""
+
+import argparse
+import logging
+import sys
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hf_guided import FlowPipeline, GANPipeline, VAEPipeline
+from hf_guided.baselines import (
+    AdversarialPair,
+    BigGANDiscriminator,
+    BigGANGenerator,
+    ClassConditionalGlow,
+    ClassConditionalVAE,
+)
+from hf_guided.baselines.flow import dequantize
+from hf_guided.baselines.gan import hinge_losses
+from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
+from hf_guided.evaluation.pictures import labelled_grid, save_png
+from hf_guided.evaluation.sources import SampledImages
+from hf_guided.hub import write_model_card
+from hf_guided.training.arguments import LoopArguments, flag, parse_arguments, run_script
+from hf_guided.training.cards import describe_data, describe_images, describe_run, describe_steps
+from hf_guided.training.loop import Batch, Task, finish, publish, train
+
+logger = logging.getLogger(__name__)
+
+_WATCHED = 64  # images of a class whose spread is watched
+_COLLAPSED = 0.5  # of the real images' spread: below it a class has collapsed
+
+
+@dataclass
+class VAEArguments(LoopArguments):
+    """A VAE's flags."""
+
+    latent_dim: int = flag(128, "Length of the latent vector.")
+    model_channels: int = flag(64, "Base width.")
+    channel_mult: list[int] = flag([1, 2, 4], "Width of each level, as a multiple of the base.")
+    num_res_blocks: int = flag(2, "Residual blocks per level.")
+    kl_weight: float = flag(1.0, "Weight of the rate, KL(q(z|x) || p(z)), in the loss; 1 is the bound itself.")
+    decoder_variance: float | None = flag(None, "Variance of the decoder, of images in [-1, 1]; learned, by default.")
+
+
+@dataclass
+class GANArguments(LoopArguments):
+    """A GAN's flags; `--learning_rate` is the generator's."""
+
+    discriminator_learning_rate: float = flag(4e-4, "The discriminator's: two time scales (arXiv 1706.08500).")
+    adam_beta1: float = flag(0.0, "AdamW's first decay rate.")
+    latent_dim: int = flag(120, "Length of the latent vector.")
+    model_channels: int = flag(64, "Base width of the generator.")
+    discriminator_channels: int = flag(64, "Base width of the discriminator.")
+    channel_mult: list[int] = flag([1, 2, 4], "Width of each level, as a multiple of the base.")
+    translation: int = flag(0, "Shift what the discriminator sees by up to so many pixels, if images are few.")
+
+
+@dataclass
+class FlowArguments(LoopArguments):
+    """A flow's flags."""
+
+    num_levels: int = flag(3, "Levels, each of half the side length.")
+    num_blocks: int = flag(8, "Steps of flow per level.")
+    hidden_channels: int = flag(128, "Width of the couplings' networks.")
+
+
+class BaselineTask(Task):
+    """A model of another family than diffusion.
+
+    Args:
+        args ([`LoopArguments`]): The family's flags.
+        images ([`LabelledImages`]): What it is trained on.
+    """
+
+    title: str
+    summary: str
+
+    def __init__(self, args: Any, images: LabelledImages):
+        self.args, self.images = args, images
+        self.of_images = {
+            "sample_size": images.resolution,
+            "image_channels": images.image_channels,
+            "num_class_embeds": images.num_classes,
+        }
+        self.model = self.make_model()
+
+    @abstractmethod
+    def make_model(self) -> nn.Module:
+        """A fresh model of the images' size, channels and classes."""
+
+    @abstractmethod
+    def pipeline(self) -> Any:
+        """The model as it is now, ready to sample and to be saved."""
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        return {"sample": batch["pixel_values"], "class_labels": batch["labels"]}
+
+    def preview(self, model: nn.Module, path: Path) -> None:
+        was_training = model.training
+        model.eval()
+        names = list(self.images.id2label.values())[:10]
+        samples = SampledImages(self.pipeline(), torch.arange(len(names)).repeat_interleave(8))
+        save_png(labelled_grid(samples.pictures(self.args.train_batch_size), names), path)
+        model.train(was_training)
+
+    def findings(self, held_out: LabelledImages | None) -> dict[str, Any]:
+        """What the finished model's card says of it."""
+        return {}
+
+
+class VAETask(BaselineTask):
+    """The bound: distortion and rate."""
+
+    name, title = "vae", "VAE"
+    summary = "A class-conditional variational autoencoder"
+
+    def make_model(self) -> ClassConditionalVAE:
+        names = ("latent_dim", "model_channels", "channel_mult", "num_res_blocks", "decoder_variance")
+        return ClassConditionalVAE(**self.of_images, **{name: getattr(self.args, name) for name in names})
+
+    def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        output = model(**self.inputs(batch))
+        distortion, rate = self.model.bound(batch["pixel_values"], output)
+        logs = {"bits_per_dim": distortion + rate, "rate": rate}
+        return distortion + self.args.kl_weight * rate, {name: value.detach() for name, value in logs.items()}
+
+    def pipeline(self) -> VAEPipeline:
+        return VAEPipeline(self.model, id2label=self.images.id2label)
+
+
+class FlowTask(BaselineTask):
+    """The exact likelihood of dequantised images."""
+
+    name, title = "flow", "Flow"
+    summary = "A class-conditional normalizing flow"
+
+    def __init__(self, args: FlowArguments, images: LabelledImages):
+        super().__init__(args, images)
+        indices = torch.linspace(0, len(images) - 1, min(len(images), 256)).long().tolist()
+        self.model.initialize(torch.stack([images[index]["pixel_values"] for index in indices]))
+
+    def make_model(self) -> ClassConditionalGlow:
+        names = ("num_levels", "num_blocks", "hidden_channels")
+        return ClassConditionalGlow(**self.of_images, **{name: getattr(self.args, name) for name in names})
+
+    def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        bits = model(**self.inputs(batch))
+        return bits, {"bits_per_dim": bits.detach()}
+
+    def pipeline(self) -> FlowPipeline:
+        return FlowPipeline(self.model, id2label=self.images.id2label)
+
+    def findings(self, held_out: LabelledImages | None) -> dict[str, Any]:
+        return {"largest error of an image taken to latents and back": self.inversion_error(held_out or self.images)}
+
+    @torch.no_grad()
+    def inversion_error(self, images: LabelledImages) -> float:
+        """How far images are from themselves after the way to the latents and back, at most, of values in [0, 1]."""
+        batch = [images[index] for index in range(min(len(images), 64))]
+        labels = torch.tensor([item["labels"] for item in batch], device=self.model.device)
+        values = dequantize(torch.stack([item["pixel_values"] for item in batch]).to(self.model.device))
+        latents, _ = self.model.encode(values, labels)
+        back = (self.model.decode(latents, labels).sample + 1) * 127.5 / 256
+        error = (back - values).abs().max().item()
+        if error > 1e-3:
+            logger.warning(f"The flow has become hard to invert: images come back with an error of {error:.2g}.")
+        return error
+
+
+class GANTask(BaselineTask):
+    """Generator and discriminator against each other, each with its own learning rate; collapse is watched for."""
+
+    name, title = "gan", "GAN"
+    summary = "A class-conditional GAN, a small BigGAN"
+
+    def __init__(self, args: GANArguments, images: LabelledImages):
+        super().__init__(args, images)
+        assert images.labels is not None  # the loader insists on them
+        self.real_spread = []
+        for label in range(images.num_classes):
+            rows = np.flatnonzero(images.labels == label)[:_WATCHED]
+            self.real_spread.append(spread(torch.stack([images[row]["pixel_values"] for row in rows.tolist()])))
+
+    def make_model(self) -> AdversarialPair:
+        shared = {**self.of_images, "channel_mult": self.args.channel_mult}
+        generator = BigGANGenerator(**shared, latent_dim=self.args.latent_dim, model_channels=self.args.model_channels)
+        discriminator = BigGANDiscriminator(**shared, model_channels=self.args.discriminator_channels)
+        return AdversarialPair(generator, discriminator, self.args.translation)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [
+            {"params": list(self.model.generator.parameters()), "lr": self.args.learning_rate},
+            {"params": list(self.model.discriminator.parameters()), "lr": self.args.discriminator_learning_rate},
+        ]
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        images = batch["pixel_values"]
+        latents = torch.randn(len(images), self.args.latent_dim, device=images.device)
+        return {**super().inputs(batch), "latents": latents}
+
+    def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        output = model(**self.inputs(batch))
+        discriminator_loss, generator_loss = hinge_losses(output)
+        logs = {"discriminator_loss": discriminator_loss, "real_score": output.real, "fake_score": output.fake}
+        return discriminator_loss + generator_loss, {name: value.detach() for name, value in logs.items()}
+
+    def pipeline(self) -> GANPipeline:
+        generator = BigGANGenerator.from_config(self.model.generator.config).to(self.model.generator.device)
+        generator.load_state_dict(self.model.generator.state_dict())
+        generator.set_standing_statistics()
+        return GANPipeline(generator, id2label=self.images.id2label)
+
+    def watch(self) -> dict[str, float]:
+        spreads = self.spreads()
+        collapsed = self.collapsed(spreads)
+        if collapsed:
+            logger.warning(f"The GAN's {collapsed}.")
+        return {"spread": sum(spreads) / len(spreads), "lowest_spread": min(spreads)}
+
+    def findings(self, held_out: LabelledImages | None) -> dict[str, Any]:
+        return {"collapse": self.collapsed(self.spreads()) or "none was seen"}
+
+    def spreads(self) -> list[float]:
+        """Of each class, how much its samples differ from each other, as a share of how much its real images do."""
+        pipeline = self.pipeline()
+        generator = torch.Generator().manual_seed(0)
+        return [
+            spread(pipeline([label], _WATCHED, generator=generator, output_type="latent", return_dict=False)[0])
+            / max(real, 1e-6)
+            for label, real in enumerate(self.real_spread)
+        ]
+
+    def collapsed(self, spreads: Sequence[float]) -> str:
+        """The classes whose samples are nearly the same, in words; empty if there are none."""
+        names = [f"{self.images.id2label[i]} ({share:.0%})" for i, share in enumerate(spreads) if share < _COLLAPSED]
+        listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        return f"samples of a class differ far less than its real images do: {listed}" if names else ""
+
+
+def spread(images: torch.Tensor) -> float:
+    """The mean distance between two of some images `(n, channels, height, width)`; of a single one, 0."""
+    distances = torch.pdist(images.flatten(1).float())
+    return distances.mean().item() if len(distances) else 0.0
+
+
+FAMILIES: dict[str, tuple[type[LoopArguments], type[BaselineTask]]] = {
+    "vae": (VAEArguments, VAETask),
+    "gan": (GANArguments, GANTask),
+    "flow": (FlowArguments, FlowTask),
+}
+
+
+def train_baseline(
+    family: str,
+    data_args: DataArguments,
+    args: LoopArguments,
+    images: tuple[LabelledImages, LabelledImages | None] | None = None,
+) -> Path | None:
+    """Trains a model of a family and saves it as a pipeline with a card.
+
+    Args:
+        family (`str`): `"vae"`, `"gan"` or `"flow"`.
+        data_args ([`DataArguments`]), args ([`LoopArguments`]): The flags; the latter of the family's own class.
+        images (a pair of [`LabelledImages`], *optional*): To train on and to watch the loss on, if loaded already.
+
+    Returns:
+        `Path`: The finished folder; `None` if a signal stopped the training.
+    """
+    images = images or load_labelled_images(data_args, seed=args.seed)
+    torch.manual_seed(args.seed)
+    task = FAMILIES[family][1](args, images[0])
+
+    def save(folder: str, is_finished: bool = False) -> None:
+        pipeline = task.pipeline()
+        pipeline.save_pretrained(folder)
+        if is_finished:
+            task.preview(task.model, Path(folder) / "grid.png")
+        write_model_card(
+            folder,
+            title=f"{task.title} of {Path(data_args.source).name}",
+            class_names=list(images[0].id2label.values()),
+            training={
+                "images": describe_images(images),
+                "steps": describe_steps(args, task.name),
+                **(task.findings(images[1]) if is_finished else {}),
+                **describe_run(args),
+            },
+            model_class=type(pipeline).__name__,
+            summary=task.summary,
+            guided=False,
+            repo_id=args.hub_model_id,
+            license=args.hub_license,
+            **describe_data(data_args),
+        )
+
+    if not train(task, *images, args, data_args, save):
+        return None
+    return finish(lambda folder: save(folder, is_finished=True), Path(args.output_dir) / family / "pipeline")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--family", choices=FAMILIES, required=not {"-h", "--help"} & set(sys.argv[1:]))
+    given, others = parser.parse_known_args()
+    family = given.family or "vae"
+    data_args, stages = parse_arguments({family: FAMILIES[family][0]}, others, description=__doc__)
+    publish(train_baseline(family, data_args, stages[family]), stages[family])
+
+
+if __name__ == "__main__":
+    run_script(main)
