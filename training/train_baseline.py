@@ -29,7 +29,6 @@ from hf_guided.baselines import (
     ClassConditionalGlow,
     ClassConditionalVAE,
 )
-from hf_guided.baselines.flow import dequantize
 from hf_guided.baselines.gan import hinge_losses
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.pictures import labelled_grid, save_png
@@ -77,6 +76,7 @@ class FlowArguments(LoopArguments):
     num_levels: int = flag(3, "Levels, each of half the side length.")
     num_blocks: int = flag(8, "Steps of flow per level.")
     hidden_channels: int = flag(128, "Width of the couplings' networks.")
+    dequantization_width: float = flag(1.0, "Steps of the 8-bit scale between the levels that the images have.")
 
 
 class BaselineTask(Task):
@@ -152,15 +152,17 @@ class FlowTask(BaselineTask):
     def __init__(self, args: FlowArguments, images: LabelledImages):
         super().__init__(args, images)
         indices = torch.linspace(0, len(images) - 1, min(len(images), 256)).long().tolist()
-        self.model.initialize(torch.stack([images[index]["pixel_values"] for index in indices]))
+        first = [images[index] for index in indices]
+        labels = torch.tensor([item["labels"] for item in first])
+        self.model.initialize(torch.stack([item["pixel_values"] for item in first]), labels)
 
     def make_model(self) -> ClassConditionalGlow:
-        names = ("num_levels", "num_blocks", "hidden_channels")
+        names = ("num_levels", "num_blocks", "hidden_channels", "dequantization_width")
         return ClassConditionalGlow(**self.of_images, **{name: getattr(self.args, name) for name in names})
 
     def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         bits = model(**self.inputs(batch))
-        return bits, {"bits_per_dim": bits.detach()}
+        return bits, {}
 
     def pipeline(self) -> FlowPipeline:
         return FlowPipeline(self.model, id2label=self.images.id2label)
@@ -173,9 +175,9 @@ class FlowTask(BaselineTask):
         """How far images are from themselves after the way to the latents and back, at most, of values in [0, 1]."""
         batch = [images[index] for index in range(min(len(images), 64))]
         labels = torch.tensor([item["labels"] for item in batch], device=self.model.device)
-        values = dequantize(torch.stack([item["pixel_values"] for item in batch]).to(self.model.device))
+        values = self.model.dequantize(torch.stack([item["pixel_values"] for item in batch]).to(self.model.device))
         latents, _ = self.model.encode(values, labels)
-        back = (self.model.decode(latents, labels).sample + 1) * 127.5 / 256
+        back = self.model.dequantize(self.model.decode(latents, labels).sample, torch.full_like(values, -0.5))
         error = (back - values).abs().max().item()
         if error > 1e-3:
             logger.warning(f"The flow has become hard to invert: images come back with an error of {error:.2g}.")

@@ -1,4 +1,4 @@
-"""A class-conditional multi-scale Glow (arXiv 1807.03039), of the blocks of normflows."""
+"""A class-conditional multi-scale Glow (arXiv 1807.03039), of the parts of normflows."""
 
 import math
 import warnings
@@ -8,25 +8,27 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
 
 from ..registration import register_with_diffusers
 from .sizes import bottom_size
 
-_LEVELS = 256  # of an 8-bit value
 _ALPHA = 0.05  # keeps the logit of 0 and 1 finite (RealNVP, arXiv 1605.08803, section 4.1)
 
 
 @register_with_diffusers
 class ClassConditionalGlow(ModelMixin, ConfigMixin):
-    r"""An invertible map between images and latents, whose Gaussian has a mean and a variance for each class.
+    r"""An invertible map between images and latents; the couplings and the latents' Gaussian are told the class.
 
     Args:
         sample_size (`int` or a pair, defaults to 32): Height and width in pixels.
         image_channels (`int`, defaults to 3): Channels of the images.
         num_class_embeds (`int`, defaults to 10): Number of classes.
         num_levels (`int`, defaults to 3): Levels, each of half the side length; half of the channels leave at each.
-        num_blocks (`int`, defaults to 8): Steps of flow per level: activation norm, 1x1 convolution, affine coupling.
+        num_blocks (`int`, defaults to 8): Steps of flow per level.
         hidden_channels (`int`, defaults to 128): Width of the couplings' networks.
+        dequantization_width (`float`, defaults to 1): Steps of the 8-bit scale that dequantisation spreads a value over
+            in training. Images of fewer than 256 levels want the distance of these: a narrower comb is hard to learn.
 
     Raises:
         `ValueError`: If the size cannot be halved that often.
@@ -42,70 +44,82 @@ class ClassConditionalGlow(ModelMixin, ConfigMixin):
         num_levels: int = 3,
         num_blocks: int = 8,
         hidden_channels: int = 128,
+        dequantization_width: float = 1.0,
     ):
         super().__init__()
         nf = _import_normflows()
         height, width = bottom_size(sample_size, num_levels + 1)
-        bases, flows, merges = [], [], []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of `Tensor.lu`, which its 1x1 convolutions call
-            for level in range(num_levels):  # from the lowest up
-                channels = image_channels * 2 ** (num_levels + 1 - level)
-                blocks = [nf.flows.GlowBlock(channels, hidden_channels) for _ in range(num_blocks)]
-                flows.append([*blocks, nf.flows.Squeeze()])
-                shape = (channels if level == 0 else channels // 2, height * 2**level, width * 2**level)
-                if level > 0:
-                    merges.append(nf.flows.Merge())
-                bases.append(nf.distributions.ClassCondDiagGaussian(shape, num_class_embeds))
-        self.flow = nf.MultiscaleFlow(bases, flows, merges, transform=nf.transforms.Logit(_ALPHA))
-        for norm in self._activation_norms():
-            del norm.data_dep_init_done  # a buffer, which the meta device could not be asked for
-            norm.data_dep_init_done = torch.tensor(1.0)
-
-    @torch.no_grad()
-    def initialize(self, sample: torch.Tensor) -> None:
-        """Lets activation norm begin with unit variance on these images (Glow, section 3.1).
-
-        Args:
-            sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Images in [-1, 1].
-        """
-        for norm in self._activation_norms():
-            norm.data_dep_init_done = torch.tensor(0.0)
-        self.flow.inverse_and_log_det(dequantize(sample))
+        self.logit, self.squeeze, self.split = nf.transforms.Logit(_ALPHA), nf.flows.Squeeze(), nf.flows.Split()
+        self.class_embedding = nn.Embedding(num_class_embeds, hidden_channels)
+        self.levels, self.bases = nn.ModuleList(), nn.ModuleList()
+        channels = image_channels
+        for level in range(num_levels):  # from the image down
+            channels *= 4
+            self.levels.append(
+                nn.ModuleList(GlowStep(channels, hidden_channels, hidden_channels) for _ in range(num_blocks))
+            )
+            if level < num_levels - 1:
+                channels //= 2  # the other half goes on
+            factor = 2 ** (num_levels - 1 - level)
+            shape = (channels, height * factor, width * factor)
+            self.bases.append(nf.distributions.ClassCondDiagGaussian(shape, num_class_embeds))
 
     def forward(
         self, sample: torch.Tensor, class_labels: torch.Tensor, noise: torch.Tensor | None = None
     ) -> torch.Tensor:
         r"""Bits per dimension, exact of the dequantised images (arXiv 1511.01844, section 3.1).
 
-        In the mean over the noise it is an upper bound of the 8-bit images' own.
+        In the mean over noise of one step of the 8-bit scale it is an upper bound of the 8-bit images' own.
 
         Args:
             sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Images in [-1, 1].
             class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
-            noise (`torch.Tensor` of `sample`'s shape, *optional*): Of the dequantisation, in [0, 1); by default drawn.
+            noise (`torch.Tensor` of `sample`'s shape, *optional*): See [`dequantize`].
 
         Returns:
             `torch.Tensor` of shape `(batch,)`
         """
-        log_likelihood = self.flow.log_prob(dequantize(sample, noise), class_labels)
-        return math.log2(_LEVELS) - log_likelihood / (sample[0].numel() * math.log(2))
+        latents, log_det = self.encode(self.dequantize(sample, noise), class_labels)
+        dimensions = sample[0].numel()
+        log_likelihood = log_det - 0.5 * (latents**2 + math.log(2 * math.pi)).sum(dim=1)
+        return math.log2(255 + self.config.dequantization_width) - log_likelihood / (dimensions * math.log(2))
+
+    def dequantize(self, sample: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """8-bit images as continuous values in (0, 1) (arXiv 1511.01844, section 3.1).
+
+        Args:
+            sample (`torch.Tensor`): Images in [-1, 1].
+            noise (`torch.Tensor` of the same shape, *optional*): In steps of the 8-bit scale from the middle of a value:
+                uniform in [-1/2, 1/2) to measure likelihood. By default it is drawn as for training, uniform over the
+                `dequantization_width`.
+        """
+        width = self.config.dequantization_width
+        noise = (torch.rand_like(sample) - 0.5) * width if noise is None else noise
+        return ((sample + 1) * 127.5 + width / 2 + noise) / (255 + width)
 
     def encode(self, values: torch.Tensor, class_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The latents of dequantised images, standard normal for the images of the model.
 
         Args:
-            values (`torch.Tensor` of shape `(batch, image_channels, height, width)`): In (0, 1), of [`dequantize`].
+            values (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Of [`dequantize`].
             class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
 
         Returns:
             Latents of shape `(batch, image_channels * height * width)`, and the logarithm of the map's Jacobian
             determinant, of shape `(batch,)`.
         """
-        parts, log_det = self.flow.inverse_and_log_det(values)
+        told = self.class_embedding(class_labels)
+        hidden, log_det = self.logit.inverse(values)
         latents = []
-        for base, part in zip(self.flow.q0, parts, strict=True):
-            mean, log_scale = (moment[..., class_labels].movedim(-1, 0) for moment in (base.loc, base.log_scale))
+        for level, (steps, base) in enumerate(zip(self.levels, self.bases, strict=True)):
+            hidden, _ = self.squeeze.inverse(hidden)
+            for step in steps:
+                hidden, change = step.encode(hidden, told)
+                log_det = log_det + change
+            part = hidden
+            if level < len(self.levels) - 1:
+                (hidden, part), _ = self.split(hidden)
+            mean, log_scale = _moments(base, class_labels)
             latents.append(((part - mean) * torch.exp(-log_scale)).flatten(1))
             log_det = log_det - log_scale.flatten(1).sum(dim=1)
         return torch.cat(latents, dim=1), log_det
@@ -118,36 +132,79 @@ class ClassConditionalGlow(ModelMixin, ConfigMixin):
             class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
 
         Returns:
-            `DecoderOutput`: `.sample` of shape `(batch, image_channels, height, width)` in [-1, 1], so that cutting off
-            to 8 bits gives the level that was dequantised.
+            `DecoderOutput`: `.sample` of shape `(batch, image_channels, height, width)` in [-1, 1], half a step of the
+            8-bit scale higher, for those who cut off to 8 bits.
         """
-        parts = []
-        sizes = [math.prod(base.shape) for base in self.flow.q0]
-        for base, part in zip(self.flow.q0, latents.split(sizes, dim=1), strict=True):
-            mean, log_scale = (moment[..., class_labels].movedim(-1, 0) for moment in (base.loc, base.log_scale))
-            parts.append(mean + torch.exp(log_scale) * part.unflatten(1, base.shape))
-        values, _ = self.flow.forward_and_log_det(parts)
-        return DecoderOutput(sample=values * (_LEVELS / 127.5) - 1)
+        told = self.class_embedding(class_labels)
+        parts = latents.split([math.prod(base.shape) for base in self.bases], dim=1)
+        hidden: Any = None
+        for steps, base, part in reversed(list(zip(self.levels, self.bases, parts, strict=True))):
+            mean, log_scale = _moments(base, class_labels)
+            part = mean + torch.exp(log_scale) * part.unflatten(1, base.shape)
+            hidden = part if hidden is None else self.split.inverse([hidden, part])[0]
+            for step in reversed(steps):
+                hidden = step.decode(hidden, told)
+            hidden, _ = self.squeeze(hidden)
+        values, _ = self.logit(hidden)
+        width = self.config.dequantization_width
+        return DecoderOutput(sample=(values * (255 + width) - width / 2 + 0.5) / 127.5 - 1)
 
-    def _activation_norms(self) -> list[Any]:
+    @torch.no_grad()
+    def initialize(self, sample: torch.Tensor, class_labels: torch.Tensor) -> None:
+        """Lets activation norm begin with unit variance on these images (Glow, section 3.1)."""
+        for steps in self.levels:
+            for step in steps:
+                step.norm.data_dep_init_done = torch.tensor(0.0)
+        self(sample, class_labels)
+
+
+class GlowStep(nn.Module):
+    """Activation norm, 1x1 convolution, affine coupling (Glow, table 1); the coupling is told the class."""
+
+    def __init__(self, channels: int, hidden_channels: int, told_channels: int):
+        super().__init__()
         nf = _import_normflows()
-        return [module for module in self.flow.modules() if isinstance(module, nf.flows.ActNorm)]
+        self.norm = nf.flows.ActNorm((channels, 1, 1))
+        del self.norm.data_dep_init_done  # a buffer, which the meta device could not be asked for
+        self.norm.data_dep_init_done = torch.tensor(1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of `Tensor.lu`, which it calls
+            self.conv = nf.flows.Invertible1x1Conv(channels, use_lu=True)
+        widths = (channels // 2 + told_channels, hidden_channels, hidden_channels, channels)
+        self.coupling = nf.nets.ConvNet2d(widths, (3, 1, 3), init_zeros=True)
+
+    def encode(self, hidden: torch.Tensor, told: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the image towards the latents, with the logarithm of the Jacobian determinant."""
+        hidden, of_norm = self.norm.inverse(hidden)
+        hidden, of_conv = self.conv.inverse(hidden)
+        kept, changed = hidden.chunk(2, dim=1)
+        shift, log_scale = self._affine(kept, told)
+        hidden = torch.cat([kept, (changed + shift) * torch.exp(log_scale)], dim=1)
+        return hidden, log_scale.flatten(1).sum(dim=1) + of_norm + of_conv
+
+    def decode(self, hidden: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+        """Back."""
+        kept, changed = hidden.chunk(2, dim=1)
+        shift, log_scale = self._affine(kept, told)
+        hidden = torch.cat([kept, changed * torch.exp(-log_scale) - shift], dim=1)
+        hidden, _ = self.conv(hidden)
+        hidden, _ = self.norm(hidden)
+        return hidden
+
+    def _affine(self, kept: torch.Tensor, told: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        planes = told[:, :, None, None].expand(-1, -1, *kept.shape[2:])
+        shift, log_scale = self.coupling(torch.cat([kept, planes], dim=1)).chunk(2, dim=1)
+        return shift, 2 * torch.tanh(log_scale / 2)  # bounded, or unusual latents end in infinite images
 
 
-def dequantize(sample: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-    """8-bit images as continuous values in (0, 1): uniform over the width of a level (arXiv 1511.01844, section 3.1).
-
-    Args:
-        sample (`torch.Tensor`): Images in [-1, 1].
-        noise (`torch.Tensor` of the same shape, *optional*): In [0, 1); drawn from the global generator, by default.
-    """
-    noise = torch.rand_like(sample) if noise is None else noise
-    return ((sample + 1) * 127.5 + noise) / _LEVELS
+def _moments(base: Any, class_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and logarithm of the standard deviation of each image's latents, by its class."""
+    return base.loc[..., class_labels].movedim(-1, 0), base.log_scale[..., class_labels].movedim(-1, 0)
 
 
 def _import_normflows() -> Any:
     try:
         import normflows
     except ImportError as error:
-        raise ImportError("The flow is made of blocks of normflows: pip install 'hf-guided[train]'.") from error
+        raise ImportError("The flow is made of parts of normflows: pip install 'hf-guided[train]'.") from error
     return normflows

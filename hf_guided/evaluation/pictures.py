@@ -13,7 +13,7 @@ from ..data.samples import RECORD_KEY
 from ..files import replacing
 from .classifier_inspection import ClassifierInspection
 
-_INK, _PAPER = "#1f2328", "white"
+INK, PAPER = "#1f2328", "white"
 _MAX_NAME_LENGTH = 28  # characters; ImageNet names several synonyms
 _MAX_CONFUSION_CLASSES = 20  # that a matrix can show
 
@@ -50,7 +50,7 @@ def labelled_grid(
 
     font_size = min(22, max(14, height // 4))
     font, title_font = ImageFont.load_default(font_size), ImageFont.load_default(font_size + 2)
-    names = [_shortened(name) for name in row_names]
+    names = [shortened(name) for name in row_names]
     gap, margin = max(2, cell_size // 16), 16
     left = margin + round(max(font.getlength(name) for name in names)) + 12
     top = margin if title is None else margin + 2 * font_size
@@ -58,13 +58,13 @@ def labelled_grid(
 
     grid_width, grid_height = columns * (width + gap) - gap, len(names) * (height + gap) - gap
     size = (max(left + grid_width, margin + title_width) + margin, top + grid_height + margin)
-    grid = Image.new("RGB", size, _PAPER)
+    grid = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(grid)
     if title is not None:
-        draw.text((margin, margin), title, fill=_INK, font=title_font, anchor="lt")
+        draw.text((margin, margin), title, fill=INK, font=title_font, anchor="lt")
     for row, name in enumerate(names):
         y = top + row * (height + gap)
-        draw.text((left - 12, y + height / 2), name, fill=_INK, font=font, anchor="rm")
+        draw.text((left - 12, y + height / 2), name, fill=INK, font=font, anchor="rm")
         for column in range(columns):
             image = images[row * columns + column].convert("RGB").resize((width, height), resampling)
             grid.paste(image, (left + column * (width + gap), y))
@@ -96,7 +96,7 @@ def trade_off_curve(rows: Sequence[Mapping[str, Any]], features: str, path: str 
         path (`str` or `os.PathLike`): Where the PNG goes.
     """
     rows = sorted(rows, key=lambda row: row["guidance_scale"])
-    figure = _figure(9, 3.8)
+    figure = empty_figure(9, 3.8)
     quality, distance = figure.subplots(1, 2)
     panels = ((quality, "precision", "#0969da"), (quality, "recall", "#bc4c00"), (distance, "fid", "#1a7f37"))
     for conditional, line, marker, fill, suffix in (
@@ -118,7 +118,7 @@ def trade_off_curve(rows: Sequence[Mapping[str, Any]], features: str, path: str 
 
     scales = sorted({row["guidance_scale"] for row in rows})
     for axes, title in ((quality, "Precision and recall"), (distance, "FID, lower is better")):
-        axes.set_title(f"{title} ({features})", loc="left", color=_INK)
+        axes.set_title(f"{title} ({features})", loc="left", color=INK)
         axes.set_xscale("symlog", linthresh=1)  # scales run 0, 1, 3, 10
         axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
         axes.minorticks_off()
@@ -128,7 +128,7 @@ def trade_off_curve(rows: Sequence[Mapping[str, Any]], features: str, path: str 
         axes.legend(frameon=False, fontsize="small")
     quality.set_ylim(0, 1.03)
     distance.set_ylim(bottom=0)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def likelihood_curve(timesteps: Sequence[int], vb: Sequence[float], path: str | os.PathLike) -> None:
@@ -139,21 +139,21 @@ def likelihood_curve(timesteps: Sequence[int], vb: Sequence[float], path: str | 
         vb (`Sequence[float]`): The term of the bound at each, in bits per dimension.
         path (`str` or `os.PathLike`): Where the PNG goes.
     """
-    figure = _figure(9, 3.8)
+    figure = empty_figure(9, 3.8)
     terms, total = figure.subplots(1, 2)
     steps, bits = zip(*sorted(zip(timesteps, vb, strict=True)), strict=True)
     running = [sum(bits[: i + 1]) for i in range(len(bits))]
     terms.plot(steps, bits, color="#0969da", marker="o" if len(steps) < 60 else None, markersize=3)
     terms.set_yscale("log")
-    terms.set_title("Bits per dimension at each timestep", loc="left", color=_INK)
+    terms.set_title("Bits per dimension at each timestep", loc="left", color=INK)
     total.plot(steps, running, color="#1a7f37")
-    total.set_title(f"Their sum up to it: {running[-1]:.3f}", loc="left", color=_INK)
+    total.set_title(f"Their sum up to it: {running[-1]:.3f}", loc="left", color=INK)
     total.set_ylim(bottom=0)
     for axes in (terms, total):
         axes.set_xlabel("timestep")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def sweep_curve(
@@ -184,7 +184,7 @@ def sweep_curve(
         ]
         return [(sum(values) / len(values), min(values), max(values)) for values in of_scale]
 
-    figure = _figure(12.5, 3.9)
+    figure = empty_figure(12.5, 3.9)
     distance, quality, plane = figure.subplots(1, 3)
     panels = [(distance, "fid", "#1a7f37"), (quality, "precision", "#0969da"), (quality, "recall", "#bc4c00")]
     if all(f"accuracy/{features}" in row for row in rows):
@@ -198,20 +198,20 @@ def sweep_curve(
             axes.plot(scales, means, line, marker="o", markersize=4, color=color, label=label)
             axes.fill_between(scales, lows, highs, color=color, alpha=0.12, linewidth=0)
         precision, recall = ([mean for mean, _, _ in spread(count, metric)] for metric in ("precision", "recall"))
-        plane.plot(recall, precision, line, marker="o", markersize=4, color=_INK, label=suffix.removeprefix(", "))
+        plane.plot(recall, precision, line, marker="o", markersize=4, color=INK, label=suffix.removeprefix(", "))
         for scale, x, y in zip(scales, recall, precision, strict=True):
             plane.annotate(f"{scale:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize="x-small")
     if chosen is not None:
         at = scales.index(chosen["guidance_scale"])
         for axes in (distance, quality):
-            axes.axvline(chosen["guidance_scale"], color=_INK, linewidth=0.8, linestyle=":")
+            axes.axvline(chosen["guidance_scale"], color=INK, linewidth=0.8, linestyle=":")
         x, y = (spread(chosen["num_inference_steps"], metric)[at][0] for metric in ("recall", "precision"))
         plane.plot([x], [y], "o", markersize=11, markerfacecolor="none", color="#cf222e", label="chosen")
 
     positive = [scale for scale in scales if scale > 0]
     smallest = min(positive, default=1.0)
     for axes, title in ((distance, "FID, lower is better"), (quality, "Fidelity and diversity")):
-        axes.set_title(f"{title} ({features})", loc="left", color=_INK)
+        axes.set_title(f"{title} ({features})", loc="left", color=INK)
         axes.set_xscale("symlog", linthresh=smallest)
         axes.set_xlim(scales[0] - 0.1 * smallest, 1.2 * scales[-1])
         axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
@@ -221,7 +221,7 @@ def sweep_curve(
     distance.yaxis.set_major_formatter("{x:g}")
     distance.yaxis.set_minor_formatter("{x:g}")
     quality.set_ylim(0, 1.03)
-    plane.set_title("Precision against recall, by scale", loc="left", color=_INK)
+    plane.set_title("Precision against recall, by scale", loc="left", color=INK)
     plane.set_xlabel("recall (diversity)")
     plane.set_ylabel("precision (fidelity)")
     for axes in (distance, quality, plane):
@@ -229,7 +229,7 @@ def sweep_curve(
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False, fontsize="small")
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def classifier_curves(inspection: ClassifierInspection, path: str | os.PathLike) -> None:
@@ -241,7 +241,7 @@ def classifier_curves(inspection: ClassifierInspection, path: str | os.PathLike)
     """
     rows = inspection.rows
     timesteps = [row.timestep for row in rows]
-    figure = _figure(12, 8.6)
+    figure = empty_figure(12, 8.6)
     (accuracy, calibration), (steering, confusion) = figure.subplots(2, 2)
 
     curves = [
@@ -255,10 +255,10 @@ def classifier_curves(inspection: ClassifierInspection, path: str | os.PathLike)
     if trained:
         curves.insert(1, (accuracy, "training accuracy", "#bc4c00", "--", trained))
     known = [row.information / inspection.label_entropy for row in rows]
-    curves.append((accuracy, "share of all information", _INK, ":", known))
+    curves.append((accuracy, "share of all information", INK, ":", known))
     for axes, name, color, line, values in curves:
         axes.plot(timesteps, values, line, marker="o", markersize=4, color=color, label=name)
-    accuracy.axhline(inspection.chance, color=_INK, linewidth=0.8, label=f"chance, {inspection.chance:.2f}")
+    accuracy.axhline(inspection.chance, color=INK, linewidth=0.8, label=f"chance, {inspection.chance:.2f}")
     for axes, title in (
         (accuracy, "How much of the class it sees"),
         (calibration, "How sure it is, and how right"),
@@ -268,7 +268,7 @@ def classifier_curves(inspection: ClassifierInspection, path: str | os.PathLike)
             low, high = inspection.interval
             label = f"suggested, {low} to {high}"
             axes.axvspan(low, high, color="#1a7f37", alpha=0.1, linewidth=0, label=label)
-        axes.set_title(title, loc="left", color=_INK)
+        axes.set_title(title, loc="left", color=INK)
         axes.set_xlabel("timestep")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -278,30 +278,30 @@ def classifier_curves(inspection: ClassifierInspection, path: str | os.PathLike)
     steering.set_ylim(bottom=0)
     steering.yaxis.set_major_formatter("{x:.1%}")
     _draw_confusion(confusion, inspection)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_confusion(axes: Any, inspection: ClassifierInspection) -> None:
     """A matrix of counts; of more classes than can be read, the commonest mistakes as text."""
     counts, names = inspection.confusion, inspection.class_names
     of_class = counts.sum(axis=1)
-    axes.set_title(f"Confusion at timestep {inspection.rows[0].timestep}", loc="left", color=_INK)
+    axes.set_title(f"Confusion at timestep {inspection.rows[0].timestep}", loc="left", color=INK)
     if len(names) > _MAX_CONFUSION_CLASSES:
         mistakes = [(int(counts[i, j]), i, j) for i, j in np.argwhere(counts).tolist() if i != j]
         mistakes.sort(key=lambda mistake: -mistake[0])
         worst = [
-            f"{_shortened(names[i])} taken for {_shortened(names[j])}: {count} of {of_class[i]} images"
+            f"{shortened(names[i])} taken for {shortened(names[j])}: {count} of {of_class[i]} images"
             for count, i, j in mistakes[:14]
         ]
-        axes.text(0, 0.98, "\n".join(worst) or "no mistakes", va="top", linespacing=1.6, color=_INK, fontsize="small")
+        axes.text(0, 0.98, "\n".join(worst) or "no mistakes", va="top", linespacing=1.6, color=INK, fontsize="small")
         axes.set_axis_off()
         return
     shares = counts / of_class.clip(min=1)[:, None]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for i, j in np.argwhere(counts).tolist():
-        color = _PAPER if shares[i, j] > 0.5 else _INK
+        color = PAPER if shares[i, j] > 0.5 else INK
         axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=color, fontsize="small")
-    short = [_shortened(name, _MAX_NAME_LENGTH // 2) for name in names]
+    short = [shortened(name, _MAX_NAME_LENGTH // 2) for name in names]
     is_long = max(map(len, short)) > 3
     axes.set_xticks(range(len(names)), short, **({"rotation": 45, "ha": "right"} if is_long else {}), fontsize="small")
     axes.set_yticks(range(len(names)), short, fontsize="small")
@@ -311,11 +311,11 @@ def _draw_confusion(axes: Any, inspection: ClassifierInspection) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _shortened(name: str, length: int = _MAX_NAME_LENGTH) -> str:
+def shortened(name: str, length: int = _MAX_NAME_LENGTH) -> str:
     return name if len(name) <= length else name[: length - 3] + "..."
 
 
-def _figure(width: float, height: float) -> Any:
+def empty_figure(width: float, height: float) -> Any:
     """An empty figure, in inches; without pyplot: no global state, no display, nothing to close."""
     try:
         from matplotlib.figure import Figure
@@ -324,6 +324,6 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def _save_figure(figure: Any, path: str | os.PathLike) -> None:
+def save_figure(figure: Any, path: str | os.PathLike) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
