@@ -106,6 +106,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--output", default="sweep", metavar="FOLDER", help="default: sweep")
     command.set_defaults(run=sweep, seed=0)
 
+    command = commands.add_parser("compare", help="train a VAE, a GAN, a flow and diffusion alike, and measure them")
+    command.add_argument(
+        "models", nargs="*", metavar="NAME=PIPELINE", help="instead of training: folders or names on the Hub, named"
+    )
+    command.add_argument("--data", default="digits", help="as for inspect-classifier; default: digits")
+    command.add_argument("--resolution", type=int, nargs="+", metavar="N", help="pixels, as in training")
+    command.add_argument("--recipe", metavar="NAME|YAML", help="as in training; default: the data's own")
+    command.add_argument("--families", default="vae,gan,flow,diffusion,guided", help="default: %(default)s")
+    command.add_argument("--budget", default="5m", help="of each: 5m, 300s, 1h, 2000steps, 500kparameters; default: 5m")
+    command.add_argument("--seeds", default="0,1,2", help="each trains models of its own; default: 0,1,2")
+    command.add_argument("--features", metavar="MODEL", help="the judge; default: one is trained by the recipe")
+    command.add_argument("--num_images", type=count, default=2000, metavar="N", help="of each model; default: 2000")
+    command.add_argument("--guidance_scale", type=float, default=0.5, metavar="S", help="in the table; default: 0.5")
+    command.add_argument("--scales", default="0,0.25,0.5,1,3,10", help="of guidance's curve; default: %(default)s")
+    command.add_argument("--batch_size", type=count, default=250, metavar="N", help="images at once; default: 250")
+    command.add_argument("--output", default="comparison", metavar="FOLDER", help="default: comparison")
+    command.set_defaults(run=compare)
+
     command = commands.add_parser("inspect-classifier", help="tell how good a noisy classifier is, and where to guide")
     command.add_argument("model", help="a classifier's or a pipeline's folder, or its name on the Hub")
     command.add_argument("data", help="digits, a folder with one sub-folder of images per class, or a dataset")
@@ -208,25 +226,14 @@ def stoppable() -> Iterator[None]:
 
 def load_guided(model: str, state: Any) -> Any:
     """A pipeline where this process computes; the bar of its steps is the main process's, below that of the images."""
-    pipe = load_pipeline(pipeline_class(model), model).to(state.device)
+    from .pipelines.auto_pipeline import pipeline_class
+    from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+
+    kind = pipeline_class(model) if is_pipeline(model) else ClassifierGuidedPipeline  # which says what is missing
+    pipe = load_pipeline(kind, model).to(state.device)
     bar = {"desc": "batch", "position": 1, "leave": False}
     pipe.set_progress_bar_config(**bar, disable=None if state.is_main_process else True)
     return pipe
-
-
-def pipeline_class(model: str) -> Any:
-    """The class that a pipeline's `model_index.json` names, if it is one of the other families; else that of ours."""
-    import hf_guided
-
-    name = None
-    if is_pipeline(model):
-        from huggingface_hub import hf_hub_download
-
-        folder = Path(model)
-        path = folder / "model_index.json" if folder.exists() else hf_hub_download(model, "model_index.json")
-        name = json.loads(Path(path).read_text()).get("_class_name")
-    others = {f"{family}Pipeline" for family in ("VAE", "GAN", "Flow")}
-    return getattr(hf_guided, name if name in others else "ClassifierGuidedPipeline")
 
 
 def sampling_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -476,6 +483,46 @@ def sweep(args: argparse.Namespace) -> None:
         tell(state, f"{args.model} is not a folder, so nothing is saved; download it first to have it keep this.")
     else:
         tell(state, f"{args.model} keeps by default: {save_choice(args.model, chosen)}")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Trains the families alike, or takes trained models, and draws them side by side."""
+    import logging
+
+    from .evaluation.sweep import parse_scales
+    from .processes import join_processes
+    from .training.arguments import quiet_libraries
+    from .training.compare import compare as compare_families
+
+    models = {}
+    for model in args.models:
+        name, found, path = model.partition("=")
+        if not found:
+            name, path = shown_name(model), model
+        if name in models:
+            raise ValueError(f"Two models are called {name}; name them apart, as NAME=PIPELINE.")
+        models[name] = path
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    quiet_libraries()
+    if join_processes().num_processes > 1:
+        raise ValueError("compare runs in one process, so that each family has the whole machine.")
+    sheet = compare_families(
+        args.data,
+        make_folder(args.output),
+        families=args.families.split(","),
+        models=models,
+        budget=args.budget,
+        seeds=parse_numbers("--seeds", args.seeds),
+        features=args.features,
+        num_images=args.num_images,
+        guidance_scale=args.guidance_scale,
+        guidance_scales=parse_scales(args.scales),
+        resolution=args.resolution,
+        recipe=args.recipe,
+        batch_size=args.batch_size,
+    )
+    if sheet is not None:
+        print(f"\n{sheet.with_suffix('.md').read_text()}\nThe sheet is {sheet}.")
 
 
 # Flags of a sweep that may differ between two sittings.

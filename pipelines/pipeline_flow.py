@@ -41,8 +41,8 @@ class FlowPipeline(ClassConditionalPipeline):
         Args:
             class_labels (`int`, `str`, a list of them, or a `torch.Tensor`): Classes by id or by name from `id2label`.
             num_images_per_label (`int`, defaults to 1): Images of each label, side by side.
-            temperature (`float`, *optional*): Standard deviation of the latents, by default 1: below, images are more typical
-                and less varied (Glow, section 6).
+            temperature (`float`, *optional*): Standard deviation of the latents, by default 1: below, images are more
+                typical and less varied (Glow, section 6).
             generator (`torch.Generator` or a list, *optional*): A single one gives image i the i-th integer drawn from
                 it as its own seed, so that images do not depend on the batch; a list means one per image.
             latents (`torch.Tensor` of shape `(batch, channels * height * width)`, *optional*): Standard normal.

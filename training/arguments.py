@@ -228,11 +228,16 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     return {"data": {}, **{section: values or {} for section, values in recipe.items()}}
 
 
+def quiet_libraries() -> None:
+    """Leaves the log to this package, and to warnings of others."""
+    for noisy in ("httpx", "httpx2", "huggingface_hub", "datasets", "transformers", "diffusers", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
 def run_script(main: Any) -> None:
     """Runs a training script; a mistake of its user's ends in one sentence instead of a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "httpx2", "huggingface_hub", "datasets", "transformers", "diffusers", "accelerate"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    quiet_libraries()
     use_processor()
     try:
         main()

@@ -411,9 +411,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+class DivergedError(ValueError):
+    """A loss or weight is no number any more."""
+
+
 def check_finite(value: float, step: int) -> None:
     if not math.isfinite(value):
-        raise ValueError(
+        raise DivergedError(
             f"The training has diverged: a number is {value} at step {step}. Start anew in another --output_dir with a "
             f"lower --learning_rate, more --lr_warmup_steps, or bf16 instead of fp16; saved checkpoints are finite."
         )

@@ -41,7 +41,7 @@ from hf_guided.training.loop import Batch, Task, finish, publish, train
 logger = logging.getLogger(__name__)
 
 _WATCHED = 64  # images of a class whose spread is watched
-_COLLAPSED = 0.5  # of the real images' spread: below it a class has collapsed
+COLLAPSED = 0.5  # of the real images' spread: below it a class has collapsed
 
 
 @dataclass
@@ -249,7 +249,7 @@ class GANTask(BaselineTask):
 
     def collapsed(self, spreads: Sequence[float]) -> str:
         """The classes whose samples are nearly the same, in words; empty if there are none."""
-        names = [f"{self.images.id2label[i]} ({share:.0%})" for i, share in enumerate(spreads) if share < _COLLAPSED]
+        names = [f"{self.images.id2label[i]} ({share:.0%})" for i, share in enumerate(spreads) if share < COLLAPSED]
         listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         return f"samples of a class differ far less than its real images do: {listed}" if names else ""
 

@@ -89,9 +89,9 @@ class ClassConditionalGlow(ModelMixin, ConfigMixin):
 
         Args:
             sample (`torch.Tensor`): Images in [-1, 1].
-            noise (`torch.Tensor` of the same shape, *optional*): In steps of the 8-bit scale from the middle of a value:
-                uniform in [-1/2, 1/2) to measure likelihood. By default it is drawn as for training, uniform over the
-                `dequantization_width`.
+            noise (`torch.Tensor` of the same shape, *optional*): In steps of the 8-bit scale, from the middle of a
+                value: uniform in [-1/2, 1/2) to measure likelihood. By default it is drawn as for training, uniform
+                over the `dequantization_width`.
         """
         width = self.config.dequantization_width
         noise = (torch.rand_like(sample) - 0.5) * width if noise is None else noise
@@ -111,7 +111,7 @@ class ClassConditionalGlow(ModelMixin, ConfigMixin):
         told = self.class_embedding(class_labels)
         hidden, log_det = self.logit.inverse(values)
         latents = []
-        for level, (steps, base) in enumerate(zip(self.levels, self.bases, strict=True)):
+        for level, (steps, base) in enumerate(self._levels()):
             hidden, _ = self.squeeze.inverse(hidden)
             for step in steps:
                 hidden, change = step.encode(hidden, told)
@@ -136,9 +136,9 @@ class ClassConditionalGlow(ModelMixin, ConfigMixin):
             8-bit scale higher, for those who cut off to 8 bits.
         """
         told = self.class_embedding(class_labels)
-        parts = latents.split([math.prod(base.shape) for base in self.bases], dim=1)
+        parts = latents.split([math.prod(base.shape) for _, base in self._levels()], dim=1)
         hidden: Any = None
-        for steps, base, part in reversed(list(zip(self.levels, self.bases, parts, strict=True))):
+        for (steps, base), part in reversed(list(zip(self._levels(), parts, strict=True))):
             mean, log_scale = _moments(base, class_labels)
             part = mean + torch.exp(log_scale) * part.unflatten(1, base.shape)
             hidden = part if hidden is None else self.split.inverse([hidden, part])[0]
@@ -152,10 +152,14 @@ class ClassConditionalGlow(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def initialize(self, sample: torch.Tensor, class_labels: torch.Tensor) -> None:
         """Lets activation norm begin with unit variance on these images (Glow, section 3.1)."""
-        for steps in self.levels:
+        for steps, _ in self._levels():
             for step in steps:
                 step.norm.data_dep_init_done = torch.tensor(0.0)
         self(sample, class_labels)
+
+    def _levels(self) -> list[tuple[Any, Any]]:
+        """The steps and the base of each level, from the image down."""
+        return list(zip(self.levels, self.bases, strict=True))
 
 
 class GlowStep(nn.Module):

@@ -396,6 +396,11 @@ def _sheet_title(comparison: Mapping[str, Any]) -> str:
 
 def _sheet_settings(comparison: Mapping[str, Any]) -> str:
     settings = comparison["settings"]
+    if settings["budget"] is None:
+        return (
+            f"The models were trained before, each in its own way; {settings['num_images']:,} images of each were "
+            f"measured, with the features {settings['features']}."
+        )
     return (
         f"Each model was trained for {settings['budget']} ({settings['hardware']}), with "
         f"{_seeds_in_words(settings['seeds'])}. {settings['num_images']:,} images of each were measured in the "

@@ -139,8 +139,8 @@ class Likelihood:
 
     def __str__(self) -> str:
         told = (
-            f"Likelihood: {'at most ' if self.kind == 'bound' else ''}{self.total_bpd:.4f} bits per dimension (standard "
-            f"error {self.standard_error:.4f}) over {self.num_images:,} images"
+            f"Likelihood: {'at most ' if self.kind == 'bound' else ''}{self.total_bpd:.4f} bits per dimension "
+            f"(standard error {self.standard_error:.4f}) over {self.num_images:,} images"
         )
         if not self.timesteps:
             return f"{told}."

@@ -1,0 +1,30 @@
+"""Finds which of this package's pipelines a folder or a repository holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+
+from .pipeline_classifier_guided import ClassifierGuidedPipeline
+from .pipeline_flow import FlowPipeline
+from .pipeline_gan import GANPipeline
+from .pipeline_vae import VAEPipeline
+
+_OTHER_FAMILIES = {kind.__name__: kind for kind in (FlowPipeline, GANPipeline, VAEPipeline)}
+
+
+def pipeline_class(model: str) -> Any:
+    """The class that a pipeline's `model_index.json` names, if it is of another family than diffusion; else ours.
+
+    Args:
+        model (`str`): A folder, or a name on the Hub.
+
+    Raises:
+        `OSError`: If there is no such pipeline.
+    """
+    folder = Path(model)
+    path = folder / "model_index.json" if folder.exists() else Path(hf_hub_download(model, "model_index.json"))
+    name: Any = json.loads(path.read_text()).get("_class_name")
+    name = name[-1] if isinstance(name, list) else name  # a repository that carries its code names its module too
+    return _OTHER_FAMILIES.get(name, ClassifierGuidedPipeline)

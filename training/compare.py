@@ -1,0 +1,520 @@
+"""The families of generative models side by side: trained with one budget, sampled and measured by one judge.
+
+    hf-guided compare --data digits --families vae,gan,flow,diffusion,guided --budget 5m
+
+Each run's numbers are kept as soon as they are there: stopped or killed, the same command goes on.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForImageClassification
+
+from hf_guided import ADMScheduler
+from hf_guided.data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images
+from hf_guided.evaluation.comparison import write_comparison
+from hf_guided.evaluation.evaluate import FEWEST_IMAGES, check_independent, judged_labels, measure
+from hf_guided.evaluation.feature_sets import FeatureSet, collect_features
+from hf_guided.evaluation.features import FeatureExtractor, ModelFeatures, load_features
+from hf_guided.evaluation.likelihood import likelihood, likelihood_labels
+from hf_guided.evaluation.memorisation import memorisation
+from hf_guided.evaluation.sampling import sample_batches
+from hf_guided.evaluation.sources import ImageSet, LoadedImages, SampledImages
+from hf_guided.files import write_json
+from hf_guided.pipelines.auto_pipeline import pipeline_class
+from hf_guided.training.arguments import LoopArguments, parse_arguments
+from hf_guided.training.cards import describe_run
+from hf_guided.training.checkpoints import save_folder
+from hf_guided.training.loop import DivergedError, Task, estimate_memory
+from hf_guided.training.train_baseline import COLLAPSED, FAMILIES, train_baseline
+from hf_guided.training.train_classifier import ClassifierArguments, ClassifierTask, make_classifier, train_classifier
+from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, make_unet, train_diffusion
+
+logger = logging.getLogger(__name__)
+
+Images = tuple[LabelledImages, LabelledImages | None]
+
+TITLES = {"vae": "VAE", "gan": "GAN", "flow": "Flow", "diffusion": "Diffusion", "guided": "Guided diffusion"}
+CLASSIFIER_SHARE = 1 / 3  # of the budget of guided diffusion
+TRUNCATIONS = (0.5, 1.0, 2.0)  # of the GAN's latents, for its curve
+
+_STAGES = {
+    "judge": ClassifierArguments,
+    "classifier": ClassifierArguments,
+    "diffusion": DiffusionArguments,
+    **{family: arguments for family, (arguments, _) in FAMILIES.items()},
+}
+_CALIBRATION = (10, 30)  # steps between which the speed is measured
+_LIKELIHOOD_IMAGES = 128
+_PICTURED = 8  # images of each class in the sheet
+_MAX_REAL_IMAGES = 10_000
+_GUIDANCE_HAS_NO_BITS = "guidance changes what is sampled, and nobody knows the density of that"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every family gets.
+
+    Attributes:
+        amount (`float`): In its unit.
+        unit (`str`): `"seconds"` of training, `"steps"` of training, or `"parameters"`, trained for the recipe's steps.
+    """
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """Reads `"5m"`, `"300s"`, `"1h"`, `"2000steps"` or `"500kparameters"`.
+
+        Raises:
+            `ValueError`: For anything else.
+        """
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kM]?)\s*(s|m|h|steps|parameters)", text)
+        if match is None or float(match[1]) == 0:
+            raise ValueError(f"--budget {text} is none; give 5m, 300s, 1h, 2000steps or 500kparameters.")
+        factor = {"s": 1, "m": 60, "h": 3600}.get(match[3], 1) * {"": 1, "k": 1e3, "M": 1e6}[match[2]]
+        return cls(float(match[1]) * factor, match[3] if len(match[3]) > 1 else "seconds")
+
+    def __str__(self) -> str:
+        if self.unit != "seconds":
+            return f"{self.amount:,.0f} {self.unit}"
+        return f"{self.amount / 60:g} minutes" if self.amount >= 60 else f"{self.amount:g} seconds"
+
+
+def compare(
+    data: str,
+    output: str | Path,
+    *,
+    families: Sequence[str] = tuple(TITLES),
+    models: dict[str, str] | None = None,
+    budget: str = "5m",
+    seeds: Sequence[int] = (0, 1, 2),
+    features: str | None = None,
+    num_images: int = 2000,
+    guidance_scale: float = 0.5,
+    guidance_scales: Sequence[float] = (0.0, 0.25, 0.5, 1.0, 3.0, 10.0),
+    resolution: Sequence[int] | None = None,
+    recipe: str | None = None,
+    batch_size: int = 250,
+) -> Path | None:
+    """Trains each family with each seed and the same budget, or takes trained models, and measures all alike.
+
+    Args:
+        data (`str`): A built-in dataset, a folder with one sub-folder of images per class, or a dataset of the Hub.
+        output (`str` or `Path`): Folder for the models, the numbers and the sheet.
+        families (`Sequence[str]`): Of `"vae"`, `"gan"`, `"flow"`, `"diffusion"` (told the class) and `"guided"` (told
+            the class, and steered by a classifier, which has a third of the budget).
+        models (`dict[str, str]`, *optional*): Instead: trained pipelines, folders or names on the Hub, by the name that
+            they are to have.
+        budget (`str`, defaults to `"5m"`): See [`Budget.parse`]. The steps that fit into a time are measured before.
+        seeds (`Sequence[int]`, defaults to `(0, 1, 2)`): Each trains a model of its own.
+        features (`str`, *optional*): The judge, see [`load_features`]; by default one is trained by the recipe.
+        num_images (`int`, defaults to 2000): Samples measured of each model, as many of each class.
+        guidance_scale (`float`, defaults to 0.5): Of guided diffusion, in the table.
+        guidance_scales (`Sequence[float]`): Of its curve.
+        resolution (`Sequence[int]`, *optional*), recipe (`str`, *optional*): As the training scripts take them.
+        batch_size (`int`, defaults to 250): Images at once, in sampling and measuring.
+
+    Returns:
+        `Path`: The sheet; `None` if a signal stopped a training.
+
+    Raises:
+        `ValueError`: For an unknown family or budget, images that cannot be compared with, or an output of another
+            comparison.
+    """
+    # 1. What there is, looked at before hours are spent on it
+    output = Path(output)
+    unknown = [family for family in families if family not in TITLES]
+    if unknown or not families or not seeds:
+        raise ValueError(f"--families {','.join(families)}: give some of {', '.join(TITLES)}, and one seed or more.")
+    given = Budget.parse(budget)
+    is_folder = data not in BUILT_IN and Path(data).is_dir()
+    argv = ["--train_data_dir" if is_folder else "--dataset_name", data]
+    argv += [] if resolution is None else ["--resolution", *map(str, resolution)]
+    argv += [] if recipe is None else ["--recipe", recipe]
+    data_args, stages = parse_arguments(_STAGES, argv)
+    images = load_labelled_images(data_args, seed=0)
+    train, held_out = images
+    if held_out is None or min(len(train), len(held_out), num_images) < FEWEST_IMAGES:
+        raise ValueError(f"{data}: {FEWEST_IMAGES} images to train on, held out and sampled are the fewest to compare.")
+    for args in stages.values():
+        args.report_to, args.preview_steps, args.push_to_hub = "none", 0, False
+    stages["diffusion"].label_dropout = 0.0  # it is always told the class here, and need not do without
+    settings: dict[str, Any] = {
+        "data": Path(data).name,
+        "families": list(models or families),
+        "budget": None if models else str(given),
+        "seeds": [0] if models else list(seeds),
+        "num_images": num_images,
+        "features": features or "judge",
+        "guidance_scale": guidance_scale,
+        "guidance_scales": list(guidance_scales),
+        "hardware": describe_run(stages["judge"])["hardware"],
+        "class_names": list(train.id2label.values())[:10],
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    plan_file = output / "plan.json"
+    plan = json.loads(plan_file.read_text()) if plan_file.is_file() else {"settings": settings}
+    changed = [name for name in settings if plan["settings"].get(name) != settings[name] and name not in _GROWING]
+    if changed:
+        raise ValueError(
+            f"{output} holds a comparison with other settings ({', '.join(changed)}); give the same flags, or another "
+            f"--output."
+        )
+
+    # 2. The judge, and the real images in its features
+    if features is None:
+        judge_folder = train_classifier(data_args, with_flags(stages["judge"], output_dir=str(output)), images, "judge")
+        if judge_folder is None:
+            return None
+        judge = AutoModelForImageClassification.from_pretrained(judge_folder).to(PartialState().device)
+        extractor: FeatureExtractor = ModelFeatures(judge, "judge")
+    else:
+        extractor = load_features(features, PartialState().device)
+    measuring = Measuring(extractor, images, num_images, batch_size, guidance_scale, tuple(guidance_scales))
+
+    # 3. Train, sample, measure
+    runs = []
+    if models:
+        for name, folder in models.items():
+            pipeline = load(folder)
+            trained = pipeline.components[pipeline.main_component]
+            run: Any = {"family": name, "title": name, "seed": 0, "losses": {}}
+            run["parameters"] = sum(parameter.numel() for parameter in trained.parameters())
+            runs.append({**run, **measuring.model(pipeline)})
+    else:
+        plan = {"steps": {}, "widths": {}, "seconds_per_step": {}, **plan, "settings": settings}
+        for family in families:
+            fit(family, given, stages, data_args, images, plan)
+            write_json(plan, plan_file)
+        tell_plan(plan, families, seeds, given, output)
+        for seed in seeds:
+            for family in families:
+                run = trained_run(family, seed, stages, data_args, images, plan, measuring, output)
+                if run is None:
+                    return None
+                runs.append(run)
+
+    # 4. The sheet, with the first seed's samples
+    folders = models or {family: str(output / f"seed-{seeds[0]}" / family / "pipeline") for family in families}
+    drawn = {name: folder for name, folder in folders.items() if models or Path(folder).is_dir()}
+    grids = {"real": measuring.real_pictures(), **{name: measuring.pictures(load(drawn[name])) for name in drawn}}
+    titles = {"real": "Held-out images", **{name: TITLES.get(name, name) for name in drawn}}
+    settings["features"] = extractor.name
+    write_comparison(output, {"settings": settings, "real": measuring.real, "runs": runs}, grids, titles)
+    return output / "comparison.html"
+
+
+_GROWING = {"families", "seeds", "hardware"}  # settings that may change between two sittings of one comparison
+
+# What each family trains, and its share of the budget.
+PARTS = {
+    **{family: {family: 1.0} for family in (*FAMILIES, "diffusion")},
+    "guided": {"diffusion": 1 - CLASSIFIER_SHARE, "classifier": CLASSIFIER_SHARE},
+}
+_WIDTHS = {
+    "vae": ("model_channels",),
+    "gan": ("model_channels", "discriminator_channels"),
+    "flow": ("hidden_channels",),
+    "diffusion": ("model_channels",),
+    "classifier": ("model_channels",),
+}
+
+
+def with_flags(args: Any, **flags: Any) -> Any:
+    """A stage's flags, some of them changed."""
+    changed = dataclasses.replace(args, **flags)
+    changed.recipe = args.recipe
+    return changed
+
+
+def make_task(stage: str, args: Any, images: LabelledImages) -> Task:
+    """A fresh model of a stage, as it is trained."""
+    if stage in FAMILIES:
+        return FAMILIES[stage][1](args, images)
+    if stage == "classifier":
+        return ClassifierTask(stage, make_classifier(args, images), ADMScheduler(**args.schedule()), args.noisy)
+    return DiffusionTask(make_unet(args, images), ADMScheduler(**args.reverse_process()), args, images.id2label)
+
+
+def train_stage(stage: str, data_args: DataArguments, args: Any, images: Images) -> Path | None:
+    """Trains a stage; the finished folder, or `None` if a signal stopped it."""
+    if stage in FAMILIES:
+        return train_baseline(stage, data_args, args, images)
+    train = train_classifier if stage == "classifier" else train_diffusion
+    return train(data_args, args, images)
+
+
+def fit(
+    family: str, budget: Budget, stages: dict[str, Any], data_args: DataArguments, images: Images, plan: dict[str, Any]
+) -> None:
+    """Plans what the budget comes to for a family: steps of each part, and widths."""
+    if family in plan["steps"]:
+        return
+    plan["steps"][family], plan["widths"][family] = {}, {}
+    for stage, share in PARTS[family].items():
+        steps, widths = stages[stage].max_train_steps, {}
+        if budget.unit == "steps":
+            steps = max(1, round(budget.amount * share))
+        elif budget.unit == "seconds":
+            if stage not in plan["seconds_per_step"]:
+                plan["seconds_per_step"][stage] = seconds_per_step(stage, stages[stage], data_args, images)
+            steps = max(1, int(budget.amount * share / plan["seconds_per_step"][stage]))
+        else:
+            widths = widths_of(stage, stages[stage], images[0], budget.amount * share)
+        plan["steps"][family][stage], plan["widths"][family][stage] = steps, widths
+
+
+def seconds_per_step(stage: str, args: LoopArguments, data_args: DataArguments, images: Images) -> float:
+    """How long an update of the weights takes here, by doing some."""
+    first, last = _CALIBRATION
+    with TemporaryDirectory() as folder:
+        flags = {"max_train_steps": last, "logging_steps": first, "validation_steps": 0, "checkpointing_steps": last}
+        if train_stage(stage, data_args, with_flags(args, output_dir=folder, **flags), images) is None:
+            raise KeyboardInterrupt
+        rows = {row["step"]: row["seconds"] for row in read_history(Path(folder) / stage)}
+    return (rows[last] - rows[first]) / (last - first)
+
+
+def widths_of(stage: str, args: LoopArguments, images: LabelledImages, parameters: float) -> dict[str, int]:
+    """The widths with which a stage has the number of parameters nearest to a budget, in multiples of 32."""
+    best: tuple[float, dict[str, int]] = (math.inf, {})
+    for width in range(32, 4096, 32):
+        widths = dict.fromkeys(_WIDTHS[stage], width)
+        count = num_parameters(make_task(stage, with_flags(args, **widths), images))
+        best = min(best, (abs(math.log(count / parameters)), widths), key=lambda found: found[0])
+        if count > parameters:
+            break
+    return best[1]
+
+
+def num_parameters(task: Task) -> int:
+    """Of what is trained."""
+    return sum(parameter.numel() for parameter in task.model.parameters())
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """What a stage logged."""
+    return json.loads((folder / "history.json").read_text())
+
+
+def tell_plan(
+    plan: dict[str, Any], families: Sequence[str], seeds: Sequence[int], budget: Budget, output: Path
+) -> None:
+    """What will happen, where it goes, and how long it takes."""
+    lines = [f"\n== compare ==\nEach family gets {budget}, with {len(seeds)} seed(s)."]
+    for family in families:
+        parts = [f"{stage} {steps:,} steps" for stage, steps in plan["steps"][family].items()]
+        widths = [f"{name} {width}" for part in plan["widths"][family].values() for name, width in part.items()]
+        lines.append(f"  {TITLES[family]}: {', '.join(parts + widths)}")
+    if budget.unit == "seconds":
+        minutes = len(families) * len(seeds) * budget.amount / 60
+        lines.append(f"Training takes about {minutes:.0f} minutes in all, sampling and measuring come on top.")
+    logger.info("\n".join([*lines, f"Writes {output}; stopped, the same command goes on."]))
+
+
+def trained_run(
+    family: str,
+    seed: int,
+    stages: dict[str, Any],
+    data_args: DataArguments,
+    images: Images,
+    plan: dict[str, Any],
+    measuring: "Measuring",
+    output: Path,
+) -> dict[str, Any] | None:
+    """Trains a family with a seed and measures it, or reads what was measured; `None` if a signal stopped it."""
+    folder = output / f"seed-{seed}" / family
+    if (folder / "run.json").is_file():
+        return json.loads((folder / "run.json").read_text())
+    args = {
+        stage: with_flags(
+            stages[stage], seed=seed, output_dir=str(folder), max_train_steps=steps, **plan["widths"][family][stage]
+        )
+        for stage, steps in plan["steps"][family].items()
+    }
+    tasks = {stage: make_task(stage, args[stage], images[0]) for stage in args}
+    run: dict[str, Any] = {
+        "family": family,
+        "title": TITLES[family],
+        "seed": seed,
+        "parameters": sum(num_parameters(task) for task in tasks.values()),
+        "memory_bytes": max(
+            estimate_memory(task, images[0], args[stage].train_batch_size) for stage, task in tasks.items()
+        ),
+        "steps": sum(part.max_train_steps for part in args.values()),
+    }
+    try:
+        folders: dict[str, Path] = {}
+        for stage in args:
+            finished = train_stage(stage, data_args, args[stage], images)
+            if finished is None:
+                return None
+            folders[stage] = finished
+    except DivergedError as error:
+        run |= {"metrics": {}, "curve": None, "losses": {}, "notes": [f"diverged: {error}"]}
+    else:
+        histories = {stage: read_history(folder / stage) for stage in args}
+        run["train_seconds"] = sum(history[-1]["seconds"] for history in histories.values())
+        main = next(iter(histories.values()))
+        run["losses"] = {
+            name: [[row["seconds"], row[name]] for row in main if name in row] for name in ("loss", "held_out/loss")
+        }
+        pipeline = assemble(folders, measuring.guidance_scale, folder / "pipeline")
+        run |= measuring.model(pipeline)
+        run["notes"] += collapse(main)
+    write_json(run, folder / "run.json")
+    return run
+
+
+def assemble(folders: dict[str, Path], guidance_scale: float, destination: Path) -> Any:
+    """A family's pipeline of its parts, saved in one place for all families."""
+    pipeline = load(str(next(iter(folders.values()))))
+    if "classifier" in folders:
+        classifier = AutoModelForImageClassification.from_pretrained(folders["classifier"])
+        pipeline.register_modules(classifier=classifier.to(pipeline.device))
+        defaults = pipeline.config.sampling_defaults or {}
+        pipeline.set_sampling_defaults(**{**defaults, "guidance_scale": guidance_scale})
+    save_folder(pipeline.save_pretrained, destination)
+    return pipeline
+
+
+def load(model: str) -> Any:
+    """A pipeline of any family, where this process computes."""
+    pipeline = pipeline_class(model).from_pretrained(model).to(PartialState().device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def collapse(history: Sequence[dict[str, float]]) -> list[str]:
+    """What was watched of a GAN, if it ended in collapse."""
+    watched = [row["lowest_spread"] for row in history if "lowest_spread" in row]
+    if not watched or watched[-1] >= COLLAPSED:
+        return []
+    return [f"collapse: samples of a class differed only {watched[-1]:.0%} as much as its real images do"]
+
+
+class Measuring:
+    """Measures models alike: so many samples, as many of each class, by one judge, against the training images.
+
+    Args:
+        extractor ([`FeatureExtractor`]): The judge.
+        images (a pair of [`LabelledImages`]): Trained on, and held out.
+        num_images (`int`), batch_size (`int`): Samples, and how many at once.
+        guidance_scale (`float`), guidance_scales (`Sequence[float]`): Of guided models: in the table, and of the curve.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        images: Images,
+        num_images: int,
+        batch_size: int,
+        guidance_scale: float,
+        guidance_scales: Sequence[float],
+    ):
+        self.extractor, self.batch_size = extractor, batch_size
+        self.guidance_scale, self.guidance_scales = guidance_scale, guidance_scales
+        train, held_out = images
+        assert held_out is not None  # which was looked at before
+        self.held_out_images = LoadedImages(held_out.plain(_MAX_REAL_IMAGES))
+        self.num_classes = train.num_classes
+        self.labels = torch.arange(num_images) % self.num_classes
+        self.train = self.features(LoadedImages(train.plain(_MAX_REAL_IMAGES)))
+        self.held_out = self.features(self.held_out_images)
+        judged = judged_labels(self.held_out_images, extractor, [])
+        self.real = {"metrics": self.metrics(self.held_out, judged)}
+
+    def features(self, images: ImageSet) -> FeatureSet:
+        collected = collect_features(images, self.extractor, batch_size=self.batch_size)
+        assert collected is not None  # one process compares
+        return collected
+
+    def metrics(self, features: FeatureSet, judged: Any) -> dict[str, float]:
+        """By plain names: all are of one judge."""
+        return {name.partition("/")[0]: value for name, value in measure(features, self.train, judged).items()}
+
+    def model(self, pipeline: Any) -> dict[str, Any]:
+        """Every number of a model."""
+        check_independent(pipeline, self.extractor)
+        notes: list[str] = []
+        judged = judged_labels(SampledImages(pipeline, self.labels), self.extractor, notes)
+
+        def sampled(**arguments: Any) -> tuple[FeatureSet, dict[str, float]]:
+            features = self.features(SampledImages(pipeline, self.labels, **arguments))
+            return features, self.metrics(features, judged)
+
+        features, metrics = sampled()
+        curve = None
+        if (dial := self.dial(pipeline)) is not None:
+            name, argument, values = dial
+            points = [{"value": value, "metrics": sampled(**{argument: value})[1]} for value in values]
+            curve = {"name": name, "points": points}
+        flow = getattr(pipeline, "flow", None)
+        if flow is not None and (width := flow.config.dequantization_width) > 1:
+            notes.append(
+                f"its values are dequantised over {width:g} steps of the 8-bit scale, which costs "
+                f"{math.log2(width):.2f} of its bits/dim"
+            )
+        return {
+            "metrics": metrics,
+            "copied_share": memorisation(features, self.train, self.held_out).copied_share,
+            "seconds_per_image": self.seconds_per_image(pipeline),
+            "curve": curve,
+            "notes": notes,
+            **self.bits(pipeline),
+        }
+
+    def dial(self, pipeline: Any) -> tuple[str, str, Sequence[float]] | None:
+        """What trades variety for fidelity: its name, the argument of the pipeline's call, and values."""
+        if getattr(pipeline, "classifier", None) is not None:
+            return "guidance scale", "guidance_scale", self.guidance_scales
+        if hasattr(pipeline, "generator"):
+            return "truncation", "truncation", TRUNCATIONS
+        return None
+
+    def bits(self, pipeline: Any) -> dict[str, Any]:
+        """Bits per dimension of held-out images, or why there are none."""
+        if getattr(pipeline, "classifier", None) is not None:
+            return {"bits_per_dim": None, "bits_kind": None, "no_bits": _GUIDANCE_HAS_NO_BITS}
+        images = LoadedImages(self.held_out_images.images.plain(_LIKELIHOOD_IMAGES))
+        try:
+            found = likelihood(pipeline, images, likelihood_labels(pipeline, images), batch_size=self.batch_size)
+        except ValueError as error:
+            reason = getattr(pipeline, "no_likelihood", None) or str(error)
+            return {"bits_per_dim": None, "bits_kind": None, "no_bits": reason}
+        assert found is not None
+        return {"bits_per_dim": found.total_bpd, "bits_kind": found.kind, "no_bits": None}
+
+    def seconds_per_image(self, pipeline: Any) -> float:
+        """The fastest of three batches."""
+        labels = self.labels[: self.batch_size]
+        seconds = []
+        for seed in range(3):
+            started = time.perf_counter()
+            list(sample_batches(pipeline, labels, self.batch_size, seed))
+            seconds.append(time.perf_counter() - started)
+        return min(seconds) / len(labels)
+
+    def pictures(self, pipeline: Any) -> list[Any]:
+        """Samples of the first ten classes, side by side for each."""
+        labels = torch.arange(min(10, self.num_classes)).repeat_interleave(_PICTURED)
+        return SampledImages(pipeline, labels).pictures(self.batch_size)
+
+    def real_pictures(self) -> list[Any]:
+        """Held-out images of the first ten classes."""
+        rows = [np.flatnonzero(self.held_out_images.labels == label) for label in range(min(10, self.num_classes))]
+        return [self.held_out_images.picture(int(row)) for of_class in rows for row in np.resize(of_class, _PICTURED)]
