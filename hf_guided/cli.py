@@ -506,21 +506,22 @@ def compare(args: argparse.Namespace) -> None:
     quiet_libraries()
     if join_processes().num_processes > 1:
         raise ValueError("compare runs in one process, so that each family has the whole machine.")
-    sheet = compare_families(
-        args.data,
-        make_folder(args.output),
-        families=args.families.split(","),
-        models=models,
-        budget=args.budget,
-        seeds=parse_numbers("--seeds", args.seeds),
-        features=args.features,
-        num_images=args.num_images,
-        guidance_scale=args.guidance_scale,
-        guidance_scales=parse_scales(args.scales),
-        resolution=args.resolution,
-        recipe=args.recipe,
-        batch_size=args.batch_size,
-    )
+    with stoppable():
+        sheet = compare_families(
+            args.data,
+            make_folder(args.output),
+            families=args.families.split(","),
+            models=models,
+            budget=args.budget,
+            seeds=parse_numbers("--seeds", args.seeds),
+            features=args.features,
+            num_images=args.num_images,
+            guidance_scale=args.guidance_scale,
+            guidance_scales=parse_scales(args.scales),
+            resolution=args.resolution,
+            recipe=args.recipe,
+            batch_size=args.batch_size,
+        )
     if sheet is not None:
         print(f"\n{sheet.with_suffix('.md').read_text()}\nThe sheet is {sheet}.")
 

@@ -37,7 +37,7 @@ from hf_guided.pipelines.auto_pipeline import pipeline_class
 from hf_guided.training.arguments import LoopArguments, parse_arguments
 from hf_guided.training.cards import describe_run
 from hf_guided.training.checkpoints import save_folder
-from hf_guided.training.loop import DivergedError, Task, estimate_memory
+from hf_guided.training.loop import DivergedError, Task, estimate_memory, read_history
 from hf_guided.training.train_baseline import COLLAPSED, FAMILIES, train_baseline
 from hf_guided.training.train_classifier import ClassifierArguments, ClassifierTask, make_classifier, train_classifier
 from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, make_unet, train_diffusion
@@ -58,7 +58,7 @@ _STAGES = {
 }
 _CALIBRATION = (10, 30)  # steps between which the speed is measured
 _LIKELIHOOD_IMAGES = 128
-_PICTURED = 8  # images of each class in the sheet
+_PICTURED = 5  # images of each class in the sheet
 _MAX_REAL_IMAGES = 10_000
 _GUIDANCE_HAS_NO_BITS = "guidance changes what is sampled, and nobody knows the density of that"
 
@@ -304,11 +304,6 @@ def widths_of(stage: str, args: LoopArguments, images: LabelledImages, parameter
 def num_parameters(task: Task) -> int:
     """Of what is trained."""
     return sum(parameter.numel() for parameter in task.model.parameters())
-
-
-def read_history(folder: Path) -> list[dict[str, float]]:
-    """What a stage logged."""
-    return json.loads((folder / "history.json").read_text())
 
 
 def tell_plan(

@@ -7,6 +7,7 @@ the same bits as never having stopped.
 import copy
 import functools
 import hashlib
+import json
 import logging
 import math
 import os
@@ -47,6 +48,7 @@ from .timestep_sampling import TimestepSampler
 logger = logging.getLogger(__name__)
 
 LAUNCHER = os.getppid()
+HISTORY = "history.json"
 
 check_once = functools.lru_cache(maxsize=1)(check_images)  # the stages of one script share their images
 
@@ -142,17 +144,12 @@ def train(
     )
     model, optimizer = accelerator.prepare(task.model, optimizer)
     ema = EMAModel(parameters, decay=args.ema_decay)
-    history = History()
-    others = {
-        "ema": ema,
-        "lr_scheduler": lr_scheduler,
-        "timestep_sampler": task.timestep_sampler,
-        "history": history,
-    }
+    others = {"ema": ema, "lr_scheduler": lr_scheduler, "timestep_sampler": task.timestep_sampler}
 
     current = fingerprint([args, data_args], train_images, accelerator)
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
     step, seconds = load_checkpoint(accelerator, checkpoint, current, others) if checkpoint else (0, 0.0)
+    history = [row for row in read_history(output_dir) if row["step"] <= step]
     ema.to(accelerator.device)
     if step > args.max_train_steps:
         raise ValueError(
@@ -190,7 +187,7 @@ def train(
 
     def log(values: dict[str, float]) -> None:
         accelerator.log(values, step=step)
-        history.rows.append({"step": step, "seconds": time.monotonic() - started, **values})
+        history.append({"step": step, "seconds": time.monotonic() - started, **values})
 
     pushes = None
     if args.push_to_hub and args.hub_model_id and accelerator.is_main_process:
@@ -242,7 +239,7 @@ def train(
                 check_finite(sum(parameter.detach().float().mean() for parameter in parameters).item(), step)
                 seconds = time.monotonic() - started
                 if accelerator.is_main_process:
-                    write_json(history.rows, output_dir / "history.json")
+                    write_json(history, output_dir / HISTORY)
                 folder = save_checkpoint(
                     accelerator, output_dir, step, seconds, current, others, args.checkpoints_total_limit
                 )
@@ -282,17 +279,10 @@ def train(
     return True
 
 
-class History:
-    """What was logged, beside the step and the seconds of training; a resumed training goes on with it."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows = list(state["rows"])
+def read_history(output_dir: Path) -> list[dict[str, float]]:
+    """What a stage logged, beside the step and the seconds of training."""
+    path = output_dir / HISTORY
+    return json.loads(path.read_text()) if path.is_file() else []
 
 
 def finish(save: Callable[[str], Any], folder: Path) -> Path:
