@@ -865,10 +865,12 @@ def push(args: argparse.Namespace) -> None:
         from tempfile import TemporaryDirectory
 
         from .hub.space import write_space
+        from .pipelines.auto_pipeline import pipeline_class
 
         with TemporaryDirectory() as folder:
             model_id = args.folder if args.repo_id is None else prepare_push(args.repo_id, **access)
-            write_space(folder, model_id=model_id, judge_id=args.judge)
+            kind = pipeline_class(args.folder, args.hub_token).__name__
+            write_space(folder, model_id=model_id, judge_id=args.judge, model_class=kind)
             print(push_folder(folder, args.space, repo_type="space", **access))
 
 

@@ -1,7 +1,8 @@
-"""A page to play with a pipeline: samples as they are denoised, and the same noise at several guidance scales."""
+"""A page to play with a pipeline: samples as they are made, and the same noise at several values of its dial."""
 
 import base64
 import html
+import inspect
 import io
 import queue
 import random
@@ -24,7 +25,8 @@ from .evaluation.pictures import labelled_grid
 from .evaluation.sampling import to_8_bit
 from .evaluation.sources import SampledImages
 from .evaluation.sweep import guidance_at
-from .guidance import ClassifierGuidance, guidance_from_dict
+from .guidance import ClassifierGuidance, Guidance, guidance_from_dict
+from .pipelines.class_conditional import ClassConditionalPipeline
 from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from .schedulers.predictions import check_solver, original_of
 from .schedulers.scheduling_adm import FEW_STEPS, ADMScheduler
@@ -35,7 +37,8 @@ except ImportError as error:
     raise ImportError('The demo needs gradio; install it with: pip install "hf-guided[demo]"') from error
 
 MAX_IMAGES, MAX_PIXELS = 16, 2**20  # at once, and of all of them together
-MAX_SCALES, MAX_SCALE = 6, 30
+MAX_VALUES = 6  # of a dial, side by side
+MAX_SCALE, MAX_TEMPERATURE, MIN_TRUNCATION, MAX_TRUNCATION = 30, 2, 0.1, 4
 MAX_SEED = 2**31 - 1
 MAX_WAITING = 20  # people in the queue
 FEWEST_STEPS = 2
@@ -108,32 +111,134 @@ def solvers_of(pipe: ClassifierGuidedPipeline) -> list[Solver]:
     return [own, *(solver for solver in solvers if solver != own), *filter(works, THEIR_SOLVERS)]
 
 
+@dataclass(frozen=True)
+class Dial:
+    """What trades the variety of samples for how typical of their class they are.
+
+    Args:
+        name (`str`): What it is called; the first word is what it dials, the last one what its values are.
+        neutral (`float`), neutral_is (`str`): The value that changes nothing, and what it is.
+        low (`float`), high (`float`): Its bounds.
+        start (`float`): Where it stands at first.
+        usual (`str`): Values to compare.
+        effect (`str`): What it does, in a sentence.
+        arguments (`Callable`): Those of the pipeline's call for a value.
+    """
+
+    name: str
+    neutral: float
+    neutral_is: str
+    low: float
+    high: float
+    start: float
+    usual: str
+    effect: str
+    arguments: Callable[[float], dict[str, Any]]
+
+    @property
+    def topic(self) -> str:
+        return self.name.split()[0]
+
+    @property
+    def noun(self) -> str:
+        return self.name.split()[-1]
+
+    def value_of(self, value: Any) -> float:
+        """A value of it.
+
+        Raises:
+            `ValueError`: If it is none; the bounds are named.
+        """
+        return number(f"The {self.name}", value, self.low, self.high)
+
+    def values_of(self, text: Any) -> list[float]:
+        """Values of a text such as `"0, 1, 3"`, in its order.
+
+        Raises:
+            `ValueError`: If they are none, or too many.
+        """
+        parts = text.split(",") if isinstance(text, str) else []
+        if not 1 <= len(parts) <= MAX_VALUES:
+            raise ValueError(f"Give 1 to {MAX_VALUES} {self.noun}s with commas between them, such as {self.usual}.")
+        return [number(f"A {self.noun}", _float(part), self.low, self.high) for part in parts]
+
+
+def guidance_dial(pipe: ClassConditionalPipeline, guidance: Guidance) -> Dial:
+    """The scale of the one guidance that a pipeline is sampled with."""
+    scale = getattr(guidance, "scale", 1.0)
+    return Dial(
+        name="guidance scale",
+        neutral=guidance.neutral_scale,
+        neutral_is="no guidance",
+        low=0,
+        high=MAX_SCALE,
+        start=scale if isinstance(scale, int | float) else 1.0,
+        usual="0, 1, 3, 10" if guidance.neutral_scale == 0 else "1, 1.5, 3, 7",
+        effect="The larger it is, the more surely pictures show their class, and the more they look alike.",
+        arguments=lambda value: guidance_at(pipe, value),
+    )
+
+
+_LOWER = "The lower it is, the more typical of their class pictures are, and the more they look alike."
+# By the argument of a pipeline's call, those of what makes images of latents at once.
+LATENTS_DIALS = {
+    "temperature": Dial(
+        name="temperature",
+        neutral=1,
+        neutral_is="as trained",
+        low=0,
+        high=MAX_TEMPERATURE,
+        start=1,
+        usual="1, 0.7, 0.4, 0",
+        effect=_LOWER,
+        arguments=lambda value: {"temperature": value},
+    ),
+    "truncation": Dial(
+        name="truncation",
+        neutral=MAX_TRUNCATION,
+        neutral_is="off",
+        low=MIN_TRUNCATION,
+        high=MAX_TRUNCATION,
+        start=MAX_TRUNCATION,
+        usual=f"{MAX_TRUNCATION}, 2, 1, 0.3",
+        effect=_LOWER,
+        arguments=lambda value: {"truncation": None if value == MAX_TRUNCATION else value},
+    ),
+}
+
+
 class Studio:
     """A pipeline that several people sample from, one after the other, and a judge. Nothing of the pipeline changes.
 
     Args:
-        pipe ([`ClassifierGuidedPipeline`]): Makes the images.
+        pipe ([`ClassifierGuidedPipeline`], [`VAEPipeline`], [`GANPipeline`] or [`FlowPipeline`]): Makes the images.
         judge ([`~hf_guided.evaluation.features.FeatureExtractor`], *optional*): A classifier that does not guide.
+
+    Attributes:
+        solvers (`dict[str, Solver]`): By name, how noise can be taken away; none where pictures are made at once.
+        dial ([`Dial`], *optional*): What can be dialled.
 
     Raises:
         `ValueError`: For a pipeline that upsamples or whose images are no pictures, and a judge that guides or does not
             know its classes.
     """
 
-    def __init__(self, pipe: ClassifierGuidedPipeline, judge: FeatureExtractor | None = None):
-        if pipe.unet.config.get("low_res_channels") is not None:
+    def __init__(self, pipe: ClassConditionalPipeline, judge: FeatureExtractor | None = None):
+        if pipe.main_config.get("low_res_channels") is not None:
             raise ValueError(
                 "This pipeline makes large pictures of small ones, and needs some to begin with; use hf-guided upscale."
             )
-        if pipe.unet.config.in_channels not in (1, 3):
-            raise ValueError(f"Images of {pipe.unet.config.in_channels} channels are no pictures to show.")
-        self.pipe, self.judge = pipe, judge
-        self.solvers = {solver.name: solver for solver in solvers_of(pipe)}
-        self.num_train_timesteps = pipe.scheduler.config.num_train_timesteps
+        if pipe.image_channels not in (1, 3):
+            raise ValueError(f"Images of {pipe.image_channels} channels are no pictures to show.")
+        self.pipe: Any = pipe
+        self.judge = judge
+        walks = isinstance(pipe, ClassifierGuidedPipeline)
+        self.solvers = {solver.name: solver for solver in solvers_of(pipe)} if walks else {}
         height, width = pipe.sample_size
         self.max_images = max(1, min(MAX_IMAGES, MAX_PIXELS // (height * width)))
         self.label_of = _named_apart(pipe.id2label, pipe.num_classes or 0)
-        self.guidance = self._one_guidance()
+        self.guidance = self._one_guidance() if walks else None
+        self.dial = self._own_dial()
         self.can_hide_class = self.guidance is not None and self._works(self.guidance, condition_unet=False)
         self.judged: Any = None if judge is None else self._judged_classes(judge)
         self._computing = threading.Lock()
@@ -147,6 +252,12 @@ class Studio:
         else:
             kinds = [guidance_from_dict(kind) for kind in saved]
         return kinds[0] if len(kinds) == 1 and self._works(kinds[0], condition_unet=True) else None
+
+    def _own_dial(self) -> Dial | None:
+        if self.guidance is not None:
+            return guidance_dial(self.pipe, self.guidance)
+        known = inspect.signature(type(self.pipe).__call__).parameters
+        return next((dial for argument, dial in LATENTS_DIALS.items() if argument in known), None)
 
     def _works(self, guidance: Any, condition_unet: bool) -> bool:
         labels = self.pipe.resolve_labels([0]) if self.label_of else None
@@ -176,33 +287,48 @@ class Studio:
         return min(saved, self.max_steps(solver))
 
     def max_steps(self, solver: Solver) -> int:
-        return min(solver.max_steps, self.num_train_timesteps - 1)
+        return min(solver.max_steps, self.pipe.scheduler.config.num_train_timesteps - 1)
 
-    def order(self, name: Any, num_images: Any, seed: Any, solver_name: Any, steps: Any, tell_unet: Any) -> "Order":
+    def order(
+        self,
+        name: Any,
+        num_images: Any,
+        seed: Any,
+        solver_name: Any = None,
+        steps: Any = None,
+        tell_unet: Any = None,
+    ) -> "Order":
         """What a browser, or anyone, asks for; checked, for it may be anything.
+
+        The last three say how noise is taken away, where it is.
 
         Raises:
             `ValueError`: If it cannot be had, with what can be.
         """
         if self.label_of and not (isinstance(name, str) and name in self.label_of):
             raise ValueError(f"There is no class {_told(name)}; choose one of the list.")
+        wanted: dict[str, Any] = {
+            "label": self.label_of[name] if self.label_of else None,
+            "name": name if self.label_of else "picture",
+            "num_images": whole_number("The number of pictures", num_images, 1, self.max_images),
+            "seed": whole_number("The seed", seed, 0, MAX_SEED),
+        }
+        if not self.solvers:
+            return Order(**wanted)
         if not isinstance(solver_name, str) or solver_name not in self.solvers:
             raise ValueError(f"There is no solver {_told(solver_name)}; take one of {', '.join(self.solvers)}.")
         if not isinstance(tell_unet, bool):
             raise ValueError(f"Whether the UNet is told the class is yes or no, not {_told(tell_unet)}.")
         solver = self.solvers[solver_name]
         return Order(
-            label=self.label_of[name] if self.label_of else None,
-            name=name if self.label_of else "picture",
-            num_images=whole_number("The number of pictures", num_images, 1, self.max_images),
-            seed=whole_number("The seed", seed, 0, MAX_SEED),
+            **wanted,
             solver=solver,
             steps=whole_number("The number of steps", steps, FEWEST_STEPS, self.max_steps(solver)),
             tell_unet=tell_unet or not self.can_hide_class,
         )
 
-    def walk(self, order: "Order", scale: float | None) -> Iterator["Frame"]:
-        """Samples, and shows the clean pictures that the model expects on the way; the last frame is the samples.
+    def walk(self, order: "Order", value: float | None) -> Iterator["Frame"]:
+        """Samples, and shows the clean pictures that a UNet expects on the way; the last frame is the samples.
 
         Closing the iterator stops the walk at its next step.
         """
@@ -212,7 +338,7 @@ class Studio:
         def compute() -> None:
             try:
                 with self._computing:  # of a walk that was stopped, a step may still be under way
-                    frames.put(self._compute(order, scale, frames.put, stopped))
+                    frames.put(self._compute(order, value, frames.put, stopped))
             except Exception as error:
                 frames.put(error)
 
@@ -230,9 +356,29 @@ class Studio:
             stopped.set()
 
     def _compute(
-        self, order: "Order", scale: float | None, show: Callable[["Frame"], None], stopped: threading.Event
+        self, order: "Order", value: float | None, show: Callable[["Frame"], None], stopped: threading.Event
     ) -> "Frame":
-        scheduler = order.solver.make(self.pipe.scheduler)
+        if stopped.is_set():  # while it waited
+            raise StoppedError
+        pipe, options = self.pipe, dict[str, Any]()
+        if order.solver is not None:
+            pipe, options = self._walking(order, order.solver, show, stopped)
+        if self.dial is not None and value is not None:
+            options |= self.dial.arguments(value)
+        samples: Any = pipe(
+            order.label,
+            order.num_images,
+            **options,
+            generator=torch.Generator().manual_seed(order.seed),
+            output_type="latent",
+        )
+        return Frame(order.steps, order.steps, to_8_bit(samples.images).cpu(), is_last=True)
+
+    def _walking(
+        self, order: "Order", solver: Solver, show: Callable[["Frame"], None], stopped: threading.Event
+    ) -> tuple[Any, dict[str, Any]]:
+        """The pipeline with a solver, and what it is called with to show its way and to stop on it."""
+        scheduler = solver.make(self.pipe.scheduler)
         config = self.pipe.config
         pipe = ClassifierGuidedPipeline(
             **{**self.pipe.components, "scheduler": scheduler},
@@ -240,7 +386,7 @@ class Studio:
             sampling_defaults=config.sampling_defaults,
         )
         pipe.set_progress_bar_config(disable=True)
-        num_steps, channels = order.steps, pipe.unet.config.in_channels
+        num_steps, channels = order.steps, pipe.image_channels
         before: torch.Tensor | None = None
         shown = time.monotonic()
 
@@ -260,20 +406,12 @@ class Studio:
             before = tensors["latents"]
             return {}
 
-        if stopped.is_set():  # while it waited
-            raise StoppedError
-        samples: Any = pipe(
-            order.label,
-            order.num_images,
-            **order.solver.spacing(num_steps, self.num_train_timesteps),
-            **({} if scale is None else guidance_at(pipe, scale)),
-            condition_unet=order.tell_unet,
-            generator=torch.Generator().manual_seed(order.seed),
-            output_type="latent",
-            callback_on_step_end=on_step_end,
-            callback_on_step_end_tensor_inputs=["latents", "model_output"],
-        )
-        return Frame(num_steps, num_steps, to_8_bit(samples.images).cpu(), is_last=True)
+        return pipe, {
+            **solver.spacing(num_steps, scheduler.config.num_train_timesteps),
+            "condition_unet": order.tell_unet,
+            "callback_on_step_end": on_step_end,
+            "callback_on_step_end_tensor_inputs": ["latents", "model_output"],
+        }
 
     def verdicts(self, order: "Order", images: torch.Tensor) -> list[str | None] | None:
         """For each image `None` where the judge sees the class asked for, or else what it sees; `None` without one."""
@@ -292,15 +430,15 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class Order:
-    """A checked request for samples."""
+    """A checked request for samples; without a solver they are made at once."""
 
     label: int | None
     name: str
     num_images: int
     seed: int
-    solver: Solver
-    steps: int
-    tell_unet: bool
+    solver: Solver | None = None
+    steps: int = 1
+    tell_unet: bool = True
 
 
 @dataclass(frozen=True)
@@ -341,18 +479,6 @@ def number(what: str, value: Any, low: float, high: float, kind: str = "number")
     if not is_number or not low <= value <= high or (kind == "whole number" and value != int(value)):
         raise ValueError(f"{what} is a {kind} from {low:,} to {high:,}, not {_told(value)}.")
     return value
-
-
-def scales_of(text: Any) -> list[float]:
-    """Guidance scales of a text such as `"0, 1, 3"`, in its order.
-
-    Raises:
-        `ValueError`: If they are none, or too many.
-    """
-    parts = text.split(",") if isinstance(text, str) else []
-    if not 1 <= len(parts) <= MAX_SCALES:
-        raise ValueError(f"Give 1 to {MAX_SCALES} scales with commas between them, such as 0, 1, 3, 10.")
-    return [number("A scale", _float(part), 0, MAX_SCALE) for part in parts]
 
 
 def _float(text: str) -> float | str:
@@ -459,14 +585,17 @@ CSS = """
 .status a { text-decoration: underline; }
 .status a, .accuracy { white-space: nowrap; margin-right: 12px; }
 """
+# Of what is done at once, and by the page alone.
+_QUICK: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 HINT = "A click on a picture saves it at its true size."
 
 
-def build_demo(pipe: ClassifierGuidedPipeline, judge: FeatureExtractor | None = None, title: str = "hf-guided") -> Any:
+def build_demo(pipe: ClassConditionalPipeline, judge: FeatureExtractor | None = None, title: str = "hf-guided") -> Any:
     """Builds the page; [`launch_demo`] serves it.
 
     Args:
-        pipe ([`ClassifierGuidedPipeline`]): Makes the images, where it is. It is left as it is.
+        pipe ([`ClassifierGuidedPipeline`], [`VAEPipeline`], [`GANPipeline`] or [`FlowPipeline`]): Makes the images,
+            where it is. It is left as it is.
         judge ([`~hf_guided.evaluation.features.FeatureExtractor`], *optional*): A classifier that says in how many
             samples it sees the class asked for; never the one that guides.
         title (`str`, defaults to `"hf-guided"`): Heading of the page.
@@ -479,55 +608,6 @@ def build_demo(pipe: ClassifierGuidedPipeline, judge: FeatureExtractor | None = 
             know its classes.
     """
     studio = Studio(pipe, judge)
-    first = next(iter(studio.solvers.values()))
-    guidance = studio.guidance
-    neutral = 0.0 if guidance is None else guidance.neutral_scale
-
-    def sample(
-        name: Any, num_images: Any, seed: Any, solver: Any, steps: Any, scale: Any, tell_unet: Any
-    ) -> Iterator[tuple[str, str]]:
-        with _errors_told():
-            order = studio.order(name, num_images, seed, solver, steps, tell_unet)
-            scale = None if guidance is None else number("The guidance scale", scale, 0, MAX_SCALE)
-            started, file = time.monotonic(), file_name(order)
-            for frame in studio.walk(order, scale):
-                if not frame.is_last:
-                    yield f"Step {frame.step} of {frame.num_steps}", pictures_html(frame, file)
-            verdicts = studio.verdicts(order, frame.images)
-            status = f"{_seconds(started)} {accuracy_html(verdicts)} {grid_html([(order.name, frame.images)], file)}"
-            yield status, pictures_html(frame, file, verdicts=verdicts)
-
-    def compare(
-        name: Any, num_images: Any, seed: Any, solver: Any, steps: Any, scales: Any, tell_unet: Any
-    ) -> Iterator[dict[Any, str]]:
-        with _errors_told():
-            order = studio.order(name, num_images, seed, solver, steps, tell_unet)
-            chosen = scales_of(scales)
-            started, file = time.monotonic(), file_name(order)
-            yield dict.fromkeys(rows, "")
-            finished = []
-            for row, scale in zip(rows, chosen, strict=False):
-                row_name = f"scale {scale:g}" + (", no guidance" if scale == neutral else "")
-                for frame in studio.walk(order, scale):
-                    verdicts = studio.verdicts(order, frame.images) if frame.is_last else None
-                    heading = f'<div class="row-name"><b>{row_name}</b>{accuracy_html(verdicts)}</div>'
-                    yield {
-                        compare_status: f"Scale {scale:g}: step {frame.step} of {frame.num_steps}",
-                        row: pictures_html(
-                            frame,
-                            f"{file}-scale{scale:g}",
-                            heading=heading,
-                            columns=order.num_images,
-                            verdicts=verdicts,
-                        ),
-                    }
-                finished.append((row_name, frame.images))
-            yield {compare_status: f"{_seconds(started)} {grid_html(finished, f'{file}-scales')}"}
-
-    def change_solver(name: str, steps: float) -> Any:
-        most = studio.max_steps(studio.solvers[name])
-        return gr.Slider(maximum=most, value=min(steps, most), label=f"Steps, {FEWEST_STEPS} to {most}")
-
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
         gr.Markdown(f"# {title}\n{_about(studio)}")
         with gr.Row():
@@ -539,51 +619,110 @@ def build_demo(pipe: ClassifierGuidedPipeline, judge: FeatureExtractor | None = 
                 num_images = gr.Slider(1, most, min(8, most), step=1, label="Pictures", elem_id="pictures")
                 seed = gr.Number(0, minimum=0, maximum=MAX_SEED, precision=0, label="Seed", elem_id="seed")
                 new_seed = gr.Button("Another seed", size="sm", elem_id="new-seed")
-                solver = gr.Dropdown(list(studio.solvers), value=first.name, label="Solver", elem_id="solver")
-                most = studio.max_steps(first)
-                steps = gr.Slider(
-                    FEWEST_STEPS,
-                    most,
-                    studio.default_steps(first),
-                    step=1,
-                    label=f"Steps, {FEWEST_STEPS} to {most}",
-                    elem_id="steps",
-                )
+                new_seed.click(lambda: random.randint(0, MAX_SEED), outputs=seed, **_QUICK)
+                settings = [class_name, num_images, seed]
+                if studio.solvers:
+                    settings += _solver_fields(studio)
             with gr.Column(scale=3, min_width=320):
                 with gr.Tab("Sample"):
-                    scale = gr.Slider(
-                        0,
-                        MAX_SCALE,
-                        _default_scale(guidance),
-                        step=0.1,
-                        label="Guidance scale",
-                        info=f"{neutral:g} is no guidance",
-                        visible=guidance is not None,
-                        elem_id="scale",
-                    )
-                    tell = _tell_box(studio, True, "sample-tell")
-                    generate, cancel = _buttons("Generate", "sample")
-                    status = gr.HTML(elem_classes="status", elem_id="sample-status")
-                    pictures = gr.HTML(elem_id="sample-pictures")
-                with gr.Tab("What guidance does", visible=guidance is not None):
-                    gr.Markdown(
-                        "Each column begins with the same noise, and only the guidance scale differs. The larger it "
-                        "is, the more surely pictures show their class, and the more they look alike."
-                    )
-                    usual = "0, 1, 3, 10" if neutral == 0 else "1, 1.5, 3, 7"
-                    scales = gr.Textbox(usual, label=f"Scales, up to {MAX_SCALES}", elem_id="scales")
-                    compare_tell = _tell_box(studio, False, "compare-tell")
-                    compare_button, compare_cancel = _buttons("Compare", "compare")
-                    compare_status = gr.HTML(elem_classes="status", elem_id="compare-status")
-                    rows = [gr.HTML(elem_id=f"row-{i}") for i in range(MAX_SCALES)]
-        settings = [class_name, num_images, seed, solver, steps]
-        private: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-        new_seed.click(lambda: random.randint(0, MAX_SEED), outputs=seed, **private)
-        solver.input(change_solver, [solver, steps], steps, **private)
-        _wire(generate, cancel, sample, [*settings, scale, tell], [status, pictures], "sample")
-        outputs = [compare_status, *rows]
-        _wire(compare_button, compare_cancel, compare, [*settings, scales, compare_tell], outputs, "compare")
+                    _sample_tab(studio, settings)
+                if studio.dial is not None:
+                    with gr.Tab(f"What {studio.dial.topic} does"):
+                        _compare_tab(studio, studio.dial, settings)
     return blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+
+
+def _solver_fields(studio: Studio) -> list[Any]:
+    first = next(iter(studio.solvers.values()))
+    solver = gr.Dropdown(list(studio.solvers), value=first.name, label="Solver", elem_id="solver")
+    most = studio.max_steps(first)
+    steps = gr.Slider(
+        FEWEST_STEPS,
+        most,
+        studio.default_steps(first),
+        step=1,
+        label=f"Steps, {FEWEST_STEPS} to {most}",
+        elem_id="steps",
+    )
+
+    def change_solver(name: str, steps: float) -> Any:
+        most = studio.max_steps(studio.solvers[name])
+        return gr.Slider(maximum=most, value=min(steps, most), label=f"Steps, {FEWEST_STEPS} to {most}")
+
+    solver.input(change_solver, [solver, steps], steps, **_QUICK)
+    return [solver, steps]
+
+
+def _sample_tab(studio: Studio, settings: list[Any]) -> None:
+    """Samples at one value of the dial, as they are made."""
+    dial = studio.dial
+    dialled = None
+    if dial is not None:
+        dialled = gr.Slider(
+            dial.low,
+            dial.high,
+            dial.start,
+            step=0.1,
+            label=dial.name.capitalize(),
+            info=f"{dial.neutral:g} is {dial.neutral_is}",
+            elem_id="scale",
+        )
+    ordered = [*settings, *_tell_boxes(studio, True, "sample-tell")]
+    generate, cancel = _buttons("Generate", "sample")
+    status = gr.HTML(elem_classes="status", elem_id="sample-status")
+    pictures = gr.HTML(elem_id="sample-pictures")
+
+    def sample(values: dict[Any, Any]) -> Iterator[tuple[str, str]]:
+        with _errors_told():
+            order = studio.order(*(values[field] for field in ordered))
+            value = None if dial is None else dial.value_of(values[dialled])
+            started, file = time.monotonic(), file_name(order)
+            for frame in studio.walk(order, value):
+                if not frame.is_last:
+                    yield f"Step {frame.step} of {frame.num_steps}", pictures_html(frame, file)
+            verdicts = studio.verdicts(order, frame.images)
+            text = f"{_seconds(started)} {accuracy_html(verdicts)} {grid_html([(order.name, frame.images)], file)}"
+            yield text, pictures_html(frame, file, verdicts=verdicts)
+
+    _wire(generate, cancel, sample, {*ordered, dialled} - {None}, [status, pictures], "sample")
+
+
+def _compare_tab(studio: Studio, dial: Dial, settings: list[Any]) -> None:
+    """The same noise at several values of the dial, a row for each."""
+    gr.Markdown(f"Each column begins with the same noise, and only the {dial.name} differs. {dial.effect}")
+    dialled = gr.Textbox(dial.usual, label=f"{dial.noun.capitalize()}s, up to {MAX_VALUES}", elem_id="scales")
+    ordered = [*settings, *_tell_boxes(studio, False, "compare-tell")]
+    compare_button, cancel = _buttons("Compare", "compare")
+    status = gr.HTML(elem_classes="status", elem_id="compare-status")
+    rows = [gr.HTML(elem_id=f"row-{i}") for i in range(MAX_VALUES)]
+
+    def compare(values: dict[Any, Any]) -> Iterator[dict[Any, str]]:
+        with _errors_told():
+            order = studio.order(*(values[field] for field in ordered))
+            chosen = dial.values_of(values[dialled])
+            started, file = time.monotonic(), file_name(order)
+            yield dict.fromkeys(rows, "")
+            finished = []
+            for row, value in zip(rows, chosen, strict=False):
+                row_name = f"{dial.noun} {value:g}" + (f", {dial.neutral_is}" if value == dial.neutral else "")
+                for frame in studio.walk(order, value):
+                    verdicts = studio.verdicts(order, frame.images) if frame.is_last else None
+                    heading = f'<div class="row-name"><b>{row_name}</b>{accuracy_html(verdicts)}</div>'
+                    step = f": step {frame.step} of {frame.num_steps}" if studio.solvers else ""
+                    yield {
+                        status: f"{dial.noun.capitalize()} {value:g}{step}",
+                        row: pictures_html(
+                            frame,
+                            f"{file}-{dial.noun}{value:g}",
+                            heading=heading,
+                            columns=order.num_images,
+                            verdicts=verdicts,
+                        ),
+                    }
+                finished.append((row_name, frame.images))
+            yield {status: f"{_seconds(started)} {grid_html(finished, f'{file}-{dial.noun}s')}"}
+
+    _wire(compare_button, cancel, compare, {*ordered, dialled}, [status, *rows], "compare")
 
 
 def _about(studio: Studio) -> str:
@@ -592,13 +731,9 @@ def _about(studio: Studio) -> str:
     classes = f" of {len(studio.label_of)} classes" if studio.label_of else ""
     judge = ""
     if studio.judge is not None:
-        judge = f" A classifier that never guides ({studio.judge.name}) tells which of them show their class."
+        apart = " that never guides" if studio.solvers else ""
+        judge = f" A classifier{apart} ({studio.judge.name}) tells which of them show their class."
     return f"Pictures{classes}, {width}x{height} pixels.{judge} {HINT}"
-
-
-def _default_scale(guidance: Any) -> float:
-    scale = getattr(guidance, "scale", 1.0)
-    return scale if isinstance(scale, int | float) else 1.0
 
 
 def _seconds(started: float) -> str:
@@ -616,14 +751,19 @@ def _errors_told() -> Iterator[None]:
         raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
 
 
-def _tell_box(studio: Studio, value: bool, name: str) -> Any:
-    return gr.Checkbox(
-        value,
-        label="Tell the UNet the class",
-        info="otherwise the classifier alone steers",
-        visible=studio.can_hide_class,
-        elem_id=name,
-    )
+def _tell_boxes(studio: Studio, value: bool, name: str) -> list[Any]:
+    """The field of a UNet, if there is one, which is hidden where it must be told."""
+    if not studio.solvers:
+        return []
+    return [
+        gr.Checkbox(
+            value,
+            label="Tell the UNet the class",
+            info="otherwise the classifier alone steers",
+            visible=studio.can_hide_class,
+            elem_id=name,
+        )
+    ]
 
 
 def _buttons(text: str, name: str) -> tuple[Any, Any]:
@@ -633,15 +773,17 @@ def _buttons(text: str, name: str) -> tuple[Any, Any]:
     return go, cancel
 
 
-def _wire(go: Any, cancel: Any, fn: Callable[..., Any], inputs: list[Any], outputs: list[Any], name: str) -> None:
-    """Makes a button run a generator, one of all at a time, and another one cancel it."""
+def _wire(go: Any, cancel: Any, fn: Callable[..., Any], inputs: set[Any], outputs: list[Any], name: str) -> None:
+    """Makes a button run a generator, one of all at a time, and another one cancel it.
+
+    It is given what the inputs hold by component; others than the page give it in the order of the page.
+    """
 
     def toggle(running: bool) -> Callable[[], tuple[Any, Any]]:
         return lambda: (gr.Button(interactive=not running), gr.Button(interactive=running))
 
     status = outputs[0]
-    quick: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-    begun = go.click(toggle(True), outputs=[go, cancel], **quick)
+    begun = go.click(toggle(True), outputs=[go, cancel], **_QUICK)
     run = begun.then(
         fn,
         inputs,
@@ -653,8 +795,8 @@ def _wire(go: Any, cancel: Any, fn: Callable[..., Any], inputs: list[Any], outpu
         show_progress_on=status,
     )
     for ended in (run.success, run.failure):
-        ended(toggle(False), outputs=[go, cancel], **quick)
-    cancel.click(lambda: ("Cancelled.", *toggle(False)()), outputs=[status, go, cancel], cancels=run, **quick)
+        ended(toggle(False), outputs=[go, cancel], **_QUICK)
+    cancel.click(lambda: ("Cancelled.", *toggle(False)()), outputs=[status, go, cancel], cancels=run, **_QUICK)
 
 
 def launch_demo(blocks: Any, host: str = "127.0.0.1", port: int = 7860) -> str:

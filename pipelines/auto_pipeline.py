@@ -14,17 +14,22 @@ from .pipeline_vae import VAEPipeline
 _OTHER_FAMILIES = {kind.__name__: kind for kind in (FlowPipeline, GANPipeline, VAEPipeline)}
 
 
-def pipeline_class(model: str) -> Any:
+def pipeline_class(model: str, token: str | None = None) -> Any:
     """The class that a pipeline's `model_index.json` names, if it is of another family than diffusion; else ours.
 
     Args:
         model (`str`): A folder, or a name on the Hub.
+        token (`str`, *optional*): To read it with; the saved login, by default.
 
     Raises:
         `OSError`: If there is no such pipeline.
     """
     folder = Path(model)
-    path = folder / "model_index.json" if folder.exists() else Path(hf_hub_download(model, "model_index.json"))
+    path = (
+        folder / "model_index.json"
+        if folder.exists()
+        else Path(hf_hub_download(model, "model_index.json", token=token))
+    )
     name: Any = json.loads(path.read_text()).get("_class_name")
     name = name[-1] if isinstance(name, list) else name  # a repository that carries its code names its module too
     return _OTHER_FAMILIES.get(name, ClassifierGuidedPipeline)

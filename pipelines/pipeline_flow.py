@@ -1,9 +1,11 @@
 """Images of a class-conditional normalizing flow: latents -> inverse flow -> image."""
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from ..baselines.flow import ClassConditionalGlow
+# The class that a saved pipeline may name registers itself with diffusers when it is imported.
+from ..baselines.flow import ClassConditionalGlow  # noqa: F401
 from .class_conditional import ClassConditionalPipeline, Labels
 
 
@@ -19,7 +21,7 @@ class FlowPipeline(ClassConditionalPipeline):
     model_cpu_offload_seq = "flow"
     likelihood_kind = "exact"
 
-    def __init__(self, flow: ClassConditionalGlow, id2label: dict | None = None):
+    def __init__(self, flow: ModelMixin, id2label: dict | None = None):
         super().__init__()
         self.register_modules(flow=flow)
         self.register_to_config(id2label=id2label)

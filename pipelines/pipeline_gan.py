@@ -1,9 +1,11 @@
 """Images of a class-conditional GAN: latents -> generator -> image."""
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from ..baselines.gan import BigGANGenerator
+# The class that a saved pipeline may name registers itself with diffusers when it is imported.
+from ..baselines.gan import BigGANGenerator  # noqa: F401
 from .class_conditional import ClassConditionalPipeline, Labels
 
 
@@ -19,7 +21,7 @@ class GANPipeline(ClassConditionalPipeline):
     model_cpu_offload_seq = "generator"
     no_likelihood = "a GAN learns to draw samples and never says how likely an image is"
 
-    def __init__(self, generator: BigGANGenerator, id2label: dict | None = None):
+    def __init__(self, generator: ModelMixin, id2label: dict | None = None):
         super().__init__()
         self.register_modules(generator=generator)
         self.register_to_config(id2label=id2label)

@@ -1,9 +1,11 @@
 """Images of a class-conditional variational autoencoder: latents -> decoder -> image."""
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from ..baselines.vae import ClassConditionalVAE
+# The class that a saved pipeline may name registers itself with diffusers when it is imported.
+from ..baselines.vae import ClassConditionalVAE  # noqa: F401
 from .class_conditional import ClassConditionalPipeline, Labels
 
 
@@ -19,7 +21,7 @@ class VAEPipeline(ClassConditionalPipeline):
     model_cpu_offload_seq = "vae"
     likelihood_kind = "bound"
 
-    def __init__(self, vae: ClassConditionalVAE, id2label: dict | None = None):
+    def __init__(self, vae: ModelMixin, id2label: dict | None = None):
         super().__init__()
         self.register_modules(vae=vae)
         self.register_to_config(id2label=id2label)

@@ -46,6 +46,7 @@ def work(tmp_path_factory, tiny_unet, tiny_classifier):
 def caches(work, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(work / "hf"))
     monkeypatch.setattr("hf_guided.evaluation.feature_sets.CACHE_DIR", work / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries where there is no network
     monkeypatch.chdir(work)
 
 

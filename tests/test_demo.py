@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +20,17 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from hf_guided import ADMScheduler, ClassifierGuidedPipeline
+from hf_guided import (
+    ADMScheduler,
+    BigGANGenerator,
+    ClassConditionalVAE,
+    ClassifierGuidedPipeline,
+    GANPipeline,
+    VAEPipeline,
+)
 from hf_guided.cli import main
 from hf_guided.data.samples import to_picture
-from hf_guided.demo import MAX_SEED, Studio, build_demo, scales_of
+from hf_guided.demo import LATENTS_DIALS, MAX_SEED, Studio, build_demo, guidance_dial, launch_demo
 from hf_guided.evaluation.features import ModelFeatures
 from hf_guided.evaluation.sampling import to_8_bit
 from hf_guided.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance
@@ -71,12 +79,16 @@ def folder(make_pipe, judge, tmp_path_factory):
     return folder
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def server(folder):
     """`hf-guided demo` as a process, and where it is."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "hf_guided.cli", "demo", str(folder / "dots/pipeline")]
     command += ["--judge", str(folder / "judge/model"), "--port", str(port)]
     environment = {**os.environ, "NO_PROXY": "127.0.0.1", "GRADIO_SERVER_NAME": "0.0.0.0"}
@@ -156,7 +168,7 @@ class Page:
         options[0].click()
 
     def open_comparison(self):
-        next(tab for tab in self.find("button[role=tab]") if tab.text == "What guidance does").click()
+        next(tab for tab in self.find("button[role=tab]") if tab.text.startswith("What ")).click()
         self.wait(lambda: self.find("#compare")[0].is_displayed())
 
     def errors(self):
@@ -459,6 +471,87 @@ def test_controls_that_do_nothing_are_not_there(make_pipe, options, hidden):
     assert walk(studio, 1.5 if studio.guidance else None, **changes)[-1].is_last
 
 
+# Pictures made of latents at once
+
+THEIR_WARNINGS = "ignore::DeprecationWarning:gradio.*"  # which a server in this process brings along
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Serves a page from a thread of this process, and says where."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    opened = []
+
+    def serve_blocks(blocks):
+        opened.append(blocks)
+        return SimpleNamespace(url=launch_demo(blocks, port=free_port()))
+
+    yield serve_blocks
+    for blocks in opened:
+        blocks.close()
+
+
+def make_at_once(pipeline_class, model_class):
+    torch.manual_seed(0)
+    shape = {"sample_size": 8, "image_channels": 1, "num_class_embeds": 3, "model_channels": 8, "channel_mult": (1, 2)}
+    return pipeline_class(model_class(**shape).eval(), id2label=NAMES)
+
+
+def made(pipe, name, seed, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return to_8_bit(pipe(name, 2, generator=generator, output_type="latent", **options).images)[:, 0]
+
+
+def pixels(urls):
+    return np.stack([np.asarray(picture_of(url)) for url in urls])
+
+
+@pytest.mark.filterwarnings(THEIR_WARNINGS)
+def test_a_vae_has_a_page_without_steps(judge, serve):
+    pipe = make_at_once(VAEPipeline, ClassConditionalVAE)
+    blocks = build_demo(pipe, judge)
+    assert shown(blocks) >= {"class", "pictures", "seed", "scale", "scales", "sample", "compare"}
+    assert not shown(blocks) & {"solver", "steps", "sample-tell", "compare-tell"}
+    server = serve(blocks)
+    status, pictures = answer(server, "sample", begin(server, "sample", ["two", 2, 3, 0.5]))
+    images = made(pipe, "two", 3, temperature=0.5)
+    assert np.array_equal(pixels(re.findall(r'src="([^"]+)"', pictures)), images)
+    assert not np.array_equal(images, made(pipe, "two", 3))
+    right = int((judge(images[:, None]).probabilities.argmax(axis=1) == 0).sum())
+    assert f"Judged right: {right} of 2" in status
+    for values, message in {
+        ("two", 2, 3, 2.1): "The temperature is a number from 0 to 2, not 2.1.",
+        ("two", 2, 3, None): "The temperature is a number from 0 to 2, not None.",
+        ("two", 17, 3, 1): "is a whole number from 1 to 16",
+        ("three", 2, 3, 1): "There is no class three",
+    }.items():
+        assert message in answer(server, "sample", begin(server, "sample", list(values)))
+    told = answer(server, "compare", begin(server, "compare", ["two", 2, 3, "1, 3"]))
+    assert "A temperature is a number from 0 to 2, not 3.0." in told
+
+
+@pytest.mark.filterwarnings(THEIR_WARNINGS)
+def test_a_gans_rows_are_of_one_noise_and_fit_on_a_phone(browser, serve):
+    pipe = make_at_once(GANPipeline, BigGANGenerator)
+    page = Page(browser, serve(build_demo(pipe)).url)
+    page.resize(390, 844)
+    page.set("#pictures", 2)
+    page.click("#sample")
+    page.wait(lambda: "Done in" in page.text("#sample-status"))
+    assert np.array_equal(pixels(page.pictures("#sample-pictures")), made(pipe, "zero", 0))
+    check_fits(page, "class pictures seed scale sample sample-cancel sample-pictures")
+    page.open_comparison()
+    page.click("#compare")
+    page.wait(lambda: "Done in" in page.text("#compare-status"))
+    check_fits(page, "scales compare row-0 row-3")
+    for row, truncation in enumerate((None, 2, 1, 0.3)):
+        images = made(pipe, "zero", 0, truncation=truncation)
+        assert np.array_equal(pixels(page.pictures(f"#row-{row}")), images), truncation
+        name = "truncation 4, off" if truncation is None else f"truncation {truncation:g}"
+        assert page.text(f"#row-{row}").strip() == name
+    page.browser.get("about:blank")
+
+
 def test_what_cannot_be_shown_is_refused(make_pipe, judge, tiny_unet, tiny_classifier, monkeypatch):
     pipe = make_pipe()
     with pytest.raises(ValueError, match="large pictures of small ones"):
@@ -482,8 +575,11 @@ def test_names_that_several_classes_have_are_told_apart(make_pipe):
     assert make_order(studio, name="crane (1)").label == 1
 
 
-def test_scales_are_read_in_their_order():
-    assert scales_of("10, 0,1.5") == [10, 0, 1.5]
+def test_values_of_a_dial_are_read_in_their_order(make_pipe):
+    scales = guidance_dial(make_pipe(), ClassifierGuidance(1.0))
+    assert scales.values_of("10, 0,1.5") == [10, 0, 1.5]
     for text in ("", "1,", "1;2", "nan", "-1", "1e9", None, ["1"]):
         with pytest.raises(ValueError, match=r"A scale is|Give 1 to 6 scales"):
-            scales_of(text)
+            scales.values_of(text)
+    for dial in (scales, *LATENTS_DIALS.values()):
+        assert dial.neutral in dial.values_of(dial.usual)  # of a row that is as without it

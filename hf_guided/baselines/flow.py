@@ -210,5 +210,5 @@ def _import_normflows() -> Any:
     try:
         import normflows
     except ImportError as error:
-        raise ImportError("The flow is made of parts of normflows: pip install 'hf-guided[train]'.") from error
+        raise ImportError("The flow is made of parts of normflows: pip install normflows.") from error
     return normflows

@@ -193,6 +193,10 @@ def _footnotes(comparison: Mapping[str, Any]) -> list[str]:
     for runs in families.values():
         if len(runs) < most:
             notes.append(f"{_title(runs)}: {_seeds_in_words([run['seed'] for run in runs])} only.")
+    if any(value < 0 for runs in families.values() for value in values_of(runs, "kid").values()):
+        notes.append(
+            "KID below 0: it is unbiased for samples whose classes chance draws; of as many of each class it is lower."
+        )
     if any(values_of(runs, _COPIED.key) for runs in families.values()):
         notes.append(
             f"copied: the share of samples nearer to a training image than all but {_COPY_LIMIT} of held-out images "

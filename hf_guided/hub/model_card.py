@@ -27,7 +27,7 @@ _CARD = """\
 
 ## Usage
 
-`pip install hf-guided`, then:
+`pip install hf-guided{extra}`, then:
 
 ```python
 {usage}
@@ -191,6 +191,7 @@ def write_model_card(
         paper=paper,
         origin=origin or f"trained on {dataset} with\n`hf-guided`",
         picture="\n\n".join(f"![{text}]({name})" for name, text in pictures.items() if (folder / name).is_file()),
+        extra=" normflows" if model_class == "FlowPipeline" else "",
         usage=_usage(model_class, json.dumps(repo_id or "."), class_names, dtype),
         advice=("" if classifies else advice) + ("" if dtype is None else _DTYPE_ADVICE.format(dtype=dtype)),
     )
@@ -249,10 +250,12 @@ def address(card: str, repo_id: str, standalone: bool = False) -> str:
     """
     card = re.sub(r'(from_pretrained\(|model=)"\."', rf'\1"{repo_id}"', card)
     if standalone:
-        card = card.replace("`pip install hf-guided`, then:", "`pip install torch diffusers transformers`, then:")
+        card = re.sub(
+            r"`pip install hf-guided(.*)`, then:", r"`pip install torch diffusers transformers\1`, then:", card
+        )
         card = re.sub(r"from hf_guided import \w*Pipeline", "from diffusers import DiffusionPipeline", card)
         card = re.sub(
-            r"ClassifierGuided\w*Pipeline\.from_pretrained\((.*?)\)\n",
+            rf"\b(?:ClassifierGuided\w*Pipeline|{'|'.join(_FAMILIES)})\.from_pretrained\((.*?)\)\n",
             r"DiffusionPipeline.from_pretrained(\1, trust_remote_code=True)\n",
             card,
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -9,7 +10,17 @@ from pathlib import Path
 from huggingface_hub import metadata_save
 
 _PACKAGE = Path(__file__).parents[1]
-_LEFT_OUT = ("conversion", "baselines", "training", "hub")  # parts of the package that the page never needs
+_LEFT_OUT = ("conversion", "training", "hub")  # parts of the package that the page never needs
+_DIFFUSION = (
+    "Classifier-guided diffusion: samples of {model} as they are denoised, and the same noise at several guidance "
+    "scales, side by side."
+)
+# By the pipeline of another family: what its page shows.
+_FAMILIES = {
+    "VAEPipeline": "A variational autoencoder: samples of {model}, and the same noise at several temperatures.",
+    "GANPipeline": "A GAN: samples of {model}, and the same noise at several truncations.",
+    "FlowPipeline": "A normalizing flow: samples of {model}, and the same noise at several temperatures.",
+}
 
 _APP = '''\
 """The page of `hf-guided demo`; locally: python app.py --host 127.0.0.1"""
@@ -22,9 +33,10 @@ main(["demo", {arguments}, "--host", "0.0.0.0", *sys.argv[1:]])
 '''
 
 _README = """
-Classifier-guided diffusion: samples of [{model_id}](https://huggingface.co/{model_id}) as they are denoised, and the
-same noise at several guidance scales, side by side.{judge} Made by `hf-guided push --space`; `hf_guided/` is a copy of
-that package, so that nothing but `requirements.txt` is installed.
+{shown}{judge}
+
+Made by `hf-guided push --space`; `hf_guided/` is a copy of that package, so that nothing but `requirements.txt` is
+installed.
 
 A private model needs a secret `HF_TOKEN` in the settings of this Space: a token that may read it.
 """
@@ -37,6 +49,7 @@ def write_space(
     judge_id: str | None = None,
     title: str | None = None,
     license: str = "apache-2.0",
+    model_class: str = "ClassifierGuidedPipeline",
 ) -> Path:
     """Writes the repository of a Space that shows a pipeline of the Hub in the demo, with the package's own code.
 
@@ -46,6 +59,8 @@ def write_space(
         judge_id (`str`, *optional*): A classifier on the Hub that judges the samples, and does not guide them.
         title (`str`, *optional*): Heading of the Space; the model's name, by default.
         license (`str`, defaults to `"apache-2.0"`): Identifier of the licence of what is in the Space: the package's.
+        model_class (`str`, defaults to `"ClassifierGuidedPipeline"`): What loads the pipeline: that, `"VAEPipeline"`,
+            `"GANPipeline"` or `"FlowPipeline"`.
 
     Returns:
         `Path`: The folder.
@@ -63,10 +78,11 @@ def write_space(
 
     arguments = ", ".join(json.dumps(argument) for argument in [model_id, *(["--judge", judge_id] if judge_id else [])])
     (folder / "app.py").write_text(_APP.format(arguments=arguments), encoding="utf-8")
-    (folder / "requirements.txt").write_text("\n".join(_requirements()) + "\n", encoding="utf-8")
+    (folder / "requirements.txt").write_text("\n".join(_requirements(model_class)) + "\n", encoding="utf-8")
     judge = "" if judge_id is None else f" [{judge_id}](https://huggingface.co/{judge_id}) judges them."
     readme = folder / "README.md"
-    readme.write_text(_README.format(model_id=model_id, judge=judge), encoding="utf-8")
+    shown = _FAMILIES.get(model_class, _DIFFUSION).format(model=f"[{model_id}](https://huggingface.co/{model_id})")
+    readme.write_text(_README.format(shown=shown, judge=judge), encoding="utf-8")
     header = {
         "title": title or model_id.rpartition("/")[2],
         "emoji": "🎲",
@@ -78,19 +94,20 @@ def write_space(
         "pinned": False,
         "license": license,
         "models": models,
-        "tags": ["hf-guided", "diffusers", "classifier-guidance"],
+        "tags": ["hf-guided", "diffusers", *([] if model_class in _FAMILIES else ["classifier-guidance"])],
     }
     metadata_save(readme, header)
     _copy_package(folder / "hf_guided")
     return folder
 
 
-def _requirements() -> list[str]:
-    """What the package needs for the demo, as its own metadata says."""
+def _requirements(model_class: str) -> list[str]:
+    """What the package needs for the demo, and a flow for its network, as the package's own metadata says."""
     needed = []
     for requirement in requires("hf-guided") or []:
         package, _, marker = (part.strip() for part in requirement.partition(";"))
-        if not marker or marker.replace("'", '"') == 'extra == "demo"':
+        is_of_flow = model_class == "FlowPipeline" and re.match(r"normflows\b", package) and "train" in marker
+        if not marker or marker.replace("'", '"') == 'extra == "demo"' or is_of_flow:
             needed.append(package)
     return needed
 

@@ -24,7 +24,8 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from .. import _MODULE_OF, __version__
 from .push import _IGNORED
 
-_PIPELINES = ("ClassifierGuidedPipeline", "ClassifierGuidedUpscalePipeline")
+_GUIDED_PIPELINES = ("ClassifierGuidedPipeline", "ClassifierGuidedUpscalePipeline")
+_PIPELINES = (*_GUIDED_PIPELINES, "VAEPipeline", "GANPipeline", "FlowPipeline")
 # By which auto classes a model is found, and in which of its files that is written.
 _AUTO_CLASSES = {
     "ADMUNet2DModel": {"config.json": {"AutoModel": "ADMUNet2DModel"}},
@@ -93,9 +94,9 @@ def _code_and_configs(folder: Path) -> dict[str, str]:
     if isinstance(name, list) or "auto_map" in config:
         raise ValueError(f"{folder} carries its code already: push it as it is.")
     if name not in (_PIPELINES if index else _AUTO_CLASSES):
+        known = [*_PIPELINES, *_AUTO_CLASSES]
         raise ValueError(
-            f"{folder} holds {name or 'no model'}; code can be added to a saved "
-            f"{' or '.join([*_PIPELINES, *_AUTO_CLASSES])}."
+            f"{folder} holds {name or 'no model'}; code can be added to a saved {', '.join(known[:-1])} or {known[-1]}."
         )
     added = {f"{_code_module(name)}.py": _code(name)}
     if not index:
@@ -122,9 +123,9 @@ def _code_module(name: str) -> str:
 
 @cache
 def _code(name: str) -> str:
-    """The code of a class; beside a pipeline stand all kinds of guidance that it can be given."""
+    """The code of a class; beside a guided pipeline stand all kinds of guidance that it can be given."""
     roots = [(f"hf_guided.{_MODULE_OF[name]}", name)]
-    if name in _PIPELINES:
+    if name in _GUIDED_PIPELINES:
         roots += [("hf_guided.guidance", kind) for kind in _module("hf_guided.guidance").exported]
     return inline(roots)
 

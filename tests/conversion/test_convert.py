@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -199,6 +198,7 @@ def test_every_published_name_at_full_size(full_size, convert, reference_json, t
     with torch.device("meta"):
         unet = ADMUNet2DModel.from_config(ADMUNet2DModel.load_config(folder / "unet"))
     assert {key: list(value.shape) for key, value in unet.state_dict().items()} == shapes
+    assert unet.num_parameters() == reference_json("published_checkpoints")[name]["parameters"]
     if guide:
         config = ADMForImageClassification.config_class.from_pretrained(folder / "classifier")
         assert config.sample_size == unet.config.sample_size
@@ -579,22 +579,6 @@ def test_the_package_opens_without_its_weight():
     for name in conversion.__all__:
         assert getattr(conversion, name).__name__ == name
         assert name in dir(conversion)
-
-
-def test_the_64_model_runs_at_full_size(reference_json, convert, tmp_path):
-    """Random weights of the published names and shapes, converted; 296 million parameters, one forward."""
-    name = "64x64_diffusion"
-    path, folder = tmp_path / f"{name}.pt", tmp_path / "out"
-    parameters = write_random_checkpoint(reference_json("published_checkpoints")[name]["tensors"], path)
-    assert parameters == reference_json("published_checkpoints")[name]["parameters"]
-    convert(name, "--checkpoint", path, "--output", folder)
-    path.unlink()
-    unet = ADMUNet2DModel.from_pretrained(folder / "unet")
-    with torch.no_grad():
-        output = unet(torch.randn(1, 3, 64, 64), torch.tensor([500]), torch.tensor([207])).sample
-    shutil.rmtree(folder)
-    assert output.shape == (1, 6, 64, 64)
-    assert 1e-2 < output.std() < 1e2
 
 
 def test_pages_that_are_given_back_are_read_again(checkpoint, reference, convert, tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 import getpass
 import socket
 
+import pytest
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from hf_guided.hub import write_model_card
+from hf_guided.hub.model_card import address
 
 ROWS = [
     {
@@ -211,6 +213,32 @@ def test_an_upsampler_takes_an_image(tmp_path, monkeypatch):
     made = run_usage(card.read_text(), monkeypatch, tmp_path)
     assert [image.size for image in made["images"]] == [(16, 16)] * 4
     assert made["small"].size == (4, 4)
+
+
+@pytest.mark.parametrize("model_class", ["VAEPipeline", "GANPipeline", "FlowPipeline"])
+def test_a_family_is_used_with_the_package_and_without(model_class, tmp_path, monkeypatch):
+    import hf_guided
+
+    shape = {"sample_size": 8, "image_channels": 1, "num_class_embeds": 2}
+    narrow = {**shape, "model_channels": 8, "channel_mult": (1, 2)}
+    model = {
+        "VAEPipeline": lambda: hf_guided.ClassConditionalVAE(**narrow),
+        "GANPipeline": lambda: hf_guided.BigGANGenerator(**narrow),
+        "FlowPipeline": lambda: hf_guided.ClassConditionalGlow(**shape, num_levels=2, num_blocks=1, hidden_channels=8),
+    }[model_class]()
+    getattr(hf_guided, model_class)(model, id2label={0: "a", 1: "b"}).save_pretrained(tmp_path)
+    card = write(tmp_path, class_names=["a", "b"], model_class=model_class, guided=False).read_text()
+    assert len(run_usage(card, monkeypatch, tmp_path)["images"]) == 4
+    extra = " normflows" if model_class == "FlowPipeline" else ""
+    assert f"`pip install hf-guided{extra}`, then:" in card
+
+    alone = address(card, "ada/digits", standalone=True)
+    usage = alone.split("```python\n")[1].split("```")[0]
+    assert "from diffusers import DiffusionPipeline" in usage
+    assert 'pipe = DiffusionPipeline.from_pretrained("ada/digits", trust_remote_code=True)\n' in usage
+    assert model_class not in usage
+    assert f"`pip install torch diffusers transformers{extra}`, then:" in alone
+    assert address(alone, "ada/digits", standalone=True) == alone  # pushed again
 
 
 def test_a_classifier_classifies(tmp_path, monkeypatch, capsys):

@@ -51,6 +51,23 @@ def test_a_space_describes_itself(tmp_path):
     assert not [path for path in folder.rglob("*") if path.is_symlink() or path.name == "__pycache__"]
 
 
+def test_a_flows_space_brings_what_a_flow_needs(tmp_path):
+    space = write_space(tmp_path / "flow", model_id="ada/flow", model_class="FlowPipeline")
+    lines = (space / "requirements.txt").read_text().splitlines()
+    assert [line for line in lines if line.startswith("normflows>=")]
+    assert not [line for line in lines if re.match(r"datasets|matplotlib|scikit-learn", line)]
+    readme = " ".join((space / "README.md").read_text().split())
+    assert (
+        "samples of [ada/flow](https://huggingface.co/ada/flow), and the same noise at several temperatures" in readme
+    )
+    assert "classifier-guidance" not in metadata_load(space / "README.md")["tags"]
+    for name in ("baselines/flow.py", "baselines/sizes.py", "pipelines/pipeline_flow.py"):
+        assert (space / "hf_guided" / name).is_file(), name
+    write_space(space, model_id="ada/dots")
+    assert "normflows" not in (space / "requirements.txt").read_text()
+    assert "classifier-guidance" in metadata_load(space / "README.md")["tags"]
+
+
 def test_a_space_runs_with_its_own_copy_and_a_private_model(tiny_unet, tiny_classifier, tmp_path):
     classes = {"num_labels": 2, "id2label": {0: "up", 1: "down"}}
     unet = tiny_unet(**SMALL, channel_mult=(1,), out_channels=2, num_class_embeds=2)
