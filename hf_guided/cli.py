@@ -246,7 +246,7 @@ def sampling_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name, None) for name in names}
     known = inspect.signature(type(pipe).__call__).parameters
     for name, value in given.items():
-        if name not in known and value not in (None, True):
+        if name not in known and value is not None and value is not True:
             raise ValueError(f"A {type(pipe).__name__} knows no --{name}; leave it out.")
     return {name: value for name, value in given.items() if name in known}
 

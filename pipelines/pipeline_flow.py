@@ -90,6 +90,11 @@ class FlowPipeline(ClassConditionalPipeline):
 
         Returns:
             `torch.Tensor` of shape `(batch,)`
+
+        Raises:
+            `ValueError`: In half precision.
         """
+        if self.flow.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError("Half precision is too coarse for a likelihood; load the pipeline in float32.")
         noise = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype) - 0.5
         return self.flow(images, class_labels, noise)

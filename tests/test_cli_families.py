@@ -132,7 +132,7 @@ def test_a_gan_is_measured_without_likelihood(tmp_path):
         (["sample", "flow", "--num_inference_steps", "9"], "A FlowPipeline knows no --num_inference_steps"),
         (["sample", "flow", "--respacing", "9"], "A FlowPipeline knows no --respacing; leave it out."),
         (["sample", "vae", "--no-condition_unet"], "A VAEPipeline knows no --condition_unet; leave it out."),
-        (["evaluate", "vae", "real", "--features", "judge", "--guidance_scale", "2"], "A VAEPipeline knows no --guid"),
+        (["evaluate", "vae", "real", "--features", "judge", "--guidance_scale", "1"], "A VAEPipeline knows no --guid"),
         (["sample", "gan", "--truncation", "0"], "truncation=0.0 leaves no latents; give a positive threshold"),
         (["sample", "vae", "--temperature", "-1"], "temperature=-1.0 is negative"),
         (["sample", "vae", "--labels", "cow"], "There is no class named 'cow'"),

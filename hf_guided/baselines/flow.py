@@ -171,9 +171,7 @@ class GlowStep(nn.Module):
         self.norm = nf.flows.ActNorm((channels, 1, 1))
         del self.norm.data_dep_init_done  # a buffer, which the meta device could not be asked for
         self.norm.data_dep_init_done = torch.tensor(1.0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of `Tensor.lu`, which it calls
-            self.conv = nf.flows.Invertible1x1Conv(channels, use_lu=True)
+        self.conv = _invertible_convolution(channels)
         widths = (channels // 2 + told_channels, hidden_channels, hidden_channels, channels)
         self.coupling = nf.nets.ConvNet2d(widths, (3, 1, 3), init_zeros=True)
 
@@ -199,6 +197,18 @@ class GlowStep(nn.Module):
         planes = told[:, :, None, None].expand(-1, -1, *kept.shape[2:])
         shift, log_scale = self.coupling(torch.cat([kept, planes], dim=1)).chunk(2, dim=1)
         return shift, 2 * torch.tanh(log_scale / 2)  # bounded, or unusual latents end in infinite images
+
+
+def _invertible_convolution(channels: int) -> nn.Module:
+    """Begins as a rotation, which is decomposed in float32, whatever type the weights are loaded in."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of `Tensor.lu`, which it calls
+            return _import_normflows().flows.Invertible1x1Conv(channels, use_lu=True)
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _moments(base: Any, class_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

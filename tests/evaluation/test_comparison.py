@@ -2,6 +2,7 @@ import base64
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -262,3 +263,14 @@ def test_a_failed_write_keeps_the_old_sheet(tmp_path):
     with pytest.raises(TypeError):
         write_comparison(tmp_path, broken, grids, titles)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_readmes_table_is_that_of_the_committed_run():
+    root = Path(__file__).parents[2]
+    committed = json.loads((root / "tests" / "benchmarks" / "families_on_digits.json").read_text())
+    table = comparison_table(committed).partition("\n\n")[0]
+    readme = (root / "README.md").read_text()
+    assert table in readme
+    claims = findings(committed)  # which the lesson repeats
+    assert any(claim.startswith("Best recall: Diffusion, 0.916") for claim in claims)
+    assert any("Guided diffusion beat GAN? FID: they cannot be told apart" in claim for claim in claims)

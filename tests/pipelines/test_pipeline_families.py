@@ -246,3 +246,19 @@ def test_the_likelihood_of_a_vae_is_its_bound():
     assert pipe.likelihood_kind == "bound"
     assert FlowPipeline.likelihood_kind == "exact"
     assert not hasattr(GANPipeline, "bits_per_dim")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_from_files(pipe, dtype, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    half = type(pipe).from_pretrained(tmp_path, dtype=dtype)
+    images = sample(half, [0, 1, 2], 4)
+    assert images.dtype == dtype
+    assert (images.float() - sample(pipe, [0, 1, 2], 4)).abs().mean() < 0.05
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_no_likelihood_in_half_precision():
+    flow = make_pipeline("flow").to(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="too coarse for a likelihood; load the pipeline in float32"):
+        flow.bits_per_dim(torch.zeros(1, 3, 8, 4), torch.tensor([0]))

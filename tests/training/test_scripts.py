@@ -134,6 +134,17 @@ def test_pushes_at_checkpoints_and_at_the_end(photos, tmp_path, hub):
         assert path.is_dir() or b"hf_secret" not in path.read_bytes()
 
 
+def test_another_family_is_pushed_too(photos, tmp_path, hub):
+    flags = ["--train_data_dir", str(photos), "--resolution", "8", "--output_dir", "out", *PUSHING]
+    flags += ["--train_batch_size", "4", "--max_train_steps", "2", "--num_levels", "1", "--num_blocks", "1"]
+    result = push(hub, "training.train_baseline", "--family", "flow", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    files = hub.repos["me/fruit"].head().files
+    assert {"model_index.json", "flow/diffusion_pytorch_model.safetensors", "grid.png"} <= set(files)
+    assert b'FlowPipeline.from_pretrained("me/fruit")' in files["README.md"]
+    assert b"Largest error of an image taken to latents and back" in files["README.md"]
+
+
 def test_a_push_that_fails_does_not_stop_the_training(photos, tmp_path, hub):
     flags = [*TINY_RUN, "--train_data_dir", str(photos), "--resolution", "8", "--output_dir", "out", *PUSHING]
     hub.fail("POST", "/api/models/me/fruit/commit/main", 403, times=100)
