@@ -33,6 +33,7 @@ from hf_guided.evaluation.memorisation import memorisation
 from hf_guided.evaluation.sampling import sample_batches
 from hf_guided.evaluation.sources import ImageSet, LoadedImages, SampledImages
 from hf_guided.files import write_json
+from hf_guided.guidance.labels import match_classes
 from hf_guided.pipelines.auto_pipeline import pipeline_class
 from hf_guided.training.arguments import LoopArguments, parse_arguments
 from hf_guided.training.cards import describe_run
@@ -60,6 +61,7 @@ _CALIBRATION = (10, 30)  # steps between which the speed is measured
 _LIKELIHOOD_IMAGES = 128
 _PICTURED = 5  # images of each class in the sheet
 _MAX_REAL_IMAGES = 10_000
+_GROWING = {"families", "seeds", "hardware"}  # settings that may change between two sittings of one comparison
 _GUIDANCE_HAS_NO_BITS = "guidance changes what is sampled, and nobody knows the density of that"
 
 
@@ -155,6 +157,8 @@ def compare(
     stages["diffusion"].label_dropout = 0.0  # it is always told the class here, and need not do without
     settings: dict[str, Any] = {
         "data": Path(data).name,
+        "recipe": stages["judge"].recipe,
+        "resolution": list(train.resolution),
         "families": list(models or families),
         "budget": None if models else str(given),
         "seeds": [0] if models else list(seeds),
@@ -217,8 +221,6 @@ def compare(
     write_comparison(output, {"settings": settings, "real": measuring.real, "runs": runs}, grids, titles)
     return output / "comparison.html"
 
-
-_GROWING = {"families", "seeds", "hardware"}  # settings that may change between two sittings of one comparison
 
 # What each family trains, and its share of the budget.
 PARTS = {
@@ -426,8 +428,8 @@ class Measuring:
         train, held_out = images
         assert held_out is not None  # which was looked at before
         self.held_out_images = LoadedImages(held_out.plain(_MAX_REAL_IMAGES))
-        self.num_classes = train.num_classes
-        self.labels = torch.arange(num_images) % self.num_classes
+        self.id2label = train.id2label
+        self.labels = torch.arange(num_images) % train.num_classes
         self.train = self.features(LoadedImages(train.plain(_MAX_REAL_IMAGES)))
         self.held_out = self.features(self.held_out_images)
         judged = judged_labels(self.held_out_images, extractor, [])
@@ -445,11 +447,18 @@ class Measuring:
     def model(self, pipeline: Any) -> dict[str, Any]:
         """Every number of a model."""
         check_independent(pipeline, self.extractor)
+        size = self.held_out_images.size
+        if pipeline.sample_size != size:
+            raise ValueError(
+                f"A model to compare makes images of {pipeline.sample_size} pixels, and those of the data have {size}; "
+                f"give the models' --resolution."
+            )
         notes: list[str] = []
-        judged = judged_labels(SampledImages(pipeline, self.labels), self.extractor, notes)
+        labels = self.labels_of(pipeline, self.labels)
+        judged = judged_labels(SampledImages(pipeline, labels), self.extractor, notes)
 
         def sampled(**arguments: Any) -> tuple[FeatureSet, dict[str, float]]:
-            features = self.features(SampledImages(pipeline, self.labels, **arguments))
+            features = self.features(SampledImages(pipeline, labels, **arguments))
             return features, self.metrics(features, judged)
 
         features, metrics = sampled()
@@ -472,6 +481,13 @@ class Measuring:
             "notes": notes,
             **self.bits(pipeline),
         }
+
+    def labels_of(self, pipeline: Any, labels: torch.Tensor) -> torch.Tensor:
+        """The data's class ids among those of a model, which may have its classes in another order."""
+        if not pipeline.id2label:
+            return labels
+        matched = match_classes(self.id2label, pipeline.id2label, set(labels.tolist()), "of the pipeline")
+        return torch.tensor([matched[label] for label in labels.tolist()])
 
     def dial(self, pipeline: Any) -> tuple[str, str, Sequence[float]] | None:
         """What trades variety for fidelity: its name, the argument of the pipeline's call, and values."""
@@ -496,7 +512,7 @@ class Measuring:
 
     def seconds_per_image(self, pipeline: Any) -> float:
         """The fastest of three batches."""
-        labels = self.labels[: self.batch_size]
+        labels = self.labels_of(pipeline, self.labels[: self.batch_size])
         seconds = []
         for seed in range(3):
             started = time.perf_counter()
@@ -506,10 +522,10 @@ class Measuring:
 
     def pictures(self, pipeline: Any) -> list[Any]:
         """Samples of the first ten classes, side by side for each."""
-        labels = torch.arange(min(10, self.num_classes)).repeat_interleave(_PICTURED)
-        return SampledImages(pipeline, labels).pictures(self.batch_size)
+        labels = torch.arange(min(10, len(self.id2label))).repeat_interleave(_PICTURED)
+        return SampledImages(pipeline, self.labels_of(pipeline, labels)).pictures(self.batch_size)
 
     def real_pictures(self) -> list[Any]:
         """Held-out images of the first ten classes."""
-        rows = [np.flatnonzero(self.held_out_images.labels == label) for label in range(min(10, self.num_classes))]
+        rows = [np.flatnonzero(self.held_out_images.labels == label) for label in range(min(10, len(self.id2label)))]
         return [self.held_out_images.picture(int(row)) for of_class in rows for row in np.resize(of_class, _PICTURED)]

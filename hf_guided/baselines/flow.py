@@ -199,7 +199,7 @@ class GlowStep(nn.Module):
         return shift, 2 * torch.tanh(log_scale / 2)  # bounded, or unusual latents end in infinite images
 
 
-def _invertible_convolution(channels: int) -> nn.Module:
+def _invertible_convolution(channels: int) -> Any:
     """Begins as a rotation, which is decomposed in float32, whatever type the weights are loaded in."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)

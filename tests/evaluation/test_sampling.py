@@ -1,6 +1,7 @@
 """Which image has which label and noise, and files of samples that several processes and sittings make."""
 
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -90,6 +91,9 @@ def stop_after(batches, stop, monkeypatch):
     """Lets pipelines make some batches, and does something else before the next."""
     made = 0
 
+    original = ClassifierGuidedPipeline.__call__
+
+    @functools.wraps(original)
     def call(self, *args, **kwargs):
         nonlocal made
         made += 1
@@ -97,7 +101,6 @@ def stop_after(batches, stop, monkeypatch):
             stop()
         return original(self, *args, **kwargs)
 
-    original = ClassifierGuidedPipeline.__call__
     monkeypatch.setattr(ClassifierGuidedPipeline, "__call__", call)
 
 
@@ -397,6 +400,7 @@ def keep_samples(argv: list[str]) -> list[torch.Tensor]:
     """Runs a command and returns its batches before they are rounded to 8 bits."""
     kept, original = [], ClassifierGuidedPipeline.__call__
 
+    @functools.wraps(original)
     def call(*args, **kwargs):
         result = original(*args, **kwargs)
         kept.append(result[0])

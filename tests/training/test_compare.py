@@ -6,6 +6,7 @@ import math
 import pytest
 import yaml
 
+from hf_guided import VAEPipeline
 from hf_guided.cli import main
 from hf_guided.data import DataArguments, load_labelled_images
 from hf_guided.training.arguments import parse_arguments
@@ -169,11 +170,18 @@ def test_the_same_command_goes_on(comparison):
 def test_trained_models(comparison, recipe, tmp_path, capsys):
     folder, _ = comparison
     models = [f"{name}={folder / 'seed-0' / name / 'pipeline'}" for name in ("vae", "guided")]
+    reversed_classes = VAEPipeline.from_pretrained(folder / "seed-0" / "vae" / "pipeline")
+    reversed_classes.vae.class_embedding.weight.data = reversed_classes.vae.class_embedding.weight.data.flip(0)
+    reversed_classes.register_to_config(id2label={label: str(9 - label) for label in range(10)})
+    reversed_classes.save_pretrained(tmp_path / "reversed")
+    models.append(str(tmp_path / "reversed"))
     judge = f"judge={folder / 'judge' / 'model'}"
     main(["compare", *models, "--recipe", recipe, "--features", judge, "--num_images", "40", "--scales", "0,1",
           "--output", str(tmp_path / "out")])  # fmt: skip
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     trained = {run["family"]: run for run in json.loads((folder / "comparison.json").read_text())["runs"]}
+    trained["reversed"] = trained["vae"]  # the same classes by name
+    assert [run["family"] for run in found["runs"]] == ["vae", "guided", "reversed"]
     for run in found["runs"]:  # as it was measured after its training
         assert run["metrics"] == pytest.approx(trained[run["family"]]["metrics"], rel=1e-4)
     shown = capsys.readouterr().out
