@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -885,11 +884,16 @@ def demo(args: argparse.Namespace) -> None:
         pipe = load_guided(args.model, state)
         judge = load_extractors([args.judge], pipe, state)[0] if args.judge else None
         url = launch_demo(build_demo(pipe, judge, shown_name(args.model)), args.host, args.port)
+        stopped: list[int] = []
+        for signum in (signal.SIGINT, signal.SIGTERM):  # no exception, which whatever runs just then could swallow
+            signal.signal(signum, lambda signum, frame: stopped.append(signum))
         print(f"The demo of {args.model} is at {url} until Ctrl-C.", flush=True)
-        threading.Event().wait()
+        while not stopped:
+            time.sleep(0.1)
     except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr, flush=True)
-        os._exit(1)  # an orderly end is aborted by the threads of a walk under way
+        pass
+    print("Stopped.", file=sys.stderr, flush=True)
+    os._exit(1)  # an orderly end is aborted by the threads of a walk under way
 
 
 def shown_name(model: str) -> str:
