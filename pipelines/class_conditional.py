@@ -145,6 +145,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"latents have shape {tuple(latents.shape)}; these images need {shape}.")
         return latents.to(self._execution_device, getattr(self, self.main_component).dtype)
 
+    def resolve_temperature(self, temperature: float | None) -> float:
+        """The standard deviation of the latents, 1 where none is given."""
+        if temperature is not None and temperature < 0:
+            raise ValueError(f"temperature={temperature} is negative; give 0, the most typical image, or more.")
+        return 1.0 if temperature is None else temperature
+
     def finish(self, sample: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         """The images as they were asked for."""
         broken = broken_images(sample).nonzero()[:, 0].tolist()

@@ -69,9 +69,7 @@ class FlowPipeline(ClassConditionalPipeline):
         """
         self.check_output_type(output_type)
         labels = self.prepare_labels(class_labels, num_images_per_label)
-        temperature = 1.0 if temperature is None else temperature
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature} is negative; give 0, the most typical image, or more.")
+        temperature = self.resolve_temperature(temperature)
         length = self.image_channels * self.sample_size[0] * self.sample_size[1]
         latents = self.prepare_vectors(latents, (len(labels), length), generator)
         sample = self.flow.decode(temperature * latents, labels).sample

@@ -69,9 +69,7 @@ class VAEPipeline(ClassConditionalPipeline):
         """
         self.check_output_type(output_type)
         labels = self.prepare_labels(class_labels, num_images_per_label)
-        temperature = 1.0 if temperature is None else temperature
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature} is negative; give 0, the most typical image, or more.")
+        temperature = self.resolve_temperature(temperature)
         latents = self.prepare_vectors(latents, (len(labels), self.vae.config.latent_dim), generator)
         sample = self.vae.decode(temperature * latents, labels).sample
         return self.finish(sample, output_type, return_dict)

@@ -14,6 +14,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -190,13 +191,15 @@ class GANTask(BaselineTask):
     name, title = "gan", "GAN"
     summary = "A class-conditional GAN, a small BigGAN"
 
-    def __init__(self, args: GANArguments, images: LabelledImages):
-        super().__init__(args, images)
-        assert images.labels is not None  # the loader insists on them
-        self.real_spread = []
-        for label in range(images.num_classes):
-            rows = np.flatnonzero(images.labels == label)[:_WATCHED]
-            self.real_spread.append(spread(torch.stack([images[row]["pixel_values"] for row in rows.tolist()])))
+    @cached_property
+    def real_spread(self) -> list[float]:
+        """Of each class, how much its real images differ from each other; computed when it is first asked for."""
+        assert self.images.labels is not None  # the loader insists on them
+        spreads = []
+        for label in range(self.images.num_classes):
+            rows = np.flatnonzero(self.images.labels == label)[:_WATCHED]
+            spreads.append(spread(torch.stack([self.images[row]["pixel_values"] for row in rows.tolist()])))
+        return spreads
 
     def make_model(self) -> AdversarialPair:
         shared = {**self.of_images, "channel_mult": self.args.channel_mult}

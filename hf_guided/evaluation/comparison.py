@@ -292,7 +292,7 @@ def _duel(runs: Sequence[Mapping[str, Any]], gan: Sequence[Mapping[str, Any]]) -
 
 
 def _effect_of_guidance(plain: Sequence[Mapping[str, Any]], guided: Sequence[Mapping[str, Any]]) -> str | None:
-    """Compares runs of the same seed, which share the diffusion model."""
+    """Compares runs of the same seed; where both were trained, guided diffusion has a UNet of its own."""
     effects, directions = [], {}
     for column in (_PRECISION, _RECALL, _FID, _ACCURACY):
         before, after = values_of(plain, column.key), values_of(guided, column.key)
