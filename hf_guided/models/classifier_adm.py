@@ -26,7 +26,9 @@ from .layers import (
     ADMAttention,
     ADMAttentionPool,
     ADMResnetBlock,
+    Conv2d,
     Downsample2D,
+    GroupNormSiLU,
     ZeroLinear,
     check_sides,
     expand_timestep,
@@ -123,7 +125,7 @@ class PooledHead(nn.Module):
 
     def __init__(self, config: ADMClassifierConfig, channels: int, num_tokens: int, processor: Callable):
         super().__init__()
-        self.norm = nn.GroupNorm(NORM_GROUPS, channels)
+        self.norm = GroupNormSiLU(channels)
         self.classifier: nn.Module
         if config.pool == "attention":
             self.classifier = ADMAttentionPool(
@@ -135,7 +137,7 @@ class PooledHead(nn.Module):
             )
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return self.classifier(F.silu(self.norm(feature_maps[-1])))
+        return self.classifier(self.norm(feature_maps[-1]))
 
 
 class SpatialHead(nn.Module):
@@ -193,7 +195,7 @@ class ADMForImageClassification(PreTrainedModel):
 
         self.time_proj = Timesteps(config.model_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(config.model_channels, temb_channels)
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks, self.mid_block, skip_channels = make_encoder(
             widths,
             config.num_res_blocks,

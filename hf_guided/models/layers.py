@@ -5,19 +5,54 @@ Section 3 of "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233) 
 width)`; `temb` is the activated embedding of timestep and class, `(batch, 4 * model_channels)`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
+from torch.nn.grad import conv2d_input
 
 NORM_GROUPS = 32
 
 
-class ZeroConv2d(nn.Conv2d):
+class _FrozenConvolution(torch.autograd.Function):
+    """A convolution whose weight takes no gradient. torch's own would keep its input for one all the same."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        ctx.geometry = (x.shape, stride, padding)
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        shape, stride, padding = ctx.geometry
+        return conv2d_input(shape, weight.to(grad.dtype), grad, stride, padding), None, None, None, None
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that keeps nothing but its weight for a gradient with respect to the image alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled() or self.weight.requires_grad:
+            return super().forward(x)
+        return _FrozenConvolution.apply(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class ZeroConv2d(Conv2d):
     """A convolution that starts at zero, so that its residual branch starts as the identity."""
 
     def reset_parameters(self) -> None:
@@ -35,15 +70,115 @@ class ZeroLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+class _NormSiLU(torch.autograd.Function):
+    """What [`GroupNormSiLU`] computes. Of the activations only the input is kept: the rest is two sums and one pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        scale: torch.Tensor | None,
+        shift: torch.Tensor | None,
+        num_groups: int,
+        eps: float,
+    ) -> torch.Tensor:
+        batch, channels, *sides = x.shape
+        wide = x.to(weight.dtype)  # under autocast, which leaves norms in float32
+        y, mean, rstd = torch.native_group_norm(
+            wide, weight, bias, batch, channels, math.prod(sides), num_groups, eps
+        )
+        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
+        if scale is not None:
+            y = y.mul_(1 + scale[:, :, None, None]).add_(shift[:, :, None, None])
+        return F.silu(y, inplace=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        num_groups, pixels = mean.shape[1], x[0, 0].numel()
+        grouped = (len(x), num_groups, -1)
+
+        # 1. In front of the activation: gain * normalised x + offset, a gain and an offset for each image and channel
+        scaled = 1 if scale is None else 1 + scale.to(dtype)
+        gain = (weight * scaled).expand(x.shape[:2])
+        offset = (bias * scaled + (0 if shift is None else shift)).expand(x.shape[:2])
+        gain, offset = gain.reshape(grouped), offset.reshape(grouped)
+        mean, rstd = mean.to(dtype)[:, :, None], rstd.to(dtype)[:, :, None]
+
+        def on_pixels(values: torch.Tensor) -> torch.Tensor:
+            """Values `(batch, groups, channels of a group)` or one of a group, as they broadcast over x."""
+            return values.expand(gain.shape).reshape(*x.shape[:2], 1, 1).to(weight.dtype)
+
+        wide = x.to(weight.dtype)
+        z = torch.addcmul(on_pixels(offset - mean * rstd * gain), wide, on_pixels(rstd * gain))
+        dz = torch.ops.aten.silu_backward(grad, z)
+        del z
+
+        # 2. Two sums over the pixels, from which all else follows
+        d_offset = dz.sum((2, 3), dtype=dtype).view(grouped)
+        d_gain = ((dz * wide).sum((2, 3), dtype=dtype).view(grouped) - mean * d_offset) * rstd
+        size = pixels * gain.shape[2]
+        through_mean = -rstd * (gain * d_offset).sum(2, keepdim=True) / size
+        through_rstd = -(rstd**2) * (gain * d_gain).sum(2, keepdim=True) / size
+        dx = torch.addcmul(on_pixels(through_mean - mean * through_rstd), wide, on_pixels(through_rstd))
+        dx = dx.addcmul_(dz, on_pixels(rstd * gain)).to(x.dtype)
+
+        d_gain, d_offset = d_gain.reshape(x.shape[:2]), d_offset.reshape(x.shape[:2])
+        d_weight = (d_gain * scaled).sum(0).to(weight.dtype)
+        d_bias = (d_offset * scaled).sum(0).to(weight.dtype)
+        if scale is None:
+            return dx, d_weight, d_bias, None, None, None, None
+        d_scale = (d_gain * weight + d_offset * bias).to(scale.dtype)
+        return dx, d_weight, d_bias, d_scale, d_offset.to(scale.dtype), None, None
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """Group normalisation, adaptive if `scale` and `shift` are given, and then SiLU.
+
+    AdaGN(h, y) = y_s GroupNorm(h) + y_b (section 3.1), with y_s = 1 + `scale` and y_b = `shift`, of shape `(batch,
+    channels)`. In one, so that a backward pass needs the input alone and a forward pass without one writes in place.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(NORM_GROUPS, channels)
+
+    def forward(
+        self, hidden_states: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return _NormSiLU.apply(hidden_states, self.weight, self.bias, scale, shift, self.num_groups, self.eps)
+
+
+class UpsampleConv2d(nn.Conv2d):
+    """Nearest-neighbour upsampling by two and then a 3x3 convolution, in 4/9 of the products.
+
+    Of the nine pixels under the kernel at most four differ, so that weights which meet the same pixel are added first:
+    a transposed convolution of stride two, whose 4x4 kernel is the 3x3 one blurred by upsampling's 2x2 box.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        flipped = torch.eye(3, dtype=self.weight.dtype, device=self.weight.device).flip(0)
+        box = F.pad(flipped, (0, 0, 0, 1)) + F.pad(flipped, (0, 0, 1, 0))  # (4, 3): of each side of the kernel
+        kernel = (self.weight.flatten(2) @ torch.kron(box, box).T).unflatten(2, (4, 4))
+        return F.conv_transpose2d(hidden_states, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
+
+
 class Upsample2D(nn.Module):
     """Nearest-neighbour upsampling by two, then a 3x3 convolution if `use_conv`."""
 
     def __init__(self, channels: int, use_conv: bool):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+        self.conv = (
+            UpsampleConv2d(channels, channels) if use_conv else nn.UpsamplingNearest2d(scale_factor=2)
+        )
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+        return self.conv(hidden_states)
 
 
 class Downsample2D(nn.Module):
@@ -51,7 +186,7 @@ class Downsample2D(nn.Module):
 
     def __init__(self, channels: int, use_conv: bool):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         return self.conv(hidden_states)
@@ -82,35 +217,36 @@ class ADMResnetBlock(nn.Module):
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
         self.resample = resample
-        self.norm1 = nn.GroupNorm(NORM_GROUPS, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm1 = GroupNormSiLU(in_channels)
+        self.conv1 = (
+            UpsampleConv2d(in_channels, out_channels)
+            if resample == "up"
+            else Conv2d(in_channels, out_channels, 3, padding=1)
+        )
         self.time_emb_proj = nn.Linear(temb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
-        self.norm2 = nn.GroupNorm(NORM_GROUPS, out_channels)
+        self.norm2 = GroupNormSiLU(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = ZeroConv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = (
-            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, kernel_size=1)
+            nn.Identity() if in_channels == out_channels else Conv2d(in_channels, out_channels, kernel_size=1)
         )
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         residual = hidden_states
-        hidden_states = F.silu(self.norm1(hidden_states))
+        hidden_states = self.norm1(hidden_states)
         if self.resample == "up":
-            residual = F.interpolate(residual, scale_factor=2.0, mode="nearest")
-            hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+            residual = F.interpolate(residual, scale_factor=2.0, mode="nearest")  # and `conv1` the other branch
         elif self.resample == "down":
             residual = F.avg_pool2d(residual, 2)
             hidden_states = F.avg_pool2d(hidden_states, 2)
         hidden_states = self.conv1(hidden_states)
 
-        embedding = self.time_emb_proj(temb)[:, :, None, None]
+        embedding = self.time_emb_proj(temb)
         if self.use_scale_shift_norm:
-            scale, shift = embedding.chunk(2, dim=1)
-            hidden_states = torch.addcmul(shift, self.norm2(hidden_states), 1 + scale)
+            hidden_states = self.norm2(hidden_states, *embedding.chunk(2, dim=1))
         else:
-            hidden_states = self.norm2(hidden_states + embedding)
-
-        hidden_states = self.conv2(self.dropout(F.silu(hidden_states)))
+            hidden_states = self.norm2(hidden_states + embedding[:, :, None, None])
+        hidden_states = self.conv2(self.dropout(hidden_states))
         return self.conv_shortcut(residual) + hidden_states
 
 

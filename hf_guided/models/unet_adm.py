@@ -15,11 +15,12 @@ from torch import nn
 
 from ..registration import register_with_diffusers
 from .layers import (
-    NORM_GROUPS,
     ADMAttention,
     ADMResnetBlock,
     ADMUpBlock,
+    Conv2d,
     Downsample2D,
+    GroupNormSiLU,
     Upsample2D,
     ZeroConv2d,
     check_sides,
@@ -117,7 +118,7 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         )
 
         # 2. Encoder and middle
-        self.conv_in = nn.Conv2d(in_channels + (low_res_channels or 0), widths[0], 3, padding=1)
+        self.conv_in = Conv2d(in_channels + (low_res_channels or 0), widths[0], 3, padding=1)
         self.down_blocks, self.mid_block, skip_channels = make_encoder(
             widths,
             num_res_blocks,
@@ -140,7 +141,7 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             self.up_blocks.append(ADMUpBlock(resnets, attentions, resampler("up", width) if level else None))
 
         # 4. Output
-        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, channels)
+        self.conv_norm_out = GroupNormSiLU(channels)
         self.conv_out = ZeroConv2d(channels, out_channels, 3, padding=1)
 
     def to_json_string(self) -> str:
@@ -212,5 +213,5 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             hidden_states, skips = up_block(hidden_states, temb, skips)
 
         # 4. Output
-        output = self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
+        output = self.conv_out(self.conv_norm_out(hidden_states))
         return UNet2DOutput(sample=output) if return_dict else (output,)

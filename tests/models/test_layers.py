@@ -1,0 +1,141 @@
+"""The layers that compute in another way than they are written down: equal to the plain way, and cheaper."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_guided.models.layers import Conv2d, GroupNormSiLU, UpsampleConv2d
+
+
+def randomised(layer):
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+def kept_bytes(function, *frozen):
+    """Bytes that a call keeps for its backward pass, beside parameters."""
+    parameters = {parameter.untyped_storage()._cdata for layer in frozen for parameter in layer.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = function()  # kept alive, and with it every storage counted
+    assert output.requires_grad
+    return sum(kept.values())
+
+
+# Group normalisation with its activation
+
+
+def plain_norm(layer, x, scale=None, shift=None):
+    """Written down as in section 3.1."""
+    hidden = F.group_norm(x, layer.num_groups, layer.weight, layer.bias, layer.eps)
+    if scale is not None:
+        hidden = (1 + scale[:, :, None, None]) * hidden + shift[:, :, None, None]
+    return F.silu(hidden)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_norm_and_its_gradients(adaptive, memory_format):
+    torch.manual_seed(0)
+    layer = randomised(GroupNormSiLU(96)).double()
+    x = (3 * torch.randn(2, 96, 5, 3).double() + 1).to(memory_format=memory_format).requires_grad_()
+    conditions = [torch.randn(2, 96).double().requires_grad_() for _ in range(2 * adaptive)]
+    direction = torch.randn(2, 96, 5, 3).double()
+    inputs = [x, layer.weight, layer.bias, *conditions]
+
+    expected, actual = plain_norm(layer, x, *conditions), layer(x, *conditions)
+    torch.testing.assert_close(actual, expected)
+    assert actual.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, inputs, direction), torch.autograd.grad(expected, inputs, direction)
+    )
+
+
+def test_norm_takes_one_condition_for_all_images():
+    torch.manual_seed(0)
+    layer = randomised(GroupNormSiLU(32))
+    x, scale, shift = torch.randn(3, 32, 4, 4), *torch.randn(2, 1, 32, requires_grad=True)
+    expected = torch.autograd.grad(layer(x, scale.expand(3, 32), shift.expand(3, 32)).square().sum(), [scale, shift])
+    actual = torch.autograd.grad(layer(x, scale, shift).square().sum(), [scale, shift])
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norm_in_half_precision(dtype):
+    """Sums over pixels are made in float32: 4096 pixels of 16 would overflow float16."""
+    torch.manual_seed(0)
+    layer = randomised(GroupNormSiLU(32)).to(dtype)
+    exact = GroupNormSiLU(32)
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 32, 64, 64).to(dtype)
+    results = []
+    for module, image in ((layer, x), (exact, x.float())):
+        image = image.detach().requires_grad_()
+        output = module(image)
+        results.append([output, *torch.autograd.grad(output, [image, module.bias], torch.full_like(output, 16.0))])
+    for actual, expected in zip(*results, strict=True):
+        assert actual.isfinite().all()
+        error = (actual.float() - expected).norm() / expected.norm()
+        assert error < {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
+
+
+def test_norm_under_autocast_is_computed_in_float32():
+    torch.manual_seed(0)
+    layer = randomised(GroupNormSiLU(32))
+    x = torch.randn(2, 32, 8, 8).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, layer(x.detach().float()))
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    assert gradient.dtype == torch.bfloat16
+
+
+def test_norm_keeps_its_input_alone():
+    layer = GroupNormSiLU(64)
+    x = torch.randn(2, 64, 16, 16, requires_grad=True)
+    assert kept_bytes(lambda: layer(x), layer) < 1.05 * x.nbytes  # and two numbers for each group
+    assert kept_bytes(lambda: plain_norm(layer, x), layer) > 1.95 * x.nbytes
+
+
+# Convolutions
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_frozen_convolution_keeps_nothing(stride):
+    torch.manual_seed(0)
+    layer = randomised(Conv2d(8, 16, 3, stride=stride, padding=1)).double()
+    x = torch.randn(2, 8, 6, 6).double().requires_grad_()
+    expected = layer(x)
+    direction = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad(expected, x, direction)
+    assert kept_bytes(lambda: layer(x), layer) == x.nbytes
+
+    layer.requires_grad_(False)
+    assert kept_bytes(lambda: layer(x), layer) == 0
+    actual = layer(x)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, x, direction)[0], gradient)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_upsampling_convolution(memory_format):
+    torch.manual_seed(0)
+    layer = randomised(UpsampleConv2d(6, 10)).double().to(memory_format=memory_format)
+    x = torch.randn(2, 6, 5, 7).double().to(memory_format=memory_format).requires_grad_()
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), layer.weight, layer.bias, padding=1)
+    actual = layer(x)
+    torch.testing.assert_close(actual, expected)
+    inputs, direction = [x, layer.weight, layer.bias], torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, inputs, direction), torch.autograd.grad(expected, inputs, direction)
+    )
