@@ -5,7 +5,6 @@ Section 3 of "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233) 
 width)`; `temb` is the activated embedding of timestep and class, `(batch, 4 * model_channels)`.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -70,76 +69,35 @@ class ZeroLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-class _NormSiLU(torch.autograd.Function):
-    """What [`GroupNormSiLU`] computes. Of the activations only the input is kept: the rest is two sums and one pass."""
+class _Recomputed(torch.autograd.Function):
+    """Calls a cheap function of tensors, keeps its arguments alone, and calls it again for the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        scale: torch.Tensor | None,
-        shift: torch.Tensor | None,
-        num_groups: int,
-        eps: float,
-    ) -> torch.Tensor:
-        batch, channels, *sides = x.shape
-        wide = x.to(weight.dtype)  # under autocast, which leaves norms in float32
-        y, mean, rstd = torch.native_group_norm(
-            wide, weight, bias, batch, channels, math.prod(sides), num_groups, eps
-        )
-        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
-        if scale is not None:
-            y = y.mul_(1 + scale[:, :, None, None]).add_(shift[:, :, None, None])
-        return F.silu(y, inplace=True)
+    def forward(ctx: Any, function: Callable, *arguments: torch.Tensor | None) -> torch.Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*arguments)
+        return function(*arguments)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        num_groups, pixels = mean.shape[1], x[0, 0].numel()
-        grouped = (len(x), num_groups, -1)
-
-        # 1. In front of the activation: gain * normalised x + offset, a gain and an offset for each image and channel
-        scaled = 1 if scale is None else 1 + scale.to(dtype)
-        gain = (weight * scaled).expand(x.shape[:2])
-        offset = (bias * scaled + (0 if shift is None else shift)).expand(x.shape[:2])
-        gain, offset = gain.reshape(grouped), offset.reshape(grouped)
-        mean, rstd = mean.to(dtype)[:, :, None], rstd.to(dtype)[:, :, None]
-
-        def on_pixels(values: torch.Tensor) -> torch.Tensor:
-            """Values `(batch, groups, channels of a group)` or one of a group, as they broadcast over x."""
-            return values.expand(gain.shape).reshape(*x.shape[:2], 1, 1).to(weight.dtype)
-
-        wide = x.to(weight.dtype)
-        z = torch.addcmul(on_pixels(offset - mean * rstd * gain), wide, on_pixels(rstd * gain))
-        dz = torch.ops.aten.silu_backward(grad, z)
-        del z
-
-        # 2. Two sums over the pixels, from which all else follows
-        d_offset = dz.sum((2, 3), dtype=dtype).view(grouped)
-        d_gain = ((dz * wide).sum((2, 3), dtype=dtype).view(grouped) - mean * d_offset) * rstd
-        size = pixels * gain.shape[2]
-        through_mean = -rstd * (gain * d_offset).sum(2, keepdim=True) / size
-        through_rstd = -(rstd**2) * (gain * d_gain).sum(2, keepdim=True) / size
-        dx = torch.addcmul(on_pixels(through_mean - mean * through_rstd), wide, on_pixels(through_rstd))
-        dx = dx.addcmul_(dz, on_pixels(rstd * gain)).to(x.dtype)
-
-        d_gain, d_offset = d_gain.reshape(x.shape[:2]), d_offset.reshape(x.shape[:2])
-        d_weight = (d_gain * scaled).sum(0).to(weight.dtype)
-        d_bias = (d_offset * scaled).sum(0).to(weight.dtype)
-        if scale is None:
-            return dx, d_weight, d_bias, None, None, None, None
-        d_scale = (d_gain * weight + d_offset * bias).to(scale.dtype)
-        return dx, d_weight, d_bias, d_scale, d_offset.to(scale.dtype), None, None
+        needed = ctx.needs_input_grad[1:]
+        arguments = [
+            None if argument is None else argument.detach().requires_grad_(need)
+            for argument, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        with torch.enable_grad():
+            output = ctx.function(*arguments)
+        wanted = [argument for argument, need in zip(arguments, needed, strict=True) if need]
+        gradients = iter(torch.autograd.grad(output, wanted, grad))
+        return None, *(next(gradients) if need else None for need in needed)
 
 
 class GroupNormSiLU(nn.GroupNorm):
     """Group normalisation, adaptive if `scale` and `shift` are given, and then SiLU.
 
     AdaGN(h, y) = y_s GroupNorm(h) + y_b (section 3.1), with y_s = 1 + `scale` and y_b = `shift`, of shape `(batch,
-    channels)`. In one, so that a backward pass needs the input alone and a forward pass without one writes in place.
+    channels, 1, 1)`. Its backward pass makes it anew from its input, instead of keeping what lies between: a little
+    time for much memory. (`torch.compile` decides on that itself.)
     """
 
     def __init__(self, channels: int):
@@ -148,7 +106,24 @@ class GroupNormSiLU(nn.GroupNorm):
     def forward(
         self, hidden_states: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return _NormSiLU.apply(hidden_states, self.weight, self.bias, scale, shift, self.num_groups, self.eps)
+        arguments = (hidden_states, self.weight, self.bias, scale, shift)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return self.compute(*arguments)
+        return _Recomputed.apply(self.compute, *arguments)
+
+    def compute(
+        self,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        scale: torch.Tensor | None,
+        shift: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The formula itself, in the dtype of the weights (float32 under autocast)."""
+        normed = F.group_norm(hidden_states.to(weight.dtype), self.num_groups, weight, bias, self.eps)
+        if scale is not None:
+            normed = torch.addcmul(shift.to(normed.dtype), normed, 1 + scale.to(normed.dtype))
+        return F.silu(normed, inplace=not torch.is_grad_enabled())
 
 
 class UpsampleConv2d(nn.Conv2d):
@@ -241,11 +216,11 @@ class ADMResnetBlock(nn.Module):
             hidden_states = F.avg_pool2d(hidden_states, 2)
         hidden_states = self.conv1(hidden_states)
 
-        embedding = self.time_emb_proj(temb)
+        embedding = self.time_emb_proj(temb)[:, :, None, None]
         if self.use_scale_shift_norm:
             hidden_states = self.norm2(hidden_states, *embedding.chunk(2, dim=1))
         else:
-            hidden_states = self.norm2(hidden_states + embedding[:, :, None, None])
+            hidden_states = self.norm2(hidden_states + embedding)
         hidden_states = self.conv2(self.dropout(hidden_states))
         return self.conv_shortcut(residual) + hidden_states
 
