@@ -2,7 +2,7 @@
 
 Section 3 of "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233) with the residual blocks of
 "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672). Hidden states are `(batch, channels, height,
-width)`; `temb` is the activated embedding of timestep and class, `(batch, 4 * model_channels)`.
+width)`; `temb` is the activated embedding of timestep and class, `(batch, 4 * model_channels)`, or of one row for all.
 """
 
 from collections.abc import Callable, Sequence
@@ -477,8 +477,8 @@ def check_sides(height: int, width: int, num_levels: int) -> None:
         )
 
 
-def expand_timestep(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
-    """A number, a 0-d tensor or one timestep per image, as a tensor of shape `(batch,)` beside `sample`."""
+def as_timesteps(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
+    """A number, a 0-d tensor or one timestep per image, as a tensor of shape `(1,)` or `(batch,)` beside `sample`."""
     if not torch.is_tensor(timestep):
         timestep = torch.tensor(timestep, device=sample.device)
-    return timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
+    return timestep.to(sample.device).reshape(-1)
