@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--respacing", metavar="R", help='instead: published timesteps, such as "250" or "ddim25"')
     add_latents(command)
     command.add_argument("--batch_size", type=count, default=64, metavar="N", help="images at once; default: 64")
+    command.add_argument("--compile", action="store_true", help="compile the models first: worth it for many batches")
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument(
         "--output",
@@ -204,7 +205,10 @@ def sample(args: argparse.Namespace) -> None:
         state = join_processes()
         pipe = load_guided(args.model, state)
         labels = labels_to_sample(pipe, args)
-        options = {"batch_size": args.batch_size, "seed": args.seed, **sampling_options(pipe, args)}
+        if args.compile and not hasattr(pipe, "compile"):
+            raise ValueError(f"A {type(pipe).__name__} makes its images in one pass; leave --compile out.")
+        options = {"batch_size": args.batch_size, "seed": args.seed, "compile": args.compile}
+        options |= sampling_options(pipe, args)
         made = sample_to_file(pipe, labels, args.output, **options)
     if state.is_main_process:
         num_images = labels if isinstance(labels, int) else len(labels)

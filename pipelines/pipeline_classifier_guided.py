@@ -1,6 +1,8 @@
 """Class-conditional images by classifier-guided diffusion (ADM, arXiv 2105.05233, section 4)."""
 
 import inspect
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,6 +153,28 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             kinds = [kind if isinstance(kind, Guidance) else guidance_from_dict(kind) for kind in kinds]
             defaults = {**defaults, "guidance": [kind.to_dict() for kind in kinds]}
         self.register_to_config(sampling_defaults=defaults or None)
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the models that predict and steer, region by region; the first step after it takes a minute or more.
+
+        What is compiled is kept on disk (`TORCHINDUCTOR_CACHE_DIR`) for other processes. Batches of another size are
+        compiled again, unless they are run under `torch.compiler.set_stance("force_eager")`.
+
+        Args:
+            options: For `torch.compile`; by default `dynamic=False`.
+
+        Raises:
+            `ValueError`: If there is no C++ compiler, which the processor's code needs.
+        """
+        if self._execution_device.type == "cpu" and not any(
+            map(shutil.which, [os.environ.get("CXX", "g++"), "clang++"])
+        ):
+            raise ValueError("Compiling for the processor needs a C++ compiler: install g++ or clang++, or do without.")
+        for model in (self.unet, self.guide_unet, self.classifier):
+            regions = getattr(model, "_repeated_blocks", None) or [type(model).__name__]
+            for module in [] if model is None else model.modules():
+                if type(module).__name__ in regions:
+                    module.compile(**{"dynamic": False, **options})
 
     @torch.no_grad()
     def __call__(
@@ -331,6 +355,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 replaced = callback_on_step_end(self, i, t, callback_kwargs).pop("latents", latents)
                 previous = previous if replaced is latents else None
                 latents = replaced
+        steer.look()
         return latents
 
     def finish(

@@ -104,7 +104,10 @@ def sample_batches(
         generators = [torch.Generator().manual_seed(image_seed) for image_seed in seeds[part]]
         which = {"num_images_per_label": len(generators)} if isinstance(labels, int) else {"class_labels": labels[part]}
         options = {**which, "generator": generators, "output_type": "latent", "return_dict": False}
-        yield batch, to_8_bit(pipeline(**options, **arguments)[0]).cpu()
+        is_full = len(generators) == batch_size
+        with torch.compiler.set_stance("default" if is_full else "force_eager"):  # not to compile for a last few images
+            samples = pipeline(**options, **arguments)[0]
+        yield batch, to_8_bit(samples).cpu()
 
 
 def check_destination(output: str | os.PathLike) -> None:
@@ -140,6 +143,7 @@ def sample_to_file(
     *,
     batch_size: int = 64,
     seed: int = 0,
+    compile: bool = False,
     **arguments: Any,
 ) -> bool:
     """Samples into one file, by all processes, in as many sittings as it takes: the file is the same, to the byte.
@@ -154,6 +158,8 @@ def sample_to_file(
             see [`write_samples`]; or `.png`, a picture of all images, a row for each class.
         batch_size (`int`, defaults to 64): Images at once. Whole batches are dealt to the processes in turn.
         seed (`int`, defaults to 0): Seed of all images together.
+        compile (`bool`, defaults to `False`): Compile the pipeline's models first, see
+            [`ClassifierGuidedPipeline.compile`]: worth it for many batches.
         arguments: Go to the pipeline.
 
     Returns:
@@ -175,7 +181,7 @@ def sample_to_file(
         )
     shape = (num_images, *pipeline.sample_size, channels)
     parts = _Parts(path.with_name(f"{path.name}.parts"), shape, batch_size)
-    plan = _plan(pipeline, labels, parts, seed, arguments)
+    plan = _plan(pipeline, labels, parts, seed, {**arguments, "compile": compile or None})
 
     # 1. What is missing: the main process looks, and tells the others
     state = PartialState()
@@ -192,6 +198,10 @@ def sample_to_file(
         return False
 
     # 2. Make it, and put it together when the others are done too
+    if compile:
+        pipeline.compile()
+        if state.is_main_process:
+            tqdm.write("Compiling: the first batch takes a minute or more longer, the next runs find it in the cache.")
     dealt = missing[state.process_index :: state.num_processes]
     batches = sample_batches(pipeline, labels, batch_size, seed, batches=dealt, **arguments)
     try:
@@ -377,6 +387,8 @@ def _make_all(batches: Iterator[tuple[int, torch.Tensor]], parts: _Parts, num_mi
         for batch, images in batches:
             parts.write(batch, images)
             now = time.monotonic()
+            if not longest:
+                bar.set_postfix({"first batch": f"{now - started:.1f}s"})
             longest, started = max(longest, now - started), now
             if now - looked > 1:  # small batches are many files to look at
                 looked = now

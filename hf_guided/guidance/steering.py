@@ -11,6 +11,9 @@ from ..schedulers.predictions import alpha_bar_at, original_of
 from ..schedulers.scheduling_adm import model_timesteps
 from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, broken_images, frozen
 
+# Steps between two looks at whether gradients were finite: each look waits for the device
+_LOOK_EVERY = 16
+
 
 @dataclass
 class SamplingCost:
@@ -57,6 +60,7 @@ class Steering:
         self.nonfinite_gradient = nonfinite_gradient
         self.timed = timed
         self.cost = SamplingCost()
+        self.unseen: list[tuple[torch.Tensor, str, float, int]] = []  # which images' gradients were broken, and where
         # In one order, whatever the list's: floating-point sums depend on it.
         kinds = sorted(kinds, key=lambda kind: (type(kind).__name__, repr(kind)))
         self.comparisons = [kind for kind in kinds if isinstance(kind, PredictionGuidance)]
@@ -169,20 +173,34 @@ class Steering:
         return torch.cat(gradients)
 
     def finite(self, gradient: torch.Tensor, name: str, timestep: float, step: int) -> torch.Tensor:
-        """The gradient, of which nothing that is not finite goes on."""
+        """The gradient, without what is not finite; whether that may be is looked at later, not to wait here."""
         is_broken = broken_images(gradient)
-        if not is_broken.any():
-            return gradient
-        broken = is_broken.nonzero()[:, 0].tolist()
-        if self.nonfinite_gradient == "raise":
-            images = f"image{'s' * (len(broken) > 1)} {', '.join(map(str, broken[:5]))}{' …' * (len(broken) > 5)}"
-            raise RuntimeError(
-                f"The gradient of {name} is not finite at step {step} (timestep {timestep:g}) for {images} of the "
-                f"batch. Take a smaller scale, load the model that guides in float32 or bfloat16, or go on without "
-                f"such gradients: nonfinite_gradient='skip'."
-            )
-        self.cost.skipped_gradients += len(broken)
+        self.unseen.append((is_broken, name, timestep, step))
+        if len(self.unseen) == _LOOK_EVERY:
+            self.look()
         return gradient.masked_fill(is_broken.view(-1, 1, 1, 1), 0.0)
+
+    def look(self) -> None:
+        """Finds out whether a gradient was not finite since the last look. A walk ends with it.
+
+        Raises:
+            `RuntimeError`: If so, unless such gradients are skipped and counted.
+        """
+        unseen, self.unseen = self.unseen, []
+        if not unseen:
+            return
+        for flags, (_, name, timestep, step) in zip(
+            torch.stack([flags for flags, *_ in unseen]).tolist(), unseen, strict=True
+        ):
+            broken = [image for image, is_broken in enumerate(flags) if is_broken]
+            if broken and self.nonfinite_gradient == "raise":
+                images = f"image{'s' * (len(broken) > 1)} {', '.join(map(str, broken[:5]))}{' …' * (len(broken) > 5)}"
+                raise RuntimeError(
+                    f"The gradient of {name} is not finite at step {step} (timestep {timestep:g}) for {images} of the "
+                    f"batch. Take a smaller scale, load the model that guides in float32 or bfloat16, or go on without "
+                    f"such gradients: nonfinite_gradient='skip'."
+                )
+            self.cost.skipped_gradients += len(broken)
 
     def parts(self, images: torch.Tensor, all_at_once: bool = False) -> list[torch.Tensor]:
         """The rows of a batch, no more at once than gradients may be computed for."""

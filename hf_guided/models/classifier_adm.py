@@ -173,6 +173,7 @@ class ADMForImageClassification(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["ADMResnetBlock", "ADMAttention", "ADMAttentionPool"]
+    _repeated_blocks = ["ADMDownBlock", "ADMMidBlock"]
     _supports_sdpa = True
     _supports_attention_backend = True
 

@@ -80,16 +80,13 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        arguments = [
-            None if argument is None else argument.detach().requires_grad_(need)
-            for argument, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
+        arguments = [None if argument is None else argument.detach() for argument in ctx.saved_tensors]
+        needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
+        wanted = [arguments[i].requires_grad_() for i in needed]
         with torch.enable_grad():
             output = ctx.function(*arguments)
-        wanted = [argument for argument, need in zip(arguments, needed, strict=True) if need]
-        gradients = iter(torch.autograd.grad(output, wanted, grad))
-        return None, *(next(gradients) if need else None for need in needed)
+        gradients = dict(zip(needed, torch.autograd.grad(output, wanted, grad), strict=True))
+        return None, *(gradients.get(i) for i in range(len(arguments)))
 
 
 class GroupNormSiLU(nn.GroupNorm):
@@ -121,7 +118,7 @@ class GroupNormSiLU(nn.GroupNorm):
     ) -> torch.Tensor:
         """The formula itself, in the dtype of the weights (float32 under autocast)."""
         normed = F.group_norm(hidden_states.to(weight.dtype), self.num_groups, weight, bias, self.eps)
-        if scale is not None:
+        if scale is not None and shift is not None:
             normed = torch.addcmul(shift.to(normed.dtype), normed, 1 + scale.to(normed.dtype))
         return F.silu(normed, inplace=not torch.is_grad_enabled())
 
@@ -148,9 +145,7 @@ class Upsample2D(nn.Module):
 
     def __init__(self, channels: int, use_conv: bool):
         super().__init__()
-        self.conv = (
-            UpsampleConv2d(channels, channels) if use_conv else nn.UpsamplingNearest2d(scale_factor=2)
-        )
+        self.conv = UpsampleConv2d(channels, channels) if use_conv else nn.UpsamplingNearest2d(scale_factor=2)
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         return self.conv(hidden_states)

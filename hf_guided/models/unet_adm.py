@@ -65,7 +65,8 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ADMResnetBlock", "ADMAttention"]
-    _repeated_blocks = ["ADMAttention"]  # residual blocks differ in shape too often to compile them one by one
+    # What `compile_repeated_blocks` compiles: levels, for residual blocks differ in shape too often to do so one by one
+    _repeated_blocks = ["ADMDownBlock", "ADMMidBlock", "ADMUpBlock"]
     _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding", "conv_in", "conv_out"]
 
     @register_to_config

@@ -5,9 +5,9 @@
 The built-in digits, a folder of made-up PNGs of 32x32, and one of made-up JPEGs of 256x256 that are brought to 64x64;
 each in the main process and in two workers. Beside ours stand the published `image_datasets.load_data` and the loader
 of diffusers' example of unconditional training. All mirror half of the images, crop the centre and give the class. A
-chunk is one epoch, the contenders take turns, and workers live on between chunks, idle: no contender fills its queues
+chunk is an epoch of the folder, contenders take turns, and workers live on between chunks, idle: none fills its queues
 on another's time. Files are in the system's cache. The published loader has one worker, whom it starts anew each epoch;
-the row "1, as published" leaves it so, the others set the number from outside.
+the row "1 worker as published" leaves it so, the others set the number from outside.
 
 "eaten" is the training step of the benchmark's UNet, made for the data's size, with nothing loaded meanwhile, and
 "factor" is delivered / eaten: below 1 the training waits for images, and without workers loading makes each step
@@ -210,7 +210,7 @@ def measured(data: Data, args: argparse.Namespace, module: Any) -> dict[str, dic
                     module, data, folder, *size, workers
                 )
         if folder is not None and module is not None:
-            contenders["guided-diffusion, 1, as published"] = published_chunk(module, data, folder, *size, None)
+            contenders["guided-diffusion, 1 worker as published"] = published_chunk(module, data, folder, *size, None)
         reference = next(iter(contenders))
         seconds = speed.seconds_in_turn(contenders, args.rounds, warmup=1)
         # On a processor fewer images do: enough of them that the optimizer's share is small.
@@ -219,14 +219,12 @@ def measured(data: Data, args: argparse.Namespace, module: Any) -> dict[str, dic
         step = speed.seconds_in_turn({"step": training_step(data, step_batch_size)}, args.step_rounds, warmup=1)
     eaten = step_batch_size / statistics.median(step["step"])
     rows = {}
-    for name, row in speed.summary(seconds, reference).items():
-        delivered = args.batch_size * args.batches / row["seconds"]
+    for name, times in seconds.items():
+        delivered = args.batch_size * args.batches / statistics.median(times)
         rows[f"{data.name}: {name}"] = {
-            **row,
+            "seconds": statistics.median(times),
             "images/s": delivered,
-            "relative": statistics.median(
-                ours / times for ours, times in zip(seconds[reference], seconds[name], strict=True)
-            ),
+            "relative": statistics.median(a / b for a, b in zip(seconds[reference], times, strict=True)),
             "eaten/s": eaten,
             "factor": delivered / eaten,
         }

@@ -64,7 +64,9 @@ def test_norm_takes_one_condition_for_all_images():
     torch.manual_seed(0)
     layer = randomised(GroupNormSiLU(32))
     x, scale, shift = torch.randn(3, 32, 4, 4), *torch.randn(2, 1, 32, 1, 1, requires_grad=True)
-    expected = torch.autograd.grad(layer(x, scale.expand(3, 32, 1, 1), shift.expand(3, 32, 1, 1)).square().sum(), [scale, shift])
+    expected = torch.autograd.grad(
+        layer(x, scale.expand(3, 32, 1, 1), shift.expand(3, 32, 1, 1)).square().sum(), [scale, shift]
+    )
     actual = torch.autograd.grad(layer(x, scale, shift).square().sum(), [scale, shift])
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
 
