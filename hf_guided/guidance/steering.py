@@ -11,7 +11,7 @@ from ..schedulers.predictions import alpha_bar_at, original_of
 from ..schedulers.scheduling_adm import model_timesteps
 from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, broken_images, frozen
 
-# Steps between two looks at whether gradients were finite: each look waits for the device
+# Gradients between two looks at whether they were finite, where each look would wait for an accelerator
 _LOOK_EVERY = 16
 
 
@@ -173,10 +173,10 @@ class Steering:
         return torch.cat(gradients)
 
     def finite(self, gradient: torch.Tensor, name: str, timestep: float, step: int) -> torch.Tensor:
-        """The gradient, without what is not finite; whether that may be is looked at later, not to wait here."""
+        """The gradient, without what is not finite; an accelerator is asked for such only now and then."""
         is_broken = broken_images(gradient)
         self.unseen.append((is_broken, name, timestep, step))
-        if len(self.unseen) == _LOOK_EVERY:
+        if gradient.device.type == "cpu" or len(self.unseen) == _LOOK_EVERY:
             self.look()
         return gradient.masked_fill(is_broken.view(-1, 1, 1, 1), 0.0)
 

@@ -82,7 +82,9 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         arguments = [None if argument is None else argument.detach() for argument in ctx.saved_tensors]
         needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
-        wanted = [arguments[i].requires_grad_() for i in needed]
+        wanted: list[Any] = [arguments[i] for i in needed]
+        for argument in wanted:
+            argument.requires_grad_()
         with torch.enable_grad():
             output = ctx.function(*arguments)
         gradients = dict(zip(needed, torch.autograd.grad(output, wanted, grad), strict=True))

@@ -49,7 +49,7 @@ def guided_diffusion(folder: str | Path) -> Any:
             f"https://github.com/openai/guided-diffusion."
         )
     sys.path.insert(0, str(Path(folder).resolve()))
-    for name in ("unet", "gaussian_diffusion", "respace", "script_util", "nn", "resample"):
+    for name in ("unet", "gaussian_diffusion", "respace", "script_util", "nn", "fp16_util", "resample"):
         importlib.import_module(f"guided_diffusion.{name}")
     return sys.modules["guided_diffusion"]
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from guidance_helpers import GRADIENTS, KINDS, batches_seen, darkness, make, sample, seeded, steps_of
 
 from hf_guided.guidance import ClassifierFreeGuidance, ClassifierGuidance, DenoisedClassifierGuidance, LossGuidance
+from hf_guided.guidance.steering import Steering
 
 LABELS = [2, 0, 4, 1, 3]
 MODELS = ("unet", "classifier", "guide_unet", "clean_classifier", "clip_model")
@@ -295,3 +296,17 @@ def test_a_compiled_classifier_guides(pipe, make_pipe):
     arguments = {"guidance_scale": 20.0, "timesteps": [500]}
     expected = sample(pipe, LABELS, **arguments)
     torch.testing.assert_close(sample(compiled, LABELS, **arguments), expected, atol=1e-5, rtol=0)
+
+
+def test_gradients_seen_late_are_named_by_their_step(pipe):
+    """As on an accelerator, which is asked once for many steps."""
+    fine, broken = torch.tensor([False, False, False]), torch.tensor([False, True, True])
+    steer = Steering(pipe, [], None, {})
+    steer.unseen = [(fine, "LossGuidance", 900.0, 3), (broken, "CLIPGuidance", 800.0, 4), (broken, "Other", 800.0, 4)]
+    with pytest.raises(RuntimeError, match=r"CLIPGuidance is not finite at step 4 \(timestep 800\) for images 1, 2 of"):
+        steer.look()
+    steer = Steering(pipe, [], None, {}, nonfinite_gradient="skip")
+    steer.unseen = [(fine, "LossGuidance", 900.0, 3), (broken, "CLIPGuidance", 800.0, 4)]
+    steer.look()
+    steer.look()
+    assert steer.cost.skipped_gradients == 2

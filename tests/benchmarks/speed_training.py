@@ -1,0 +1,139 @@
+"""A training step, beside the published code, diffusers' UNet and denoising-diffusion-pytorch, of equal size.
+
+    python tests/benchmarks/speed_training.py --guided_diffusion PATH
+
+At the size of `peers.UNET`: 32x32 pixels, batches of 8, float32. A step is the loss, its gradient, AdamW and the moving
+average, as each project's own trainer has them. Everything runs in turn in one process; prints Markdown.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from costs import count
+from diffusers import DDPMScheduler
+from diffusers.training_utils import EMAModel
+from peers import (
+    CLASSIFIER,
+    UNET,
+    denoising_diffusion_pytorch,
+    diffusers_unet,
+    guided_diffusion,
+    published_models,
+    randomise,
+)
+from speed import device, machine, markdown, matmul_peak, peak_memory, save, seconds_in_turn, summary
+from speed_sampling import COLUMNS, PUBLISHED
+from torch import nn
+
+from hf_guided import ADMScheduler
+from hf_guided.losses import diffusion_loss
+from hf_guided.schedulers.scheduling_adm import model_timesteps
+
+
+def published(peer: Any, unet: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """As its `train_util.py` has it: a hybrid loss, AdamW, one moving average."""
+    diffusion = peer.script_util.create_gaussian_diffusion(learn_sigma=True)
+    sampler = peer.resample.UniformSampler(diffusion)
+    trainer = peer.fp16_util.MixedPrecisionTrainer(model=unet, use_fp16=False)
+    optimizer = torch.optim.AdamW(trainer.master_params, lr=1e-5)
+    average = [parameter.detach().clone() for parameter in trainer.master_params]
+
+    def run() -> None:
+        trainer.zero_grad()
+        timesteps, weights = sampler.sample(len(images), device())
+        losses = diffusion.training_losses(unet, images, timesteps, model_kwargs={"y": labels})
+        trainer.backward((losses["loss"] * weights).mean())
+        trainer.optimize(optimizer)
+        peer.nn.update_ema(average, trainer.master_params, rate=0.9999)
+
+    return run
+
+
+def stepping(model: nn.Module, loss: Callable[[], torch.Tensor], fused: bool = False) -> Callable[[], None]:
+    """The rest of a step as our loop and diffusers' examples have it: clipping, AdamW, the moving average."""
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=fused)
+    average = EMAModel(parameters, decay=0.9999)
+
+    def run() -> None:
+        loss().backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(parameters)
+
+    return run
+
+
+def ours(unet: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """As `training/train_diffusion.py` has it: a hybrid loss."""
+    scheduler = ADMScheduler()
+
+    def loss() -> torch.Tensor:
+        timesteps, noise = torch.randint(1000, labels.shape, device=device()), torch.randn_like(images)
+        sample = scheduler.add_noise(images, noise, timesteps)
+        output = unet(sample, model_timesteps(scheduler, timesteps), labels).sample
+        return diffusion_loss(scheduler, output, images, noise, timesteps, "hybrid").loss.mean()
+
+    return stepping(unet, loss, fused=True)
+
+
+def of_diffusers(unet: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """As diffusers' example of unconditional generation has it: the error of the noise alone."""
+    scheduler = DDPMScheduler()
+
+    def loss() -> torch.Tensor:
+        timesteps, noise = torch.randint(1000, labels.shape, device=device()), torch.randn_like(images)
+        output = unet(scheduler.add_noise(images, noise, timesteps), timesteps, labels).sample
+        return F.mse_loss(output[:, :3], noise) + 0 * output.sum()
+
+    return stepping(unet, loss)
+
+
+def other(package: Any, images: torch.Tensor) -> Callable[[], None]:
+    """As the trainer of denoising-diffusion-pytorch has it, with a learned variance."""
+    unet = package.Unet(dim=64, dim_mults=(1, 2, 2), learned_variance=True).to(device())
+    diffusion = package.LearnedGaussianDiffusion(unet, image_size=UNET["image_size"]).to(device())
+    return stepping(diffusion, functools.partial(diffusion, (images + 1) / 2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--guided_diffusion", required=True, metavar="PATH", help="a clone of the published code")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--output", type=Path, default=Path("outputs/speed.json"))
+    args = parser.parse_args()
+    peer = guided_diffusion(args.guided_diffusion)
+    models = {name: model.to(device()).train() for name, model in published_models(peer, UNET, CLASSIFIER).items()}
+    labels = torch.arange(args.batch_size, device=device()) % UNET["num_classes"]
+    images = torch.rand(args.batch_size, 3, UNET["image_size"], UNET["image_size"], device=device()) * 2 - 1
+    print(machine())
+
+    their_unet = randomise(diffusers_unet(UNET)).to(device()).train()
+    contenders = {
+        PUBLISHED: published(peer, models["unet"], images, labels),
+        "ours": ours(models["our_unet"], images, labels),
+        "UNet2DModel of diffusers": of_diffusers(their_unet, images, labels),
+    }
+    try:
+        contenders["denoising-diffusion-pytorch"] = other(denoising_diffusion_pytorch(), images)
+    except ImportError as error:
+        print(f"\n{error}: left out")
+    timesteps = torch.zeros(len(images), device=device())
+    operations = count(lambda: models["our_unet"](images, timesteps, labels).sample.sum().backward())
+    rows: dict[str, Any] = summary(seconds_in_turn(contenders, args.rounds), PUBLISHED)
+    peak = matmul_peak()
+    for name, run in contenders.items():
+        rows[name] |= peak_memory(run) | {"of the peak": operations / rows[name]["seconds"] / peak}
+    print(f"\nA training step, {args.batch_size} images\n\n{markdown(rows, COLUMNS)}")
+    save({"training": rows}, args.output)
+
+
+if __name__ == "__main__":
+    main()
