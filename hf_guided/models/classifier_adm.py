@@ -30,8 +30,8 @@ from .layers import (
     Downsample2D,
     GroupNormSiLU,
     ZeroLinear,
-    as_timesteps,
     check_sides,
+    expand_timestep,
     level_attention,
     level_widths,
     make_encoder,
@@ -257,7 +257,7 @@ class ADMForImageClassification(PreTrainedModel):
                 f"{expected}. Resize the images, or use a classifier with another pool."
             )
 
-        timestep = as_timesteps(0 if timestep is None else timestep, pixel_values)
+        timestep = expand_timestep(0 if timestep is None else timestep, pixel_values)
         temb = F.silu(self.time_embedding(self.time_proj(timestep).to(pixel_values.dtype)))
         hidden_states = self.conv_in(pixel_values)
         feature_maps: tuple[torch.Tensor, ...] = (hidden_states,)

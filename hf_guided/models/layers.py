@@ -2,7 +2,7 @@
 
 Section 3 of "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233) with the residual blocks of
 "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672). Hidden states are `(batch, channels, height,
-width)`; `temb` is the activated embedding of timestep and class, `(batch, 4 * model_channels)`, or of one row for all.
+width)`; `temb` is the activated embedding of timestep and class, `(batch, 4 * model_channels)`.
 """
 
 from collections.abc import Callable, Sequence
@@ -474,8 +474,11 @@ def check_sides(height: int, width: int, num_levels: int) -> None:
         )
 
 
-def as_timesteps(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
-    """A number, a 0-d tensor or one timestep per image, as a tensor of shape `(1,)` or `(batch,)` beside `sample`."""
+def expand_timestep(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
+    """A number, a 0-d tensor or one timestep per image, as a tensor of shape `(batch,)` beside `sample`.
+
+    One row for all would save next to nothing, and products of a single row depend on where weights lie in memory.
+    """
     if not torch.is_tensor(timestep):
         timestep = torch.tensor(timestep, device=sample.device)
-    return timestep.to(sample.device).reshape(-1)
+    return timestep.to(sample.device).reshape(-1).expand(sample.shape[0])

@@ -23,8 +23,8 @@ from .layers import (
     GroupNormSiLU,
     Upsample2D,
     ZeroConv2d,
-    as_timesteps,
     check_sides,
+    expand_timestep,
     level_attention,
     level_widths,
     make_encoder,
@@ -179,8 +179,8 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         height, width = sample.shape[-2:]
         check_sides(height, width, num_levels=len(self.down_blocks))
 
-        # 1. Timestep and class; images that share their timestep share its embedding
-        temb = self.time_embedding(self.time_proj(as_timesteps(timestep, sample)).to(sample.dtype))
+        # 1. Timestep and class
+        temb = self.time_embedding(self.time_proj(expand_timestep(timestep, sample)).to(sample.dtype))
         if self.class_embedding is not None:
             if class_labels is None:
                 if not self.config.null_class_label:
@@ -203,8 +203,8 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             upsampled = F.interpolate(low_res.to(sample.dtype), (height, width), mode="bilinear")
             sample = torch.cat([sample, upsampled], dim=1)
 
-        # 3. Down, middle, up; with channels side by side in memory, where convolutions and attention want them
-        hidden_states = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
+        # 3. Down, middle, up
+        hidden_states = self.conv_in(sample)
         skips: tuple[torch.Tensor, ...] = (hidden_states,)
         for down_block in self.down_blocks:
             hidden_states, block_skips = down_block(hidden_states, temb)
