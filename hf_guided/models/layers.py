@@ -5,6 +5,7 @@ Section 3 of "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233) 
 width)`; `temb` is the activated embedding of timestep and class, `(batch, 4 * model_channels)`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -69,34 +70,53 @@ class ZeroLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-class _Recomputed(torch.autograd.Function):
-    """Calls a cheap function of tensors, keeps its arguments alone, and calls it again for the backward pass."""
+class _NormSiLU(torch.autograd.Function):
+    """What [`GroupNormSiLU`] computes, with a gain and an offset `(batch, channels)` of each image's own.
+
+    Images are laid side by side as channels of one, so that torch's kernels of one pass take all gains and offsets. Of
+    the activations the input alone is kept; what the SiLU was given follows from it in one pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, function: Callable, *arguments: torch.Tensor | None) -> torch.Tensor:
-        ctx.function = function
-        ctx.save_for_backward(*arguments)
-        return function(*arguments)
+    def forward(
+        ctx: Any, x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor, num_groups: int, eps: float
+    ) -> torch.Tensor:
+        x = x.to(gain.dtype)  # under autocast, which leaves norms in float32
+        batch, channels, *sides = x.shape
+        ctx.geometry = (1, batch * channels, math.prod(sides), batch * num_groups)
+        side_by_side = x.reshape(1, batch * channels, -1).contiguous()
+        arguments = (side_by_side, gain.flatten(), offset.flatten(), *ctx.geometry, eps)
+        normed, mean, rstd = torch.ops.aten.native_group_norm(*arguments)
+        ctx.save_for_backward(x, gain, offset, mean, rstd)
+        return F.silu(normed, inplace=True).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        arguments = [None if argument is None else argument.detach() for argument in ctx.saved_tensors]
-        needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
-        wanted: list[Any] = [arguments[i] for i in needed]
-        for argument in wanted:
-            argument.requires_grad_()
-        with torch.enable_grad():
-            output = ctx.function(*arguments)
-        gradients = dict(zip(needed, torch.autograd.grad(output, wanted, grad), strict=True))
-        return None, *(gradients.get(i) for i in range(len(arguments)))
+        x, gain, offset, mean, rstd = ctx.saved_tensors
+        batch, channels = gain.shape
+        of_groups = (batch, ctx.geometry[3] // batch, -1)
+        scale = (rstd.view(of_groups) * gain.view(of_groups)).flatten(1)
+        shift = offset - (mean.view(of_groups) * scale.view(of_groups)).flatten(1)
+        before = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
+        grad = torch.ops.aten.silu_backward(grad, before)
+        d_x, d_gain, d_offset = torch.ops.aten.native_group_norm_backward(
+            grad.reshape(1, batch * channels, -1).contiguous(),  # as the kernel of the backward pass takes for granted
+            x.reshape(1, batch * channels, -1).contiguous(),
+            mean,
+            rstd,
+            gain.flatten(),
+            *ctx.geometry,
+            [True, ctx.needs_input_grad[1], ctx.needs_input_grad[2]],
+        )
+        d_gain, d_offset = (None if d is None else d.view(batch, channels) for d in (d_gain, d_offset))
+        return d_x.view(x.shape), d_gain, d_offset, None, None
 
 
 class GroupNormSiLU(nn.GroupNorm):
     """Group normalisation, adaptive if `scale` and `shift` are given, and then SiLU.
 
     AdaGN(h, y) = y_s GroupNorm(h) + y_b (section 3.1), with y_s = 1 + `scale` and y_b = `shift`, of shape `(batch,
-    channels, 1, 1)`. Its backward pass makes it anew from its input, instead of keeping what lies between: a little
-    time for much memory. (`torch.compile` decides on that itself.)
+    channels)`. Two passes over the pixels forward and three backward, which keeps nothing but the input.
     """
 
     def __init__(self, channels: int):
@@ -105,24 +125,15 @@ class GroupNormSiLU(nn.GroupNorm):
     def forward(
         self, hidden_states: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
     ) -> torch.Tensor:
-        arguments = (hidden_states, self.weight, self.bias, scale, shift)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self.compute(*arguments)
-        return _Recomputed.apply(self.compute, *arguments)
-
-    def compute(
-        self,
-        hidden_states: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        scale: torch.Tensor | None,
-        shift: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The formula itself, in the dtype of the weights (float32 under autocast)."""
-        normed = F.group_norm(hidden_states.to(weight.dtype), self.num_groups, weight, bias, self.eps)
-        if scale is not None and shift is not None:
-            normed = torch.addcmul(shift.to(normed.dtype), normed, 1 + scale.to(normed.dtype))
-        return F.silu(normed, inplace=not torch.is_grad_enabled())
+        if scale is None or shift is None:
+            gain, offset = (values.expand(hidden_states.shape[:2]) for values in (self.weight, self.bias))
+        else:
+            scale, shift = scale.to(self.weight.dtype), shift.to(self.weight.dtype)
+            gain, offset = self.weight * (1 + scale), torch.addcmul(shift, self.bias, 1 + scale)
+        if not torch.compiler.is_compiling():
+            return _NormSiLU.apply(hidden_states, gain, offset, self.num_groups, self.eps)
+        normed = F.group_norm(hidden_states.to(gain.dtype), self.num_groups, eps=self.eps)  # fused by the compiler
+        return F.silu(normed * gain[:, :, None, None] + offset[:, :, None, None])
 
 
 class UpsampleConv2d(nn.Conv2d):
@@ -213,11 +224,11 @@ class ADMResnetBlock(nn.Module):
             hidden_states = F.avg_pool2d(hidden_states, 2)
         hidden_states = self.conv1(hidden_states)
 
-        embedding = self.time_emb_proj(temb)[:, :, None, None]
+        embedding = self.time_emb_proj(temb)
         if self.use_scale_shift_norm:
             hidden_states = self.norm2(hidden_states, *embedding.chunk(2, dim=1))
         else:
-            hidden_states = self.norm2(hidden_states + embedding)
+            hidden_states = self.norm2(hidden_states + embedding[:, :, None, None])
         hidden_states = self.conv2(self.dropout(hidden_states))
         return self.conv_shortcut(residual) + hidden_states
 
