@@ -58,6 +58,17 @@ KINDS = {
 }
 
 
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """The README's tables of what this script and `speed_training.py --output` of the same name have saved."""
+    kinds = results["sampling"]["by_kind"]
+    return {
+        "GUIDED": markdown(results["sampling"]["guided"], COLUMNS),
+        "TRAINING": markdown(results["training"], COLUMNS),
+        "KINDS": markdown(kinds, dict.fromkeys(next(iter(kinds.values())), milliseconds)),
+        "QUALITY": f"{results['sampling']['to_equal_quality']:.3f}",
+    }
+
+
 def published_step(peer: Any, models: dict[str, Any], labels: torch.Tensor, steps: int) -> Callable[[], torch.Tensor]:
     """A walk of the published sampler, guided as by its `classifier_sample.py`."""
     diffusion = peer.script_util.create_gaussian_diffusion(learn_sigma=True, timestep_respacing=str(steps))
