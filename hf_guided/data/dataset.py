@@ -194,7 +194,7 @@ class LabelledImages(Dataset):
 
     def _next_good_image(self, index: int) -> tuple[int, Image.Image]:
         for candidate in itertools.chain(range(index, len(self)), range(index)):
-            if self._is_bad[candidate]:
+            if self._is_bad.numpy()[candidate]:  # faster to ask than the tensor
                 continue
             try:
                 return candidate, to_channels(self.open(candidate), self.image_channels)

@@ -115,6 +115,7 @@ def to_pixel_values(image: Image.Image, channels: int) -> np.ndarray:
     values = np.asarray(image, dtype=np.float32)
     # BICUBIC overshoots where values are floats. For bytes this equals the published x / 127.5 - 1 to the bit.
     values = values.clip(0, 1) if image.mode == "F" else values / np.float32(255)
-    values = values * 2 - 1
+    values *= 2
+    values -= 1
     values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
-    return np.repeat(values, channels // len(values), axis=0)
+    return values if len(values) == channels else np.repeat(values, channels, axis=0)
