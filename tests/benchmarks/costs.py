@@ -205,6 +205,25 @@ def hours(seconds: float) -> str:
     return f"{value:,.0f} h" if value >= 100 else f"{value:.1f} h" if value >= 10 else f"{value:.2f} h"
 
 
+def small_table(rows: dict[str, dict]) -> str:
+    """Table 1, of the small models measured here."""
+    columns: dict[str, Callable[[Any], str]] = {
+        "parameters": partial(scaled, unit=1e6),
+        "guided step": partial(scaled, unit=1e9, digits=2),
+        "FLOPs, relative": speed.ratio,
+        "seconds": speed.milliseconds,
+        "seconds, relative": speed.ratio,
+        "share of the peak": speed.percent,
+    }
+    return speed.markdown(rows, columns)
+
+
+def samples_table(table: dict[str, dict]) -> str:
+    """Table 3, of what many samples of the published models cost."""
+    columns = {"FLOPs": partial(scaled, unit=1e18, digits=2), **dict.fromkeys(("here", *GPU_PEAKS), hours)}
+    return speed.markdown(table, columns)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/speed.json"))
@@ -250,22 +269,16 @@ def report(
         f"The peak is that of matrix products measured there, {scaled(peak, 1e9)} GFLOP/s. Relative is to the first "
         f"row. Steps are alike: N of them cost N times as much.\n"
     )
-    columns: dict[str, Callable[[Any], str]] = {
-        "parameters": mega,
-        "guided step": partial(giga, digits=2),
-        "FLOPs, relative": speed.ratio,
-        "seconds": speed.milliseconds,
-        "seconds, relative": speed.ratio,
-        "share of the peak": speed.percent,
-    }
-    print(speed.markdown(rows, columns))
+    print(small_table(rows))
 
     print(
         "\nTable 2. The published models, for each image: parameters (millions) and FLOPs (10⁹), all of them counted, "
         "none measured. Halve them for the multiply-adds that papers often call FLOPs; ours upsample in 4/9 of the "
         "published code's products.\n"
     )
-    columns = {name: mega if name.endswith("parameters") else giga for name in next(iter(counted.values()))}
+    columns: dict[str, Callable[[Any], str]] = {
+        name: mega if name.endswith("parameters") else giga for name in next(iter(counted.values()))
+    }
     print(speed.markdown(counted, columns))
 
     share = rows[str(WIDEST)]["share of the peak"]
@@ -278,8 +291,7 @@ def report(
         f"On GPUs they suppose {speed.percent(efficiency)} of the data sheets' dense bfloat16 peaks ({peaks} "
         f"TFLOP/s): an aim, not measured yet. The published samples at 512x512 were drawn in float32.\n"
     )
-    columns = {"FLOPs": partial(scaled, unit=1e18, digits=2), **dict.fromkeys(("here", *GPU_PEAKS), hours)}
-    print(speed.markdown(table, columns))
+    print(samples_table(table))
 
 
 if __name__ == "__main__":
