@@ -171,8 +171,10 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         ):
             raise ValueError("Compiling for the processor needs a C++ compiler: install g++ or clang++, or do without.")
         for model in (self.unet, self.guide_unet, self.classifier):
+            if model is None:
+                continue
             regions = getattr(model, "_repeated_blocks", None) or [type(model).__name__]
-            for module in [] if model is None else model.modules():
+            for module in model.modules():
                 if type(module).__name__ in regions:
                     module.compile(**{"dynamic": False, **options})
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from hf_guided.files import write_json
+
 Contender = Callable[[], Any]
 
 
@@ -158,9 +160,6 @@ def percent(share: float) -> str:
 
 def save(results: Mapping[str, Any], path: Path) -> None:
     """Writes the results with the machine's description, whole or not at all; what other runs wrote there is kept."""
-    everything = json.loads(path.read_text()) if path.is_file() else {}
-    everything |= {**results, "machine": machine()}
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(everything, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_json({**earlier, **results, "machine": machine()}, path)

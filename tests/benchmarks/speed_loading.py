@@ -34,13 +34,12 @@ import peers
 import speed
 import torch
 from PIL import Image
+from speed_training import our_loss
 from torch.utils.data import DataLoader
 
-from hf_guided import ADMScheduler, ADMUNet2DModel
+from hf_guided import ADMUNet2DModel
 from hf_guided.conversion.openai import make_unet
 from hf_guided.data import DataArguments, StepBatchSampler, load_labelled_images
-from hf_guided.losses import diffusion_loss
-from hf_guided.schedulers.scheduling_adm import model_timesteps
 
 CLASSES = peers.UNET["num_classes"]
 
@@ -173,17 +172,12 @@ def training_step(data: Data, batch_size: int) -> Callable[[], Any]:
     torch.manual_seed(0)
     size = {"image_size": side, "in_channels": data.channels, "out_channels": 2 * data.channels}
     unet = ADMUNet2DModel.from_config(make_unet({**peers.UNET, **size}).config).to(place)
-    scheduler = ADMScheduler()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
     clean = torch.rand(batch_size, data.channels, side, side, device=place) * 2 - 1
-    labels = torch.randint(CLASSES, (batch_size,), device=place)
+    loss = our_loss(unet, clean, torch.randint(CLASSES, (batch_size,), device=place))
 
     def run() -> None:
-        timesteps = torch.randint(1000, (batch_size,), device=place)
-        noise = torch.randn_like(clean)
-        sample = scheduler.add_noise(clean, noise, timesteps)
-        output = unet(sample, model_timesteps(scheduler, timesteps), class_labels=labels).sample
-        diffusion_loss(scheduler, output, clean, noise, timesteps, "hybrid").loss.mean().backward()
+        loss().backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

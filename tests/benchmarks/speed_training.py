@@ -26,8 +26,8 @@ from peers import (
     published_models,
     randomise,
 )
-from speed import device, machine, markdown, matmul_peak, peak_memory, save, seconds_in_turn, summary
-from speed_sampling import COLUMNS, PUBLISHED
+from speed import device, machine, markdown, save
+from speed_sampling import COLUMNS, PUBLISHED, measure
 from torch import nn
 
 from hf_guided import ADMScheduler
@@ -70,8 +70,8 @@ def stepping(model: nn.Module, loss: Callable[[], torch.Tensor], fused: bool = F
     return run
 
 
-def ours(unet: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    """As `training/train_diffusion.py` has it: a hybrid loss."""
+def our_loss(unet: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """As `training/train_diffusion.py` has it: hybrid."""
     scheduler = ADMScheduler()
 
     def loss() -> torch.Tensor:
@@ -80,7 +80,7 @@ def ours(unet: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callabl
         output = unet(sample, model_timesteps(scheduler, timesteps), labels).sample
         return diffusion_loss(scheduler, output, images, noise, timesteps, "hybrid").loss.mean()
 
-    return stepping(unet, loss, fused=True)
+    return loss
 
 
 def of_diffusers(unet: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
@@ -118,7 +118,7 @@ def main() -> None:
     their_unet = randomise(diffusers_unet(UNET)).to(device()).train()
     contenders = {
         PUBLISHED: published(peer, models["unet"], images, labels),
-        "ours": ours(models["our_unet"], images, labels),
+        "ours": stepping(models["our_unet"], our_loss(models["our_unet"], images, labels), fused=True),
         "UNet2DModel of diffusers": of_diffusers(their_unet, images, labels),
     }
     try:
@@ -127,10 +127,7 @@ def main() -> None:
         print(f"\n{error}: left out")
     timesteps = torch.zeros(len(images), device=device())
     operations = count(lambda: models["our_unet"](images, timesteps, labels).sample.sum().backward())
-    rows: dict[str, Any] = summary(seconds_in_turn(contenders, args.rounds), PUBLISHED)
-    peak = matmul_peak()
-    for name, run in contenders.items():
-        rows[name] |= peak_memory(run) | {"of the peak": operations / rows[name]["seconds"] / peak}
+    rows = measure(contenders, args.rounds, operations)
     print(f"\nA training step, {args.batch_size} images\n\n{markdown(rows, COLUMNS)}")
     save({"training": rows}, args.output)
 
