@@ -21,7 +21,7 @@ NORM_GROUPS = 32
 
 
 class _FrozenConvolution(torch.autograd.Function):
-    """A convolution whose weight takes no gradient. torch's own would keep its input for one all the same."""
+    """A convolution whose parameters take no gradient. torch's own would keep its input all the same."""
 
     @staticmethod
     def forward(
@@ -47,7 +47,7 @@ class Conv2d(nn.Conv2d):
     """A convolution that keeps nothing but its weight for a gradient with respect to the image alone."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled() or self.weight.requires_grad:
+        if not torch.is_grad_enabled() or any(parameter.requires_grad for parameter in self.parameters()):
             return super().forward(x)
         return _FrozenConvolution.apply(x, self.weight, self.bias, self.stride, self.padding)
 

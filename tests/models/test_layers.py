@@ -122,6 +122,13 @@ def test_frozen_convolution_keeps_nothing(stride):
     torch.testing.assert_close(torch.autograd.grad(actual, x, direction)[0], gradient)
 
 
+def test_a_bias_alone_can_be_trained():
+    layer = randomised(Conv2d(4, 8, 3, padding=1))
+    layer.weight.requires_grad_(False)
+    (gradient,) = torch.autograd.grad(layer(torch.randn(2, 4, 5, 5)).sum(), layer.bias)
+    torch.testing.assert_close(gradient, torch.full((8,), 50.0))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_upsampling_convolution(memory_format):
     torch.manual_seed(0)
