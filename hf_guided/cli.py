@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--respacing", metavar="R", help='instead: published timesteps, such as "250" or "ddim25"')
     add_latents(command)
     command.add_argument("--batch_size", type=count, default=64, metavar="N", help="images at once; default: 64")
-    command.add_argument("--compile", action="store_true", help="compile the models first: worth it for many batches")
+    add_compile(command)
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument(
         "--output",
@@ -205,8 +205,7 @@ def sample(args: argparse.Namespace) -> None:
         state = join_processes()
         pipe = load_guided(args.model, state)
         labels = labels_to_sample(pipe, args)
-        if args.compile and not hasattr(pipe, "compile"):
-            raise ValueError(f"A {type(pipe).__name__} makes its images in one pass; leave --compile out.")
+        check_compile(pipe, args)
         options = {"batch_size": args.batch_size, "seed": args.seed, "compile": args.compile}
         options |= sampling_options(pipe, args)
         made = sample_to_file(pipe, labels, args.output, **options)
@@ -281,6 +280,17 @@ def add_latents(command: argparse.ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, metavar="T", help="of a VAE or flow: the latents' spread")
 
 
+def add_compile(command: argparse.ArgumentParser) -> None:
+    """The switch that sampling and measuring commands share."""
+    command.add_argument("--compile", action="store_true", help="compile the models first: worth it for many batches")
+
+
+def check_compile(pipe: Any, args: argparse.Namespace) -> None:
+    """Refuses `--compile` for a pipeline that has nothing to compile."""
+    if args.compile and not hasattr(pipe, "compile"):
+        raise ValueError(f"A {type(pipe).__name__} makes its images in one pass; leave --compile out.")
+
+
 def add_measuring(command: argparse.ArgumentParser) -> None:
     """The flags that measuring commands share."""
     command.add_argument(
@@ -301,6 +311,7 @@ def add_measuring(command: argparse.ArgumentParser) -> None:
         help="tell the UNet the class, or let the classifier alone steer; default: tell it",
     )
     command.add_argument("--batch_size", type=count, default=64, metavar="N", help="images at once; default: 64")
+    add_compile(command)
     command.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes that decode images")
     command.add_argument("--no_cache", action="store_true", help="compute the features of real images anew")
     command.set_defaults(num_images_per_label=None)
@@ -332,8 +343,10 @@ def evaluate(args: argparse.Namespace) -> None:
     if pipe is not None:
         labels = labels_to_sample(pipe, args)
         generated: Any = SampledImages(pipe, labels, args.seed, **sampling_options(pipe, args))
-    elif args.likelihood:
-        raise ValueError(f"--likelihood is of a pipeline, and {args.generated} is none.")
+        check_compile(pipe, args)
+    elif args.likelihood or args.compile:
+        flag = "--likelihood" if args.likelihood else "--compile"
+        raise ValueError(f"{flag} is of a pipeline, and {args.generated} is none.")
     else:
         generated = open_images(args.generated)
     reference = open_real(args.reference, generated.size, args, state)
@@ -352,7 +365,8 @@ def evaluate(args: argparse.Namespace) -> None:
     # 2. Sample, where it is a pipeline's turn; measure
     with stoppable():
         if pipe is not None:
-            options = {"batch_size": args.batch_size, "seed": args.seed, **sampling_options(pipe, args)}
+            options = {"batch_size": args.batch_size, "seed": args.seed, "compile": args.compile}
+            options |= sampling_options(pipe, args)
             sample_to_file(pipe, labels, output / "samples.npz", **options)
             state.wait_for_everyone()
             samples = open_images(str(output / "samples.npz"))
@@ -406,6 +420,7 @@ def sweep(args: argparse.Namespace) -> None:
     from .evaluation.feature_sets import CACHE_DIR, FeatureSet, collect_features
     from .evaluation.features import weights_digest
     from .evaluation.pictures import sweep_curve
+    from .evaluation.sampling import COMPILING
     from .evaluation.sources import SampledImages
     from .evaluation.sweep import choose_scale, guidance_at, parse_scales, save_choice
     from .evaluation.sweep import sweep as sweep_scales
@@ -450,6 +465,9 @@ def sweep(args: argparse.Namespace) -> None:
         write_json({"settings": settings, "rows": rows}, path)
 
     # 2. Measure
+    if args.compile:
+        pipe.compile()
+        tell(state, COMPILING)
     with stoppable():
         cache_dir = None if args.no_cache else CACHE_DIR
         real: Any = reference
@@ -530,7 +548,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 # Flags of a sweep that may differ between two sittings.
-SWEEP_FREE = {"run", "scales", "steps", "seeds", "output", "features", "num_workers", "no_cache", "no_save"}
+SWEEP_FREE = {"run", "scales", "steps", "seeds", "output", "features", "num_workers", "no_cache", "no_save", "compile"}
 
 
 def tell(state: Any, *lines: str) -> None:

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hf_guided import ADMScheduler, ClassifierGuidedPipeline
@@ -128,6 +129,28 @@ def test_two_processes_measure_the_same(work, tmp_path):
         assert two["metrics"][name] == pytest.approx(value, rel=1e-9), name
     assert two["likelihood"]["vb"] == pytest.approx(one["likelihood"]["vb"], rel=1e-12)
     assert (tmp_path / "1" / "samples.npz").read_bytes() == (tmp_path / "2" / "samples.npz").read_bytes()
+
+
+def test_measuring_what_is_compiled(work, tmp_path, monkeypatch):
+    """The same commands, with the compiler's place taken by one that changes nothing and counts."""
+    monkeypatch.setenv("CXX", "sh")
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    flags = ["--features", "judge/model", "--num_images", "6", "--batch_size", "4", "--compile"]
+    for command in (["evaluate", "pipeline", "real"], ["sweep", "pipeline", "real", "--scales", "1", "--no_save"]):
+        compiled.clear()
+        torch.compiler.reset()
+        folder = tmp_path / command[0]
+        with torch.compiler.set_stance("default", force_backend=backend):
+            main([*command, *flags, "--output", str(folder)])
+        assert compiled
+        assert (folder / {"evaluate": "report.json", "sweep": "sweep.json"}[command[0]]).is_file()
+    with pytest.raises(SystemExit, match="--compile is of a pipeline, and real is none"):
+        main(["evaluate", "real", "real", *flags, "--output", str(tmp_path / "images")])
 
 
 def test_a_sweep_is_gone_on_with_and_its_choice_saved(work, tmp_path, capsys):

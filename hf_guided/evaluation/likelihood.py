@@ -16,6 +16,7 @@ from ..schedulers.gaussian_process import upcast
 from ..schedulers.schedules import space_timesteps
 from ..schedulers.scheduling_adm import ADMScheduler, model_timesteps
 from .feature_sets import gather_to_main
+from .sampling import compiled_if
 from .sources import ImageSet
 
 
@@ -182,7 +183,7 @@ def likelihood(
     for i, batch in zip(mine, progress, strict=True):
         labels = None if class_labels is None else torch.from_numpy(class_labels[batches[i]]).to(pipeline.device)
         pixels = batch.to(pipeline.device) / 127.5 - 1
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), compiled_if(len(batch) == batch_size):
             torch.manual_seed(seed + i)
             if hasattr(pipeline, "bits_per_dim"):
                 measured.append([pipeline.bits_per_dim(pixels, labels).cpu().double()])

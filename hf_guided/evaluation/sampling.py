@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ..data.samples import import_parquet, read_record, to_picture, write_sample
 from ..files import replacing, write_json
 from .pictures import labelled_grid, save_png
 
+COMPILING = "Compiling: the first batch takes a minute or more longer, the next runs find it in the cache."
 MAX_PICTURED = 1000  # images in one picture
 _GRID_ROWS = _GRID_COLUMNS = 10  # of the picture beside a file
 _BLOCK = 4096  # bytes that even a small file takes
@@ -104,10 +106,14 @@ def sample_batches(
         generators = [torch.Generator().manual_seed(image_seed) for image_seed in seeds[part]]
         which = {"num_images_per_label": len(generators)} if isinstance(labels, int) else {"class_labels": labels[part]}
         options = {**which, "generator": generators, "output_type": "latent", "return_dict": False}
-        is_full = len(generators) == batch_size
-        with torch.compiler.set_stance("default" if is_full else "force_eager"):  # not to compile for a last few images
+        with compiled_if(len(generators) == batch_size):
             samples = pipeline(**options, **arguments)[0]
         yield batch, to_8_bit(samples).cpu()
+
+
+def compiled_if(is_full: bool) -> AbstractContextManager:
+    """Not to compile anew for the last few images, runs a batch that is not full without the compiler."""
+    return nullcontext() if is_full else torch.compiler.set_stance("force_eager")
 
 
 def check_destination(output: str | os.PathLike) -> None:
@@ -201,7 +207,7 @@ def sample_to_file(
     if compile:
         pipeline.compile()
         if state.is_main_process:
-            tqdm.write("Compiling: the first batch takes a minute or more longer, the next runs find it in the cache.")
+            tqdm.write(COMPILING)
     dealt = missing[state.process_index :: state.num_processes]
     batches = sample_batches(pipeline, labels, batch_size, seed, batches=dealt, **arguments)
     try:

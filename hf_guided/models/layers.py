@@ -98,7 +98,7 @@ class _NormSiLU(torch.autograd.Function):
         scale = (rstd.view(of_groups) * gain.view(of_groups)).flatten(1)
         shift = offset - (mean.view(of_groups) * scale.view(of_groups)).flatten(1)
         before = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
-        grad = torch.ops.aten.silu_backward(grad, before)
+        grad = torch.ops.aten.silu_backward.grad_input(grad, before, grad_input=before)
         d_x, d_gain, d_offset = torch.ops.aten.native_group_norm_backward(
             grad.reshape(1, batch * channels, -1).contiguous(),  # as the kernel of the backward pass takes for granted
             x.reshape(1, batch * channels, -1).contiguous(),
@@ -278,7 +278,7 @@ class ADMAttention(nn.Module, AttentionModuleMixin):
         self.processor: Callable = processor or self._default_processor_cls()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        tokens = self.group_norm(hidden_states).flatten(2).transpose(1, 2)
+        tokens = self.group_norm(hidden_states).flatten(2).transpose(1, 2).contiguous()  # products are faster so
         if self.fused_projections:
             projected = self.to_qkv(tokens).chunk(3, dim=-1)
         else:
