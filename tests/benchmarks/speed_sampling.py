@@ -52,7 +52,7 @@ KINDS = {
     "convolutions": ("convolution", "conv_transpose", "_FrozenConvolution"),
     "attention": ("attention", "bmm", "softmax", "CheckpointFunction"),
     "linear layers": ("addmm", "aten::mm", "aten::linear"),
-    "norms and activations": ("group_norm", "silu", "sigmoid", "addcmul"),
+    "norms and activations": ("group_norm", "_NormSiLU", "silu", "sigmoid", "addcmul"),
     "concatenation": ("cat",),
     "resampling": ("pool", "upsample"),
 }

@@ -1,13 +1,17 @@
 """A training step, beside the published code, diffusers' UNet and denoising-diffusion-pytorch, of equal size.
 
-    python tests/benchmarks/speed_training.py --guided_diffusion PATH
+    python tests/benchmarks/speed_training.py --guided_diffusion PATH [--compile]
 
 At the size of `peers.UNET`: 32x32 pixels, batches of 8, float32. A step is the loss, its gradient, AdamW and the moving
-average, as each project's own trainer has them. Everything runs in turn in one process; prints Markdown.
+average, as each project's own trainer has them. Everything runs in turn in one process; prints Markdown. `--compile`
+adds ours as `accelerate launch --dynamo_backend inductor` has it, on the processor with
+`TORCHINDUCTOR_LAYOUT_OPTIMIZATION=0`; minutes of work the first time.
 """
 
 import argparse
+import copy
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +111,7 @@ def main() -> None:
     parser.add_argument("--guided_diffusion", required=True, metavar="PATH", help="a clone of the published code")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed.json"))
     args = parser.parse_args()
     peer = guided_diffusion(args.guided_diffusion)
@@ -116,11 +121,19 @@ def main() -> None:
     print(machine())
 
     their_unet = randomise(diffusers_unet(UNET)).to(device()).train()
+    compiled_unet = copy.deepcopy(models["our_unet"])
     contenders = {
         PUBLISHED: published(peer, models["unet"], images, labels),
         "ours": stepping(models["our_unet"], our_loss(models["our_unet"], images, labels), fused=True),
-        "UNet2DModel of diffusers": of_diffusers(their_unet, images, labels),
     }
+    if args.compile:
+        options = {"layout_optimization": False} if device().type == "cpu" else None
+        loss = our_loss(torch.compile(compiled_unet, options=options), images, labels)
+        contenders["ours, compiled"] = stepping(compiled_unet, loss, fused=True)
+        started = time.perf_counter()
+        contenders["ours, compiled"]()
+        print(f"\nCompiled in {time.perf_counter() - started:.0f} s")
+    contenders["UNet2DModel of diffusers"] = of_diffusers(their_unet, images, labels)
     try:
         contenders["denoising-diffusion-pytorch"] = other(denoising_diffusion_pytorch(), images)
     except ImportError as error:
