@@ -146,8 +146,8 @@ def real_models(pixels: int, channels: int) -> Models:
     return unet, classifier
 
 
-def published_models(pixels: int) -> Models:
-    """The published UNet of this size and the classifier that guides it, on the meta device."""
+def published_configs(pixels: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the published UNet of this size and the classifier that guides it are made of, as their constructors ask."""
     checkpoints = json.loads(SHAPES.read_text())
 
     def config(name: str, describe: Callable[..., dict[str, Any]]) -> dict[str, Any]:
@@ -155,10 +155,15 @@ def published_models(pixels: int) -> Models:
         shapes = checkpoints[name]["tensors"]
         return describe(flags, infer_architecture(shapes, flags["image_size"], flags.get("classifier_depth")))
 
-    return (
-        make_unet(config(f"{pixels}x{pixels}_diffusion", unet_config)),
-        make_classifier(config(f"{pixels}x{pixels}_classifier", classifier_config)),
+    return config(f"{pixels}x{pixels}_diffusion", unet_config), config(
+        f"{pixels}x{pixels}_classifier", classifier_config
     )
+
+
+def published_models(pixels: int) -> Models:
+    """Ours of them, on the meta device."""
+    unet, classifier = published_configs(pixels)
+    return make_unet(unet), make_classifier(classifier)
 
 
 def measured(sizes: Sequence[Size], rounds: int, seconds_of_peak: float = 2.0) -> tuple[dict[str, dict], float]:

@@ -6,6 +6,7 @@ einops`.
 """
 
 import importlib
+import inspect
 import sys
 import types
 from pathlib import Path
@@ -67,9 +68,14 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def published_models(peer: Any, unet: dict[str, Any], classifier: dict[str, Any]) -> dict[str, nn.Module]:
     """The published UNet and classifier of these arguments, and ours of the same weights."""
+
+    def make(kind: type, arguments: dict[str, Any]) -> nn.Module:
+        known = inspect.signature(kind).parameters  # the schedule, which `costs.published_configs` tells too, is not
+        return randomise(kind(**{name: value for name, value in arguments.items() if name in known})).eval()
+
     theirs = {
-        "unet": randomise(peer.unet.UNetModel(**unet)).eval(),
-        "classifier": randomise(peer.unet.EncoderUNetModel(**classifier)).eval(),
+        "unet": make(peer.unet.UNetModel, unet),
+        "classifier": make(peer.unet.EncoderUNetModel, classifier),
     }
     return {
         **theirs,

@@ -69,7 +69,9 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def published_step(peer: Any, models: dict[str, Any], labels: torch.Tensor, steps: int) -> Callable[[], torch.Tensor]:
+def published_step(
+    peer: Any, models: dict[str, Any], labels: torch.Tensor, steps: int, pixels: int = UNET["image_size"]
+) -> Callable[[], torch.Tensor]:
     """A walk of the published sampler, guided as by its `classifier_sample.py`."""
     diffusion = peer.script_util.create_gaussian_diffusion(learn_sigma=True, timestep_respacing=str(steps))
 
@@ -79,7 +81,7 @@ def published_step(peer: Any, models: dict[str, Any], labels: torch.Tensor, step
             log_probability = F.log_softmax(models["classifier"](x, timesteps), dim=-1)
             return torch.autograd.grad(log_probability[range(len(x)), y].sum(), x)[0]
 
-    shape = (len(labels), 3, UNET["image_size"], UNET["image_size"])
+    shape = (len(labels), 3, pixels, pixels)
 
     def run() -> torch.Tensor:
         options = {"clip_denoised": True, "model_kwargs": {"y": labels}, "device": device()}
@@ -98,10 +100,16 @@ def our_step(pipeline: ClassifierGuidedPipeline, labels: torch.Tensor, steps: in
     return run
 
 
-def measure(contenders: dict[str, Callable], rounds: int, operations: float, calls: int = 1) -> dict[str, Any]:
-    """Rows of numbers, of one of `calls` steps."""
+def measure(
+    contenders: dict[str, Callable],
+    rounds: int,
+    operations: float,
+    calls: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Rows of numbers, of one of `calls` steps; the peak is that of products of this type."""
     rows: dict[str, Any] = summary(seconds_in_turn(contenders, rounds), next(iter(contenders)))
-    peak = matmul_peak()
+    peak = matmul_peak(dtype)
     for name, run in contenders.items():
         rows[name]["seconds"] /= calls
         rows[name]["fastest"] /= calls

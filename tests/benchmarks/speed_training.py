@@ -39,11 +39,13 @@ from hf_guided.losses import diffusion_loss
 from hf_guided.schedulers.scheduling_adm import model_timesteps
 
 
-def published(peer: Any, unet: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+def published(
+    peer: Any, unet: nn.Module, images: torch.Tensor, labels: torch.Tensor, use_fp16: bool = False
+) -> Callable[[], None]:
     """As its `train_util.py` has it: a hybrid loss, AdamW, one moving average."""
     diffusion = peer.script_util.create_gaussian_diffusion(learn_sigma=True)
     sampler = peer.resample.UniformSampler(diffusion)
-    trainer = peer.fp16_util.MixedPrecisionTrainer(model=unet, use_fp16=False)
+    trainer = peer.fp16_util.MixedPrecisionTrainer(model=unet, use_fp16=use_fp16)
     optimizer = torch.optim.AdamW(trainer.master_params, lr=1e-5)
     average = [parameter.detach().clone() for parameter in trainer.master_params]
 
