@@ -150,14 +150,13 @@ def published_configs(pixels: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the published UNet of this size and the classifier that guides it are made of, as their constructors ask."""
     checkpoints = json.loads(SHAPES.read_text())
 
-    def config(name: str, describe: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    def config(kind: str, describe: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        name = f"{pixels}x{pixels}_{kind}"
         flags = parse_flags(PUBLISHED[name].flags)
         shapes = checkpoints[name]["tensors"]
         return describe(flags, infer_architecture(shapes, flags["image_size"], flags.get("classifier_depth")))
 
-    return config(f"{pixels}x{pixels}_diffusion", unet_config), config(
-        f"{pixels}x{pixels}_classifier", classifier_config
-    )
+    return config("diffusion", unet_config), config("classifier", classifier_config)
 
 
 def published_models(pixels: int) -> Models:
