@@ -24,11 +24,11 @@ from costs import Step, published_configs
 from peers import CLASSIFIER, UNET, guided_diffusion
 from peers import published_models as with_weights
 from speed import device, machine, markdown, mebibytes, milliseconds, percent, ratio, save
-from speed_sampling import PUBLISHED, measure, our_step, published_step
+from speed_sampling import PUBLISHED, measure, our_step, pipeline_of, published_step
 from speed_training import our_loss, published, stepping
 from torch import nn
 
-from hf_guided import ADMScheduler, ClassifierGuidedPipeline
+from hf_guided.conversion.openai import make_classifier, make_unet
 
 STEPS = 4  # of each call
 COLUMNS = {
@@ -48,20 +48,16 @@ def in_half(model: nn.Module) -> nn.Module:
     return model.to(device())
 
 
-def pipeline_of(models: dict[str, nn.Module], dtype: torch.dtype, **layout: Any) -> ClassifierGuidedPipeline:
-    """A pipeline of copies of our models."""
-    unet, classifier = (copy.deepcopy(models[name]) for name in ("our_unet", "our_classifier"))
-    pipeline = ClassifierGuidedPipeline(unet, ADMScheduler(), classifier).to(device(), dtype)
-    for model in (pipeline.unet, pipeline.classifier):
-        model.to(**layout)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def labels_of(batch: int) -> torch.Tensor:
+    """Classes that every size has."""
+    return torch.arange(batch, device=device()) % UNET["num_classes"]
 
 
 def works(name: str, run: Callable[[], Any]) -> bool:
     """Tries a contender; one that fails is said to, and left out."""
     try:
         run()
+        run()  # CUDA graphs are recorded by the second call
     except (RuntimeError, ValueError) as error:
         print(f"\n{name} is left out: {str(error).splitlines()[0]}")
         return False
@@ -70,15 +66,15 @@ def works(name: str, run: Callable[[], Any]) -> bool:
 
 def sampling(peer: Any, models: dict[str, nn.Module], pixels: int, batch: int, rounds: int, operations: float) -> dict:
     """Guided steps, with images in an hour at the published 250."""
-    labels = torch.arange(batch, device=device())
+    labels = labels_of(batch)
     half = {name: in_half(models[name]) for name in ("unet", "classifier")}
-    layout = {"memory_format": torch.channels_last}
     pipelines = {
-        "ours": pipeline_of(models, torch.bfloat16),
-        "ours, channels_last": pipeline_of(models, torch.bfloat16, **layout),
-        "ours, compiled": pipeline_of(models, torch.bfloat16, **layout),
-        "ours, compiled, CUDA graphs": pipeline_of(models, torch.bfloat16, **layout),
+        name: pipeline_of(models, torch.bfloat16)
+        for name in ("ours", "ours, channels_last", "ours, compiled", "ours, compiled, CUDA graphs")
     }
+    for name in pipelines.keys() - {"ours"}:
+        for model in (pipelines[name].unet, pipelines[name].classifier):
+            model.to(memory_format=torch.channels_last)
     pipelines["ours, compiled"].compile()
     pipelines["ours, compiled, CUDA graphs"].compile(mode="reduce-overhead")
     contenders = {PUBLISHED: published_step(peer, half, labels, STEPS, pixels)}
@@ -112,17 +108,16 @@ def training(peer: Any, models: dict[str, nn.Module], pixels: int, batch: int, r
         return stepping(unet, our_loss(accelerator.prepare_model(unet), images, labels), fused=True)
 
     rows: dict[str, Any] = {}
-    for checkpointing in (False, True):
-        data = [torch.rand(batch, 3, pixels, pixels, device=device()) * 2 - 1, torch.arange(batch, device=device())]
+    for checkpointing, suffix in ((False, ""), (True, ", checkpointing")):
+        data = [torch.rand(batch, 3, pixels, pixels, device=device()) * 2 - 1, labels_of(batch)]
         contenders = {PUBLISHED: theirs(checkpointing, *data), "ours": ours(checkpointing, *data)}
         found = measure(contenders, rounds, batch * operations, dtype=torch.bfloat16)
         for name, row in found.items():
             row["images in an hour"] = 3600 * batch / row["seconds"]
-            rows[f"{name}{', checkpointing' if checkpointing else ''}"] = row
+            rows[name + suffix] = row
         del contenders
         for name, make in ((PUBLISHED, theirs), ("ours", ours)) if torch.cuda.is_available() else ():
-            largest = largest_batch(functools.partial(make, checkpointing), pixels)
-            rows[f"{name}{', checkpointing' if checkpointing else ''}"]["largest batch"] = largest
+            rows[name + suffix]["largest batch"] = largest_batch(functools.partial(make, checkpointing), pixels)
     columns = {**COLUMNS, "largest batch": str}
     print(f"\nA training step, {batch} images of {pixels}x{pixels}\n\n{markdown(rows, columns)}")
     return rows
@@ -135,7 +130,7 @@ def largest_batch(make: Callable[..., Callable[[], Any]], pixels: int) -> int:
         gc.collect()
         torch.cuda.empty_cache()
         try:
-            make(torch.zeros(batch, 3, pixels, pixels, device=device()), torch.arange(batch, device=device()))()
+            make(torch.zeros(batch, 3, pixels, pixels, device=device()), labels_of(batch))()
         except torch.OutOfMemoryError:
             return batch // 2
         batch *= 2
@@ -143,7 +138,7 @@ def largest_batch(make: Callable[..., Callable[[], Any]], pixels: int) -> int:
 
 def numerics(models: dict[str, nn.Module], pixels: int, batch: int, gradients: int) -> dict[str, Any]:
     """How far a guided trajectory of 25 steps is from float32's, in 8-bit levels, and gradients that are not finite."""
-    labels = torch.arange(batch, device=device())
+    labels = labels_of(batch)
     options = {"respacing": "25", "guidance_scale": 1.0, "output_type": "latent", "return_dict": False}
     rows: dict[str, Any] = {}
     exact = None
@@ -186,19 +181,15 @@ def main() -> None:
     configs = (UNET, CLASSIFIER) if args.pixels == UNET["image_size"] else published_configs(args.pixels)
     models = with_weights(peer, *configs)
     print(machine())
-    counted = Step(models["our_unet"], models["our_classifier"], args.pixels, 1).count()
-    results = {}
-    if "sampling" in args.parts:
-        operations = counted["guided step"]
-        results["sampling"] = sampling(peer, models, args.pixels, args.batch_size, args.rounds, operations)
-    if "training" in args.parts:
-        for model in models.values():
-            model.requires_grad_(True)
-        operations = 3 * counted["UNet"]  # the backward pass has twice the products
-        results["training"] = training(peer, models, args.pixels, args.batch_size, args.rounds, operations)
-    if "numerics" in args.parts:
-        results["numerics"] = numerics(models, args.pixels, min(args.batch_size, 8), args.gradients)
-    save({f"gpu {args.pixels}": results}, args.output)
+    counted = Step(make_unet(configs[0]), make_classifier(configs[1]), args.pixels, 1).count()  # on the meta device
+    sizes = (args.pixels, args.batch_size, args.rounds)
+    run = {
+        "sampling": lambda: sampling(peer, models, *sizes, counted["guided step"]),
+        "training": lambda: training(peer, models, *sizes, 3 * counted["UNet"]),  # twice the products backward
+        "numerics": lambda: numerics(models, args.pixels, min(args.batch_size, 8), args.gradients),
+    }
+    for part in args.parts:
+        save({f"gpu, {args.pixels} pixels, {part}": run[part]()}, args.output)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,14 @@ def published_step(
     return run
 
 
+def pipeline_of(models: dict[str, Any], dtype: torch.dtype = torch.float32) -> ClassifierGuidedPipeline:
+    """A pipeline of copies of our models."""
+    unet, classifier = (copy.deepcopy(models[name]) for name in ("our_unet", "our_classifier"))
+    pipeline = ClassifierGuidedPipeline(unet, ADMScheduler(), classifier).to(device(), dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def our_step(pipeline: ClassifierGuidedPipeline, labels: torch.Tensor, steps: int) -> Callable[[], torch.Tensor]:
     """The same walk of ours."""
 
@@ -160,17 +168,13 @@ def main() -> None:
     print(machine())
 
     # 1. Guided steps of the same weights
-    pipeline = ClassifierGuidedPipeline(models["our_unet"], ADMScheduler(), models["our_classifier"])
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline_of(models)
     contenders = {
         PUBLISHED: published_step(peer, models, labels, STEPS),
         "ours": our_step(pipeline, labels, STEPS),
     }
     if args.compile:
-        compiled = ClassifierGuidedPipeline(
-            copy.deepcopy(models["our_unet"]), ADMScheduler(), copy.deepcopy(models["our_classifier"])
-        )
-        compiled.set_progress_bar_config(disable=True)
+        compiled = pipeline_of(models)
         compiled.compile()
         contenders["ours, compiled"] = our_step(compiled, labels, STEPS)
         started, seed = time.perf_counter(), {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
