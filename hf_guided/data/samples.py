@@ -93,9 +93,9 @@ def write_samples(
     id2label: Mapping[int, str] | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes samples, one batch in memory at a time, under a temporary name, and renames them.
+    """Writes samples, two batches in memory at a time, under a temporary name, and renames them.
 
-    Equal samples make equal files, to the byte.
+    Equal samples make equal files, to the byte. PNGs are encoded while `batches` makes the next batch.
 
     Args:
         path (`str` or `os.PathLike`): A `.npz` file; a `.parquet` file with the columns `image` and `label`; or else a
@@ -216,10 +216,13 @@ def _write_folder(
 
 
 def _pngs(batches: Iterable[np.ndarray]) -> Iterator[bytes]:
-    """Each image as the bytes of a PNG, made by as many threads as there are processors."""
+    """Each image as the bytes of a PNG, encoded by as many threads as there are processors beside the next batch."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        encoded: Iterator[bytes] = iter(())
         for batch in batches:
-            yield from pool.map(_png, batch)
+            yield from encoded
+            encoded = pool.map(_png, batch)
+        yield from encoded
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -203,7 +203,7 @@ def sample_to_file(
     if missing is None:
         return False
 
-    # 2. Make it, and put it together when the others are done too
+    # 2. Make it; the main process puts it together meanwhile
     if compile:
         pipeline.compile()
         if state.is_main_process:
@@ -212,8 +212,8 @@ def sample_to_file(
     batches = sample_batches(pipeline, labels, batch_size, seed, batches=dealt, **arguments)
     try:
         if state.is_main_process:
-            _make_all(batches, parts, sum(parts.size(batch) for batch in missing))
-            _put_together(path, kind, parts, labels, pipeline.id2label, plan)
+            every_batch = _every_batch(batches, parts, sum(parts.size(batch) for batch in missing))
+            _put_together(path, kind, every_batch, parts, labels, pipeline.id2label, plan)
         else:
             for batch, images in batches:
                 parts.write(batch, images)
@@ -385,53 +385,60 @@ def _largest_size(kind: str, parts: _Parts) -> int:
     return num_images * of_image.get(kind, 0) + 100 * _BLOCK
 
 
-def _make_all(batches: Iterator[tuple[int, torch.Tensor]], parts: _Parts, num_missing: int) -> None:
-    """Keeps the main process's batches, waits for those of the others, and shows how far all of them are."""
+def _every_batch(own: Iterator[tuple[int, torch.Tensor]], parts: _Parts, num_missing: int) -> Iterator[np.ndarray]:
+    """All batches in order, each as soon as it is there. Until then makes and keeps the main process's `own`, waits for
+    those of the others, and shows how far all of them are."""
     num_images = parts.shape[0]
+    finished = set(parts.finished())
     with tqdm(total=num_images, initial=num_images - num_missing, desc="sampling", unit="image") as bar:
-        longest, looked, started = 0.0, 0.0, time.monotonic()
-        for batch, images in batches:
-            parts.write(batch, images)
-            now = time.monotonic()
-            if not longest:
-                bar.set_postfix({"first batch": f"{now - started:.1f}s"})
-            longest, started = max(longest, now - started), now
-            if now - looked > 1:  # small batches are many files to look at
-                looked = now
-                bar.update(parts.num_finished() - bar.n)
-        while bar.n < num_images:
-            if new := parts.num_finished() - bar.n:
-                bar.update(new)
-                started = time.monotonic()
-            elif time.monotonic() - started > _PATIENCE + 20 * longest:
-                raise RuntimeError(
-                    f"The other processes finish nothing more: {bar.n} of {num_images} images are kept in "
-                    f"{parts.folder}, and the same command goes on."
-                )
-            time.sleep(0.1)
+        longest, looked, last_news = 0.0, 0.0, time.monotonic()
+        for batch in range(parts.num_batches):
+            while batch not in finished:
+                started, new = time.monotonic(), set()
+                if (made := next(own, None)) is not None:
+                    parts.write(*made)
+                    new.add(made[0])
+                    seconds = time.monotonic() - started
+                    if not longest:
+                        bar.set_postfix({"first batch": f"{seconds:.1f}s"})
+                    longest = max(longest, seconds)
+                else:
+                    time.sleep(0.1)
+                if made is None or started - looked > 1:  # small batches are many files to look at
+                    looked = started
+                    new.update(parts.finished())
+                new -= finished
+                if new:
+                    finished |= new
+                    bar.update(sum(map(parts.size, new)))
+                    last_news = time.monotonic()
+                elif time.monotonic() - last_news > _PATIENCE + 20 * longest:
+                    raise RuntimeError(
+                        f"The other processes finish nothing more: {bar.n} of {num_images} images are kept in "
+                        f"{parts.folder}, and the same command goes on."
+                    )
+            yield parts.read(batch)
 
 
 def _put_together(
     path: Path,
     kind: str,
+    batches: Iterator[np.ndarray],
     parts: _Parts,
     labels: torch.Tensor | int,
     id2label: Mapping[int, str],
     plan: Mapping[str, Any],
 ) -> None:
-    """Makes the output of its parts, and the picture beside it, and removes the parts."""
+    """Makes the output of its batches as they come, and the picture beside it, and removes the parts."""
+    whole = parts.folder / f"whole{kind}"
+    if kind == ".png":
+        for _ in batches:
+            pass  # the picture alone
+    else:
+        ids = None if isinstance(labels, int) else labels.numpy().astype(np.int64)
+        write_samples(whole, batches, parts.shape, ids, id2label=id2label, record=plan)
     save_png(_grid(parts, labels, id2label, everything=kind == ".png"), _picture_path(path, kind), record=plan)
     if kind != ".png":
-        whole = parts.folder / f"whole{kind}"
-        ids = None if isinstance(labels, int) else labels.numpy().astype(np.int64)
-        with tqdm(total=parts.shape[0], desc="writing", unit="image") as bar:
-
-            def batches() -> Iterator[np.ndarray]:
-                for batch in range(parts.num_batches):
-                    yield parts.read(batch)
-                    bar.update(parts.size(batch))
-
-            write_samples(whole, batches(), parts.shape, ids, id2label=id2label, record=plan)
         os.replace(whole, path)
     shutil.rmtree(parts.folder)
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -220,6 +221,26 @@ def test_every_kind_of_file_holds_the_samples(saved, tmp_path, name):
             assert np.array_equal(strip[:, right[0] + 59 * i :][:, :56], image)
 
 
+@pytest.mark.parametrize("name", ["samples.parquet", "samples"])
+def test_a_batch_is_encoded_while_the_next_is_sampled(saved, tmp_path, monkeypatch, name):
+    encoding, sampling, met = threading.Event(), threading.Event(), []
+
+    def save(*args, original=Image.Image.save, **kwargs):
+        encoding.set()
+        met.append(sampling.wait(timeout=20))
+        original(*args, **kwargs)
+
+    def meet():
+        sampling.set()
+        met.append(encoding.wait(timeout=20))
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    stop_after(1, meet, monkeypatch)
+    sample_to_file(saved, sample_labels("all", 10, 5), tmp_path / name, batch_size=5)
+    assert len(met) == 12  # ten images, the second batch and the picture of all
+    assert all(met)
+
+
 def test_what_is_there_is_not_made_again(saved, tmp_path):
     labels = sample_labels("all", 5, 5)
     for name in ("samples.npz", "samples.parquet", "samples"):
@@ -360,7 +381,7 @@ def test_a_full_disk_loses_nothing(saved, tmp_path, small_disk, monkeypatch):
         with pytest.raises(RuntimeError, match="disk is full: 64 of 200 images are kept"):
             sample_to_file(saved, labels, small_disk / "samples.npz", **arguments)
     assert sorted(contents(small_disk / "samples.npz.parts")) == ["000000.raw", "plan.json"]
-    with pytest.raises(ValueError, match=r"need up to .* and 0 GB are free; make room"):
+    with pytest.raises(ValueError, match=r"need up to .* and .* GB are free; make room"):
         sample_to_file(saved, labels, small_disk / "samples.npz", **arguments)
     filler.unlink()
     assert sample_to_file(saved, labels, small_disk / "samples.npz", **arguments)
