@@ -177,7 +177,7 @@ def train(
         worker_init_fn=ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
     )
-    batches = iter(loader)
+    batches = TimedBatches(loader)
     progress = tqdm(
         initial=step, total=args.max_train_steps, desc=task.name, disable=not accelerator.is_main_process, mininterval=1
     )
@@ -223,6 +223,8 @@ def train(
                 check_finite(values["loss"], step)
                 progress.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
                 log({**values, "learning_rate": lr_scheduler.get_last_lr()[0]})
+                if accelerator.is_main_process:
+                    batches.warn_if_slow()
             if accelerator.is_main_process and (due(args.validation_steps) or due(args.preview_steps)):
                 with averaged_weights(ema, parameters):
                     if due(args.validation_steps):
@@ -453,6 +455,34 @@ def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+class TimedBatches:
+    """The batches of a loader, which warns once if the training waits for them: with large files it easily does."""
+
+    def __init__(self, loader: DataLoader):
+        self.batches, self.num_workers = iter(loader), loader.num_workers
+        self.waited, self.since, self.has_warned = 0.0, math.nan, False
+
+    def __next__(self) -> Batch:
+        started = time.monotonic()
+        batch = next(self.batches)
+        if math.isnan(self.since):
+            self.since = time.monotonic()  # the first batch takes the start of the workers too
+        else:
+            self.waited += time.monotonic() - started
+        return batch
+
+    def warn_if_slow(self) -> None:
+        """Looks at the time since the last call."""
+        share = self.waited / (time.monotonic() - self.since)
+        self.waited, self.since = 0.0, time.monotonic()
+        if share > 0.5 and not self.has_warned:
+            self.has_warned = True
+            logger.warning(
+                f"{share:.0%} of the time goes by loading images: raise --dataloader_num_workers, now "
+                f"{self.num_workers} on {os.cpu_count()} cores, or bring larger files near to the --resolution once."
+            )
 
 
 def ignore_signals(worker_id: int) -> None:

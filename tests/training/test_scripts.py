@@ -238,6 +238,23 @@ def test_an_unconditional_model_of_pictures_without_labels(photos, tmp_path):
     assert len(pipe(num_images_per_label=3).images) == 3
 
 
+def test_training_that_waits_for_its_images_says_so_once(photos, tmp_path, caplog):
+    large = tmp_path / "large"
+    for name in ("apple", "banana"):
+        (large / name).mkdir(parents=True)
+        for i in range(2):
+            pixels = np.random.default_rng(i).integers(0, 256, (2500, 2500, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(large / name / f"{i}.jpg")
+    flags = ["--resolution", "8", "--max_train_steps", "4", "--logging_steps", "2", "--held_out_fraction", "0"]
+    for data, times in ((photos, 0), (large, 1)):
+        folders = ["--train_data_dir", str(data), "--output_dir", str(tmp_path / f"{data.name}-out")]
+        argv = [*TINY_RUN, *folders, *flags, "--dataloader_num_workers", "0"]
+        data_args, stages = parse_arguments({"diffusion": DiffusionArguments}, argv)
+        caplog.clear()
+        train_diffusion.train_diffusion(data_args, stages["diffusion"])
+        assert caplog.text.count("% of the time goes by loading images: raise --dataloader_num_workers, now 0") == times
+
+
 def test_held_out_loss_is_the_same_every_time_and_falls(photos, tmp_path):
     """The moving average is lent for the measurement, and given back."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
