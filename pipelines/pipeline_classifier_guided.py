@@ -607,16 +607,16 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         self, latents: torch.Tensor | None, batch_size: int, generators: list[torch.Generator]
     ) -> torch.Tensor:
         """The initial noise in float32, `(batch, channels, height, width)`, as strong as the scheduler wants it."""
-        channels = self.unet.config.in_channels
+        channels, device = self.unet.config.in_channels, self._execution_device  # which diffusers searches models for
         if latents is None:
             shape = (batch_size, channels, *self.sample_size)
-            latents = randn_tensor(shape, generators, self._execution_device, torch.float32)
+            latents = randn_tensor(shape, generators, device, torch.float32)
         elif latents.ndim != 4 or latents.shape[:2] != (batch_size, channels):
             raise ValueError(
                 f"latents have shape {tuple(latents.shape)}; {batch_size} images of this UNet need "
                 f"({batch_size}, {channels}, height, width)."
             )
-        return latents.to(self._execution_device, torch.float32) * self.scheduler.init_noise_sigma
+        return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
 
 
 def check_one_guidance(guidance: Any, guidance_scale: float | None) -> None:

@@ -103,17 +103,23 @@ def _status(name: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def matmul_peak(dtype: torch.dtype = torch.float32, seconds: float = 2.0) -> float:
-    """The most operations a second that products of large matrices reach here (a product and a sum are two)."""
+def matmul(dtype: torch.dtype = torch.float32) -> tuple[Contender, float]:
+    """A product of large matrices, and its operations (a product and a sum are two)."""
     side = 8192 if torch.cuda.is_available() else 2048
     a, b = (torch.randn(side, side, device=device(), dtype=dtype) for _ in range(2))
+    return lambda: a @ b, 2 * side**3
+
+
+def matmul_peak(seconds: float = 2.0) -> float:
+    """The most operations a second that products of large matrices reach here."""
+    product, operations = matmul()
     best, end = 0.0, time.monotonic() + seconds
     while time.monotonic() < end:
         wait()
         started = time.perf_counter()
-        a @ b
+        product()
         wait()
-        best = max(best, 2 * side**3 / (time.perf_counter() - started))
+        best = max(best, operations / (time.perf_counter() - started))
     return best
 
 

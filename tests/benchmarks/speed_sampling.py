@@ -4,14 +4,17 @@
 
 At the size of `peers.UNET`: 32x32 pixels, classes told and a classifier that guides, batches of 8. Everything runs in
 turn in one process. Prints Markdown: seconds of a step, ratios to the published code's, peak memory, and the share of
-the machine's matrix-product peak, reckoned with the operations of our step for everyone. `--profile` also
-says where a step's time goes. `--compile` adds ours compiled, a minute or two of work the first time.
+the machine's matrix-product peak, measured in the same rounds and reckoned with the operations of our step for
+everyone. `--profile` also says where a step's time goes. `--compile` adds ours compiled, a minute or two of work the
+first time.
 """
 
 import argparse
 import copy
+import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from speed import (
     device,
     machine,
     markdown,
-    matmul_peak,
+    matmul,
     mebibytes,
     milliseconds,
     peak_memory,
@@ -33,6 +36,7 @@ from speed import (
     seconds_in_turn,
     summary,
 )
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from hf_guided import ADMScheduler, ClassifierGuidedPipeline
@@ -40,13 +44,14 @@ from hf_guided import ADMScheduler, ClassifierGuidedPipeline
 PUBLISHED = "guided-diffusion"
 STEPS = 4  # of each call; a step is a quarter of it
 QUALITY_STEPS = (250, 10)  # of the published DDPM, and of ours of second order, at equal FID (guidance_solvers.py)
+PEAK = "of the peak"
 COLUMNS = {
     "seconds": milliseconds,
     "fastest": milliseconds,
     "ratio": ratio,
     "tensors": mebibytes,
     "process": mebibytes,
-    "of the peak": percent,
+    PEAK: percent,
 }
 KINDS = {
     "convolutions": ("convolution", "conv_transpose", "_FrozenConvolution"),
@@ -115,40 +120,71 @@ def measure(
     calls: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Rows of numbers, of one of `calls` steps; the peak is that of products of this type."""
-    rows: dict[str, Any] = summary(seconds_in_turn(contenders, rounds), next(iter(contenders)))
-    peak = matmul_peak(dtype)
+    """Rows of numbers, of one of `calls` steps; the peak is that of products of this type, which take turns too."""
+    product, operations_of_product = matmul(dtype)
+    seconds = seconds_in_turn({**contenders, PEAK: product}, rounds)
+    of_product = seconds.pop(PEAK)
+    rows: dict[str, Any] = summary(seconds, next(iter(contenders)))
     for name, run in contenders.items():
+        products = statistics.median(a / b for a, b in zip(of_product, seconds[name], strict=True))
         rows[name]["seconds"] /= calls
         rows[name]["fastest"] /= calls
         rows[name] |= peak_memory(run)
-        rows[name]["of the peak"] = operations / rows[name]["seconds"] / peak
+        rows[name][PEAK] = products * calls * operations / operations_of_product
     return rows
 
 
-def by_kind(run: Callable, steps: int) -> dict[str, float]:
-    """Seconds of a step by kinds of operations, and what is left of it, the host's share."""
-    run()
+def by_kind(run: Callable) -> dict[str, float]:
+    """Seconds of a call by kinds of operations, and what is left of it, the host's share."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
     seconds = dict.fromkeys([*KINDS, "other operations"], 0.0)
     for event in profiler.key_averages():
         kind = next((kind for kind, names in KINDS.items() if any(name in event.key for name in names)), None)
-        seconds[kind or "other operations"] += event.self_cpu_time_total / 1e6 / steps
+        seconds[kind or "other operations"] += event.self_cpu_time_total / 1e6
     return seconds
 
 
-def by_part(unet: Callable, classifier: Callable, sample: torch.Tensor) -> dict[str, Callable]:
-    """The UNet's forward pass, the classifier's, and both passes of it."""
+def by_part(run: Callable, unet: nn.Module, classifier: nn.Module) -> dict[str, float]:
+    """Seconds of a call within the UNet, the classifier forward and backward, and outside of them."""
+    seconds = {"UNet": 0.0, "classifier, forward": 0.0, "classifier, backward": 0.0}
+    original = torch.autograd.grad
 
-    def forward() -> torch.Tensor:
-        return classifier(sample.detach().requires_grad_())
+    def gradient(*args: Any, **options: Any) -> Any:
+        started, torch.autograd.grad = time.perf_counter(), original  # which checkpointing calls again from within
+        try:
+            return original(*args, **options)
+        finally:
+            seconds["classifier, backward"] += time.perf_counter() - started
+            torch.autograd.grad = gradient
 
-    def gradient() -> torch.Tensor:
-        x = sample.detach().requires_grad_()
-        return torch.autograd.grad(classifier(x).sum(), x)[0]
+    def tick(part: str, sign: int, *args: Any) -> None:
+        seconds[part] += sign * time.perf_counter()
 
-    return {"UNet": torch.no_grad()(unet), "classifier, forward": forward, "classifier, both ways": gradient}
+    hooks = []
+    for part, model in (("UNet", unet), ("classifier, forward", classifier)):
+        hooks.append(model.register_forward_pre_hook(partial(tick, part, -1)))
+        hooks.append(model.register_forward_hook(partial(tick, part, 1)))
+    started, torch.autograd.grad = time.perf_counter(), gradient
+    try:
+        run()
+    finally:
+        torch.autograd.grad = original
+        for hook in hooks:
+            hook.remove()
+    return {**seconds, "scheduler and the rest": time.perf_counter() - started - sum(seconds.values())}
+
+
+def medians(measurements: dict[str, Callable[[], dict[str, float]]], rounds: int, steps: int) -> dict[str, Any]:
+    """Of so many rounds, in which the measurements take turns, each of a call of `steps` steps: seconds of a step."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in measurements}
+    for _ in range(rounds):
+        for name, measurement in measurements.items():
+            found[name].append(measurement())
+    return {
+        name: {part: statistics.median(row[part] for row in rows) / steps for part in rows[0]}
+        for name, rows in found.items()
+    }
 
 
 def main() -> None:
@@ -213,19 +249,12 @@ def main() -> None:
 
     # 3. Where the time goes
     if args.profile:
-        parts = {}
-        frozen = models["our_classifier"].requires_grad_(False)
-        for name, unet, classifier in (
-            (PUBLISHED, alone[PUBLISHED], lambda x: models["classifier"](x, timesteps)),
-            ("ours", alone["ours"], lambda x: frozen(x, timesteps[0]).logits),
-        ):
-            rows = summary(seconds_in_turn(by_part(unet, classifier, sample), args.rounds), "UNet")
-            spent = {part: row["seconds"] for part, row in rows.items()}
-            both = spent.pop("classifier, both ways")
-            rest = guided[name]["seconds"] - spent["UNet"] - both
-            backward = both - spent["classifier, forward"]
-            parts[name] = {**spent, "classifier, backward": backward, "scheduler and the rest": rest}
-        kinds = {name: by_kind(contenders[name], STEPS) for name in (PUBLISHED, "ours")}
+        walks = {
+            PUBLISHED: (contenders[PUBLISHED], models["unet"], models["classifier"]),
+            "ours": (contenders["ours"], pipeline.unet, pipeline.classifier),
+        }
+        parts = medians({name: partial(by_part, *walk) for name, walk in walks.items()}, args.rounds, STEPS)
+        kinds = medians({name: partial(by_kind, run) for name, (run, *_) in walks.items()}, args.rounds, STEPS)
         for title, table in (("By part", parts), ("By kind of operation", kinds)):
             columns = dict.fromkeys(next(iter(table.values())), milliseconds)
             print(f"\n{title}\n\n{markdown(table, columns)}")
