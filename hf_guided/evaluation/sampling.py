@@ -212,8 +212,7 @@ def sample_to_file(
     batches = sample_batches(pipeline, labels, batch_size, seed, batches=dealt, **arguments)
     try:
         if state.is_main_process:
-            every_batch = _every_batch(batches, parts, sum(parts.size(batch) for batch in missing))
-            _put_together(path, kind, every_batch, parts, labels, pipeline.id2label, plan)
+            _put_together(path, kind, _every_batch(batches, parts), parts, labels, pipeline.id2label, plan)
         else:
             for batch, images in batches:
                 parts.write(batch, images)
@@ -385,12 +384,13 @@ def _largest_size(kind: str, parts: _Parts) -> int:
     return num_images * of_image.get(kind, 0) + 100 * _BLOCK
 
 
-def _every_batch(own: Iterator[tuple[int, torch.Tensor]], parts: _Parts, num_missing: int) -> Iterator[np.ndarray]:
+def _every_batch(own: Iterator[tuple[int, torch.Tensor]], parts: _Parts) -> Iterator[np.ndarray]:
     """All batches in order, each as soon as it is there. Until then makes and keeps the main process's `own`, waits for
     those of the others, and shows how far all of them are."""
     num_images = parts.shape[0]
     finished = set(parts.finished())
-    with tqdm(total=num_images, initial=num_images - num_missing, desc="sampling", unit="image") as bar:
+    there = sum(map(parts.size, finished))
+    with tqdm(total=num_images, initial=there, desc="sampling", unit="image") as bar:
         longest, looked, last_news = 0.0, 0.0, time.monotonic()
         for batch in range(parts.num_batches):
             while batch not in finished:

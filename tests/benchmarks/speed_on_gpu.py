@@ -24,19 +24,18 @@ from costs import Step, published_configs
 from peers import CLASSIFIER, UNET, guided_diffusion
 from peers import published_models as with_weights
 from speed import device, machine, markdown, mebibytes, milliseconds, percent, ratio, save
-from speed_sampling import PUBLISHED, measure, our_step, pipeline_of, published_step
+from speed_sampling import PEAK, PUBLISHED, STEPS, measure, our_step, pipeline_of, published_step
 from speed_training import our_loss, published, stepping
 from torch import nn
 
 from hf_guided.conversion.openai import make_classifier, make_unet
 
-STEPS = 4  # of each call
 COLUMNS = {
     "seconds": milliseconds,
     "ratio": ratio,
     "images in an hour": lambda number: f"{number:,.0f}",
     "tensors": mebibytes,
-    "of the peak": percent,
+    PEAK: percent,
 }
 
 
