@@ -7,13 +7,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .processes import leave_processes, use_processor
+from .processes import resumable, user_command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -184,13 +183,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.set_defaults(run=demo)
 
     args = parser.parse_args(join_flags(sys.argv[1:] if argv is None else argv))
-    use_processor()
-    try:
+    with user_command():
         args.run(args)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from None
-    finally:
-        leave_processes()
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -201,7 +195,7 @@ def sample(args: argparse.Namespace) -> None:
     check_destination(args.output)
     if args.num_images is not None and args.num_images_per_label is not None:
         raise ValueError("Give --num_images or --num_images_per_label, not both.")
-    with stoppable():
+    with resumable():
         state = join_processes()
         pipe = load_guided(args.model, state)
         labels = labels_to_sample(pipe, args)
@@ -213,17 +207,6 @@ def sample(args: argparse.Namespace) -> None:
         num_images = labels if isinstance(labels, int) else len(labels)
         there = "is there already, made by the same command"
         print(f"Saved {num_images} samples as {args.output}" if made else f"{args.output} {there}")
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Ends a command that can be gone on with in one sentence, on Ctrl-C and on SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # launchers stop their processes so
-    try:
-        yield
-    except KeyboardInterrupt:
-        stopped = "Stopped; what is made is kept, and the same command goes on."
-        raise SystemExit(stopped if os.environ.get("RANK", "0") == "0" else 1) from None
 
 
 def load_guided(model: str, state: Any) -> Any:
@@ -363,7 +346,7 @@ def evaluate(args: argparse.Namespace) -> None:
     tell(state, *(f"Note: {note}" for note in what_to_know(generated, reference)))
 
     # 2. Sample, where it is a pipeline's turn; measure
-    with stoppable():
+    with resumable():
         if pipe is not None:
             options = {"batch_size": args.batch_size, "seed": args.seed, "compile": args.compile}
             options |= sampling_options(pipe, args)
@@ -468,7 +451,7 @@ def sweep(args: argparse.Namespace) -> None:
     if args.compile:
         pipe.compile()
         tell(state, COMPILING)
-    with stoppable():
+    with resumable():
         cache_dir = None if args.no_cache else CACHE_DIR
         real: Any = reference
         if not isinstance(reference, FeatureSet):
@@ -527,7 +510,7 @@ def compare(args: argparse.Namespace) -> None:
     quiet_libraries()
     if join_processes().num_processes > 1:
         raise ValueError("compare runs in one process, so that each family has the whole machine.")
-    with stoppable():
+    with resumable():
         sheet = compare_families(
             args.data,
             make_folder(args.output),
@@ -543,8 +526,7 @@ def compare(args: argparse.Namespace) -> None:
             recipe=args.recipe,
             batch_size=args.batch_size,
         )
-    if sheet is not None:
-        print(f"\n{sheet.with_suffix('.md').read_text()}\nThe sheet is {sheet}.")
+    print(f"\n{sheet.with_suffix('.md').read_text()}\nThe sheet is {sheet}.")
 
 
 # Flags of a sweep that may differ between two sittings.
@@ -900,22 +882,21 @@ def demo(args: argparse.Namespace) -> None:
     from .demo import build_demo, launch_demo
     from .processes import join_processes
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stopped: list[int] = []
     try:
         state = join_processes()
         pipe = load_guided(args.model, state)
         judge = load_extractors([args.judge], pipe, state)[0] if args.judge else None
         url = launch_demo(build_demo(pipe, judge, shown_name(args.model)), args.host, args.port)
-        stopped: list[int] = []
         for signum in (signal.SIGINT, signal.SIGTERM):  # no exception, which whatever runs just then could swallow
             signal.signal(signum, lambda signum, frame: stopped.append(signum))
         print(f"The demo of {args.model} is at {url} until Ctrl-C.", flush=True)
         while not stopped:
             time.sleep(0.1)
-    except KeyboardInterrupt:
-        pass
+    except KeyboardInterrupt as stop:
+        stopped.append(getattr(stop, "signum", signal.SIGINT))
     print("Stopped.", file=sys.stderr, flush=True)
-    os._exit(1)  # an orderly end is aborted by the threads of a walk under way
+    os._exit(128 + stopped[0])  # an orderly end is aborted by the threads of a walk under way
 
 
 def shown_name(model: str) -> str:

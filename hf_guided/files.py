@@ -1,16 +1,22 @@
-"""Files that are whole or not there at all."""
+"""Files and folders that are whole or not there at all."""
 
+import glob
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Lends a temporary name beside a file, which takes the file's place at the end and is removed after an error.
+
+    What killed processes left of earlier attempts at the same file is removed too.
 
     Args:
         path (`str` or `os.PathLike`): The file.
@@ -23,6 +29,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = left.name.split(".")[-2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            left.unlink(missing_ok=True)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -34,3 +44,50 @@ def write_json(content: Any, path: str | os.PathLike) -> None:
     """Writes JSON that people can read."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Lends an empty temporary folder, which takes the folder's place at the end and is removed after an error.
+
+    The older folder is renamed before the new one takes its name, and deleted last: at every moment one of them is
+    whole, and [`recover_folder`] finds it.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder.
+    """
+    folder = Path(folder)
+    recover_folder(folder)
+    partial, old = partial_name(folder), folder.with_name(f".{folder.name}.old")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_name(folder: Path) -> Path:
+    """What [`replacing_folder`] calls a folder until it is finished."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def recover_folder(folder: str | os.PathLike) -> None:
+    """Undoes what a kill left in the midst of replacing or removing a folder."""
+    folder = Path(folder)
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+    for ending in ("partial", "old", "removed"):
+        shutil.rmtree(folder.with_name(f".{folder.name}.{ending}"), ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Renames before it removes, so that half a folder is never taken for a whole one."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    os.replace(folder, removed)
+    shutil.rmtree(removed)

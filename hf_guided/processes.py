@@ -1,12 +1,68 @@
-"""The processes that `accelerate launch` or `torch.distributed.run` start together; one, without them."""
+"""How a command begins and ends, in one process or in those that `accelerate launch` or `torch.distributed.run` start.
+
+Exit statuses: 0 if all is done, 1 after an error, 2 for wrong flags, 130 after Ctrl-C, 143 after SIGTERM.
+"""
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+
+class StoppedError(KeyboardInterrupt):
+    """A signal has stopped a command.
+
+    Args:
+        signum (`int`): The signal, of which the exit status tells: 128 and its number.
+        message (`str`): What was saved, and how to resume.
+    """
+
+    def __init__(self, signum: int, message: str = ""):
+        super().__init__(message)
+        self.signum = signum
+
+
+@contextmanager
+def user_command() -> Iterator[None]:
+    """Ends what a user has started as the user expects: a mistake in one sentence, a signal in its exit status.
+
+    Raises:
+        `SystemExit`: With the exit status of the module's docstring.
+    """
+    previous = signal.signal(signal.SIGTERM, _stop)
+    use_processor()
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(str(stop) or "Stopped.", file=sys.stderr)
+        raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        raise SystemExit(f"error: {error}") from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        leave_processes()
+
+
+def _stop(signum: int, frame: Any) -> None:
+    raise StoppedError(signum)
+
+
+@contextmanager
+def resumable(message: str = "Stopped; what is made is kept. Rerun the same command to resume.") -> Iterator[None]:
+    """Says of a part of a command that is stopped how to resume it."""
+    try:
+        yield
+    except StoppedError as stop:
+        raise StoppedError(stop.signum, str(stop) or message) from None
+    except KeyboardInterrupt:
+        raise StoppedError(signal.SIGINT, message) from None
 
 
 def use_processor() -> None:

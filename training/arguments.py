@@ -18,8 +18,7 @@ from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
 from ..data import BUILT_IN, DataArguments
-from ..hub.push import PushError
-from ..processes import leave_processes, use_processor
+from ..processes import resumable, user_command
 from ..schedulers.schedules import space_timesteps
 from ..schedulers.scheduling_adm import FEW_STEPS
 
@@ -235,19 +234,11 @@ def quiet_libraries() -> None:
 
 
 def run_script(main: Any) -> None:
-    """Runs a training script; a mistake of its user's ends in one sentence instead of a traceback."""
+    """Runs a training script."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quiet_libraries()
-    use_processor()
-    try:
+    with user_command(), resumable("Stopped. Rerun the same command to resume from the last checkpoint."):
         main()
-    except (ValueError, OSError, ImportError, PushError) as error:
-        logging.getLogger(__name__).debug("", exc_info=True)
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("Stopped; the same command goes on from the last checkpoint.") from None
-    finally:
-        leave_processes()
 
 
 def _flags_of(stages: list[type], prefix: str = "") -> type:

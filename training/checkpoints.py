@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+
+from ..files import partial_name, recover_folder, remove_folder, replacing_folder
 
 STATE_FILE = "training_state.json"
 OTHERS_FILE = "loop_state.pt"
@@ -142,17 +144,17 @@ def save_checkpoint(
     total_limit: int,
 ) -> Path:
     """Saves all under a temporary name, renames it, and only then removes the oldest; called by all processes."""
-    folder, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
+    folder = output_dir / f"checkpoint-{step}"
+    replacing = replacing_folder(folder) if accelerator.is_main_process else nullcontext(partial_name(folder))
+    with replacing as partial:
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            torch.save({name: other.state_dict() for name, other in others.items()}, partial / OTHERS_FILE)
+            state = {"step": step, "seconds": round(seconds, 1), "fingerprint": current}
+            (partial / STATE_FILE).write_text(json.dumps(state, indent=2))
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        torch.save({name: other.state_dict() for name, other in others.items()}, partial / OTHERS_FILE)
-        state = {"step": step, "seconds": round(seconds, 1), "fingerprint": current}
-        (partial / STATE_FILE).write_text(json.dumps(state, indent=2))
-        replace_folder(partial, folder)
         for old in list_checkpoints(output_dir)[:-total_limit]:
             remove_folder(old)
     accelerator.wait_for_everyone()
@@ -161,32 +163,14 @@ def save_checkpoint(
 
 def save_folder(save: Callable[[str], Any], folder: Path) -> None:
     """Has a folder written under a temporary name and renames it, so that nobody finds half of it."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if (folder / "README.md").is_file():  # the model card, which may have a user's edits
-        shutil.copy(folder / "README.md", partial)
-    save(str(partial))
-    replace_folder(partial, folder)
+    with replacing_folder(folder) as partial:
+        if (folder / "README.md").is_file():  # the model card, which may have a user's edits
+            shutil.copy(folder / "README.md", partial)
+        save(str(partial))
 
 
-def replace_folder(partial: Path, folder: Path) -> None:
-    """Renames a finished folder to its name, in the place of an older one."""
-    if folder.exists():
-        remove_folder(folder)
-    os.replace(partial, folder)
-
-
-def remove_folder(folder: Path) -> None:
-    """Renames before it removes, so that half a folder is never taken for a whole one."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(folder, old)
-    shutil.rmtree(old)
-
-
-def remove_leftovers(output_dir: Path) -> None:
-    """Removes what a killed process left unfinished."""
-    for pattern in (".*.partial", ".*.old"):
-        for path in output_dir.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+def recover_folders(output_dir: Path) -> None:
+    """Undoes what a killed process left unfinished."""
+    for path in output_dir.glob(".*"):
+        if path.suffix in (".partial", ".old", ".removed"):
+            recover_folder(path.with_name(path.stem[1:]))

@@ -35,6 +35,7 @@ from hf_guided.evaluation.sources import ImageSet, LoadedImages, SampledImages
 from hf_guided.files import write_json
 from hf_guided.guidance.labels import match_classes
 from hf_guided.pipelines.auto_pipeline import pipeline_class
+from hf_guided.processes import StoppedError
 from hf_guided.training.arguments import LoopArguments, parse_arguments
 from hf_guided.training.cards import describe_run
 from hf_guided.training.checkpoints import save_folder
@@ -111,7 +112,7 @@ def compare(
     resolution: Sequence[int] | None = None,
     recipe: str | None = None,
     batch_size: int = 250,
-) -> Path | None:
+) -> Path:
     """Trains each family with each seed and the same budget, or takes trained models, and measures all alike.
 
     Args:
@@ -131,7 +132,7 @@ def compare(
         batch_size (`int`, defaults to 250): Images at once, in sampling and measuring.
 
     Returns:
-        `Path`: The sheet; `None` if a signal stopped a training.
+        `Path`: The sheet.
 
     Raises:
         `ValueError`: For an unknown family or budget, images that cannot be compared with, or an output of another
@@ -182,8 +183,6 @@ def compare(
     # 2. The judge, and the real images in its features
     if features is None:
         judge_folder = train_classifier(data_args, with_flags(stages["judge"], output_dir=str(output)), images, "judge")
-        if judge_folder is None:
-            return None
         judge = AutoModelForImageClassification.from_pretrained(judge_folder).to(PartialState().device)
         extractor: FeatureExtractor = ModelFeatures(judge, "judge")
     else:
@@ -207,10 +206,7 @@ def compare(
         tell_plan(plan, families, seeds, given, output)
         for seed in seeds:
             for family in families:
-                run = trained_run(family, seed, stages, data_args, images, plan, measuring, output)
-                if run is None:
-                    return None
-                runs.append(run)
+                runs.append(trained_run(family, seed, stages, data_args, images, plan, measuring, output))
 
     # 4. The sheet, with the first seed's samples
     folders = models or {family: str(output / f"seed-{seeds[0]}" / family / "pipeline") for family in families}
@@ -252,8 +248,8 @@ def make_task(stage: str, args: Any, images: LabelledImages) -> Task:
     return DiffusionTask(make_unet(args, images), ADMScheduler(**args.reverse_process()), args, images.id2label)
 
 
-def train_stage(stage: str, data_args: DataArguments, args: Any, images: Images) -> Path | None:
-    """Trains a stage; the finished folder, or `None` if a signal stopped it."""
+def train_stage(stage: str, data_args: DataArguments, args: Any, images: Images) -> Path:
+    """Trains a stage and returns the finished folder."""
     if stage in FAMILIES:
         return train_baseline(stage, data_args, args, images)
     train = train_classifier if stage == "classifier" else train_diffusion
@@ -285,8 +281,10 @@ def seconds_per_step(stage: str, args: LoopArguments, data_args: DataArguments, 
     first, last = _CALIBRATION
     with TemporaryDirectory() as folder:
         flags = {"max_train_steps": last, "logging_steps": first, "validation_steps": 0, "checkpointing_steps": last}
-        if train_stage(stage, data_args, with_flags(args, output_dir=folder, **flags), images) is None:
-            raise KeyboardInterrupt
+        try:
+            train_stage(stage, data_args, with_flags(args, output_dir=folder, **flags), images)
+        except StoppedError as stop:
+            raise StoppedError(stop.signum) from None  # what it saved is for this measurement alone
         rows = {row["step"]: row["seconds"] for row in read_history(Path(folder) / stage)}
     return (rows[last] - rows[first]) / (last - first)
 
@@ -320,7 +318,7 @@ def tell_plan(
     if budget.unit == "seconds":
         minutes = len(families) * len(seeds) * budget.amount / 60
         lines.append(f"Training takes about {minutes:.0f} minutes in all, sampling and measuring come on top.")
-    logger.info("\n".join([*lines, f"Writes {output}; stopped, the same command goes on."]))
+    logger.info("\n".join([*lines, f"Writes {output}; rerun the same command to resume."]))
 
 
 def trained_run(
@@ -332,8 +330,8 @@ def trained_run(
     plan: dict[str, Any],
     measuring: "Measuring",
     output: Path,
-) -> dict[str, Any] | None:
-    """Trains a family with a seed and measures it, or reads what was measured; `None` if a signal stopped it."""
+) -> dict[str, Any]:
+    """Trains a family with a seed and measures it, or reads what was measured."""
     folder = output / f"seed-{seed}" / family
     if (folder / "run.json").is_file():
         return json.loads((folder / "run.json").read_text())
@@ -357,10 +355,7 @@ def trained_run(
     try:
         folders: dict[str, Path] = {}
         for stage in args:
-            finished = train_stage(stage, data_args, args[stage], images)
-            if finished is None:
-                return None
-            folders[stage] = finished
+            folders[stage] = train_stage(stage, data_args, args[stage], images)
     except DivergedError as error:
         run |= {"metrics": {}, "curve": None, "losses": {}, "notes": [f"diverged: {error}"]}
     else:

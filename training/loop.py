@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import signal
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -34,12 +33,13 @@ from tqdm.auto import tqdm
 from ..data import DataArguments, LabelledImages, StepBatchSampler, check_images
 from ..files import write_json
 from ..hub.push import BackgroundPush, PushError, prepare_push, push_command, push_folder
+from ..processes import StoppedError
 from .arguments import LoopArguments, RunArguments
 from .checkpoints import (
     find_checkpoint,
     fingerprint,
     load_checkpoint,
-    remove_leftovers,
+    recover_folders,
     save_checkpoint,
     save_folder,
 )
@@ -97,7 +97,7 @@ def train(
     args: LoopArguments,
     data_args: DataArguments,
     save: Callable[[str], Any],
-) -> bool:
+) -> None:
     """Trains `task.model`; at the end it holds the moving average of its weights.
 
     Args:
@@ -107,11 +107,9 @@ def train(
         data_args ([`DataArguments`]): The data's, for the record.
         save (`Callable`): Writes the model into a folder as its users load it: what is pushed at checkpoints.
 
-    Returns:
-        `bool`: `False` if a signal stopped it; its state is then saved, and the same call goes on from there.
-
     Raises:
-        `ValueError`: If a checkpoint to go on from was trained otherwise, or the loss is not finite.
+        `StoppedError`: If a signal stopped it; its state is then saved, and the same call resumes from there.
+        `ValueError`: If a checkpoint to resume from was trained otherwise, or the loss is not finite.
         `OSError`: If `output_dir` cannot be written.
     """
     output_dir = Path(args.output_dir) / task.name
@@ -257,13 +255,11 @@ def train(
                         f"The push of the newest snapshot {why} To finish it:\n"
                         f"  {push_command(snapshot, pushes.repo_id, args.hub_private)}"
                     )
-                if accelerator.is_main_process:
-                    how = "" if args.resume_from_checkpoint == "latest" else " with --resume_from_checkpoint latest"
-                    logger.info(
-                        f"Stopped after {step} steps, saved {folder}; the same command{how} goes on from there."
-                    )
                 finish_trackers(accelerator)
-                return False
+                how = "" if args.resume_from_checkpoint == "latest" else " with --resume_from_checkpoint latest"
+                raise StoppedError(
+                    stopping, f"Stopped after {step} steps, saved {folder}. Rerun the same command{how} to resume."
+                )
 
     progress.close()
     finish_trackers(accelerator)
@@ -278,7 +274,6 @@ def train(
     accelerator.unwrap_model(model).eval()
     if accelerator.is_main_process and train_images.bad_files:
         logger.warning(f"{len(train_images.bad_files)} images could not be read and were replaced by others.")
-    return True
 
 
 def read_history(output_dir: Path) -> list[dict[str, float]]:
@@ -295,13 +290,13 @@ def finish(save: Callable[[str], Any], folder: Path) -> Path:
     return folder
 
 
-def publish(folder: Path | None, args: RunArguments) -> None:
-    """Pushes the finished folder, if there is one and `args` ask for it.
+def publish(folder: Path, args: RunArguments) -> None:
+    """Pushes the finished folder, if `args` ask for it.
 
     Raises:
         `PushError`: If that fails, with the command that does it later.
     """
-    if folder is None or not args.push_to_hub or not args.hub_model_id or not PartialState().is_main_process:
+    if not args.push_to_hub or not args.hub_model_id or not PartialState().is_main_process:
         return
     try:
         url = push_folder(folder, args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
@@ -317,7 +312,7 @@ def preflight(
     """Says what will happen, and finds out early what would go wrong late."""
     if accelerator.is_main_process:
         make_writable(output_dir)
-        remove_leftovers(output_dir)
+        recover_folders(output_dir)
         if args.push_to_hub and args.hub_model_id:
             args.hub_model_id = prepare_push(args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
         report = check_once(images)
@@ -428,26 +423,29 @@ def averaged_weights(ema: EMAModel, parameters: list[nn.Parameter]) -> Iterator[
 
 @contextmanager
 def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
-    """Turns Ctrl-C and SIGTERM into a question that the loop asks after each step; a second Ctrl-C ends at once."""
-    requested, interrupted = threading.Event(), threading.Event()
+    """Turns Ctrl-C and SIGTERM into a question that the loop asks after each step: which signal came, 0 for none.
+
+    A second Ctrl-C ends at once.
+    """
+    requested: list[int] = []
 
     def handle(signum: int, frame: Any) -> None:
-        if signum == signal.SIGINT:
-            if interrupted.is_set():
-                signal.default_int_handler(signum, frame)
-            interrupted.set()
-        requested.set()  # SIGTERM may well come several times: from a launcher, and from a cluster's scheduler
+        # SIGTERM may well come several times: from a launcher, and from a cluster's scheduler
+        if signum == signal.SIGINT and signum in requested:
+            raise StoppedError(signum)
+        requested.append(signum)
 
     # `accelerate launch` of one process does not pass SIGTERM on: its end is then the sign
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ
 
-    def stop_requested() -> bool:
+    def stop_requested() -> int:
         if launched and os.getppid() != LAUNCHER:
-            requested.set()
+            requested.append(signal.SIGTERM)
+        signum = requested[0] if requested else 0
         if accelerator.num_processes == 1:
-            return requested.is_set()
-        flag = torch.tensor(float(requested.is_set()), device=accelerator.device)
-        return accelerator.reduce(flag, "sum").item() > 0  # all processes stop after the same step
+            return signum
+        signums = accelerator.gather(torch.tensor([signum], device=accelerator.device))
+        return int(signums.max())  # all processes stop after the same step
 
     previous = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:

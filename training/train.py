@@ -87,9 +87,9 @@ def main() -> None:
     if args.push_to_hub and args.hub_model_id and os.environ.get("RANK", "0") == "0":
         args.hub_model_id = prepare_push(args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
     judge_folder = train_classifier(data_args, stages["judge"], images, name="judge")
-    classifier_folder = judge_folder and train_classifier(data_args, stages["classifier"], images)
-    diffusion_folder = classifier_folder and train_diffusion(data_args, stages["diffusion"], images)
-    if diffusion_folder is None or not PartialState().is_main_process:
+    classifier_folder = train_classifier(data_args, stages["classifier"], images)
+    diffusion_folder = train_diffusion(data_args, stages["diffusion"], images)
+    if not PartialState().is_main_process:
         return
 
     # 2. Assemble, and save what can already be used

@@ -275,7 +275,7 @@ def train_baseline(
     data_args: DataArguments,
     args: LoopArguments,
     images: tuple[LabelledImages, LabelledImages | None] | None = None,
-) -> Path | None:
+) -> Path:
     """Trains a model of a family and saves it as a pipeline with a card.
 
     Args:
@@ -284,7 +284,7 @@ def train_baseline(
         images (a pair of [`LabelledImages`], *optional*): To train on and to watch the loss on, if loaded already.
 
     Returns:
-        `Path`: The finished folder; `None` if a signal stopped the training.
+        `Path`: The finished folder.
     """
     images = images or load_labelled_images(data_args, seed=args.seed)
     torch.manual_seed(args.seed)
@@ -313,8 +313,7 @@ def train_baseline(
             **describe_data(data_args),
         )
 
-    if not train(task, *images, args, data_args, save):
-        return None
+    train(task, *images, args, data_args, save)
     return finish(lambda folder: save(folder, is_finished=True), Path(args.output_dir) / family / "pipeline")
 
 

@@ -79,7 +79,7 @@ def train_classifier(
     args: ClassifierArguments,
     images: tuple[LabelledImages, LabelledImages | None] | None = None,
     name: str = "classifier",
-) -> Path | None:
+) -> Path:
     """Trains and saves a classifier.
 
     Args:
@@ -88,7 +88,7 @@ def train_classifier(
         name (`str`, defaults to `"classifier"`): What it is called in logs and in `output_dir`.
 
     Returns:
-        `Path`: The finished folder; `None` if a signal stopped the training.
+        `Path`: The finished folder.
     """
     train_images, held_out_images = images or load_labelled_images(data_args, seed=args.seed)
     torch.manual_seed(args.seed)
@@ -118,8 +118,7 @@ def train_classifier(
             **describe_data(data_args),
         )
 
-    if not train(task, train_images, held_out_images, args, data_args, save):
-        return None
+    train(task, train_images, held_out_images, args, data_args, save)
     return finish(partial(save, is_finished=True), Path(args.output_dir) / name / "model")
 
 

@@ -137,7 +137,7 @@ def train_diffusion(
     data_args: DataArguments,
     args: DiffusionArguments,
     images: tuple[LabelledImages, LabelledImages | None] | None = None,
-) -> Path | None:
+) -> Path:
     """Trains a UNet and saves it as a pipeline.
 
     Args:
@@ -145,7 +145,7 @@ def train_diffusion(
         images (a pair of [`LabelledImages`], *optional*): To train on and to watch the loss on, if loaded already.
 
     Returns:
-        `Path`: The finished folder; `None` if a signal stopped the training.
+        `Path`: The finished folder.
     """
     images = images or load_labelled_images(data_args, seed=args.seed, require_labels=args.class_conditional)
     torch.manual_seed(args.seed)
@@ -158,8 +158,8 @@ def train_and_save(
     images: tuple[LabelledImages, LabelledImages | None],
     args: DiffusionArguments,
     data_args: DataArguments,
-) -> Path | None:
-    """Trains a task and saves its pipeline with a card; the folder, or `None` if a signal stopped the training."""
+) -> Path:
+    """Trains a task and saves its pipeline with a card, and returns the folder."""
 
     def save(folder: str, results: Sequence[dict[str, Any]] = ()) -> None:
         pipeline = task.pipeline()
@@ -185,8 +185,7 @@ def train_and_save(
             **describe_data(data_args),
         )
 
-    if not train(task, *images, args, data_args, save):
-        return None
+    train(task, *images, args, data_args, save)
     return finish(
         lambda folder: save(folder, task.report(Path(folder))), Path(args.output_dir) / task.name / "pipeline"
     )

@@ -154,7 +154,7 @@ def train_upscaler(
     data_args: DataArguments,
     args: UpscalerArguments,
     images: tuple[LabelledImages, LabelledImages | None] | None = None,
-) -> Path | None:
+) -> Path:
     """Trains an upsampler and saves it as a pipeline that shows what it makes of held-out images.
 
     Args:
@@ -162,7 +162,7 @@ def train_upscaler(
         images (a pair of [`LabelledImages`], *optional*): To train on and to watch the loss on, if loaded already.
 
     Returns:
-        `Path`: The finished folder; `None` if a signal stopped the training.
+        `Path`: The finished folder.
 
     Raises:
         `ValueError`: If the images cannot be downsampled to the low resolution evenly.

@@ -144,9 +144,9 @@ def test_signals_save_and_exit_cleanly(photos, tmp_path, signum, workers):
     if signum == signal.SIGTERM:  # from the launcher and from the scheduler
         os.killpg(process.pid, signum)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, output[-3000:]
+    assert process.returncode == 128 + signum, output[-3000:]  # so that `train && push` pushes nothing half-trained
     assert "Traceback" not in output
-    assert "the same command goes on from there" in output
+    assert "Rerun the same command to resume." in output
     step = int(list_checkpoints(tmp_path / "diffusion")[-1].name.rpartition("-")[2])
     copy_checkpoint(tmp_path, tmp_path / "resumed", step)
     train(tmp_path / "resumed", photos, "--max_train_steps", str(step + 2))
@@ -167,7 +167,8 @@ def test_sigterm_to_the_launcher_reaches_the_training(photos, tmp_path):
     wait_for_progress(process, tmp_path)
     process.terminate()
     output = process.communicate(timeout=60)[0]  # ends when the training has closed its end of the pipe
-    assert "the same command goes on from there" in output
+    assert "Rerun the same command to resume." in output
+    assert process.returncode != 0
 
 
 def test_other_flags_are_named_and_refused_unless_they_cannot_matter(uninterrupted, photos, tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hf_guided import ADMScheduler, ClassifierGuidedUpscalePipeline
 from hf_guided.data import load_labelled_images
+from hf_guided.processes import StoppedError
 from hf_guided.training import train_upscaler as script
 from hf_guided.training.arguments import parse_arguments
 from hf_guided.training.loop import seed_everything
@@ -79,7 +80,7 @@ def test_the_script_leaves_a_pipeline_a_picture_and_numbers(photos, tmp_path, mo
 
 
 def test_stopped_and_gone_on_with_it_ends_with_the_same_bits(photos, tmp_path, monkeypatch):
-    def train(folder: Path, *more: str) -> Path | None:
+    def train(folder: Path, *more: str) -> Path:
         flags = ("--train_data_dir", str(photos), "--low_res_noise", "0.5", "--random_flip", "--label_dropout", "0.5")
         return train_upscaler(*parse(*flags, "--output_dir", str(folder), *more))
 
@@ -94,9 +95,10 @@ def test_stopped_and_gone_on_with_it_ends_with_the_same_bits(photos, tmp_path, m
         return losses(*args)
 
     monkeypatch.setattr(UpscalerTask, "losses", interrupted)
-    assert train(tmp_path / "stopped") is None
+    with pytest.raises(StoppedError, match="Stopped after 3 steps"):
+        train(tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "upscaler" / "pipeline").exists()
-    assert train(tmp_path / "stopped", "--respacing", "3") is not None  # how it samples may change
+    train(tmp_path / "stopped", "--respacing", "3")  # how it samples may change
     assert len(calls) == 4
     assert bits(tmp_path / "stopped") == bits(tmp_path / "whole")
 
