@@ -57,6 +57,8 @@ def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
         folder (`str` or `os.PathLike`): The folder.
     """
     folder = Path(folder)
+    if folder.is_symlink():
+        folder = folder.resolve()
     recover_folder(folder)
     partial, old = partial_name(folder), folder.with_name(f".{folder.name}.old")
     partial.mkdir(parents=True)
@@ -78,6 +80,8 @@ def partial_name(folder: Path) -> Path:
 def recover_folder(folder: str | os.PathLike) -> None:
     """Undoes what a kill left in the midst of replacing or removing a folder."""
     folder = Path(folder)
+    if folder.is_symlink():
+        folder = folder.resolve()
     old = folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
         os.replace(old, folder)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,10 +13,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..files import partial_name, recover_folder, remove_folder, replacing_folder
+from ..files import partial_name, recover_folder, remove_folder, replacing_folder, write_json
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
 OTHERS_FILE = "loop_state.pt"
+INDEX_FILE = "model_index.json"
+MADE_FILE = ".hf-guided.json"  # in a finished folder: which files are ours, and the index as we wrote it
 
 # Flags that may change between two sittings of one training: they decide where, how often and what is told, not what is
 # computed.
@@ -162,11 +168,60 @@ def save_checkpoint(
 
 
 def save_folder(save: Callable[[str], Any], folder: Path) -> None:
-    """Has a folder written under a temporary name and renames it, so that nobody finds half of it."""
+    """Writes a finished model or pipeline in the place of an older one, whole, and keeps what is not ours in it.
+
+    Kept are files that no earlier call has written, and what was changed since in `model_index.json`: the defaults that
+    a sweep or a user has saved, a component that was added. `save` finds the older model card, for its edits.
+
+    Args:
+        save (`Callable`): Writes into the folder that it is given.
+        folder (`Path`): The folder's final name.
+    """
     with replacing_folder(folder) as partial:
-        if (folder / "README.md").is_file():  # the model card, which may have a user's edits
+        if (folder / "README.md").is_file():
             shutil.copy(folder / "README.md", partial)
         save(str(partial))
+        made = {path.relative_to(partial) for path in partial.rglob("*")}
+        written = read_index(partial)
+        if folder.is_dir():
+            record = json.loads((folder / MADE_FILE).read_text()) if (folder / MADE_FILE).is_file() else {}
+            keep_foreign_files(folder, partial, ours={*made, *map(Path, record.get("files", [])), Path(MADE_FILE)})
+            if written:
+                write_json(keep_changes(record.get(INDEX_FILE), read_index(folder), written), partial / INDEX_FILE)
+        files = sorted(path.as_posix() for path in made if (partial / path).is_file())
+        write_json({"files": files, INDEX_FILE: written}, partial / MADE_FILE)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a pipeline's `model_index.json` says; nothing of a model alone."""
+    return json.loads((folder / INDEX_FILE).read_text()) if (folder / INDEX_FILE).is_file() else {}
+
+
+def keep_changes(written: dict[str, Any] | None, now: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The entries of an index that is written again, but those that were changed since it was written last."""
+    if written is None:  # by an earlier version, which kept no record
+        written = {name: value for name, value in now.items() if name != "sampling_defaults"}
+    names = {*written, *now}
+    changed = {name: now.get(name) for name in names if name[0] != "_" and now.get(name) != written.get(name)}
+    for name, value in changed.items():
+        if value != new.get(name):
+            logger.info(f"Kept {name} as it was changed in {INDEX_FILE}: {value}.")
+    return {**new, **changed}
+
+
+def keep_foreign_files(old: Path, new: Path, ours: set[Path]) -> None:
+    """Links the files of an older folder that are not ours into a newer one."""
+    for path in sorted(old.rglob("*")):
+        name = path.relative_to(old)
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                (new / name).mkdir(parents=True, exist_ok=True)
+        elif name not in ours:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, new / name, follow_symlinks=False)
+            except OSError:  # a file system without links
+                shutil.copy2(path, new / name, follow_symlinks=False)
 
 
 def recover_folders(output_dir: Path) -> None:
