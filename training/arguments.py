@@ -2,103 +2,125 @@
 
 A recipe is a YAML file with a section for the data and one for each stage; a flag overrides its key. A stage that needs
 the data otherwise says so in a `data` of its own. Scripts of several stages take a flag for all stages
-(`--max_train_steps`) or for one (`--classifier_max_train_steps`).
+(`--max_train_steps`) or for one (`--classifier_max_train_steps`). Both are checked against the type and range that the
+field is declared with (`hf_guided/fields.py`).
 """
 
 import argparse
 import dataclasses
+import difflib
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from ..data import BUILT_IN, DataArguments
+from ..fields import (
+    CheckedFields,
+    Length,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Share,
+    as_flag,
+    check_values,
+    flag,
+)
+from ..models.layers import count_heads, level_widths
 from ..processes import resumable, user_command
-from ..schedulers.schedules import space_timesteps
+from ..schedulers.schedules import make_betas, space_timesteps
 from ..schedulers.scheduling_adm import FEW_STEPS
 
 RECIPES = Path(__file__).parent / "recipes"
 SECTIONS = {"data", "judge", "classifier", "diffusion", "upscaler", "vae", "gan", "flow", "report"}
-
-
-def flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A field of a dataclass that is a flag."""
-    metadata = {"help": help} if choices is None else {"help": help, "choices": list(choices)}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+# Without the one that needs rules for its steps, which no flag gives
+LR_SCHEDULERS = [schedule.value for schedule in SchedulerType if schedule is not SchedulerType.PIECEWISE_CONSTANT]
+TRACKERS = [*(tracker.value for tracker in LoggerType), "none"]
 
 
 @dataclass
-class RunArguments:
+class RunArguments(CheckedFields):
     """Where results go."""
 
     output_dir: str = flag("outputs", "Folder for checkpoints, previews and the finished model.")
-    seed: int = flag(0, "Seed of everything random.")
+    seed: Annotated[int, Range(at_least=0, at_most=2**63 - 1)] = flag(0, "Seed of everything random.")
     push_to_hub: bool = flag(False, "Push to the Hub: at checkpoints, beside the training, and the finished folder.")
     hub_model_id: str | None = flag(None, "Repository to push to, user/name.")
     hub_private: bool = flag(False, "Make the repository private, if it is new.")
-    hub_token: str | None = flag(None, "Token to push with; the saved login or HF_TOKEN, by default.")
+    hub_token: str | None = flag(None, "Token to push with; the saved login or HF_TOKEN, by default.", repr=False)
     hub_license: str | None = flag(None, "Licence of what is pushed, as the Hub spells it: apache-2.0, mit ...")
     recipe: str | None = field(default=None, init=False)  # its name, for the model card
 
     def __post_init__(self) -> None:
-        if self.push_to_hub and not self.hub_model_id:
+        super().__post_init__()
+        if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("--push_to_hub needs --hub_model_id user/name to know where.")
+        if self.hub_model_id is not None:
+            try:
+                validate_repo_id(self.hub_model_id)
+            except HFValidationError:
+                raise ValueError(
+                    f"--hub_model_id {self.hub_model_id} cannot name a repository; give user/name in letters, digits, "
+                    f"'-', '_' and '.'."
+                ) from None
 
 
 @dataclass
 class LoopArguments(RunArguments):
     """What the training loop needs, whatever it trains."""
 
-    train_batch_size: int = flag(64, "Images per process and forward pass.")
-    gradient_accumulation_steps: int = flag(1, "Forward passes per update of the weights.")
-    max_train_steps: int = flag(1000, "Updates of the weights.")
-    learning_rate: float = flag(1e-4, "Learning rate after the warm-up.")
-    lr_scheduler: str = flag("constant_with_warmup", "Schedule of the learning rate, as diffusers names them.")
-    lr_warmup_steps: int = flag(0, "Updates of warm-up.")
-    adam_beta1: float = flag(0.9, "AdamW's first decay rate.")
-    adam_beta2: float = flag(0.999, "AdamW's second decay rate.")
-    adam_weight_decay: float = flag(0.0, "AdamW's weight decay.")
-    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.")
-    max_grad_norm: float = flag(1.0, "The gradient's norm is clipped to this.")
+    train_batch_size: PositiveInt = flag(64, "Images per process and forward pass.")
+    gradient_accumulation_steps: PositiveInt = flag(1, "Forward passes per update of the weights.")
+    max_train_steps: PositiveInt = flag(1000, "Updates of the weights.")
+    learning_rate: PositiveFloat = flag(1e-4, "Learning rate after the warm-up.")
+    lr_scheduler: str = flag(
+        "constant_with_warmup", "Schedule of the learning rate, as diffusers names them.", choices=LR_SCHEDULERS
+    )
+    lr_warmup_steps: NonNegativeInt = flag(0, "Updates of warm-up.")
+    adam_beta1: Share = flag(0.9, "AdamW's first decay rate.")
+    adam_beta2: Share = flag(0.999, "AdamW's second decay rate.")
+    adam_weight_decay: NonNegativeFloat = flag(0.0, "AdamW's weight decay.")
+    adam_epsilon: PositiveFloat = flag(1e-8, "AdamW's epsilon.")
+    max_grad_norm: PositiveFloat = flag(1.0, "The gradient's norm is clipped to this.")
     mixed_precision: str | None = flag(
         None, "Precision of the forward pass; accelerate's, by default.", choices=("no", "fp16", "bf16")
     )
     gradient_checkpointing: bool = flag(False, "Compute activations again instead of keeping them: less memory.")
-    ema_decay: float = flag(0.9999, "Decay of the exponential moving average of the weights, after its ramp.")
-    checkpointing_steps: int = flag(500, "Save a checkpoint every so many updates.")
-    checkpoints_total_limit: int = flag(2, "Keep the newest so many checkpoints.")
+    ema_decay: Share = flag(0.9999, "Decay of the exponential moving average of the weights, after its ramp.")
+    checkpointing_steps: PositiveInt = flag(500, "Save a checkpoint every so many updates.")
+    checkpoints_total_limit: PositiveInt = flag(2, "Keep the newest so many checkpoints.")
     resume_from_checkpoint: str = flag("latest", "A checkpoint's folder, or 'latest': the newest whole one, if any.")
-    validation_steps: int = flag(250, "Measure the loss on held-out images every so many updates; 0 is never.")
-    preview_steps: int = flag(0, "Draw a grid of samples every so many updates; 0 is never.")
-    logging_steps: int = flag(10, "Log every so many updates.")
-    report_to: str = flag("tensorboard", "Tracker, as accelerate names them; 'none' for none.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        names = [scheduler.value for scheduler in SchedulerType]
-        if self.lr_scheduler not in names:
-            raise ValueError(f"--lr_scheduler {self.lr_scheduler} is not one of {', '.join(names)}.")
-        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} is too small; give 1 or more.")
-        if self.checkpoints_total_limit < 1 or self.logging_steps < 1:
-            raise ValueError("--checkpoints_total_limit and --logging_steps must be 1 or more.")
+    validation_steps: NonNegativeInt = flag(
+        250, "Measure the loss on held-out images every so many updates; 0 is never."
+    )
+    preview_steps: NonNegativeInt = flag(0, "Draw a grid of samples every so many updates; 0 is never.")
+    logging_steps: PositiveInt = flag(10, "Log every so many updates.")
+    report_to: str = flag("tensorboard", "Tracker, as accelerate names them; 'none' for none.", choices=TRACKERS)
 
 
 @dataclass
-class ScheduleArguments:
+class ScheduleArguments(CheckedFields):
     """The noise schedule, which classifier and UNet must share."""
 
     beta_schedule: str = flag("squaredcos_cap_v2", "Noise schedule.", choices=("linear", "squaredcos_cap_v2"))
-    num_train_timesteps: int = flag(1000, "Timesteps of the schedule.")
+    num_train_timesteps: Annotated[int, Range(at_least=2)] = flag(1000, "Timesteps of the schedule.")
     rescale_timesteps: bool = flag(False, "Tell the models timesteps scaled to [0, 1000).")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        make_betas(self.beta_schedule, self.num_train_timesteps)  # refuses too few timesteps for a linear schedule
 
     def schedule(self) -> dict[str, Any]:
         """The arguments that the scheduler's constructor and the classifier's config share."""
@@ -106,10 +128,10 @@ class ScheduleArguments:
 
 
 @dataclass
-class SamplingArguments:
+class SamplingArguments(CheckedFields):
     """How many steps make samples, in previews and by default in the finished pipeline."""
 
-    num_inference_steps: int = flag(FEW_STEPS, "Steps of the second-order solver.")
+    num_inference_steps: PositiveInt = flag(FEW_STEPS, "Steps of the second-order solver.")
     respacing: str | None = flag(None, "Instead: the published sampler's timesteps, in OpenAI's notation.")
 
     def steps(self) -> dict[str, Any]:
@@ -122,7 +144,7 @@ class SamplingArguments:
         """Refuses, before the training, what the schedule has not enough timesteps for."""
         if self.respacing is not None:
             space_timesteps(num_train_timesteps, self.respacing)
-        elif not 1 <= self.num_inference_steps < num_train_timesteps:
+        elif self.num_inference_steps >= num_train_timesteps:
             raise ValueError(
                 f"--num_inference_steps {self.num_inference_steps} does not lie between 1 and "
                 f"{num_train_timesteps - 1}, one less than --num_train_timesteps."
@@ -130,19 +152,26 @@ class SamplingArguments:
 
 
 @dataclass
-class ArchitectureArguments:
+class ArchitectureArguments(CheckedFields):
     """What UNet and classifier have in common; the defaults suit images of 64x64 on one GPU."""
 
-    model_channels: int = flag(128, "Base width.")
-    channel_mult: list[float] = flag([1, 2, 3, 4], "Width of each level, as a multiple of the base.")
-    num_res_blocks: int = flag(2, "Residual blocks per level.")
-    attention_resolutions: list[int] = flag([32, 16, 8], "Side lengths in pixels with attention.")
-    num_heads: int | None = flag(None, "Fixed number of attention heads.")
-    attention_head_dim: int | None = flag(None, "Fixed width of attention heads; 64 if neither is given.")
-    dropout: float = flag(0.0, "Rate of dropout.")
+    model_channels: PositiveInt = flag(128, "Base width.")
+    channel_mult: Annotated[list[PositiveFloat], Length(1)] = flag(
+        [1, 2, 3, 4], "Width of each level, as a multiple of the base."
+    )
+    num_res_blocks: PositiveInt = flag(2, "Residual blocks per level.")
+    attention_resolutions: list[PositiveInt] = flag([32, 16, 8], "Side lengths in pixels with attention.")
+    num_heads: PositiveInt | None = flag(None, "Fixed number of attention heads.")
+    attention_head_dim: PositiveInt | None = flag(None, "Fixed width of attention heads; 64 if neither is given.")
+    dropout: Share = flag(0.0, "Rate of dropout.")
     resblock_updown: bool = flag(True, "Resample with residual blocks.")
     conv_resample: bool = flag(True, "Resample with learned convolutions, without residual blocks.")
     use_scale_shift_norm: bool = flag(True, "Adaptive group normalisation.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        widths = level_widths(self.model_channels, self.channel_mult)
+        count_heads(widths[-1], self.num_heads, self.attention_head_dim)  # of the middle, which always has attention
 
     def architecture(self) -> dict[str, Any]:
         """The arguments of the models' constructors."""
@@ -163,7 +192,8 @@ def parse_arguments(
         The data's arguments, and an instance of each stage's dataclass.
 
     Raises:
-        `ValueError`: For a recipe that does not exist, or has a key that its section does not know.
+        `ValueError`: For a recipe that does not exist, a key that its section does not know, and a value of a flag or
+            key that its field does not allow.
     """
     parser = HfArgumentParser(
         [DataArguments, _flags_of(list(stages.values()))],
@@ -173,7 +203,8 @@ def parse_arguments(
     parser.add_argument(
         "--recipe",
         help=f"A recipe's name ({', '.join(sorted(path.stem for path in RECIPES.glob('*.yaml')))}) or a YAML file. "
-        f"Without one: that of the built-in dataset, digits by default; with other images: images.",
+        f"Without one: that of the built-in dataset, digits by default; with other images: images. Its values are "
+        f"checked as flags are; numbers may be written as 1e-4.",
     )
     if len(stages) > 1:
         for name, stage in stages.items():
@@ -184,47 +215,104 @@ def parse_arguments(
 
     dataset = given.get("dataset_name", BUILT_IN[0])
     has_data = "train_data_dir" in given or dataset not in BUILT_IN
-    recipe_name = given.pop("recipe", None) or ("images" if has_data else dataset)
+    recipe_name = given.pop("recipe", "images" if has_data else dataset)
     recipe = read_recipe(recipe_name)
-    unknown = set(recipe) - SECTIONS
-    if unknown:
-        raise ValueError(f"The recipe has sections that no script knows: {', '.join(sorted(unknown))}.")
     if len(recipe) > 1 and not set(recipe) & set(stages):
         raise ValueError(
             f"The recipe has nothing for {' or '.join(stages)}, only for {', '.join(sorted(set(recipe) - {'data'}))}; "
             f"give another --recipe."
         )
     for name in stages:
-        of_stage = recipe.get(name, {}).pop("data", None) or {}
+        of_stage = _section(recipe.get(name, {}).pop("data", None), f"{name}: data", recipe_name)
         if of_stage and len(stages) > 1:
             raise ValueError(f"The recipe's section {name!r} has data of its own; here all stages share theirs.")
         recipe["data"].update(of_stage)
     if has_data:  # the recipe's own data make way
         for key in ("dataset_name", "train_data_dir"):
             recipe["data"].pop(key, None)
-    data = _fill(DataArguments, "data", recipe["data"], given)
-    prefixed = {
-        name: {key.removeprefix(f"{name}_"): value for key, value in given.items() if key.startswith(f"{name}_")}
-        for name in stages
-    }
-    filled = {
-        name: _fill(stage, name, recipe.get(name, {}), {**given, **prefixed[name]}) for name, stage in stages.items()
-    }
+    data = _fill(DataArguments, "data", recipe["data"], recipe_name, {"": given})
+    filled = {}
+    for name, stage in stages.items():
+        own = {key.removeprefix(f"{name}_"): given[key] for key in given if key.startswith(f"{name}_")}
+        filled[name] = _fill(stage, name, recipe.get(name, {}), recipe_name, {"": given, f"{name}_": own})
     for stage in filled.values():
         stage.recipe = Path(recipe_name).stem
     return data, filled
 
 
-def read_recipe(name_or_path: str) -> dict[str, Any]:
-    """A recipe of this package by name, or a YAML file."""
+def read_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
+    """The sections of a recipe of this package, by its name, or of a YAML file.
+
+    Numbers may be written as `1e-4`, which YAML 1.1 takes for a string.
+
+    Raises:
+        `ValueError`: If there is no such recipe, or it is no YAML of sections with unique keys.
+    """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name_or_path}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-        raise ValueError(f"There is no recipe {name_or_path!r}; give a YAML file, or one of {known}.")
-    recipe = yaml.safe_load(path.read_text())
-    return {"data": {}, **{section: values or {} for section, values in recipe.items()}}
+        raise ValueError(f"There is no recipe {name_or_path!r}; give a YAML file (.yaml), or one of {known}.")
+    try:
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
+    except UnicodeDecodeError:
+        raise ValueError(f"The recipe {path} is not in UTF-8; save it as UTF-8.") from None
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise ValueError(f"The recipe {path} cannot be read{line}: {error.problem}; correct its YAML.") from None
+    except (yaml.YAMLError, ValueError) as error:  # of characters and of dates that there are not
+        raise ValueError(f"The recipe {path} cannot be read: {' '.join(str(error).split())}; correct it.") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(
+            f"The recipe {path} has no sections; write each as a name, such as diffusion:, with indented lines of "
+            f"key: value below it."
+        )
+    unknown = set(recipe) - SECTIONS
+    if unknown:
+        raise ValueError(
+            f"The recipe {path} has sections that no script knows: {_with_suggestions(unknown, SECTIONS)}."
+        )
+    return {"data": {}, **{name: _section(values, name, str(path)) for name, values in recipe.items()}}
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML without its traps: keys that are given twice, and whole numbers in other bases."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", node.value):
+            problem = f"{node.value} is a whole number in another base than 10 to YAML"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_yaml_int(node)
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:int", _RecipeLoader.construct_yaml_int)
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
+def _section(values: Any, name: str, recipe: str) -> dict[str, Any]:
+    if not isinstance(values, dict | None):
+        raise ValueError(f"Section {name!r} of the recipe {recipe} must be indented lines of key: value.")
+    return values or {}
+
+
+def _with_suggestions(unknown: Collection[Any], known: Collection[str]) -> str:
+    """Unknown names, each with the known one that is most like it."""
+    similar = {name: difflib.get_close_matches(str(name), known, n=1) for name in unknown}
+    return ", ".join(
+        sorted(f"{name} (did you mean {found[0]}?)" if found else f"{name}" for name, found in similar.items())
+    )
 
 
 def quiet_libraries() -> None:
@@ -258,9 +346,17 @@ def _copy(f: dataclasses.Field) -> Any:
     return field(default=f.default, metadata=f.metadata)
 
 
-def _fill(stage: type, name: str, recipe: dict[str, Any], given: dict[str, Any]) -> Any:
+def _fill(stage: type, section: str, recipe: dict[str, Any], recipe_name: str, given: dict[str, dict[str, Any]]) -> Any:
+    """An instance of a dataclass, of a recipe's section and of flags by their prefix, of which later ones count."""
     names = {f.name for f in dataclasses.fields(stage) if f.init}
-    unknown = set(recipe) - names
-    if unknown:
-        raise ValueError(f"The recipe's section {name!r} has unknown keys: {', '.join(sorted(unknown))}.")
-    return stage(**{**recipe, **{key: value for key, value in given.items() if key in names}})
+    if unknown := set(recipe) - names:
+        raise ValueError(
+            f"In the recipe {recipe_name}, section {section!r} has unknown keys: {_with_suggestions(unknown, names)}."
+        )
+    check_values(stage, recipe, lambda name, value: f"{name}: {value} in section {section!r} of {recipe_name}")
+    values = dict(recipe)
+    for prefix, flags in given.items():
+        of_stage = {name: flags[name] for name in flags if name in names}
+        check_values(stage, of_stage, partial(as_flag, prefix=prefix))
+        values |= of_stage
+    return stage(**values)

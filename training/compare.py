@@ -33,6 +33,7 @@ from hf_guided.evaluation.memorisation import memorisation
 from hf_guided.evaluation.sampling import sample_batches
 from hf_guided.evaluation.sources import ImageSet, LoadedImages, SampledImages
 from hf_guided.files import write_json
+from hf_guided.guidance.classifier import ClassifierGuidance
 from hf_guided.guidance.labels import match_classes
 from hf_guided.pipelines.auto_pipeline import pipeline_class
 from hf_guided.processes import StoppedError
@@ -143,12 +144,19 @@ def compare(
     unknown = [family for family in families if family not in TITLES]
     if unknown or not families or not seeds:
         raise ValueError(f"--families {','.join(families)}: give some of {', '.join(TITLES)}, and one seed or more.")
+    for name, given_values in (("families", families), ("seeds", seeds)):
+        if len(set(given_values)) < len(given_values):
+            raise ValueError(f"--{name} {','.join(map(str, given_values))}: give each once.")
     given = Budget.parse(budget)
     is_folder = data not in BUILT_IN and Path(data).is_dir()
     argv = ["--train_data_dir" if is_folder else "--dataset_name", data]
     argv += [] if resolution is None else ["--resolution", *map(str, resolution)]
     argv += [] if recipe is None else ["--recipe", recipe]
     data_args, stages = parse_arguments(_STAGES, argv)
+    for seed in seeds:
+        with_flags(stages["judge"], seed=seed)  # refuses what is no seed
+    for scale in (guidance_scale, *guidance_scales):
+        ClassifierGuidance(scale)
     images = load_labelled_images(data_args, seed=0)
     train, held_out = images
     if held_out is None or min(len(train), len(held_out), num_images) < FEWEST_IMAGES:

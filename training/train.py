@@ -16,7 +16,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import PartialState
@@ -31,14 +31,13 @@ from hf_guided.evaluation.feature_sets import FeatureSet, collect_features
 from hf_guided.evaluation.features import ModelFeatures
 from hf_guided.evaluation.memorisation import memorisation
 from hf_guided.evaluation.sources import ImageSet, LoadedImages, SampledImages
+from hf_guided.fields import NonNegativeFloat, PositiveInt, Range, flag
 from hf_guided.files import write_json
-from hf_guided.guidance import ClassifierGuidance
 from hf_guided.hub import write_model_card
 from hf_guided.hub.push import prepare_push
 from hf_guided.training.arguments import (
     RunArguments,
     SamplingArguments,
-    flag,
     parse_arguments,
     run_script,
 )
@@ -61,11 +60,13 @@ MAX_REAL_IMAGES = 10_000  # that samples are measured against
 class ReportArguments(RunArguments, SamplingArguments):
     """What is sampled and judged at the end."""
 
-    num_images: int = flag(500, "Samples judged at each setting.")
-    sampling_batch_size: int = flag(250, "Samples made at once.")
-    guidance_scales: list[float] = flag([0.0, 1.0, 3.0, 10.0], "Scales at which the classifier alone steers.")
-    conditional_scales: list[float] = flag([0.0, 1.0], "Scales beside a UNet that is told the class.")
-    default_scale: float = flag(3.0, "Scale that the pipeline saves as its default.")
+    num_images: Annotated[int, Range(at_least=FEWEST_IMAGES)] = flag(500, "Samples judged at each setting.")
+    sampling_batch_size: PositiveInt = flag(250, "Samples made at once.")
+    guidance_scales: list[NonNegativeFloat] = flag(
+        [0.0, 1.0, 3.0, 10.0], "Scales at which the classifier alone steers."
+    )
+    conditional_scales: list[NonNegativeFloat] = flag([0.0, 1.0], "Scales beside a UNet that is told the class.")
+    default_scale: NonNegativeFloat = flag(3.0, "Scale that the pipeline saves as its default.")
 
 
 def main() -> None:
@@ -82,8 +83,9 @@ def main() -> None:
         stages[name].push_to_hub = False
 
     # 1. Train: what judges, what guides, what makes images
+    check_stages(stages)
     images = load_labelled_images(data_args, seed=args.seed)
-    check_stages(stages, images[0])
+    check_models(stages, images[0])
     if args.push_to_hub and args.hub_model_id and os.environ.get("RANK", "0") == "0":
         args.hub_model_id = prepare_push(args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
     judge_folder = train_classifier(data_args, stages["judge"], images, name="judge")
@@ -142,8 +144,8 @@ def main() -> None:
     publish(output_dir / "pipeline", args)
 
 
-def check_stages(stages: dict[str, Any], images: LabelledImages) -> None:
-    """Refuses at once what would only fail when all is trained."""
+def check_stages(stages: dict[str, Any]) -> None:
+    """Refuses, before any image is loaded, stages whose flags contradict each other."""
     classifier, diffusion, report = stages["classifier"], stages["diffusion"], stages["report"]
     for name in classifier.schedule():
         if getattr(classifier, name) != getattr(diffusion, name):
@@ -157,23 +159,19 @@ def check_stages(stages: dict[str, Any], images: LabelledImages) -> None:
             "clean ones (--judge_noisy false)."
         )
     report.check_steps(diffusion.num_train_timesteps)
-    for scale in (*report.guidance_scales, *report.conditional_scales, report.default_scale):
-        ClassifierGuidance(scale)
-    if report.sampling_batch_size < 1:
-        raise ValueError(f"--sampling_batch_size {report.sampling_batch_size} is too small; give 1 or more.")
-    if len(images) < FEWEST_IMAGES:
-        raise ValueError(f"{len(images)} images are too few to train on and to judge by; give {FEWEST_IMAGES} or more.")
-    if report.num_images < FEWEST_IMAGES:
-        raise ValueError(
-            f"--num_images {report.num_images} is too few to judge precision and recall by; take {FEWEST_IMAGES} or "
-            f"more."
-        )
     if diffusion.class_conditional and diffusion.label_dropout == 0 and report.guidance_scales:
         raise ValueError(
             "The report's guidance_scales are for a classifier that steers alone, beside a UNet that is not told the "
             "class; with label_dropout 0 this UNet must always be told. Give --label_dropout 0.1, or a recipe whose "
             "report has guidance_scales: []."
         )
+
+
+def check_models(stages: dict[str, Any], images: LabelledImages) -> None:
+    """Refuses at once images that are too few or that a later stage's model does not take."""
+    if len(images) < FEWEST_IMAGES:
+        raise ValueError(f"{len(images)} images are too few to train on and to judge by; give {FEWEST_IMAGES} or more.")
+    diffusion = stages["diffusion"]
     with torch.device("meta"):  # where making a model and passing an image through it costs nothing
         noisy = torch.empty(1, images.image_channels, *images.resolution)
         for name in ("judge", "classifier"):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -34,8 +34,9 @@ from hf_guided.baselines.gan import hinge_losses
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.pictures import labelled_grid, save_png
 from hf_guided.evaluation.sources import SampledImages
+from hf_guided.fields import Length, NonNegativeInt, PositiveFloat, PositiveInt, Range, Share, flag
 from hf_guided.hub import write_model_card
-from hf_guided.training.arguments import LoopArguments, flag, parse_arguments, run_script
+from hf_guided.training.arguments import LoopArguments, parse_arguments, run_script
 from hf_guided.training.cards import describe_data, describe_images, describe_run, describe_steps
 from hf_guided.training.loop import Batch, Task, finish, publish, train
 
@@ -49,35 +50,45 @@ COLLAPSED = 0.5  # of the real images' spread: below it a class has collapsed
 class VAEArguments(LoopArguments):
     """A VAE's flags."""
 
-    latent_dim: int = flag(128, "Length of the latent vector.")
-    model_channels: int = flag(64, "Base width.")
-    channel_mult: list[int] = flag([1, 2, 4], "Width of each level, as a multiple of the base.")
-    num_res_blocks: int = flag(2, "Residual blocks per level.")
-    kl_weight: float = flag(1.0, "Weight of the rate, KL(q(z|x) || p(z)), in the loss; 1 is the bound itself.")
-    decoder_variance: float | None = flag(None, "Variance of the decoder, of images in [-1, 1]; learned, by default.")
+    latent_dim: PositiveInt = flag(128, "Length of the latent vector.")
+    model_channels: PositiveInt = flag(64, "Base width.")
+    channel_mult: Annotated[list[PositiveInt], Length(1)] = flag(
+        [1, 2, 4], "Width of each level, as a multiple of the base."
+    )
+    num_res_blocks: PositiveInt = flag(2, "Residual blocks per level.")
+    kl_weight: PositiveFloat = flag(1.0, "Weight of the rate, KL(q(z|x) || p(z)), in the loss; 1 is the bound itself.")
+    decoder_variance: PositiveFloat | None = flag(
+        None, "Variance of the decoder, of images in [-1, 1]; learned, by default."
+    )
 
 
 @dataclass
 class GANArguments(LoopArguments):
     """A GAN's flags; `--learning_rate` is the generator's."""
 
-    discriminator_learning_rate: float = flag(4e-4, "The discriminator's: two time scales (arXiv 1706.08500).")
-    adam_beta1: float = flag(0.0, "AdamW's first decay rate.")
-    latent_dim: int = flag(120, "Length of the latent vector.")
-    model_channels: int = flag(64, "Base width of the generator.")
-    discriminator_channels: int = flag(64, "Base width of the discriminator.")
-    channel_mult: list[int] = flag([1, 2, 4], "Width of each level, as a multiple of the base.")
-    translation: int = flag(0, "Shift what the discriminator sees by up to so many pixels, if images are few.")
+    discriminator_learning_rate: PositiveFloat = flag(4e-4, "The discriminator's: two time scales (arXiv 1706.08500).")
+    adam_beta1: Share = flag(0.0, "AdamW's first decay rate.")
+    latent_dim: PositiveInt = flag(120, "Length of the latent vector.")
+    model_channels: PositiveInt = flag(64, "Base width of the generator.")
+    discriminator_channels: PositiveInt = flag(64, "Base width of the discriminator.")
+    channel_mult: Annotated[list[PositiveInt], Length(1)] = flag(
+        [1, 2, 4], "Width of each level, as a multiple of the base."
+    )
+    translation: NonNegativeInt = flag(
+        0, "Shift what the discriminator sees by up to so many pixels, if images are few."
+    )
 
 
 @dataclass
 class FlowArguments(LoopArguments):
     """A flow's flags."""
 
-    num_levels: int = flag(3, "Levels, each of half the side length.")
-    num_blocks: int = flag(8, "Steps of flow per level.")
-    hidden_channels: int = flag(128, "Width of the couplings' networks.")
-    dequantization_width: float = flag(1.0, "Steps of the 8-bit scale between the levels that the images have.")
+    num_levels: PositiveInt = flag(3, "Levels, each of half the side length.")
+    num_blocks: PositiveInt = flag(8, "Steps of flow per level.")
+    hidden_channels: PositiveInt = flag(128, "Width of the couplings' networks.")
+    dequantization_width: Annotated[float, Range(at_least=1, at_most=255)] = flag(
+        1.0, "Steps of the 8-bit scale between the levels that the images have."
+    )
 
 
 class BaselineTask(Task):
@@ -203,6 +214,9 @@ class GANTask(BaselineTask):
 
     def make_model(self) -> AdversarialPair:
         shared = {**self.of_images, "channel_mult": self.args.channel_mult}
+        side = min(self.images.resolution)
+        if self.args.translation >= side:
+            raise ValueError(f"--translation {self.args.translation} shifts images of {side} pixels out of view.")
         generator = BigGANGenerator(**shared, latent_dim=self.args.latent_dim, model_channels=self.args.model_channels)
         discriminator = BigGANDiscriminator(**shared, model_channels=self.args.discriminator_channels)
         return AdversarialPair(generator, discriminator, self.args.translation)

@@ -25,6 +25,7 @@ from hf_guided import ADMClassifierConfig, ADMForImageClassification, ADMSchedul
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.classifier_inspection import inspect_classifier
 from hf_guided.evaluation.pictures import classifier_curves
+from hf_guided.fields import flag
 from hf_guided.files import write_json
 from hf_guided.hub import write_model_card
 from hf_guided.schedulers.scheduling_adm import model_timesteps
@@ -32,7 +33,6 @@ from hf_guided.training.arguments import (
     ArchitectureArguments,
     LoopArguments,
     ScheduleArguments,
-    flag,
     parse_arguments,
     run_script,
 )

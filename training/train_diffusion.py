@@ -21,6 +21,7 @@ from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.pictures import labelled_grid, save_png
 from hf_guided.evaluation.sources import SampledImages
+from hf_guided.fields import PositiveInt, Share, flag
 from hf_guided.hub import write_model_card
 from hf_guided.losses import diffusion_loss
 from hf_guided.schedulers.scheduling_adm import model_timesteps
@@ -29,7 +30,6 @@ from hf_guided.training.arguments import (
     LoopArguments,
     SamplingArguments,
     ScheduleArguments,
-    flag,
     parse_arguments,
     run_script,
 )
@@ -43,7 +43,7 @@ from hf_guided.training.timestep_sampling import LossSecondMomentSampler, Timest
 class DiffusionArguments(LoopArguments, ScheduleArguments, SamplingArguments, ArchitectureArguments):
     """A diffusion model's flags."""
 
-    num_heads_upsample: int | None = flag(None, "Another number of heads in the decoder.")
+    num_heads_upsample: PositiveInt | None = flag(None, "Another number of heads in the decoder.")
     variance_type: str = flag(
         "learned_range", "Variance of the reverse process.", choices=("learned_range", "fixed_small", "fixed_large")
     )
@@ -53,7 +53,7 @@ class DiffusionArguments(LoopArguments, ScheduleArguments, SamplingArguments, Ar
         "uniform", "How timesteps are drawn (Improved DDPM, section 3.3).", choices=("uniform", "loss_second_moment")
     )
     class_conditional: bool = flag(True, "Tell the UNet the class.")
-    label_dropout: float = flag(0.1, "Share of images whose class is withheld, so that one UNet does both.")
+    label_dropout: Share = flag(0.1, "Share of images whose class is withheld, so that one UNet does both.")
     pretrained_model: str | None = flag(
         None,
         "Pipeline or UNet to start from, a folder or a Hub id. Its architecture takes the place of the flags, from "
@@ -72,6 +72,8 @@ class DiffusionArguments(LoopArguments, ScheduleArguments, SamplingArguments, Ar
                 f"--loss_type hybrid trains a learned variance, and --variance_type {self.variance_type} has none; add "
                 f"--loss_type simple."
             )
+        if self.num_heads_upsample is not None and self.num_heads is None:
+            raise ValueError(f"--num_heads_upsample {self.num_heads_upsample} needs --num_heads, for the encoder.")
 
 
 class DiffusionTask(Task):

@@ -23,8 +23,9 @@ from torch import nn
 from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedUpscalePipeline
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.pictures import labelled_grid, save_png
+from hf_guided.fields import NonNegativeFloat, PositiveInt, flag
 from hf_guided.files import write_json
-from hf_guided.training.arguments import flag, parse_arguments, run_script
+from hf_guided.training.arguments import parse_arguments, run_script
 from hf_guided.training.loop import Batch, publish
 from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, make_unet, train_and_save
 
@@ -37,19 +38,14 @@ NUM_SHOWN, NUM_MEASURED = 8, 64
 class UpscalerArguments(DiffusionArguments):
     """An upsampler's flags."""
 
-    low_resolution: int | None = flag(
+    low_resolution: PositiveInt | None = flag(
         None, "Side of the small images in pixels, of their height if they are not square. Default: a quarter."
     )
-    low_res_noise: float = flag(
+    low_res_noise: NonNegativeFloat = flag(
         0.0,
         "Gaussian conditioning augmentation (arXiv 2106.15282, section 4): each small image gets noise of a standard "
         "deviation drawn from 0 to this. Published upsamplers have none.",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.low_res_noise < 0:
-            raise ValueError(f"--low_res_noise {self.low_res_noise} is a standard deviation; give 0 or more.")
 
 
 class UpscalerTask(DiffusionTask):

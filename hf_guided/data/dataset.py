@@ -5,14 +5,15 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..fields import CheckedFields, Length, NonNegativeInt, PositiveInt, Share, flag
 from .built_in import BUILT_IN, DIGITS, PHOTOGRAPHS, import_extra, load_digits, load_photographs
 from .images import BAD_IMAGE_ERRORS, open_image, resize_and_crop, to_channels, to_pixel_values
 
@@ -27,62 +28,57 @@ TEXT_TYPES = ("string", "large_string")
 
 
 @dataclass
-class DataArguments:
+class DataArguments(CheckedFields):
     """Which images to train on, and how they are brought to the model's size; each field is a command-line flag."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Dataset on the Hub, or a local path that `datasets` can load, a .parquet file too. Built in, from "
-            "scikit-learn: 'digits' of 8x8, also used when neither this nor --train_data_dir is given; 'photographs', "
-            "crops of two."
-        },
+    dataset_name: str | None = flag(
+        None,
+        "Dataset on the Hub, or a local path that `datasets` can load, a .parquet file too. Built in, from "
+        "scikit-learn: 'digits' of 8x8, also used when neither this nor --train_data_dir is given; 'photographs', "
+        "crops of two.",
     )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of the dataset, for datasets that have several."}
+    dataset_config_name: str | None = flag(None, "Configuration of the dataset, for datasets that have several.")
+    train_data_dir: str | None = flag(None, "Folder with one sub-folder of images per class, or with a metadata.jsonl.")
+    train_split: str = flag("train", "Split to train on.")
+    validation_split: str | None = flag(
+        None, "Split to hold out. Without it, a part of the training split is held out."
     )
-    train_data_dir: str | None = field(
-        default=None, metadata={"help": "Folder with one sub-folder of images per class, or with a metadata.jsonl."}
+    held_out_fraction: Share | None = flag(
+        None,
+        "Part of the training split to hold out if there is no --validation_split, in equal shares of each class, the "
+        "same images for every seed. Default: 0.1, 297 images of the digits, and 0.2 of the width of each photograph. "
+        "0: none.",
     )
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    validation_split: str | None = field(
-        default=None, metadata={"help": "Split to hold out. Without it, a part of the training split is held out."}
+    image_column: str | None = flag(None, "Column of the images. Default: found by its type or usual name.")
+    label_column: str | None = flag(None, "Column of the class labels. Default: found by its type or usual name.")
+    resolution: Annotated[list[PositiveInt], Length(1, 2)] | None = flag(
+        None,
+        "Side of the images in pixels, or their height and width. Default: 8 for the digits, 32 for the photographs.",
     )
-    held_out_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "Part of the training split to hold out if there is no --validation_split, in equal shares of "
-            "each class, the same images for every seed. Default: 0.1, 297 images of the digits, and 0.2 of the width "
-            "of each photograph. 0: none."
-        },
+    image_channels: int | None = flag(None, "1 (gray) or 3 (RGB). Default: 3, and 1 for the digits.", choices=(1, 3))
+    random_crop: bool = flag(False, "Crop training images at random scales and places instead of at the centre.")
+    random_flip: bool = flag(False, "Mirror half of the training images left to right.")
+    dataloader_num_workers: NonNegativeInt = flag(
+        0, "Processes that load images; any number gives the same batches. 0: the main one."
     )
-    image_column: str | None = field(
-        default=None, metadata={"help": "Column of the images. Default: found by its type or usual name."}
-    )
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column of the class labels. Default: found by its type or usual name."}
-    )
-    resolution: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Side of the images in pixels, or their height and width. Default: 8 for the digits, 32 for the "
-            "photographs."
-        },
-    )
-    image_channels: int | None = field(
-        default=None, metadata={"help": "1 (gray) or 3 (RGB). Default: 3, and 1 for the digits."}
-    )
-    random_crop: bool = field(
-        default=False,
-        metadata={"help": "Crop training images at random scales and places instead of at the centre."},
-    )
-    random_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images left to right."})
-    dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Processes that load images; any number gives the same batches. 0: the main one."}
-    )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Where `datasets` keeps what it downloads and prepares."}
-    )
+    cache_dir: str | None = flag(None, "Where `datasets` keeps what it downloads and prepares.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dataset_name is not None and self.train_data_dir is not None:
+            raise ValueError(
+                f"Both --dataset_name '{self.dataset_name}' and --train_data_dir '{self.train_data_dir}' are given; "
+                "give only one."
+            )
+        if self.built_in and self.validation_split is not None:
+            raise ValueError(
+                f"The {self.built_in} have no split '{self.validation_split}'; use --held_out_fraction instead."
+            )
+        if self.validation_split == self.train_split:
+            raise ValueError(
+                f"--validation_split {self.validation_split} is the split to train on; give another, or leave it out "
+                "to hold out a part."
+            )
 
     @property
     def source(self) -> str:
@@ -225,23 +221,10 @@ def load_labelled_images(
 
     Raises:
         `FileNotFoundError`: if the folder does not exist.
-        `ValueError`: if the arguments contradict each other, or the dataset, its columns or its labels cannot be used.
+        `ValueError`: if the dataset, its columns or its labels cannot be used.
         `ImportError`: if `datasets` or `scikit-learn` is not installed.
     """
-    if args.dataset_name is not None and args.train_data_dir is not None:
-        raise ValueError(
-            f"Both --dataset_name '{args.dataset_name}' and --train_data_dir '{args.train_data_dir}' are given; "
-            "give only one."
-        )
-    if args.built_in and args.validation_split is not None:
-        raise ValueError(
-            f"The {args.built_in} have no split '{args.validation_split}'; use --held_out_fraction instead."
-        )
-    if args.held_out_fraction is not None and not 0 <= args.held_out_fraction < 1:
-        raise ValueError(f"--held_out_fraction {args.held_out_fraction} must be at least 0 and less than 1.")
     image_channels = args.image_channels if args.image_channels is not None else (1 if args.built_in == DIGITS else 3)
-    if image_channels not in (1, 3):
-        raise ValueError(f"--image_channels {image_channels} must be 1 (gray) or 3 (RGB).")
 
     images: Any
     labels: np.ndarray | None
@@ -457,9 +440,6 @@ def _check_resolution(
         raise ValueError(
             f"--resolution is needed for '{args.source}'; most of its images are {_most_common_size(images)} pixels."
         )
-    if len(sides) > 2 or min(sides) < 1:
-        given = " ".join(map(str, sides))
-        raise ValueError(f"--resolution {given} must be one side, or a height and a width, in pixels.")
     return sides[0], sides[-1]
 
 

@@ -304,20 +304,20 @@ def test_folders_that_cannot_be_used(tmp_path, arguments, noise_image):
 
 
 def test_arguments_that_make_no_sense(pets, arguments):
-    for args, message in (
-        (
-            arguments(pets, dataset_name="digits"),
-            "Both --dataset_name 'digits' and --train_data_dir '.*pets' are",
-        ),
-        (arguments(pets, resolution=None), r"--resolution is needed .* are 20 x 24 \(height x width\) pixels"),
-        (arguments(pets, resolution=[8, 8, 8]), "--resolution 8 8 8 must be one side, or a height and a width"),
-        (arguments(pets, resolution=[0]), "--resolution 0 must be"),
-        (arguments(pets, image_channels=4), r"--image_channels 4 must be 1 \(gray\) or 3"),
-        (arguments(pets, held_out_fraction=1.0), r"--held_out_fraction 1\.0 must be at least 0 and less than 1"),
-        (DataArguments(validation_split="test"), "The digits have no split 'test'; use --held_out_fraction"),
+    for fields, message in (
+        ({"dataset_name": "digits"}, "Both --dataset_name 'digits' and --train_data_dir '.*pets' are"),
+        ({"resolution": None}, r"--resolution is needed .* are 20 x 24 \(height x width\) pixels"),
+        ({"resolution": [8, 8, 8]}, "--resolution 8 8 8 is not allowed; give 1 or 2 whole numbers, each of at least 1"),
+        ({"resolution": [0]}, "--resolution 0 is not allowed"),
+        ({"image_channels": 4}, "--image_channels 4 is not allowed; give one of 1, 3"),
+        ({"held_out_fraction": 1.0}, r"--held_out_fraction 1\.0 is not allowed; .* at least 0 and below 1"),
+        ({"held_out_fraction": float("nan")}, "--held_out_fraction nan is not allowed"),
+        ({"validation_split": "train"}, "--validation_split train is the split to train on"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_labelled_images(args, seed=0)
+            load_labelled_images(arguments(pets, **fields), seed=0)
+    with pytest.raises(ValueError, match="The digits have no split 'test'; use --held_out_fraction"):
+        DataArguments(validation_split="test")
 
 
 def test_fields_are_flags(tmp_path):

@@ -192,6 +192,17 @@ def test_trained_models(comparison, recipe, tmp_path, capsys):
 def test_refusals(tmp_path, recipe):
     with pytest.raises(ValueError, match="--families vae,ebm"):
         compare("digits", tmp_path, families=["vae", "ebm"])
+    for wrong, message in [
+        ({"families": ["vae", "vae"]}, "--families vae,vae: give each once"),
+        ({"seeds": [1, 1]}, "--seeds 1,1: give each once"),
+        ({"seeds": [0, -1]}, "--seed -1 is not allowed"),
+        ({"guidance_scale": float("nan")}, "finite number from 0 up"),
+        ({"guidance_scales": [0.5, -1.0]}, "finite number from 0 up"),
+        ({"resolution": [0]}, "--resolution 0 is not allowed"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            compare("digits", tmp_path / "refused", recipe=recipe, **wrong)
+    assert not (tmp_path / "refused").exists()
     with pytest.raises(ValueError, match="are the fewest to compare"):
         compare("digits", tmp_path, recipe=recipe, num_images=3)
     with pytest.raises(SystemExit, match="Two models are called vae"):

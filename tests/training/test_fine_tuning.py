@@ -17,7 +17,7 @@ from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline, Cl
 from hf_guided.data import load_labelled_images
 from hf_guided.training import train_diffusion as script
 from hf_guided.training.arguments import parse_arguments
-from hf_guided.training.train import ReportArguments, check_stages
+from hf_guided.training.train import ReportArguments, check_models
 from hf_guided.training.train_classifier import ClassifierArguments
 from hf_guided.training.train_diffusion import DiffusionArguments, make_unet
 from hf_guided.training.train_upscaler import UpscalerArguments, train_upscaler
@@ -209,7 +209,7 @@ def test_the_whole_walk_checks_it_early_without_its_weights(photos, pretrained, 
 
     def check(*flags: str) -> None:
         data_args, stages = parse_arguments({**types, "report": ReportArguments}, [*argv, *flags])
-        check_stages(stages, load_labelled_images(data_args, seed=0)[0])
+        check_models(stages, load_labelled_images(data_args, seed=0)[0])
 
     check(*SCHEDULE)
     with pytest.raises(ValueError, match="add --beta_schedule linear"):

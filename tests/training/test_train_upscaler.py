@@ -145,7 +145,7 @@ def test_sizes_must_divide(photos, tmp_path):
     with pytest.raises(ValueError, match=r"Images of 8 x 8 pixels .* height of 3;"):
         train_upscaler(*parse(*flags))
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match=r"--low_res_noise -0.1 is a standard deviation"):
+    with pytest.raises(ValueError, match=r"--low_res_noise -0\.1 is not allowed; give a finite number of at least 0"):
         parse("--low_res_noise", "-0.1")
     with pytest.raises(ValueError, match="not understood"):
         parse("--respacing", "x")
