@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from os import PathLike
+from os import PathLike, fspath
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -59,9 +59,15 @@ def flag(default: Any, help: str, choices: Sequence[Any] | None = None, repr: bo
 
 @dataclass
 class CheckedFields:
-    """Refuses a field's value that is not of its annotated type, in its range or among its choices."""
+    """Refuses a field's value that is not of its annotated type, in its range or among its choices.
+
+    A `Path` is taken for the text that it stands for.
+    """
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, PathLike):
+                setattr(self, name, fspath(value))
         check_values(type(self), vars(self))
 
 
@@ -101,7 +107,7 @@ def _fits(hint: Any, value: Any, choices: Sequence[Any] | None = None) -> bool:
         (of_entries,) = get_args(base)
         fits = isinstance(value, list | tuple) and all(_fits(of_entries, entry) for entry in value)
     elif base is str:
-        fits = isinstance(value, str | PathLike) and str(value).strip() != ""
+        fits = isinstance(value, str) and value.strip() != ""
     elif base is bool:
         fits = isinstance(value, bool)
     else:
@@ -139,7 +145,7 @@ def _hint(hint: Any, value: Any) -> str:
             return ", as a list in square brackets"
         return "".join({_hint(get_args(base)[0], entry) for entry in value})
     if base is str:
-        return "" if isinstance(value, str | PathLike) else ", in quotes"
+        return "" if isinstance(value, str) else ", in quotes"
     return ", without quotes" if isinstance(value, str) else ""
 
 

@@ -87,7 +87,7 @@ class Budget:
             `ValueError`: For anything else.
         """
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kM]?)\s*(s|m|h|steps|parameters)", text)
-        if match is None or float(match[1]) == 0:
+        if match is None or float(match[1]) in (0, math.inf):
             raise ValueError(f"--budget {text} is none; give 5m, 300s, 1h, 2000steps or 500kparameters.")
         factor = {"s": 1, "m": 60, "h": 3600}.get(match[3], 1) * {"": 1, "k": 1e3, "M": 1e6}[match[2]]
         return cls(float(match[1]) * factor, match[3] if len(match[3]) > 1 else "seconds")

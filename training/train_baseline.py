@@ -34,7 +34,7 @@ from hf_guided.baselines.gan import hinge_losses
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.pictures import labelled_grid, save_png
 from hf_guided.evaluation.sources import SampledImages
-from hf_guided.fields import Length, NonNegativeInt, PositiveFloat, PositiveInt, Range, Share, flag
+from hf_guided.fields import Length, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Share, flag
 from hf_guided.hub import write_model_card
 from hf_guided.training.arguments import LoopArguments, parse_arguments, run_script
 from hf_guided.training.cards import describe_data, describe_images, describe_run, describe_steps
@@ -56,7 +56,9 @@ class VAEArguments(LoopArguments):
         [1, 2, 4], "Width of each level, as a multiple of the base."
     )
     num_res_blocks: PositiveInt = flag(2, "Residual blocks per level.")
-    kl_weight: PositiveFloat = flag(1.0, "Weight of the rate, KL(q(z|x) || p(z)), in the loss; 1 is the bound itself.")
+    kl_weight: NonNegativeFloat = flag(
+        1.0, "Weight of the rate, KL(q(z|x) || p(z)), in the loss; 1 is the bound itself."
+    )
     decoder_variance: PositiveFloat | None = flag(
         None, "Variance of the decoder, of images in [-1, 1]; learned, by default."
     )
@@ -216,7 +218,9 @@ class GANTask(BaselineTask):
         shared = {**self.of_images, "channel_mult": self.args.channel_mult}
         side = min(self.images.resolution)
         if self.args.translation >= side:
-            raise ValueError(f"--translation {self.args.translation} shifts images of {side} pixels out of view.")
+            raise ValueError(
+                f"--translation {self.args.translation} shifts images of {side} pixels out of view; give less."
+            )
         generator = BigGANGenerator(**shared, latent_dim=self.args.latent_dim, model_channels=self.args.model_channels)
         discriminator = BigGANDiscriminator(**shared, model_channels=self.args.discriminator_channels)
         return AdversarialPair(generator, discriminator, self.args.translation)

@@ -52,7 +52,8 @@ def test_a_flag_is_for_all_stages_or_for_one():
 
 def test_every_key_is_a_flag():
     arguments = {"str": "x", "int": "3", "float": "0.5", "bool": "true"}
-    valid = {"respacing": "7", "model_channels": "96", "attention_head_dim": "32", "channel_mult": "2"}
+    valid = {"respacing": "7", "model_channels": "96", "channel_mult": "2"}
+    valid |= {"num_heads": "2", "attention_head_dim": "32"}
     beside = {
         "num_heads_upsample": ["--num_heads", "4"],
         "push_to_hub": ["--hub_model_id", "me/x"],
@@ -62,7 +63,7 @@ def test_every_key_is_a_flag():
     for field in filter(lambda field: field.init, dataclasses.fields(DiffusionArguments)):
         kind = next((name for name in arguments if name in str(field.type)), "str")
         value = valid.get(field.name) or field.metadata.get("choices", [arguments[kind]])[-1]
-        argv = [f"--{field.name}", value, *beside.get(field.name, [])]
+        argv = [f"--{field.name}", value, *beside.get(field.name, []), "--recipe", "images"]
         given = getattr(parse_arguments({"diffusion": DiffusionArguments}, argv)[1]["diffusion"], field.name)
         assert str(given[0] if isinstance(given, list) else given).lower().removesuffix(".0") == value
 
@@ -185,7 +186,7 @@ OUT_OF_RANGE = {
     "vae.model_channels": [-32],
     "vae.channel_mult": [[0], [1, -1]],
     "vae.num_res_blocks": [-1],
-    "vae.kl_weight": [-1.0, 0.0, NAN],
+    "vae.kl_weight": [-1.0, NAN, INF],
     "vae.decoder_variance": [0.0, -1.0, INF],
     "gan.discriminator_learning_rate": [0.0, -1e-4, NAN],
     "gan.adam_beta1": [1.0, -0.5],
@@ -314,7 +315,8 @@ def test_what_is_at_the_edge_of_a_range_is_taken(tmp_path):
     diffusion = stages["diffusion"]
     assert (diffusion.learning_rate, diffusion.channel_mult, diffusion.mixed_precision) == (1, [0.5, 1], "no")
     assert (diffusion.seed, stages["report"].guidance_scales) == (2**63 - 1, [0.0])
-    assert DiffusionArguments(channel_mult=(1, 2), output_dir=Path("out")).channel_mult == (1, 2)
+    python = DiffusionArguments(channel_mult=(1, 2), output_dir=Path("out"))
+    assert (python.channel_mult, python.output_dir) == ((1, 2), "out")
 
 
 @pytest.mark.parametrize(

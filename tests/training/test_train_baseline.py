@@ -283,3 +283,9 @@ def test_help_is_the_family_s_own(monkeypatch, capsys):
         said = capsys.readouterr().out
         assert flag in said
         assert "--kl_weight" not in said
+
+
+def test_shifts_out_of_view_are_refused(photos, tmp_path):
+    with pytest.raises(ValueError, match="--translation 8 shifts images of 8 pixels out of view; give less"):
+        go("gan", photos, tmp_path / "out", "--translation", "8")
+    assert not (tmp_path / "out").exists()
