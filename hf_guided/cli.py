@@ -677,9 +677,8 @@ def upscale(args: argparse.Namespace) -> None:
     """Makes large images of small ones, as an `.npz` file or as a picture of both."""
     import numpy as np
     import torch
-    from PIL import Image
 
-    from .data.samples import read_samples, write_samples
+    from .data.samples import read_samples, to_picture, write_samples
     from .evaluation.pictures import labelled_grid, save_png
     from .evaluation.sampling import to_8_bit
     from .pipelines.pipeline_classifier_guided_upscale import ClassifierGuidedUpscalePipeline
@@ -725,8 +724,9 @@ def upscale(args: argparse.Namespace) -> None:
     if args.output.endswith(".npz"):
         write_samples(args.output, [large], large.shape, None if labels is None else labels.numpy())
     else:
-        small = [image if isinstance(image, Image.Image) else Image.fromarray(image.squeeze()) for image in images]
-        pairs = zip(small, (Image.fromarray(image.squeeze()) for image in large), strict=True)
+        shown = ((pipe.prepare_low_res(images) + 1) * 127.5).round().to(torch.uint8)  # bytes come back to the bit
+        small = shown.permute(0, 2, 3, 1).cpu().numpy()
+        pairs = zip(map(to_picture, small), map(to_picture, large), strict=True)
         names = [""] * len(large) if labels is None else [pipe.id2label.get(i, str(i)) for i in labels.tolist()]
         grid = labelled_grid([picture for pair in pairs for picture in pair], names, cell_size=max(large.shape[1:3]))
         save_png(grid, args.output)
@@ -749,7 +749,7 @@ def open_picture(path: str) -> Any:
         return open_image({"path": path, "bytes": None})
     except BAD_IMAGE_ERRORS as error:
         raise ValueError(
-            f"{path} is no picture that can be read; give .png files and the like, or one .npz."
+            f"{path} is no picture that can be read ({error}); give .png files and the like, or one .npz."
         ) from error
 
 

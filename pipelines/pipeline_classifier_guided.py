@@ -19,12 +19,13 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-# The classes that a saved pipeline may name register themselves with diffusers when they are imported.
-from ..data.images import to_channels, to_pixel_values
 from ..guidance import ClassifierGuidance, Guidance, guidance_from_dict
 from ..guidance.base import GradientGuidance
 from ..guidance.steering import SamplingCost, Steering
 from ..models.classifier_adm import ADMForImageClassification  # noqa: F401
+
+# The classes that a saved pipeline may name register themselves with diffusers when they are imported.
+from ..models.images import to_channels, to_pixel_values, upright
 from ..models.unet_adm import ADMUNet2DModel  # noqa: F401
 from ..schedulers.predictions import SPACINGS, alpha_bar_at, check_solver, correct_prediction, warn_of_overshoot
 from ..schedulers.repaint import RePaint, jump_positions
@@ -670,7 +671,7 @@ def images_to_tensor(images: Images, channels: int) -> torch.Tensor:
     """
     several: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
     if several and all(isinstance(image, Image.Image) for image in several):
-        pictures = [to_pixel_values(to_channels(image, channels), channels) for image in several]
+        pictures = [to_pixel_values(to_channels(upright(image), channels), channels) for image in several]
         tensors = [torch.from_numpy(picture)[None] for picture in pictures]
     else:
         tensors = [_planes(image) for image in several]

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..files import replacing
+from ..models.images import open_file
 
 RECORD_KEY = "hf_guided"
 _RECORD_FILE = ".hf_guided.json"  # hidden, so that load_dataset passes it by
@@ -135,7 +136,7 @@ def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
         elif path.suffix == ".parquet":
             text = import_parquet().read_schema(path).metadata[RECORD_KEY.encode()]
         else:
-            with Image.open(path) as picture:
+            with open_file(path) as picture:
                 text = picture.info[RECORD_KEY]
         return json.loads(text)
     except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):  # among which are Pillow's and pyarrow's

@@ -1,7 +1,6 @@
 """Sets of images to compare, from files of samples, folders and datasets: all as 8-bit integers of one size."""
 
 import hashlib
-import io
 import math
 import zipfile
 from abc import ABC, abstractmethod
@@ -11,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images
-from ..data.images import BAD_IMAGE_ERRORS, resize_and_crop
+from ..data.images import open_record
 from ..data.samples import read_samples, to_picture
+from ..models.images import BAD_IMAGE_ERRORS, resize_and_crop, upright_size
 from .features import weights_digest
 from .sampling import sample_batches
 from .statistics import FeatureStatistics
@@ -286,16 +286,13 @@ def _look(images: LabelledImages) -> tuple[dict[tuple[int, int], str], int]:
         record = images.images[row]["image"]
         try:
             if isinstance(record, Image.Image):
-                height, width, mode = record.height, record.width, record.mode
+                size, mode = upright_size(record), record.mode
             else:
-                file = record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])
-                with Image.open(file) as picture:
-                    lies_on_its_side = picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
-                    width, height = picture.size[::-1] if lies_on_its_side else picture.size
-                    mode = picture.mode
-        except (*BAD_IMAGE_ERRORS, TypeError):
+                with open_record(record) as picture:
+                    size, mode = upright_size(picture), picture.mode
+        except BAD_IMAGE_ERRORS:
             continue  # is named when its pixels are wanted
-        sizes.setdefault((height, width), images.file_name(index))
+        sizes.setdefault(size, images.file_name(index))
         channels = channels if mode in ("1", "L", "LA", "F") or mode.startswith("I") else 3
     if not sizes:
         raise ValueError(f"None of the {len(images)} files of {images.name} is an image that can be read.")

@@ -1,6 +1,7 @@
 """What an image processor does to clean images, differentiably."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,20 +31,18 @@ def preprocessing(processor: Any | None) -> Callable[[torch.Tensor], torch.Tenso
     offset = torch.tensor(processor.image_mean if processor.do_normalize else 0.0).expand(channels).view(shape)
     divisor = torch.tensor(processor.image_std if processor.do_normalize else 1.0).expand(channels).view(shape)
     factor = 255 * processor.rescale_factor if processor.do_rescale else 255.0
-    resample = RESAMPLING.get(int(processor.resample), "") if processor.do_resize else ""
     crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
-    if processor.do_resize and not resample:
+    if processor.do_resize and int(processor.resample) not in RESAMPLING:
         raise ValueError(f"{type(processor).__name__} resizes with resample={processor.resample}; take 0, 2 or 3.")
     if processor.do_resize:
-        resized_to(processor, 1, 1)
+        resizing(processor, 1, 1)
 
     def prepare(images: torch.Tensor) -> torch.Tensor:
         images = (images + 1) / 2
         if processor.do_resize:
-            (height, width), cut = resized_to(processor, *images.shape[-2:])
-            if (height, width) != images.shape[-2:]:
-                antialias = resample != "nearest-exact"
-                images = F.interpolate(images, (height, width), mode=resample, antialias=antialias)
+            steps, cut = resizing(processor, *images.shape[-2:])
+            for size, resample in steps:
+                images = resize(images, size, resample)
             images = center_crop(images, *cut)
         if crop is not None:
             images = center_crop(images, crop["height"], crop["width"])
@@ -62,12 +61,18 @@ def preprocessing(processor: Any | None) -> Callable[[torch.Tensor], torch.Tenso
     return prepare
 
 
-def resized_to(processor: Any, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The height and width that a processor resizes to, and those that it then cuts out."""
-    size = dict(processor.size)
+Size = tuple[int, int]  # height and width
+
+
+def resizing(processor: Any, height: int, width: int) -> tuple[Iterable[tuple[Size, int]], Size]:
+    """The sizes that a processor resizes to one after the other, each with PIL's number of the filter, and the size of
+    the middle that it then cuts out."""
+    size, resample = dict(processor.size), int(processor.resample)
     if size.get("height") and size.get("width"):
         target = (size["height"], size["width"])
-        return target, target
+        if hasattr(processor, "resizing_steps"):  # ADMImageProcessor, whichever copy of its code a repository carries
+            return processor.resizing_steps(height, width), target
+        return [(target, resample)], target
     edge = size.get("shortest_edge")
     if not edge or size.get("longest_edge"):
         raise ValueError(
@@ -77,12 +82,30 @@ def resized_to(processor: Any, height: int, width: int) -> tuple[tuple[int, int]
     cut = None
     if getattr(processor, "crop_pct", None) is not None:  # as ConvNeXt's: large sizes are warped, small ones cut
         if edge >= 384:
-            return (edge, edge), (edge, edge)
+            return [((edge, edge), resample)], (edge, edge)
         cut, edge = (edge, edge), int(edge / processor.crop_pct)
     shorter, longer = sorted((height, width))
     other = int(edge * longer / shorter)
     target = (edge, other) if height <= width else (other, edge)
-    return target, cut or target
+    return [(target, resample)], cut or target
+
+
+def resize(images: torch.Tensor, size: Size, resample: int) -> torch.Tensor:
+    """Images `(n, channels, height, width)` at another size, by one of PIL's filters."""
+    if size == images.shape[-2:]:
+        return images
+    if resample == Image.Resampling.BOX:
+        rows, columns = (box_weights(*sides).to(images) for sides in zip(images.shape[-2:], size, strict=True))
+        return rows @ images @ columns.T
+    mode = RESAMPLING[resample]
+    return F.interpolate(images, size, mode=mode, antialias=mode != "nearest-exact")
+
+
+@cache
+def box_weights(before: int, after: int) -> torch.Tensor:
+    """What each pixel of a row contributes to each of the row that PIL's BOX makes of it, `(after, before)`."""
+    pixels = Image.fromarray(np.eye(before, dtype=np.float32))
+    return torch.from_numpy(np.array(pixels.resize((before, after), Image.Resampling.BOX)))
 
 
 def center_crop(images: torch.Tensor, height: int, width: int) -> torch.Tensor:

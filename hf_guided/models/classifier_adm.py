@@ -20,6 +20,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..registration import register_with_diffusers
+from .image_classification_adm import ADMImageClassificationPipeline
 from .image_processing_adm import ADMImageProcessor
 from .layers import (
     NORM_GROUPS,
@@ -304,3 +305,4 @@ def image_size(config: ADMClassifierConfig) -> tuple[int, int]:
 AutoConfig.register(ADMClassifierConfig.model_type, ADMClassifierConfig, exist_ok=True)
 AutoModelForImageClassification.register(ADMClassifierConfig, ADMForImageClassification, exist_ok=True)
 AutoImageProcessor.register(ADMClassifierConfig, image_processor_classes={"pil": ADMImageProcessor}, exist_ok=True)
+ADMImageClassificationPipeline.register()

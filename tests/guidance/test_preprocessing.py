@@ -43,7 +43,7 @@ PROCESSORS = {
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (9, 14), (31, 20)])
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_pictures_become_what_their_processor_makes_of_them(name, size):
-    """Up to the 8 bits in which PIL keeps a picture after each of its two passes: 1.2 of 255 levels."""
+    """Up to the 8 bits in which PIL keeps a picture after each of its two passes: 1.2 of 255 levels a resizing."""
     processor = PROCESSORS[name]
     # in the middle of the range, beyond whose ends a bicubic overshoots, which 8 bits cut off
     pictures = np.random.default_rng(0).integers(64, 192, (2, *size, 3), dtype=np.uint8)
@@ -56,7 +56,8 @@ def test_pictures_become_what_their_processor_makes_of_them(name, size):
     if processor.do_normalize:
         deviation = deviation * torch.tensor(processor.image_std).expand(3).view(3, 1, 1)
     resized = processor.do_resize and expected.shape[-2:] != size
-    assert deviation.max() < (1.2 if resized and int(processor.resample) else 1e-4) * level
+    resizings = 2 if name == "adm" and size == (31, 20) else 1  # one half first
+    assert deviation.max() < (1.2 * resizings if resized and int(processor.resample) else 1e-4) * level
 
 
 def test_grey_pictures_for_a_classifier_of_grey_images():

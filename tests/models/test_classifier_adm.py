@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_guided import ADMClassifierConfig, ADMForImageClassification, ADMImageProcessor
+from hf_guided.models.images import resize_and_crop, to_pixel_values
 from hf_guided.models.layers import ADMAttentionPool, ZeroConv2d, ZeroLinear
 
 TIMESTEPS = torch.tensor([17, 800])
@@ -271,9 +272,8 @@ def test_image_classification_pipeline(tiny_classifier, channels, sample_size, t
     result = pipeline("image-classification", model=str(tmp_path), device="cpu")(image)
 
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    resized = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BICUBIC)
-    array = np.asarray(resized, np.float32).reshape(height, width, channels)
-    tensor = torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)[None]
+    picture = resize_and_crop(image.convert("L" if channels == 1 else "RGB"), (height, width))
+    tensor = torch.from_numpy(to_pixel_values(picture, channels))[None]
     scores = run(classifier, tensor, None).softmax(dim=1)[0]
     best_first = sorted(((scores[i].item(), name) for i, name in NAMES.items()), reverse=True)
     assert [entry["label"] for entry in result] == [name for _, name in best_first]
