@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..fields import CheckedFields, Length, NonNegativeInt, PositiveInt, Share, flag
 from .built_in import BUILT_IN, DIGITS, PHOTOGRAPHS, import_extra, load_digits, load_photographs
-from .images import BAD_IMAGE_ERRORS, open_image, resize_and_crop, to_channels, to_pixel_values
+from .images import BAD_IMAGE_ERRORS, foreign_files, open_image, resize_and_crop, to_channels, to_pixel_values
 
 logger = logging.getLogger(__name__)
 
@@ -344,6 +344,7 @@ def _load_split(
     images = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     if image_column != "image":
         images = images.rename_column(image_column, "image")
+    _refuse_foreign_files(images, args, dataset.info.builder_name, where)
 
     label_column = _find_column(dataset, "label", args.label_column, datasets.ClassLabel, USUAL_LABEL_COLUMNS, where)
     if label_column is None:
@@ -362,6 +363,23 @@ def _load_split(
         logger.warning("Going without labels: %s", error)
         return images, None, []
     return images, labels, names
+
+
+def _refuse_foreign_files(images: Any, args: DataArguments, builder: str | None, where: str) -> None:
+    """Refuses data that name files outside of their own folder and the caches of `datasets` and the Hub."""
+    config, hub = import_extra("datasets").config, import_extra("huggingface_hub").constants
+    caches = [config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH]
+    caches += [hub.HF_HUB_CACHE, *([] if args.cache_dir is None else [args.cache_dir])]
+    folder = args.source if os.path.isdir(args.source) else os.path.dirname(os.path.abspath(args.source))
+    is_local = os.path.exists(args.source)
+    for row, path in foreign_files(images, [*([folder] if is_local else []), *caches]):
+        metadata = (name for _, _, names in os.walk(folder) for name in names if name.startswith("metadata."))
+        if is_local and builder == "imagefolder" and not any(metadata):
+            return  # these were found in the folder, named by nobody: the links are the user's own
+        raise ValueError(
+            f"Row {row} of {where} names '{path}', which is not a file below {folder if is_local else caches[0]}: data "
+            f"may name no others. Move the images there, or store them in the rows as bytes."
+        )
 
 
 def _find_column(

@@ -1,7 +1,11 @@
 """One row of a dataset: its picture, and which files it may name."""
 
+import os
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..models.images import (
@@ -43,3 +47,36 @@ def open_record(record: dict[str, Any] | None) -> Image.Image:
     if record is None or (record["path"] is None and record["bytes"] is None):
         raise ValueError("the image is missing")
     return open_file(record["path"] if record["bytes"] is None else record["bytes"])
+
+
+def foreign_files(images: Any, folders: Sequence[str | os.PathLike]) -> Iterator[tuple[int, str]]:
+    """
+    Finds the rows of a dataset that name a file outside of some folders, or an address, where they should hold bytes.
+
+    Args:
+        images (`datasets.Dataset`): With a column "image" of `Image(decode=False)`.
+        folders (`Sequence` of paths): What lies below one of them once links and ".." are resolved may be named.
+
+    Returns:
+        The number of each such row, and what it names. Relative paths are those of the working directory.
+    """
+    roots = [os.path.realpath(folder) for folder in folders]
+    real_folder = cache(os.path.realpath)
+
+    def is_foreign(path: str) -> bool:
+        if "://" in path or "::" in path or "\0" in path:
+            return True
+        folder, name = os.path.split(path)
+        real = os.path.join(real_folder(folder), name)
+        if name in (".", "..") or os.path.islink(real):
+            real = os.path.realpath(real)
+        return not any(os.path.commonpath([root, real]) == root for root in roots)
+
+    start = 0
+    for chunk in images.with_format("arrow")[:]["image"].chunks:
+        encoded, paths = (dict(zip(chunk.type.names, chunk.flatten(), strict=True))[name] for name in ("bytes", "path"))
+        is_named = np.asarray(encoded.is_null()) & np.asarray(paths.is_valid())
+        for row in np.flatnonzero(is_named).tolist():
+            if is_foreign(path := paths[row].as_py()):
+                yield start + row, path
+        start += len(chunk)
