@@ -327,8 +327,9 @@ def _load_split(
             split=split,
             cache_dir=args.cache_dir,
         )
-    except (FileNotFoundError, ValueError, ConnectionError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+    except (FileNotFoundError, ValueError, ConnectionError, datasets.exceptions.DatasetGenerationError) as error:
+        is_wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which says nothing itself
+        reason = " ".join(str(error.__cause__ if is_wrapped else error).split()).rstrip(".")
         raise ValueError(f"Cannot load {where} ({reason}); {hint}.") from error
     columns = ", ".join(dataset.column_names)
 
@@ -378,7 +379,8 @@ def _refuse_foreign_files(images: Any, args: DataArguments, builder: str | None,
             return  # these were found in the folder, named by nobody: the links are the user's own
         raise ValueError(
             f"Row {row} of {where} names '{path}', which is not a file below {folder if is_local else caches[0]}: data "
-            f"may name no others. Move the images there, or store them in the rows as bytes."
+            "may name no others. Put the images there, beside a metadata.csv with a column file_name, or store them in "
+            "the rows as bytes."
         )
 
 

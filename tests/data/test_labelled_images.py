@@ -260,11 +260,14 @@ def test_columns_that_are_ambiguous_missing_or_wrong(tmp_path, noise_image):
 
 def test_images_named_by_path_in_a_table(tmp_path, noise_image):
     rows = []
-    for i in range(4):
-        noise_image(i).save(tmp_path / f"{i}.png")
-        rows.append(f"{tmp_path / f'{i}.png'},{'odd' if i % 2 else 'even'}")
     (tmp_path / "table").mkdir()
+    for i in range(4):
+        path = tmp_path / "table" / f"{i}.png"
+        noise_image(i).save(path)
+        rows.append(f"{path},{'odd' if i % 2 else 'even'}")
     (tmp_path / "table" / "train.csv").write_text("\n".join(["image,label", *rows]))
+    readme = "---\nconfigs:\n- config_name: default\n  data_files: train.csv\n---\n"  # or the folder is one of images
+    (tmp_path / "table" / "README.md").write_text(readme)
     train, _ = load_labelled_images(hub_arguments(tmp_path / "table", resolution=[20, 24], held_out_fraction=0), seed=0)
     assert train.labels.tolist() == [0, 1, 0, 1]
     assert np.array_equal(as_bytes(train[2]["pixel_values"]), np.asarray(noise_image(2)))
