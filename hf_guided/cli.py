@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--labels",
         nargs="+",
         metavar="LABEL",
-        help="classes by id or name, in turn; or all, in turn; or uniform, drawn at random; default: of a picture the "
-        "first ten, of a file uniform",
+        help="classes by id or name, in turn, a number being the id unless it is a class's name; or all, in turn; or "
+        "uniform, drawn at random; default: of a picture the first ten, of a file uniform",
     )
     command.add_argument("--num_images", type=count, metavar="N", help="images in all")
     command.add_argument("--num_images_per_label", type=count, metavar="N", help="instead; default: 8")
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "images", nargs="+", help="a .npz file of samples as OpenAI's scripts write it, or image files"
     )
     command.add_argument(
-        "--labels", nargs="+", metavar="LABEL", help="one class for all or one for each, by id or name"
+        "--labels", nargs="+", metavar="LABEL", help="one class for all or one for each, as for sample"
     )
     command.add_argument("--guidance_scale", type=float, metavar="S", help="default: the pipeline's own")
     command.add_argument("--num_inference_steps", type=count, metavar="N", help="default: the pipeline's own")
@@ -236,19 +236,26 @@ def sampling_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in known}
 
 
+EVERY_CLASS = ["all"]  # where --labels are not given
+
+
 def labels_to_sample(pipe: Any, args: argparse.Namespace) -> Any:
     """The class of each image to sample, or the number of images without classes."""
     from .evaluation.sampling import sample_labels
 
     per_label = args.num_images_per_label or 8
-    labels = ids_and_names(pipe, args.labels)
+    given = args.labels is not None and args.labels is not EVERY_CLASS
+    if pipe.num_classes is None and given:
+        raise ValueError("--labels were given, but this pipeline has no classes; leave them out.")
     if pipe.num_classes is None:
         return args.num_images or per_label
     which: Any = "uniform"
     if args.labels in (["uniform"], ["all"]):
         which = args.labels[0]
-    elif labels is not None:
-        which = pipe.resolve_labels(labels).tolist()
+        if given and which in pipe.id2label.values():
+            raise ValueError(f"--labels {which} might mean the class of that name too; give the ids of classes.")
+    elif args.labels is not None:
+        which = class_ids(pipe, args.labels)
     elif args.output.endswith(".png"):
         which = list(range(min(10, pipe.num_classes)))
     if which == "uniform" and args.num_images is None:
@@ -285,7 +292,7 @@ def add_measuring(command: argparse.ArgumentParser) -> None:
         "default: inception",
     )
     command.add_argument(
-        "--labels", nargs="+", default=["all"], metavar="LABEL", help="of samples, as for sample; default: all"
+        "--labels", nargs="+", default=EVERY_CLASS, metavar="LABEL", help="of samples, as for sample; default: all"
     )
     command.add_argument(
         "--condition_unet",
@@ -304,22 +311,32 @@ def evaluate(args: argparse.Namespace) -> None:
     """Measures samples against real images, and writes a report with pictures."""
     from .evaluation.evaluate import evaluate as evaluate_images
     from .evaluation.evaluate import what_to_know
-    from .evaluation.feature_sets import CACHE_DIR, FeatureSet, collect_features
+    from .evaluation.feature_sets import CACHE_DIR, FeatureSet, collect_features, is_saved
     from .evaluation.likelihood import likelihood, likelihood_labels
     from .evaluation.memorisation import closest_pairs
     from .evaluation.pictures import likelihood_curve, save_png
-    from .evaluation.sampling import sample_to_file
+    from .evaluation.sampling import check_destination, sample_to_file
     from .evaluation.sources import ImageSet, SampledImages, open_images
-    from .files import write_json
+    from .files import check_outside, check_replaceable, has_json, write_json
     from .processes import join_processes
 
     # 1. What there is, looked at before hours are spent on it
     started = time.monotonic()
+    output, sources = Path(args.output), paths_of(args.generated, args.reference, args.held_out, *args.features)
+    check_outside(output, sources)
+    is_report = has_json(output / "report.json", "generated", "reference", "metrics", "settings")
+    pictures = output.glob("closest-pairs-*.png") if args.held_out else ()
+    curve = [output / "likelihood.png"] if args.likelihood else []
+    check_replaceable([output / "report.json", *curve, *pictures], lambda path: is_report, sources)
     if args.save_statistics:
-        check_output(args.save_statistics, ".npz")
+        check_output(args.save_statistics, ".npz", flag="--save_statistics")
         if len(args.features) > 1:
             raise ValueError("--save_statistics keeps one kind of features; give one to --features.")
-    output = make_folder(args.output)
+        drawn = [output / "samples.npz"] if is_pipeline(args.generated) else []
+        check_replaceable([*drawn, args.save_statistics], lambda path: path in drawn or is_saved(path), sources)
+    make_folder(args.output)
+    if is_pipeline(args.generated):
+        check_destination(output / "samples.npz")
     state = join_processes()
     pipe = load_guided(args.generated, state) if is_pipeline(args.generated) else None
     extractors = load_extractors(args.features, pipe, state)
@@ -407,7 +424,7 @@ def sweep(args: argparse.Namespace) -> None:
     from .evaluation.sources import SampledImages
     from .evaluation.sweep import choose_scale, guidance_at, parse_scales, save_choice
     from .evaluation.sweep import sweep as sweep_scales
-    from .files import write_json
+    from .files import check_outside, check_replaceable, has_json, write_json
     from .processes import join_processes
 
     # 1. What there is, looked at before hours are spent on it
@@ -416,7 +433,12 @@ def sweep(args: argparse.Namespace) -> None:
     seeds = parse_numbers("--seeds", args.seeds)
     if len(args.features) > 1:
         raise ValueError("One kind of features chooses the scale; give one to --features.")
-    output = make_folder(args.output)
+    output, sources = Path(args.output), paths_of(args.reference, *args.features)
+    check_outside(output, sources)
+    results = [output / "sweep.json", output / "sweep.png"]
+    is_sweep = has_json(results[0], "settings", "rows")
+    check_replaceable(results, lambda path: is_sweep, [args.model, *sources])
+    make_folder(args.output)
     state = join_processes()
     pipe = load_guided(args.model, state)
     if not hasattr(pipe, "set_sampling_defaults"):
@@ -494,6 +516,7 @@ def compare(args: argparse.Namespace) -> None:
     import logging
 
     from .evaluation.sweep import parse_scales
+    from .files import check_outside
     from .processes import join_processes
     from .training.arguments import quiet_libraries
     from .training.compare import compare as compare_families
@@ -510,6 +533,7 @@ def compare(args: argparse.Namespace) -> None:
     quiet_libraries()
     if join_processes().num_processes > 1:
         raise ValueError("compare runs in one process, so that each family has the whole machine.")
+    check_outside(args.output, [args.data, *models.values()])  # before it is made
     with resumable():
         sheet = compare_families(
             args.data,
@@ -608,11 +632,15 @@ def inspect_classifier(args: argparse.Namespace) -> None:
     from .data import BUILT_IN, DataArguments, load_labelled_images
     from .evaluation.classifier_inspection import inspect_classifier, noise_schedule, with_classes_of
     from .evaluation.pictures import classifier_curves
-    from .files import write_json
+    from .files import check_outside, check_replaceable, has_json, write_json
     from .models.classifier_adm import image_size
     from .processes import join_processes
 
     check_output(args.output, ".png")
+    numbers = Path(args.output).with_suffix(".json")
+    check_outside(args.output, [args.data])
+    is_inspection = has_json(numbers, "findings", "rows", "settings")
+    check_replaceable([numbers, args.output], lambda path: is_inspection, [args.model, args.data])
     classifier = load_classifier(args.model)
     noise_schedule(classifier)  # refuses one of clean images before any are loaded
     is_folder = args.data not in BUILT_IN and Path(args.data).is_dir()
@@ -644,8 +672,9 @@ def inspect_classifier(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         max_images=args.num_images,
     )
+    settings = {name: value for name, value in vars(args).items() if name != "run"}
+    write_json({**inspection.to_dict(), "settings": settings}, numbers)  # first: the picture is known by it
     classifier_curves(inspection, args.output)
-    write_json(inspection.to_dict(), Path(args.output).with_suffix(".json"))
     print(
         f"{args.model} on {inspection.num_images} held-out images of {args.data} (and {inspection.num_train_images} "
         f"that it was trained on)\n\n{inspection}\n\nSaved {args.output} and its numbers as .json"
@@ -678,13 +707,16 @@ def upscale(args: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from .data.samples import read_samples, to_picture, write_samples
+    from .data.samples import read_record, read_samples, to_picture, write_samples
     from .evaluation.pictures import labelled_grid, save_png
     from .evaluation.sampling import to_8_bit
+    from .files import check_replaceable
     from .pipelines.pipeline_classifier_guided_upscale import ClassifierGuidedUpscalePipeline
 
     # 1. What there is, looked at before hours are spent on it
     check_output(args.output, ".npz", ".png")
+    record = {"command": "upscale"}
+    check_replaceable([args.output], lambda path: read_record(path) == record, args.images)
     images: Any
     labels: Any = None
     if len(args.images) == 1 and args.images[0].endswith(".npz"):
@@ -694,7 +726,10 @@ def upscale(args: argparse.Namespace) -> None:
     pipe = load_pipeline(ClassifierGuidedUpscalePipeline, args.model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.prepare_low_res(images if isinstance(images, list) else images[:1])
-    labels = ids_and_names(pipe, args.labels) or (labels if pipe.num_classes is not None else None)
+    if args.labels is not None:
+        labels = class_ids(pipe, args.labels)
+    elif pipe.num_classes is None:
+        labels = None
     if labels is not None:
         labels = pipe.resolve_labels(labels).cpu()
         if len(labels) not in (1, len(images)):
@@ -722,14 +757,14 @@ def upscale(args: argparse.Namespace) -> None:
 
     # 3. Save
     if args.output.endswith(".npz"):
-        write_samples(args.output, [large], large.shape, None if labels is None else labels.numpy())
+        write_samples(args.output, [large], large.shape, None if labels is None else labels.numpy(), record=record)
     else:
         shown = ((pipe.prepare_low_res(images) + 1) * 127.5).round().to(torch.uint8)  # bytes come back to the bit
         small = shown.permute(0, 2, 3, 1).cpu().numpy()
         pairs = zip(map(to_picture, small), map(to_picture, large), strict=True)
         names = [""] * len(large) if labels is None else [pipe.id2label.get(i, str(i)) for i in labels.tolist()]
         grid = labelled_grid([picture for pair in pairs for picture in pair], names, cell_size=max(large.shape[1:3]))
-        save_png(grid, args.output)
+        save_png(grid, args.output, record=record)
     print(f"Saved {len(large)} images of {large.shape[1]}x{large.shape[2]} as {args.output}")
 
 
@@ -770,23 +805,27 @@ def load_pipeline(kind: Any, model: str, **arguments: Any) -> Any:
         raise ValueError(f"There is no folder {model}, nor could the Hub's of that name be had.") from error
 
 
-def check_output(path: str, *suffixes: str) -> None:
+def check_output(path: str, *suffixes: str, flag: str = "--output") -> None:
     """Refuses, before the work, a file of another kind or in a folder that is not there."""
     if not path.endswith(suffixes):
-        raise ValueError(f"--output {path} must end in {' or '.join(suffixes)}.")
+        raise ValueError(f"{flag} {path} must end in {' or '.join(suffixes)}.")
     folder = Path(path).absolute().parent
     if not folder.is_dir():
-        raise ValueError(f"--output {path}: there is no folder {folder}; make it first.")
+        raise ValueError(f"{flag} {path}: there is no folder {folder}; make it first.")
 
 
-def ids_and_names(pipe: Any, labels: list[str] | None) -> list[int | str] | None:
-    """Labels of the command line for the pipeline: digits are ids, unless they are the names of classes themselves."""
-    if labels is None:
-        return None
-    if pipe.num_classes is None:
-        raise ValueError("--labels were given, but this pipeline has no classes; leave them out.")
-    names = {name.casefold() for name in pipe.id2label.values()}
-    return [int(label) if label.isdecimal() and label not in names else label for label in labels]
+def paths_of(*specs: str | None) -> list[str]:
+    """What images and features, given as `name:part` and `NAME=MODEL` too, may be as paths."""
+    return [path for spec in specs if spec for path in (spec, spec.rpartition(":")[0], spec.partition("=")[2])]
+
+
+def class_ids(pipe: Any, labels: Sequence[str]) -> list[int]:
+    """Class ids of the labels of the command line; says so where a number is a name and not the id."""
+    ids = pipe.resolve_labels(labels).tolist()
+    named = {label: i for label, i in zip(labels, ids, strict=True) if label.isdecimal() and int(label) != i}
+    if named and os.environ.get("RANK", "0") == "0":
+        print("Note: numbers are taken for class names:", ", ".join(f"{name} has id {i}" for name, i in named.items()))
+    return ids
 
 
 def join_flags(argv: Sequence[str]) -> list[str]:

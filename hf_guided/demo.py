@@ -26,6 +26,7 @@ from .evaluation.sampling import to_8_bit
 from .evaluation.sources import SampledImages
 from .evaluation.sweep import guidance_at
 from .guidance import ClassifierGuidance, Guidance, guidance_from_dict
+from .labels import composed, unique_names
 from .pipelines.class_conditional import ClassConditionalPipeline
 from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from .schedulers.predictions import check_solver, original_of
@@ -305,6 +306,7 @@ class Studio:
         Raises:
             `ValueError`: If it cannot be had, with what can be.
         """
+        name = composed(name) if isinstance(name, str) else name
         if self.label_of and not (isinstance(name, str) and name in self.label_of):
             raise ValueError(f"There is no class {_told(name)}; choose one of the list.")
         wanted: dict[str, Any] = {
@@ -496,8 +498,8 @@ def _told(value: Any) -> str:
 
 def _named_apart(id2label: dict[int, str], num_classes: int) -> dict[str, int]:
     """The id of each class by its name; where several have one, the id is part of it."""
-    names = [id2label.get(label, str(label)) for label in range(num_classes)]
-    return {f"{name} ({i})" if names.count(name) > 1 else name: i for i, name in enumerate(names)}
+    names = unique_names([composed(id2label.get(label, str(label))) for label in range(num_classes)])
+    return {name: label for label, name in enumerate(names)}
 
 
 # What is shown

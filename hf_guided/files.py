@@ -1,10 +1,10 @@
-"""Files and folders that are whole or not there at all."""
+"""Files and folders that are whole or not there at all, and never in the place of another's."""
 
 import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,3 +95,61 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(removed, ignore_errors=True)
     os.replace(folder, removed)
     shutil.rmtree(removed)
+
+
+def check_replaceable(
+    outputs: Iterable[str | os.PathLike],
+    is_own: Callable[[Path], bool],
+    inputs: Iterable[str | os.PathLike | None] = (),
+) -> None:
+    """Refuses, before the work, outputs that would replace an input or a file that this command did not make.
+
+    Args:
+        outputs (`Iterable[str]`): The files that will be written.
+        is_own (`Callable`): Whether a file that is there already is one that this command makes, and may replace.
+        inputs (`Iterable[str]`): What the command reads; names that are no files, such as those of the Hub, and `None`
+            are passed over.
+
+    Raises:
+        `ValueError`: Naming the file.
+    """
+    read = [Path(path) for path in inputs if path is not None and os.path.exists(path)]
+    written: dict[str, Path] = {}
+    for path in map(Path, outputs):
+        if other := written.get(real := os.path.realpath(path)):
+            raise ValueError(f"{other} and {path} are one file, to which two results would be written; name another.")
+        written[real] = path
+        if any(path.exists() and path.samefile(source) for source in read):
+            raise ValueError(f"{path} is read by this command and would be overwritten; give another output.")
+        if os.path.lexists(path) and not is_own(path):
+            raise ValueError(
+                f"{path} is there already and was not made by this command; remove it, or give another output."
+            )
+
+
+def check_outside(output: str | os.PathLike, folders: Iterable[str | os.PathLike | None]) -> None:
+    """Refuses an output that is, or lies in, a folder that the command reads, where it would become a part of it.
+
+    Args:
+        output (`str` or `os.PathLike`): A file or folder that will be written.
+        folders (`Iterable[str]`): What the command reads; names that are no folders and `None` are passed over.
+
+    Raises:
+        `ValueError`: Naming both.
+    """
+    place = Path(os.path.realpath(output))
+    places = [place, *place.parents]
+    for folder in folders:
+        if folder is None or not os.path.isdir(folder):
+            continue
+        if any(place.exists() and place.samefile(folder) for place in places):
+            raise ValueError(f"The output {output} lies in {folder}, which is read here; give one outside of it.")
+
+
+def has_json(path: str | os.PathLike, *keys: str) -> bool:
+    """Whether a file holds a JSON object with these keys, by which its maker is known."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() >= set(keys)

@@ -1,19 +1,20 @@
 """What all pipelines of this package share: labels by id or name, one generator for each image, images as asked for."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..guidance.base import broken_images
-from ..guidance.labels import spellings
+from ..labels import id_of_name, resolve_labels
+from ..schedulers.schedules import whole_number
 
-Labels = int | str | Sequence[int | str] | torch.Tensor
+Labels = int | str | Sequence[int | str] | np.ndarray | torch.Tensor
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -62,43 +63,20 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def resolve_labels(self, class_labels: Labels | None) -> torch.Tensor | None:
-        """Ids and names as a tensor of ids; `None` stays `None`."""
+        """Ids and names as a tensor of ids, see [`~hf_guided.labels.resolve_labels`]; `None` stays `None`."""
         if class_labels is None:
             return None
-        if torch.is_tensor(class_labels):
-            class_labels = class_labels.flatten().tolist()
-        elif isinstance(class_labels, int | str):
-            class_labels = [class_labels]
         if self.num_classes is None:
             raise ValueError(
                 "class_labels were given, but this pipeline has no classes: its UNet is unconditional and it has no "
                 "classifier. Leave them out, or load a classifier."
             )
-        ids = [self.id_of_name(label) if isinstance(label, str) else int(label) for label in class_labels]
-        unknown = [label for label in ids if not 0 <= label < self.num_classes]
-        if unknown or not ids:
-            raise ValueError(
-                f"class_labels {unknown} are not among the ids of the {self.num_classes} classes, 0 to "
-                f"{self.num_classes - 1}."
-            )
+        ids = resolve_labels(class_labels, self.id2label, self.num_classes)
         return torch.tensor(ids, device=self._execution_device)
 
     def id_of_name(self, name: str) -> int:
-        """The id of a class name, or of one of the synonyms that a name separates by commas; case does not matter."""
-        ids_of: dict[str, list[int]] = {}
-        for label, names in self.id2label.items():
-            for spelling in spellings(names):
-                ids_of.setdefault(spelling, []).append(label)
-        ids = ids_of.get(name.strip().casefold(), [])
-        if len(ids) > 1:
-            listed = ", ".join(f"{label} ({self.id2label[label]})" for label in ids)
-            raise ValueError(f"The class name {name!r} belongs to several ids: {listed}. Give the id.")
-        if not ids:
-            near = difflib.get_close_matches(name.strip().casefold(), ids_of, n=3, cutoff=0.5)
-            known = [repr(self.id2label[ids_of[spelling][0]]) for spelling in near]
-            hint = f"the nearest are {', '.join(known)}" if known else "pipe.id2label lists all names"
-            raise ValueError(f"There is no class named {name!r}; {hint}.")
-        return ids[0]
+        """The id of a class name, see [`~hf_guided.labels.id_of_name`]."""
+        return id_of_name(name, self.id2label)
 
     def check_output_type(self, output_type: str) -> None:
         """Refuses what images cannot be given as."""
@@ -114,9 +92,16 @@ class ClassConditionalPipeline(DiffusionPipeline):
         labels = self.resolve_labels(class_labels)
         if labels is None:
             raise ValueError("This model must be told the class: give class_labels, ids or names.")
-        if num_images_per_label < 1:
+        if whole_number("num_images_per_label", num_images_per_label) < 1:
             raise ValueError(f"num_images_per_label={num_images_per_label} makes no images; give 1 or more.")
         return labels.repeat_interleave(num_images_per_label)
+
+    def labels_of_images(self, class_labels: Labels, num_images: int) -> torch.Tensor:
+        """The class id of each of some images: of as many labels, or of one for all."""
+        labels = self.prepare_labels(class_labels, 1)
+        if len(labels) not in (1, num_images):
+            raise ValueError(f"{len(labels)} class_labels were given for {num_images} images; give one, or one each.")
+        return labels.expand(num_images)
 
     def prepare_generators(
         self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int

@@ -29,7 +29,7 @@ from ..models.images import to_channels, to_pixel_values, upright
 from ..models.unet_adm import ADMUNet2DModel  # noqa: F401
 from ..schedulers.predictions import SPACINGS, alpha_bar_at, check_solver, correct_prediction, warn_of_overshoot
 from ..schedulers.repaint import RePaint, jump_positions
-from ..schedulers.schedules import space_timesteps
+from ..schedulers.schedules import space_timesteps, whole_number, whole_numbers
 from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler  # noqa: F401
 from .class_conditional import ClassConditionalPipeline, Labels
 
@@ -217,8 +217,8 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         r"""Samples images: noise -> (UNet -> guidance -> scheduler step) x N -> image.
 
         Args:
-            class_labels (`int`, `str`, a list of them, or a `torch.Tensor`, *optional*): Classes by id or by name from
-                `id2label`. `None` samples without a class and without guidance.
+            class_labels (`int`, `str`, a list, array or tensor of them, *optional*): Classes by id or by name from
+                `id2label`; floats and booleans are refused. `None` samples without a class and without guidance.
             num_images_per_label (`int`, defaults to 1): Images of each label, side by side; without labels, of all.
             num_inference_steps (`int`, *optional*): Number of steps. This, `respacing` or `timesteps` may be given;
                 with none of them the saved default holds, or else the scheduler's.
@@ -398,7 +398,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                     f"{kind!r} acts at none of the {len(schedule)} timesteps that are visited, from {schedule[0]:g} to "
                     f"{schedule[-1]:g}; give another interval, more steps, or a higher strength."
                 )
-        if gradient_batch_size is not None and gradient_batch_size < 1:
+        if gradient_batch_size is not None and whole_number("gradient_batch_size", gradient_batch_size) < 1:
             raise ValueError(f"gradient_batch_size={gradient_batch_size} is too small; give 1 or more.")
         if nonfinite_gradient not in ("raise", "skip"):
             raise ValueError(f"nonfinite_gradient={nonfinite_gradient!r} is not one of 'raise', 'skip'.")
@@ -583,6 +583,10 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         if defaulted:
             names = ("num_inference_steps", "respacing", "timesteps")
             given = {name: value for name in names if (value := self.default(name, None)) is not None}
+        if "num_inference_steps" in given:
+            given["num_inference_steps"] = whole_number("num_inference_steps", given["num_inference_steps"])
+        if "timesteps" in given:
+            given["timesteps"] = whole_numbers("timesteps", given["timesteps"])
         if not self.has_adm_scheduler:
             if "respacing" in given:
                 kept = space_timesteps(self.scheduler.config.num_train_timesteps, given.pop("respacing"))
@@ -639,6 +643,7 @@ def match_batch(num_images_per_label: int, *parts: torch.Tensor | None) -> tuple
     Raises:
         `ValueError`: If their numbers do not fit.
     """
+    num_images_per_label = whole_number("num_images_per_label", num_images_per_label)
     if num_images_per_label < 1:
         raise ValueError(f"num_images_per_label={num_images_per_label} makes no images; give 1 or more.")
     given = [part for part in parts if part is not None]

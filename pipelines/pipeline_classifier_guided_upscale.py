@@ -102,8 +102,8 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
             image (PIL image, array, tensor or a list of them, or a path): The small images, one or one for each label,
                 see [`images_to_tensor`]: what another pipeline returns for any `output_type`. Or a published `.npz`
                 file of samples, whose labels are taken where none are given.
-            class_labels (`int`, `str`, a list of them, or a `torch.Tensor`, *optional*): Their classes by id or name;
-                one for all images, or one for each.
+            class_labels (`int`, `str`, a list, array or tensor of them, *optional*): Their classes by id or name; one
+                for all images, or one for each.
             num_images_per_label (`int`, defaults to 1): Large images of each small one, side by side.
             num_inference_steps and all that follows: As for [`ClassifierGuidedPipeline`].
 

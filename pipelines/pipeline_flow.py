@@ -41,7 +41,7 @@ class FlowPipeline(ClassConditionalPipeline):
         r"""Samples images: latents -> inverse flow -> image.
 
         Args:
-            class_labels (`int`, `str`, a list of them, or a `torch.Tensor`): Classes by id or by name from `id2label`.
+            class_labels (`int`, `str`, a list, array or tensor of them): Classes by id or by name from `id2label`.
             num_images_per_label (`int`, defaults to 1): Images of each label, side by side.
             temperature (`float`, *optional*): Standard deviation of the latents, by default 1: below, images are more
                 typical and less varied (Glow, section 6).
@@ -77,13 +77,13 @@ class FlowPipeline(ClassConditionalPipeline):
 
     @torch.no_grad()
     def bits_per_dim(
-        self, images: torch.Tensor, class_labels: torch.Tensor, generator: torch.Generator | None = None
+        self, images: torch.Tensor, class_labels: Labels, generator: torch.Generator | None = None
     ) -> torch.Tensor:
         """The negative log-likelihood of the dequantised images, exact, in bits per dimension.
 
         Args:
             images (`torch.Tensor` of shape `(batch, channels, height, width)`): 8-bit images, scaled to [-1, 1].
-            class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
+            class_labels (`int`, `str`, a list, array or tensor of them): The class of each image, by id or name.
             generator (`torch.Generator`, *optional*): Of the dequantisation.
 
         Returns:
@@ -94,5 +94,6 @@ class FlowPipeline(ClassConditionalPipeline):
         """
         if self.flow.dtype in (torch.float16, torch.bfloat16):
             raise ValueError("Half precision is too coarse for a likelihood; load the pipeline in float32.")
+        labels = self.labels_of_images(class_labels, len(images))
         noise = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype) - 0.5
-        return self.flow(images, class_labels, noise)
+        return self.flow(images, labels, noise)

@@ -41,7 +41,7 @@ class GANPipeline(ClassConditionalPipeline):
         r"""Samples images: latents -> generator -> image.
 
         Args:
-            class_labels (`int`, `str`, a list of them, or a `torch.Tensor`): Classes by id or by name from `id2label`.
+            class_labels (`int`, `str`, a list, array or tensor of them): Classes by id or by name from `id2label`.
             num_images_per_label (`int`, defaults to 1): Images of each label, side by side.
             truncation (`float`, *optional*): The latents are normal between minus and plus this: the lower, the more
                 typical and the less varied the images (BigGAN, section 3.1). By default they lie anywhere.

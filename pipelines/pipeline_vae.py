@@ -41,7 +41,7 @@ class VAEPipeline(ClassConditionalPipeline):
         r"""Samples images: latents -> decoder -> image.
 
         Args:
-            class_labels (`int`, `str`, a list of them, or a `torch.Tensor`): Classes by id or by name from `id2label`.
+            class_labels (`int`, `str`, a list, array or tensor of them): Classes by id or by name from `id2label`.
             num_images_per_label (`int`, defaults to 1): Images of each label, side by side.
             temperature (`float`, *optional*): Standard deviation of the latents, by default 1: below, images are more
                 typical and less varied.
@@ -76,18 +76,19 @@ class VAEPipeline(ClassConditionalPipeline):
 
     @torch.no_grad()
     def bits_per_dim(
-        self, images: torch.Tensor, class_labels: torch.Tensor, generator: torch.Generator | None = None
+        self, images: torch.Tensor, class_labels: Labels, generator: torch.Generator | None = None
     ) -> torch.Tensor:
         """The bound on the negative log-likelihood, in bits per dimension: distortion and rate.
 
         Args:
             images (`torch.Tensor` of shape `(batch, channels, height, width)`): 8-bit images, scaled to [-1, 1].
-            class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
+            class_labels (`int`, `str`, a list, array or tensor of them): The class of each image, by id or name.
             generator (`torch.Generator`, *optional*): Of the draw from the posterior.
 
         Returns:
             `torch.Tensor` of shape `(batch,)`
         """
-        output = self.vae(images.to(self.vae.dtype), class_labels, generator)
+        labels = self.labels_of_images(class_labels, len(images))
+        output = self.vae(images.to(self.vae.dtype), labels, generator)
         distortion, rate = self.vae.bound(images, output)
         return distortion + rate

@@ -38,6 +38,7 @@ from ..fields import (
     check_values,
     flag,
 )
+from ..files import check_outside, check_replaceable
 from ..models.layers import count_heads, level_widths
 from ..processes import resumable, user_command
 from ..schedulers.schedules import make_betas, space_timesteps
@@ -235,9 +236,30 @@ def parse_arguments(
     for name, stage in stages.items():
         own = {key.removeprefix(f"{name}_"): given[key] for key in given if key.startswith(f"{name}_")}
         filled[name] = _fill(stage, name, recipe.get(name, {}), recipe_name, {"": given, f"{name}_": own})
-    for stage in filled.values():
+    for name, stage in filled.items():
         stage.recipe = Path(recipe_name).stem
+        check_output_dir(name, stage, data)
     return data, filled
+
+
+def check_output_dir(name: str, stage: RunArguments, data: DataArguments) -> None:
+    """Refuses an `output_dir` among the images, and to replace a finished folder that is not of this training.
+
+    Args:
+        name (`str`): The stage's.
+        stage ([`RunArguments`]), data ([`DataArguments`]): The flags.
+
+    Raises:
+        `ValueError`: Naming the folder.
+    """
+    folder = Path(stage.output_dir) / name
+    pretrained = getattr(stage, "pretrained_model", None)
+    check_outside(stage.output_dir, [data.train_data_dir, data.dataset_name])
+    check_replaceable(
+        [folder / "pipeline", folder / "model"],
+        lambda path: (folder / "history.json").is_file(),
+        [] if pretrained is None else [pretrained, Path(pretrained).parent],  # a pipeline, or the UNet of one
+    )
 
 
 def read_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:

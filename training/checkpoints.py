@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from ..files import partial_name, recover_folder, remove_folder, replacing_folder, write_json
+from ..labels import composed
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def fingerprint(arguments: list[Any], data: Any, accelerator: Accelerator) -> di
     if merged["lr_scheduler"] in ("constant", "constant_with_warmup"):
         merged.pop("max_train_steps")  # the other schedules depend on where training ends
     known = {name: value for name, value in merged.items() if name not in FREE_FLAGS}
-    names = None if data.id2label is None else list(data.id2label.values())
+    names = None if data.id2label is None else [composed(name) for name in data.id2label.values()]
     return json.loads(
         json.dumps(
             {
@@ -123,6 +124,8 @@ def load_checkpoint(
     """
     state = read_state(folder)
     saved = state["fingerprint"]
+    if saved.get("classes") is not None:
+        saved["classes"] = [composed(name) for name in saved["classes"]]
     differing = [
         f"{name} was {saved.get(name)!r} and is now {current.get(name)!r}"
         for name in sorted({*saved, *current})

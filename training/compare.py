@@ -32,9 +32,9 @@ from hf_guided.evaluation.likelihood import likelihood, likelihood_labels
 from hf_guided.evaluation.memorisation import memorisation
 from hf_guided.evaluation.sampling import sample_batches
 from hf_guided.evaluation.sources import ImageSet, LoadedImages, SampledImages
-from hf_guided.files import write_json
+from hf_guided.files import check_replaceable, has_json, write_json
 from hf_guided.guidance.classifier import ClassifierGuidance
-from hf_guided.guidance.labels import match_classes
+from hf_guided.labels import match_classes
 from hf_guided.pipelines.auto_pipeline import pipeline_class
 from hf_guided.processes import StoppedError
 from hf_guided.training.arguments import LoopArguments, parse_arguments
@@ -141,6 +141,10 @@ def compare(
     """
     # 1. What there is, looked at before hours are spent on it
     output = Path(output)
+    plan_file, sheet = output / "plan.json", output / "comparison.json"
+    is_comparison = has_json(plan_file, "settings") or has_json(sheet, "settings", "real", "runs")
+    pictures = [output / name for name in ("comparison.md", "comparison.html", "grids.png", "curves.png")]
+    check_replaceable([plan_file, sheet, *pictures], lambda path: is_comparison, [data, recipe, features])
     unknown = [family for family in families if family not in TITLES]
     if unknown or not families or not seeds:
         raise ValueError(f"--families {','.join(families)}: give some of {', '.join(TITLES)}, and one seed or more.")
@@ -152,6 +156,7 @@ def compare(
     argv = ["--train_data_dir" if is_folder else "--dataset_name", data]
     argv += [] if resolution is None else ["--resolution", *map(str, resolution)]
     argv += [] if recipe is None else ["--recipe", recipe]
+    argv += ["--output_dir", str(output)]
     data_args, stages = parse_arguments(_STAGES, argv)
     for seed in seeds:
         with_flags(stages["judge"], seed=seed)  # refuses what is no seed
@@ -179,7 +184,6 @@ def compare(
         "class_names": list(train.id2label.values())[:10],
     }
     output.mkdir(parents=True, exist_ok=True)
-    plan_file = output / "plan.json"
     plan = json.loads(plan_file.read_text()) if plan_file.is_file() else {"settings": settings}
     changed = [name for name in settings if plan["settings"].get(name) != settings[name] and name not in _GROWING]
     if changed:

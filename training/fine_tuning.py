@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from hf_guided import ADMScheduler, ADMUNet2DModel
+from hf_guided.labels import composed
 from hf_guided.models.layers import level_attention
 from hf_guided.training.arguments import ArchitectureArguments
 
@@ -100,7 +101,7 @@ class Pretrained:
                 reasons[name] = "new"
             elif weights[name].shape != tensor.shape:
                 reasons[name] = f"{_shape(tensor)} instead of {_shape(weights[name])}"
-            elif name == "class_embedding.weight" and self.id2label != id2label:
+            elif name == "class_embedding.weight" and _compared(self.id2label) != _compared(id2label):
                 reasons[name] = "other classes"
         for module_name in dict.fromkeys(name.rpartition(".")[0] for name in reasons):  # in one order, for the seed
             unet.get_submodule(module_name).to_empty(device="cpu").reset_parameters()
@@ -111,6 +112,10 @@ class Pretrained:
             left = f"; left out: {', '.join(unused)}" if unused else ""
             logger.info(f"Kept {len(kept) - len(unused)} of {len(weights)} tensors of {self.name}{anew}{left}.")
         return unet
+
+
+def _compared(id2label: Mapping[int, str] | None) -> dict[int, str]:
+    return {label: composed(name) for label, name in (id2label or {}).items()}
 
 
 def _shape(tensor: torch.Tensor) -> str:

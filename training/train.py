@@ -32,7 +32,7 @@ from hf_guided.evaluation.features import ModelFeatures
 from hf_guided.evaluation.memorisation import memorisation
 from hf_guided.evaluation.sources import ImageSet, LoadedImages, SampledImages
 from hf_guided.fields import NonNegativeFloat, PositiveInt, Range, flag
-from hf_guided.files import write_json
+from hf_guided.files import check_replaceable, has_json, write_json
 from hf_guided.hub import write_model_card
 from hf_guided.hub.push import prepare_push
 from hf_guided.training.arguments import (
@@ -81,6 +81,13 @@ def main() -> None:
     output_dir = Path(args.output_dir)
     for name in ("judge", "classifier"):  # the UNet is pushed at its checkpoints, and the finished pipeline
         stages[name].push_to_hub = False
+
+    check_replaceable([output_dir / "report.json"], lambda path: has_json(path, "seed", "rows"))
+    check_replaceable(
+        [output_dir / "pipeline"],
+        lambda path: (output_dir / "diffusion").is_dir(),
+        [stages["diffusion"].pretrained_model],
+    )
 
     # 1. Train: what judges, what guides, what makes images
     check_stages(stages)

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..guidance import ClassifierGuidance
 from ..hub import write_model_card
+from ..labels import composed
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.unet_adm import ADMUNet2DModel
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
@@ -153,7 +154,7 @@ def convert_checkpoint(
     home = next(parent for parent in output.absolute().parents if parent.exists())
     if not home.is_dir() or not os.access(home, os.W_OK):
         raise ValueError(f"--output {output} cannot be written, for {home} cannot; choose another folder.")
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+    if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output} exists already and is not empty; choose another --output, or remove it.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
@@ -354,7 +355,7 @@ def _read_labels(
             raise ValueError(f"There is no file {path}.") from None
         except UnicodeDecodeError:
             raise ValueError(f"{path} is no text in UTF-8; save it in that encoding.") from None
-        names = [line.strip() for line in text.splitlines() if line.strip()]
+        names = [composed(line) for line in text.splitlines() if line.strip()]
         if len(names) != num_classes:
             raise ValueError(f"{path} has {len(names)} names, and the model has {num_classes or 'no'} classes.")
     elif num_classes is None:

@@ -47,7 +47,7 @@ def export_checkpoint(
     if classifier is not None and os.path.realpath(output) == os.path.realpath(classifier):
         raise ValueError(f"--output and --classifier both name {output}; choose a file for each.")
     for path in (output, classifier):
-        if path is not None and Path(path).exists():
+        if path is not None and os.path.lexists(path):
             raise ValueError(f"{path} exists already; choose another file, or remove it.")
     folder = _find(source, token)
     record = json.loads((folder / RECORD_FILE).read_text()) if (folder / RECORD_FILE).is_file() else {}

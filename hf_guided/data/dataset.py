@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..fields import CheckedFields, Length, NonNegativeInt, PositiveInt, Share, flag
+from ..labels import composed
 from .built_in import BUILT_IN, DIGITS, PHOTOGRAPHS, import_extra, load_digits, load_photographs
 from .images import BAD_IMAGE_ERRORS, foreign_files, open_image, resize_and_crop, to_channels, to_pixel_values
 
@@ -422,10 +423,10 @@ def _read_labels(dataset: Any, column: str, where: str, known_names: list[str] |
         if names is None:
             names = [str(label) for label in range(labels.max() + 1)]
     elif kind in (*TEXT_TYPES, "bool"):
-        texts = [str(value) for value in values.to_pylist()]
+        texts = [composed(str(value)) for value in values.to_pylist()]
         names = names or sorted(set(texts))
-        label_of = {name: label for label, name in enumerate(names)}
-        unknown = sorted(set(texts) - set(names))
+        label_of = {composed(name): label for label, name in enumerate(names)}
+        unknown = sorted(set(texts) - set(label_of))
         if unknown:
             raise ValueError(
                 f"Column '{column}' of {where} has the label '{unknown[0]}', unknown in the training split; remove it."

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import zipfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ..files import replacing
+from ..labels import unique_names
 from ..models.images import open_file
 
 RECORD_KEY = "hf_guided"
@@ -55,12 +55,17 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
         )
     if len(images) == 0:
         raise ValueError(f"{path} holds no images.")
-    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+    if labels is None:
+        return images, None
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
         raise ValueError(
             f"arr_1 of {path} is {labels.dtype} of shape {labels.shape}; the labels of {len(images)} images are so "
             f"many integers."
         )
-    return images, labels
+    for wrong in (labels.min(), labels.max()):
+        if not 0 <= int(wrong) < 2**31:
+            raise ValueError(f"arr_1 of {path} has the label {wrong}, which is no class id; ids are counted from 0.")
+    return images, labels.astype(np.int64)
 
 
 def map_array(path: str | os.PathLike, name: str) -> np.ndarray:
@@ -109,7 +114,10 @@ def write_samples(
     """
     path = Path(path)
     text = None if record is None else json.dumps(record)
-    names = None if labels is None else _class_names(id2label or {}, labels)
+    names = None
+    if labels is not None:
+        named = id2label or {}
+        names = unique_names([named.get(i, str(i)) for i in range(max([*named, *labels.tolist()]) + 1)])
     with replacing(path) as temporary:
         if path.suffix == ".npz":
             _write_npz(temporary, batches, shape, labels, text)
@@ -138,7 +146,8 @@ def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
         else:
             with open_file(path) as picture:
                 text = picture.info[RECORD_KEY]
-        return json.loads(text)
+        record = json.loads(text)
+        return record if isinstance(record, dict) else None
     except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):  # among which are Pillow's and pyarrow's
         return None
 
@@ -240,10 +249,3 @@ def import_parquet() -> Any:
     except ImportError as error:
         raise ImportError("Parquet files need datasets: pip install 'hf-guided[train]'.") from error
     return pyarrow.parquet
-
-
-def _class_names(id2label: Mapping[int, str], labels: np.ndarray) -> list[str]:
-    """Names by id, each once: classes of one name, such as ImageNet's two cranes, have their ids beside it."""
-    names = [id2label.get(label, str(label)) for label in range(max([*id2label, *labels.tolist()]) + 1)]
-    counts = Counter(names)
-    return [name if counts[name] == 1 else f"{name} ({label})" for label, name in enumerate(names)]

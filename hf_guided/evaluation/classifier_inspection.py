@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..data import LabelledImages
 from ..guidance.base import frozen
-from ..guidance.labels import match_classes
+from ..labels import match_classes
 from ..schedulers.scheduling_adm import ADMScheduler, model_timesteps
 
 NUM_LEVELS = 11

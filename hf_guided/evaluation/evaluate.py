@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..guidance.labels import match_classes
+from ..labels import composed, match_classes
 from .distances import frechet_distance, frechet_interval, kernel_distance
 from .feature_sets import FeatureSet, collect_features
 from .features import FeatureExtractor, weights_digest
@@ -233,8 +233,10 @@ def what_to_know(generated: ImageSet, reference: ImageSet | FeatureSet) -> list[
             f"numbers."
         )
     if generated.labels is not None and reference.labels is not None and reference.id2label:
-        ours = {generated.id2label.get(label, label) for label in np.unique(generated.labels).tolist()}
-        missing = [name for label, name in sorted(reference.id2label.items()) if name not in ours and label not in ours]
+        names = {label: composed(name) for label, name in generated.id2label.items()}
+        ours = {names.get(label, label) for label in np.unique(generated.labels).tolist()}
+        theirs = sorted(reference.id2label.items())
+        missing = [name for label, name in theirs if composed(name) not in ours and label not in ours]
         if missing:
             listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             notes.append(

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,15 @@ class FeatureSet:
             spatial_statistics=spatial,
             **{name: arrays.get(name) for name in ("kept", "kept_indices", "predictions")},
         )
+
+
+def is_saved(path: str | os.PathLike) -> bool:
+    """Whether a file is one that [`FeatureSet.save`] wrote, and not a published one."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return "about" in file and "arr_0" not in file
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile):
+        return False
 
 
 def collect_features(

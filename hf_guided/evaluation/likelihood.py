@@ -10,7 +10,7 @@ from accelerate import PartialState
 from diffusers.models.modeling_utils import ModelMixin
 from tqdm.auto import tqdm
 
-from ..guidance.labels import match_classes
+from ..labels import match_classes, resolve_labels
 from ..losses import mean_over_pixels, normal_kl, variational_bound_term
 from ..schedulers.gaussian_process import upcast
 from ..schedulers.schedules import space_timesteps
@@ -54,7 +54,7 @@ def bits_per_dim(
         unet ([`ADMUNet2DModel`] or like it): Predicts noise; is set to evaluation mode for the time of the call.
         scheduler ([`ADMScheduler`]): Is left as it was. With its `clip_sample`, predicted clean images are clipped.
         images (`torch.Tensor` of shape `(batch, C, height, width)`): 8-bit images, scaled to [-1, 1].
-        class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): For a class-conditional UNet.
+        class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class ids, for a class-conditional UNet.
         respacing (`str`, *optional*): Timesteps to use, in OpenAI's notation; all of them by default.
         noise (`torch.Tensor` of shape `(timesteps, batch, C, height, width)`, *optional*): The noise of each timestep,
             last timestep first; drawn if not given.
@@ -63,7 +63,8 @@ def bits_per_dim(
         [`BitsPerDim`]
 
     Raises:
-        `ValueError`: If `noise` has another shape, or the respacing cannot be satisfied.
+        `ValueError`: If `noise` has another shape, the respacing cannot be satisfied, or for labels that are no class
+            ids.
     """
     total = scheduler.config.num_train_timesteps
     process = scheduler.process_of(space_timesteps(total, respacing) if respacing else range(total))
@@ -75,6 +76,11 @@ def bits_per_dim(
             f"{tuple(images.shape)} need {(len(descending), *images.shape)}."
         )
     conditions = {} if class_labels is None else {"class_labels": class_labels}
+    if class_labels is not None and (num_classes := unet.config.get("num_class_embeds")) is not None:
+        labels = resolve_labels(class_labels, {}, num_classes + unet.config.get("null_class_label", False))
+        if len(labels) != len(images):
+            raise ValueError(f"{len(labels)} class_labels were given for {len(images)} images; give one each.")
+        conditions = {"class_labels": torch.tensor(labels, device=images.device)}
     was_training = unet.training
     unet.eval()
     vb, mse, xstart_mse = [], [], []

@@ -22,10 +22,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data.samples import import_parquet, read_record, to_picture, write_samples
-from ..files import replacing, write_json
+from ..files import has_json, replacing, write_json
 from .pictures import labelled_grid, save_png
 
 COMPILING = "Compiling: the first batch takes a minute or more longer, the next runs find it in the cache."
+PLAN_FILE = "plan.json"
+_PLANNED = {"num_images", "size", "seed"}  # of every plan, by which a record is known as one
 MAX_PICTURED = 1000  # images in one picture
 _GRID_ROWS = _GRID_COLUMNS = 10  # of the picture beside a file
 _BLOCK = 4096  # bytes that even a small file takes
@@ -136,9 +138,12 @@ def check_destination(output: str | os.PathLike) -> None:
         raise ValueError(f"--output {output} is a whole disk; give a name on it.")
     if kind == ".parquet":
         import_parquet()
+    parts = _parts_folder(path)
+    if os.path.lexists(parts) and not (parts.is_dir() and _may_hold_parts(parts)):
+        raise ValueError(f"{parts} is not this command's; remove it, or give another --output.")
     for name in (path, _picture_path(path, kind)):
         is_empty_folder = name == path and not kind and name.is_dir() and not any(name.iterdir())
-        if os.path.lexists(name) and not is_empty_folder and read_record(name) is None:
+        if os.path.lexists(name) and not is_empty_folder and not (read_record(name) or {}).keys() >= _PLANNED:
             raise ValueError(f"{name} is there already and no file of samples; remove it, or give another --output.")
 
 
@@ -186,7 +191,7 @@ def sample_to_file(
             f"{num_images} images are too many for one picture; give an --output of .npz, .parquet or a folder."
         )
     shape = (num_images, *pipeline.sample_size, channels)
-    parts = _Parts(path.with_name(f"{path.name}.parts"), shape, batch_size)
+    parts = _Parts(_parts_folder(path), shape, batch_size)
     plan = _plan(pipeline, labels, parts, seed, {**arguments, "compile": compile or None})
 
     # 1. What is missing: the main process looks, and tells the others
@@ -287,6 +292,16 @@ def _kind(output: str | os.PathLike) -> str:
     return kind
 
 
+def _parts_folder(path: Path) -> Path:
+    """The folder of an output's finished batches."""
+    return path.with_name(f"{path.name}.parts")
+
+
+def _may_hold_parts(folder: Path) -> bool:
+    """Whether a folder is empty, or one of batches: all in it may be removed."""
+    return has_json(folder / PLAN_FILE, *_PLANNED) or not any(folder.glob("[!.]*"))
+
+
 def _picture_path(path: Path, kind: str) -> Path:
     """The picture beside a file or folder."""
     return path.with_suffix(".png") if kind else path.with_name(f"{path.name}.png")
@@ -347,10 +362,8 @@ def _missing_batches(path: Path, kind: str, parts: _Parts, plan: dict[str, Any])
             f"remove it."
         )
 
-    plan_file, old = parts.folder / "plan.json", None
-    if parts.folder.is_dir() and any(parts.folder.glob("[!.]*")):
-        if not plan_file.is_file():
-            raise ValueError(f"{parts.folder} is not this command's; remove it, or give another --output.")
+    plan_file, old = parts.folder / PLAN_FILE, None
+    if plan_file.is_file():
         old = json.loads(plan_file.read_text())
         if old != plan and any(parts.folder.glob("*.raw")):
             raise ValueError(

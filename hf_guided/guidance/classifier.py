@@ -5,10 +5,10 @@ import inspect
 import torch
 from transformers import PreTrainedModel
 
+from ..labels import match_labels
 from ..schedulers.scheduling_adm import check_betas, model_timesteps
 from .base import GradientGuidance, Objective, Pipeline, Scale
 from .entropy_scaling import EntropyScaling, as_entropy_scaling
-from .labels import match_labels
 
 
 class ClassifierGuidance(GradientGuidance):

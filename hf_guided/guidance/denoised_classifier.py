@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..labels import match_labels
 from .base import DenoisedGuidance, Objective, Pipeline, Scale
 from .classifier import check_channels
 from .entropy_scaling import EntropyScaling, as_entropy_scaling
-from .labels import match_labels
 from .preprocessing import preprocessing
 
 

@@ -4,6 +4,8 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from .schedules import whole_number
+
 
 def jump_positions(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
     """The steps of a walk in the order in which RePaint takes them (section 4.2 and appendix B).
@@ -20,6 +22,8 @@ def jump_positions(num_steps: int, jump_length: int, jump_n_sample: int) -> list
     Raises:
         `ValueError`: If either is less than 1.
     """
+    jump_length = whole_number("jump_length", jump_length)
+    jump_n_sample = whole_number("jump_n_sample", jump_n_sample)
     if jump_length < 1 or jump_n_sample < 1:
         raise ValueError(f"jump_length={jump_length} and jump_n_sample={jump_n_sample} must be 1 or more.")
     jumps_left = dict.fromkeys(range(0, num_steps - jump_length, jump_length), jump_n_sample - 1)

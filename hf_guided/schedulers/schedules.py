@@ -1,7 +1,8 @@
 """How much noise each timestep holds, and which timesteps sampling visits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,8 @@ def space_timesteps(num_train_timesteps: int, respacing: str) -> list[int]:
     Raises:
         `ValueError`: If the notation is not one of these, or asks for more timesteps than there are.
     """
+    if not isinstance(respacing, str):
+        raise ValueError(f"respacing={respacing!r} is not a string; write respacing='25', or num_inference_steps=25.")
     stride_count = respacing.removeprefix("ddim")
     counts = [stride_count] if respacing.startswith("ddim") else respacing.split(",")
     if not all(count.strip().isdecimal() and int(count) > 0 for count in counts):
@@ -87,9 +90,9 @@ def space_timesteps(num_train_timesteps: int, respacing: str) -> list[int]:
     return sorted(set(timesteps))
 
 
-def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[int]:
+def check_timesteps(timesteps: Any, num_train_timesteps: int) -> list[int]:
     """Explicit timesteps in descending order, as sampling visits them; anything else is an error."""
-    timesteps = [int(timestep) for timestep in timesteps]
+    timesteps = whole_numbers("timesteps", timesteps)
     if not timesteps or any(a <= b for a, b in pairwise(timesteps)):
         raise ValueError(f"timesteps must be given in descending order without repeats; got {timesteps}.")
     if timesteps[0] >= num_train_timesteps or timesteps[-1] < 0:
@@ -97,3 +100,30 @@ def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[
             f"timesteps must lie between 0 and {num_train_timesteps - 1}; got {timesteps[0]} to {timesteps[-1]}."
         )
     return timesteps
+
+
+def whole_numbers(name: str, values: Any) -> list[int]:
+    """Whole numbers of any integer type in a list, array or tensor, as Python's own; anything else is an error."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}: {values!r} ({type(values).__name__}) is not a list of whole numbers.")
+    return [whole_number(name, value) for value in values]
+
+
+def whole_number(name: str, value: Any, wanted: str = "a whole number") -> int:
+    """A whole number of any integer type as Python's own.
+
+    Args:
+        name (`str`): What it is called in errors.
+        value: An `int`, or an integer of numpy's or torch's.
+        wanted (`str`, defaults to `"a whole number"`): What errors ask for.
+
+    Raises:
+        `ValueError`: For anything else, booleans and floats such as 2.0 included.
+    """
+    number = value.item() if getattr(value, "ndim", None) == 0 else value
+    if isinstance(number, bool) or not isinstance(number, int):
+        shown = repr(number)
+        shown = shown if len(shown) <= 80 else f"{shown[:79]}…"
+        raise ValueError(f"{name}: {shown} ({type(number).__name__}) is not {wanted}.")
+    return number

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..registration import register_with_diffusers
 from .gaussian_process import GaussianProcess, compute_dtype, upcast
-from .schedules import check_timesteps, make_betas, space_timesteps
+from .schedules import check_timesteps, make_betas, space_timesteps, whole_number
 
 # Steps of second order by default. 10 hold the quality of 250 published ones on digits, says
 # tests/benchmarks/guidance_solvers.py; arXiv 2211.01095 takes 15 to 20 on ImageNet, which was not measured here.
@@ -133,6 +133,8 @@ class ADMScheduler(SchedulerMixin, ConfigMixin):
         if sum(given is not None for given in (num_inference_steps, respacing, timesteps)) > 1:
             raise ValueError("Give only one of num_inference_steps, respacing and timesteps.")
         total = self.config.num_train_timesteps
+        if num_inference_steps is not None:
+            num_inference_steps = whole_number("num_inference_steps", num_inference_steps)
         self.is_second_order = False
         if timesteps is not None:
             descending = check_timesteps(timesteps, total)
@@ -147,7 +149,8 @@ class ADMScheduler(SchedulerMixin, ConfigMixin):
         else:
             if num_inference_steps is not None:
                 respacing = str(num_inference_steps)
-            descending = (space_timesteps(total, respacing) if respacing else list(range(total)))[::-1]
+            kept = list(range(total)) if respacing in (None, "") else space_timesteps(total, respacing)
+            descending = kept[::-1]
         self.num_inference_steps = len(descending)
         self.timesteps = torch.tensor(descending, device=device)
         complete = len(descending) == total

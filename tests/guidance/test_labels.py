@@ -5,7 +5,7 @@ import torch
 from guidance_helpers import NAMES, sample
 
 from hf_guided.guidance import ClassifierGuidance, DenoisedClassifierGuidance
-from hf_guided.guidance.labels import match_labels
+from hf_guided.labels import match_labels
 
 
 @pytest.fixture(scope="module")

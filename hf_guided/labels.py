@@ -1,0 +1,189 @@
+"""Class names: resolving, suggesting, matching those of two models, making unique; one place for all rooms.
+
+Names are compared in Unicode's composed form (NFC): "é" is one letter however a keyboard or a file system spells it.
+"""
+
+import difflib
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import torch
+
+from .schedulers.schedules import whole_number
+
+
+def composed(name: str) -> str:
+    """A class name as it is compared: in Unicode's composed form (NFC), without spaces around it."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def caseless(name: str) -> str:
+    """A class name as it is compared where case does not matter."""
+    return composed(unicodedata.normalize("NFD", name).casefold())
+
+
+def spellings(name: str) -> set[str]:
+    """A class name as a whole and each of its synonyms, separated by commas; case does not matter."""
+    return {spelling for part in (name, *name.split(",")) if (spelling := caseless(part))}
+
+
+def resolve_labels(class_labels: Any, id2label: Mapping[int, str], num_classes: int) -> list[int]:
+    """The class ids of what a user gives, ids or names, one or several.
+
+    A string that is the name of a class is that class. Other strings of digits are ids, unless a number is the name of
+    one class and the id of another: then a number that is no name is refused, for it might mean either.
+
+    Args:
+        class_labels (`int`, `str`, a list, array or tensor of them): Integers of any type are ids.
+        id2label (`Mapping[int, str]`): Class names by id; may be empty.
+        num_classes (`int`): Classes that there are.
+
+    Raises:
+        `ValueError`: For anything else, floats and booleans included; for no labels; for unknown ids and names.
+    """
+    if hasattr(class_labels, "tolist"):  # tensors and arrays
+        class_labels = class_labels.tolist()
+    if isinstance(class_labels, bytes | bytearray | Mapping | AbstractSet):
+        raise ValueError(
+            f"class_labels is a {type(class_labels).__name__}, {_shortened(class_labels)}; give ids (whole numbers) or "
+            f"names, one or a list."
+        )
+    is_one = isinstance(class_labels, str) or not isinstance(class_labels, Iterable)
+    given = [class_labels] if is_one else list(class_labels)
+    words = {label for label in given if isinstance(label, str)}
+    ids_of = {word: _id_of_word(word, id2label, num_classes) for word in words}
+    wanted = "an id (a whole number, such as 2) or the name of a class"
+    ids = [ids_of[label] if isinstance(label, str) else whole_number("class_labels", label, wanted) for label in given]
+    unknown = [label for label in ids if not 0 <= label < num_classes]
+    if unknown or not ids:
+        raise ValueError(
+            f"class_labels {_shortened(unknown)} are not among the ids of the {num_classes} classes, 0 to "
+            f"{num_classes - 1}."
+        )
+    return ids
+
+
+def id_of_name(name: str, id2label: Mapping[int, str]) -> int:
+    """The id of a class name: of the one spelled alike, else alike but for case, else that has it as a synonym.
+
+    Raises:
+        `ValueError`: For a name that no class has, with the nearest, or that several have.
+    """
+    ids = _ids_of_name(name, id2label)
+    if len(ids) > 1:
+        listed = ", ".join(f"{label} ({id2label[label]})" for label in ids)
+        raise ValueError(f"The class name {name!r} belongs to several ids: {listed}. Give the id.")
+    if not ids:
+        raise ValueError(f"There is no class named {name!r}; {_nearest(name, id2label)}.")
+    return ids[0]
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Class names by id, each once: classes of one name, such as ImageNet's two cranes, have their ids beside it."""
+    unique = list(names)
+    while repeated := {name for name, count in Counter(map(composed, unique)).items() if count > 1}:
+        unique = [f"{name} ({label})" if composed(name) in repeated else name for label, name in enumerate(unique)]
+    return unique
+
+
+def match_labels(pipeline: Any, classifier: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The classifier's ids of the pipeline's class ids, see [`match_classes`].
+
+    Args:
+        pipeline ([`ClassifierGuidedPipeline`]): Whose `id2label` names the labels.
+        classifier (`PreTrainedModel`): Whose `config.id2label` names its outputs.
+        labels (`torch.Tensor` of shape `(batch,)`): Class ids of the pipeline.
+
+    Raises:
+        `ValueError`: For a class that the classifier does not know, or does not know by one name.
+    """
+    theirs = {int(label): name for label, name in classifier.config.id2label.items()}
+    ours = {label: pipeline.id2label.get(label, f"LABEL_{label}") for label in range(pipeline.num_classes or 0)}
+    matched = match_classes(ours, theirs, set(labels.tolist()), type(classifier).__name__)
+    return torch.tensor([matched[label] for label in labels.tolist()], device=labels.device)
+
+
+def match_classes(
+    ours: Mapping[int, str], theirs: Mapping[int, str], wanted: set[int], classifier: str
+) -> dict[int, int]:
+    """A classifier's id of each class id: by name if both name their classes, by id otherwise.
+
+    Args:
+        ours (`Mapping[int, str]`): Names of the classes by id; `LABEL_0` and the like, as transformers fills in, are
+            none.
+        theirs (`Mapping[int, str]`): Those of the classifier's outputs.
+        wanted (`set[int]`): The ids of ours to match.
+        classifier (`str`): What the classifier is called in errors.
+
+    Raises:
+        `ValueError`: For a class that the classifier does not know, or does not know by one name.
+    """
+    our_names, their_names = (
+        {label: composed(name) for label, name in names.items() if name != f"LABEL_{label}"} for names in (ours, theirs)
+    )
+    if not our_names or not their_names or our_names == their_names:
+        if len(ours) != len(theirs):
+            raise ValueError(
+                f"The classifier knows {len(theirs)} classes and the UNet {len(ours)}, and "
+                f"they have no names to match them by; give both an id2label, or take models of the same classes."
+            )
+        return {label: label for label in wanted}
+
+    def ids_of(name: str, spell: Callable[[str], set[str]]) -> set[int]:
+        return {label for label, other in their_names.items() if spell(name) & spell(other)}
+
+    def match(label: int) -> int | None:
+        name = our_names.get(label, "")
+        if their_names.get(label) == name:
+            return label
+        candidates = ids_of(name, lambda name: {caseless(name)}) or ids_of(name, spellings)
+        return candidates.pop() if len(candidates) == 1 else None
+
+    matched = {label: match(label) for label in wanted}
+    unmatched = [repr(our_names.get(label, str(label))) for label, match in sorted(matched.items()) if match is None]
+    unmatched = list(dict.fromkeys(unmatched))
+    if unmatched:
+        more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
+        raise ValueError(
+            f"The classifier {classifier} has no class of the name {', '.join(unmatched[:3])}{more}, or "
+            f"several; rename them in its config.id2label, or take a classifier of the same classes."
+        )
+    return {label: match for label, match in matched.items() if match is not None}
+
+
+def _id_of_word(word: str, id2label: Mapping[int, str], num_classes: int) -> int:
+    """The id of a class by its name, or by a string of digits, which may still be out of range."""
+    if not (word.isascii() and word.isdecimal()) or _ids_of_name(word, id2label):
+        return id_of_name(word, id2label)
+    for label, name in id2label.items():
+        for spelling in spellings(name):
+            if spelling.isdecimal() and int(spelling) != label and 0 <= int(spelling) < num_classes:
+                raise ValueError(
+                    f"There is no class named {word!r}; {_nearest(word, id2label)}. It is not taken for an id, because "
+                    f"numbers are names here ({spelling!r} is that of class {label})."
+                )
+    return int(word)
+
+
+def _ids_of_name(name: str, id2label: Mapping[int, str]) -> list[int]:
+    """The ids of the classes that a name may mean."""
+    for spell in (composed, caseless):
+        if ids := [label for label, other in id2label.items() if spell(other) == spell(name)]:
+            return ids
+    return [label for label, other in id2label.items() if caseless(name) in spellings(other)]
+
+
+def _nearest(name: str, id2label: Mapping[int, str]) -> str:
+    """What may have been meant, as the end of a sentence."""
+    label_of = {spelling: label for label, other in id2label.items() for spelling in spellings(other)}
+    near = difflib.get_close_matches(caseless(name), label_of, n=3, cutoff=0.5)
+    known = [repr(id2label[label_of[spelling]]) for spelling in near]
+    return f"the nearest are {', '.join(known)}" if known else "pipe.id2label lists all names"
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
