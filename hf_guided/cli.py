@@ -332,13 +332,14 @@ def evaluate(args: argparse.Namespace) -> None:
         check_output(args.save_statistics, ".npz", flag="--save_statistics")
         if len(args.features) > 1:
             raise ValueError("--save_statistics keeps one kind of features; give one to --features.")
-        drawn = [output / "samples.npz"] if is_pipeline(args.generated) else []
-        check_replaceable([*drawn, args.save_statistics], lambda path: path in drawn or is_saved(path), sources)
+        samples = output / "samples.npz"  # which another check is of
+        check_replaceable([samples, args.save_statistics], lambda path: path == samples or is_saved(path), sources)
     make_folder(args.output)
-    if is_pipeline(args.generated):
+    samples_pipeline = is_pipeline(args.generated)
+    if samples_pipeline:
         check_destination(output / "samples.npz")
     state = join_processes()
-    pipe = load_guided(args.generated, state) if is_pipeline(args.generated) else None
+    pipe = load_guided(args.generated, state) if samples_pipeline else None
     extractors = load_extractors(args.features, pipe, state)
     if pipe is not None:
         labels = labels_to_sample(pipe, args)
@@ -630,6 +631,7 @@ def open_real(spec: str, size: tuple[int, int], args: argparse.Namespace, state:
 def inspect_classifier(args: argparse.Namespace) -> None:
     """Measures a noisy classifier at each level of noise: a picture, numbers, and what they mean."""
     from .data import BUILT_IN, DataArguments, load_labelled_images
+    from .data.samples import read_record
     from .evaluation.classifier_inspection import inspect_classifier, noise_schedule, with_classes_of
     from .evaluation.pictures import classifier_curves
     from .files import check_outside, check_replaceable, has_json, write_json
@@ -639,8 +641,11 @@ def inspect_classifier(args: argparse.Namespace) -> None:
     check_output(args.output, ".png")
     numbers = Path(args.output).with_suffix(".json")
     check_outside(args.output, [args.data])
-    is_inspection = has_json(numbers, "findings", "rows", "settings")
-    check_replaceable([numbers, args.output], lambda path: is_inspection, [args.model, args.data])
+    record = {"command": "inspect-classifier"}  # training's have none
+    is_marked = read_record(args.output) == record
+    check_replaceable([args.output], lambda path: is_marked, [args.model, args.data])
+    is_alone = not Path(args.output).exists()
+    check_replaceable([numbers], lambda path: has_json(path, "findings", "rows") and (is_marked or is_alone))
     classifier = load_classifier(args.model)
     noise_schedule(classifier)  # refuses one of clean images before any are loaded
     is_folder = args.data not in BUILT_IN and Path(args.data).is_dir()
@@ -672,9 +677,8 @@ def inspect_classifier(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         max_images=args.num_images,
     )
-    settings = {name: value for name, value in vars(args).items() if name != "run"}
-    write_json({**inspection.to_dict(), "settings": settings}, numbers)  # first: the picture is known by it
-    classifier_curves(inspection, args.output)
+    write_json(inspection.to_dict(), numbers)
+    classifier_curves(inspection, args.output, record)
     print(
         f"{args.model} on {inspection.num_images} held-out images of {args.data} (and {inspection.num_train_images} "
         f"that it was trained on)\n\n{inspection}\n\nSaved {args.output} and its numbers as .json"

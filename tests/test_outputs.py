@@ -35,6 +35,7 @@ def work(tmp_path, monkeypatch):
     np.savez(tmp_path / "small.npz", images, np.arange(6) % 3)
     np.savez(tmp_path / "real.npz", images)
     np.savez(tmp_path / "published.npz", mu=np.zeros(4), sigma=np.eye(4))
+    (tmp_path / "evaluation").mkdir()
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         Image.fromarray(images[0]).save(tmp_path / "photos" / name / "0.png")
@@ -74,6 +75,7 @@ def refused(argv, message):
         (["evaluate", "real.npz", "real.npz", "--held_out", "small.npz", "--save_statistics", "small.npz"], IS_READ),
         (["evaluate", "small.npz", "real.npz", "--save_statistics", "published.npz"], NOT_OURS),
         (["evaluate", "small.npz", "photos:held_out", "--save_statistics", "real.npz"], NOT_OURS),
+        (["evaluate", "small.npz", "real.npz", "--save_statistics", "./evaluation/samples.npz"], "are one file"),
         (["evaluate", "small.npz", "real.npz", "--output", "outputs"], f"outputs/report.json {NOT_OURS}"),
         (["evaluate", "small.npz", "real.npz", "--output", "."], f"report.json {NOT_OURS}"),
         (["evaluate", "small.npz", "photos", "--output", "photos"], LIES_IN),
@@ -128,7 +130,6 @@ def test_a_sweep_replaces_its_own_files_alone(name, work):
 
 
 def test_an_evaluation_replaces_its_own_files_alone(work):
-    (work / "evaluation").mkdir()
     argv = ["evaluate", "small.npz", "real.npz", "--features", "no", "--held_out", "real.npz"]
     Image.open("photo.png").save("evaluation/closest-pairs-judge.png")
     refused(argv, f"closest-pairs-judge.png {NOT_OURS}")

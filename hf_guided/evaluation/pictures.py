@@ -232,12 +232,15 @@ def sweep_curve(
     save_figure(figure, path)
 
 
-def classifier_curves(inspection: ClassifierInspection, path: str | os.PathLike) -> None:
+def classifier_curves(
+    inspection: ClassifierInspection, path: str | os.PathLike, record: Mapping[str, Any] | None = None
+) -> None:
     """Draws how good a noisy classifier is at each level of noise, and its confusion at the lowest, into a PNG.
 
     Args:
         inspection ([`ClassifierInspection`]): What [`inspect_classifier`] measured.
         path (`str` or `os.PathLike`): Where the PNG goes.
+        record (`Mapping`, *optional*): By which its maker is known, see [`read_record`].
     """
     rows = inspection.rows
     timesteps = [row.timestep for row in rows]
@@ -278,7 +281,7 @@ def classifier_curves(inspection: ClassifierInspection, path: str | os.PathLike)
     steering.set_ylim(bottom=0)
     steering.yaxis.set_major_formatter("{x:.1%}")
     _draw_confusion(confusion, inspection)
-    save_figure(figure, path)
+    save_figure(figure, path, record)
 
 
 def _draw_confusion(axes: Any, inspection: ClassifierInspection) -> None:
@@ -324,6 +327,6 @@ def empty_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def save_figure(figure: Any, path: str | os.PathLike) -> None:
+def save_figure(figure: Any, path: str | os.PathLike, record: Mapping[str, Any] | None = None) -> None:
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", metadata=None if record is None else {RECORD_KEY: json.dumps(record)})
