@@ -4,6 +4,7 @@ import base64
 import html
 import inspect
 import io
+import math
 import queue
 import random
 import re
@@ -36,12 +37,15 @@ try:
     import gradio as gr
 except ImportError as error:
     raise ImportError('The demo needs gradio; install it with: pip install "hf-guided[demo]"') from error
+from starlette.middleware import Middleware
+
+from .demo_gate import NOT_WAITED_FOR, QUEUE, Gate, watch
 
 MAX_IMAGES, MAX_PIXELS = 16, 2**20  # at once, and of all of them together
 MAX_VALUES = 6  # of a dial, side by side
 MAX_SCALE, MAX_TEMPERATURE, MIN_TRUNCATION, MAX_TRUNCATION = 30, 2, 0.1, 4
 MAX_SEED = 2**31 - 1
-MAX_WAITING = 20  # people in the queue
+MAX_WAITING = 64  # requests in the queue
 FEWEST_STEPS = 2
 _FRAMES = 12  # of a walk that are shown whatever its speed; of a slow one also those in between
 _SECONDS_SHOWN, _SECONDS_BETWEEN = 0.06, 0.3  # a frame at least; frames in between at most so often
@@ -317,11 +321,9 @@ class Studio:
         }
         if not self.solvers:
             return Order(**wanted)
-        if not isinstance(solver_name, str) or solver_name not in self.solvers:
-            raise ValueError(f"There is no solver {_told(solver_name)}; take one of {', '.join(self.solvers)}.")
+        solver = self.solver_of(solver_name)
         if not isinstance(tell_unet, bool):
             raise ValueError(f"Whether the UNet is told the class is yes or no, not {_told(tell_unet)}.")
-        solver = self.solvers[solver_name]
         return Order(
             **wanted,
             solver=solver,
@@ -329,18 +331,38 @@ class Studio:
             tell_unet=tell_unet or not self.can_hide_class,
         )
 
-    def walk(self, order: "Order", value: float | None) -> Iterator["Frame"]:
-        """Samples, and shows the clean pictures that a UNet expects on the way; the last frame is the samples.
+    def solver_of(self, name: Any) -> Solver:
+        """The solver of a name.
 
-        Closing the iterator stops the walk at its next step.
+        Raises:
+            `ValueError`: If there is none; all names are listed.
+        """
+        if not isinstance(name, str) or name not in self.solvers:
+            raise ValueError(f"There is no solver {_told(name)}; take one of {', '.join(self.solvers)}.")
+        return self.solvers[name]
+
+    def walk(
+        self, order: "Order", value: float | None, is_wanted: Callable[[], bool] = lambda: True
+    ) -> Iterator["Frame"]:
+        """Samples, with previews of the clean images that a UNet predicts; the last frame is the samples.
+
+        Sampling stops at its next step if the iterator is closed.
+
+        Raises:
+            `StoppedError`: If the samples are no longer wanted, at the next step.
         """
         frames: queue.SimpleQueue[Frame | Exception] = queue.SimpleQueue()
         stopped = threading.Event()
 
+        def check() -> None:
+            if stopped.is_set() or not is_wanted():
+                raise StoppedError
+
         def compute() -> None:
             try:
-                with self._computing:  # of a walk that was stopped, a step may still be under way
-                    frames.put(self._compute(order, value, frames.put, stopped))
+                with self._computing:  # a step of a stopped request may still be under way
+                    check()
+                    frames.put(self._compute(order, value, frames.put, check))
             except Exception as error:
                 frames.put(error)
 
@@ -358,13 +380,11 @@ class Studio:
             stopped.set()
 
     def _compute(
-        self, order: "Order", value: float | None, show: Callable[["Frame"], None], stopped: threading.Event
+        self, order: "Order", value: float | None, show: Callable[["Frame"], None], check: Callable[[], None]
     ) -> "Frame":
-        if stopped.is_set():  # while it waited
-            raise StoppedError
         pipe, options = self.pipe, dict[str, Any]()
         if order.solver is not None:
-            pipe, options = self._walking(order, order.solver, show, stopped)
+            pipe, options = self._walking(order, order.solver, show, check)
         if self.dial is not None and value is not None:
             options |= self.dial.arguments(value)
         samples: Any = pipe(
@@ -377,7 +397,7 @@ class Studio:
         return Frame(order.steps, order.steps, to_8_bit(samples.images).cpu(), is_last=True)
 
     def _walking(
-        self, order: "Order", solver: Solver, show: Callable[["Frame"], None], stopped: threading.Event
+        self, order: "Order", solver: Solver, show: Callable[["Frame"], None], check: Callable[[], None]
     ) -> tuple[Any, dict[str, Any]]:
         """The pipeline with a solver, and what it is called with to show its way and to stop on it."""
         scheduler = solver.make(self.pipe.scheduler)
@@ -394,8 +414,7 @@ class Studio:
 
         def on_step_end(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             nonlocal before, shown
-            if stopped.is_set():
-                raise StoppedError
+            check()
             is_due = step % -(-num_steps // _FRAMES) == 0 or time.monotonic() - shown > _SECONDS_BETWEEN
             if is_due and step + 1 < num_steps:
                 shown = time.monotonic()
@@ -427,7 +446,7 @@ class Studio:
 
 
 class StoppedError(Exception):
-    """Nobody waits for the rest of a walk."""
+    """The samples are no longer wanted."""
 
 
 @dataclass(frozen=True)
@@ -631,7 +650,7 @@ def build_demo(pipe: ClassConditionalPipeline, judge: FeatureExtractor | None = 
                 if studio.dial is not None:
                     with gr.Tab(f"What {studio.dial.topic} does"):
                         _compare_tab(studio, studio.dial, settings)
-    return blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    return blocks.queue(api_open=False, max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
 def _solver_fields(studio: Studio) -> list[Any]:
@@ -647,11 +666,13 @@ def _solver_fields(studio: Studio) -> list[Any]:
         elem_id="steps",
     )
 
-    def change_solver(name: str, steps: float) -> Any:
-        most = studio.max_steps(studio.solvers[name])
-        return gr.Slider(maximum=most, value=min(steps, most), label=f"Steps, {FEWEST_STEPS} to {most}")
+    def change_solver(name: Any, steps: Any) -> Any:
+        with _errors_told():
+            most = studio.max_steps(studio.solver_of(name))
+            fitting = min(number("The number of steps", steps, FEWEST_STEPS, math.inf), most)
+        return gr.Slider(maximum=most, value=fitting, label=f"Steps, {FEWEST_STEPS} to {most}")
 
-    solver.input(change_solver, [solver, steps], steps, **_QUICK)
+    solver.input(change_solver, [solver, steps], steps, preprocess=False, **_QUICK)
     return [solver, steps]
 
 
@@ -674,12 +695,12 @@ def _sample_tab(studio: Studio, settings: list[Any]) -> None:
     status = gr.HTML(elem_classes="status", elem_id="sample-status")
     pictures = gr.HTML(elem_id="sample-pictures")
 
-    def sample(values: dict[Any, Any]) -> Iterator[tuple[str, str]]:
+    def sample(values: dict[Any, Any], request: gr.Request) -> Iterator[tuple[str, str]]:
         with _errors_told():
             order = studio.order(*(values[field] for field in ordered))
             value = None if dial is None else dial.value_of(values[dialled])
             started, file = time.monotonic(), file_name(order)
-            for frame in studio.walk(order, value):
+            for frame in studio.walk(order, value, watch(request)):
                 if not frame.is_last:
                     yield f"Step {frame.step} of {frame.num_steps}", pictures_html(frame, file)
             verdicts = studio.verdicts(order, frame.images)
@@ -698,16 +719,16 @@ def _compare_tab(studio: Studio, dial: Dial, settings: list[Any]) -> None:
     status = gr.HTML(elem_classes="status", elem_id="compare-status")
     rows = [gr.HTML(elem_id=f"row-{i}") for i in range(MAX_VALUES)]
 
-    def compare(values: dict[Any, Any]) -> Iterator[dict[Any, str]]:
+    def compare(values: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, str]]:
         with _errors_told():
             order = studio.order(*(values[field] for field in ordered))
-            chosen = dial.values_of(values[dialled])
+            chosen, is_wanted = dial.values_of(values[dialled]), watch(request)
             started, file = time.monotonic(), file_name(order)
             yield dict.fromkeys(rows, "")
             finished = []
             for row, value in zip(rows, chosen, strict=False):
                 row_name = f"{dial.noun} {value:g}" + (f", {dial.neutral_is}" if value == dial.neutral else "")
-                for frame in studio.walk(order, value):
+                for frame in studio.walk(order, value, is_wanted):
                     verdicts = studio.verdicts(order, frame.images) if frame.is_last else None
                     heading = f'<div class="row-name"><b>{row_name}</b>{accuracy_html(verdicts)}</div>'
                     step = f": step {frame.step} of {frame.num_steps}" if studio.solvers else ""
@@ -747,6 +768,8 @@ def _errors_told() -> Iterator[None]:
     """Tells what went wrong in the page, and not in the log."""
     try:
         yield
+    except StoppedError as error:
+        raise gr.Error(NOT_WAITED_FOR, print_exception=False) from error
     except torch.OutOfMemoryError as error:
         raise gr.Error("There is no memory left for that; take fewer pictures.", print_exception=False) from error
     except (ValueError, RuntimeError) as error:
@@ -792,7 +815,7 @@ def _wire(go: Any, cancel: Any, fn: Callable[..., Any], inputs: set[Any], output
         outputs,
         api_name=name,
         preprocess=False,  # what is wrong is told by us, for all inputs alike
-        concurrency_id="pipeline",
+        concurrency_id=QUEUE,
         show_progress="minimal",
         show_progress_on=status,
     )
@@ -828,7 +851,11 @@ def launch_demo(blocks: Any, host: str = "127.0.0.1", port: int = 7860) -> str:
             footer_links=[],
             theme=gr.themes.Default(**fonts),
             css=CSS,
-            max_file_size="1kb",  # nothing is to be uploaded
+            show_error=True,
+            run_history=False,
+            enable_monitoring=False,
+            mcp_server=False,
+            app_kwargs={"middleware": [Middleware(Gate)]},
         )
     except OSError as error:
         raise ValueError(f"Port {port} of {host} cannot be had; give another --port.") from error
