@@ -855,6 +855,7 @@ def launch_demo(blocks: Any, host: str = "127.0.0.1", port: int = 7860) -> str:
             run_history=False,
             enable_monitoring=False,
             mcp_server=False,
+            state_session_capacity=1000,
             app_kwargs={"middleware": [Middleware(Gate)]},
         )
     except OSError as error:

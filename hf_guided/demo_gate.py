@@ -1,7 +1,7 @@
-"""Which requests reach the demo: of bounded size and number, in a fair order, and only while somebody waits for the answer.
+"""Which requests the demo computes: bounded ones, in a fair order, and only while somebody waits for the answer.
 
-gradio bounds its queue as a whole (`max_size`) and keeps direct calls out of it (`api_open=False`), but has no public means to
-bound one client or to tell that nobody reads an answer; the queue's own events are read for that.
+gradio bounds its queue as a whole (`max_size`) and keeps direct calls out (`api_open=False`), but has no public means
+to bound one client or to tell that nobody reads an answer: the events of its queue are read for that.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from gradio.server_messages import ProcessCompletedMessage
 
 QUEUE = "pipeline"  # `concurrency_id` of the events that compute
 MAX_BODY = 2**16  # bytes
-MAX_PER_SESSION, MAX_PER_ADDRESS = 2, 32  # requests under way: several people may share an address
+MAX_PER_SESSION, MAX_PER_ADDRESS = 2, 32  # requests under way; people behind one proxy share an address
 MAX_SESSION_NAME = 100  # characters; gradio keeps it
 SECONDS_TO_LISTEN = 5  # between a request and the opening of its stream of answers
 NOT_WAITED_FOR = f"Nobody waited for this answer: open its stream within {SECONDS_TO_LISTEN} seconds of the request."
@@ -31,7 +31,7 @@ _CLOSED = re.compile(r"/gradio_api/(file|proxy|upload|stream/|deep_link)")  # th
 class Gate:
     """ASGI middleware of the demo's server.
 
-    It closes the routes of files, refuses calls that cannot be right and those beyond a client's limit with a sentence, lets
+    It closes the routes of files, refuses malformed calls and those beyond a client's limit with a sentence, lets
     clients take turns, and knows whose stream of answers is open.
     """
 
@@ -54,6 +54,7 @@ class Gate:
         if session is None:
             return await _refuse(send, 404, "There is no such request, or it is answered already.")
         self.streams[session] += 1
+        self._take_turns(_queue_of(scope))
         try:
             await self.app(scope, receive, send)
         finally:
@@ -83,7 +84,7 @@ class Gate:
             if isinstance(asked.get("event_id"), str):
                 await queue.clean_events(event_id=asked["event_id"])  # it ends at its next step, not its next preview
             return await self.app(scope, replay, send)
-        if problem := _problem(queue.blocks.fns, call[2], asked):
+        if problem := _problem(queue.blocks.fns, *call.groups(), asked):
             return await _refuse(send, 400, problem)
         if call[1] in ("run", "api"):
             return await self.app(scope, replay, send)
@@ -92,7 +93,7 @@ class Gate:
             if problem := _limit_reached(queue, _address(scope), asked.get("session_hash")):
                 return await _refuse(send, 429, problem)
             await self.app(scope, replay, send)
-            _take_turns(queue)
+            self._take_turns(queue)
 
     def is_wanted(self, event: Any) -> bool:
         """Whether somebody waits for the answer to a request."""
@@ -105,26 +106,42 @@ class Gate:
                 queue.send_message(event, ProcessCompletedMessage(output={"error": NOT_WAITED_FOR}, success=False))
                 await queue.clean_events(event_id=event._id)
 
+    def _take_turns(self, queue: Any) -> None:
+        """Sorts what waits: somebody listens to it; its number among its client's requests, and its address's."""
+        if QUEUE not in queue.event_queue_per_concurrency_id:
+            return
+        waiting = queue.event_queue_per_concurrency_id[QUEUE].queue
+        running = [event for event in queue.event_ids_to_events.values() if event not in waiting]
+        turns: Counter[Any] = Counter()
+        turn = {}
+        for event in [*running, *waiting]:
+            asker, address = _asker(event), _asker(event)[0]
+            turn[event] = event.session_hash not in self.streams, turns[asker], turns[address]
+            turns.update([asker, address])
+        waiting.sort(key=turn.__getitem__)
+        queue.broadcast_estimations(QUEUE)
+
 
 def watch(request: Any) -> Callable[[], bool]:
     """Says at any time, from any thread, whether somebody waits for the answer to a `gradio.Request` of the queue."""
     scope = request.request.scope
     if "gate" not in scope:  # served otherwise than by `launch_demo`
         return lambda: True
-    event = next(event for event in _queue_of(scope).event_ids_to_events.values() if event.request is request.request)
-    return lambda: scope["gate"].is_wanted(event)
+    events = _queue_of(scope).event_ids_to_events.values()
+    event = next((event for event in events if event.request is request.request), None)
+    return lambda: event is not None and scope["gate"].is_wanted(event)
 
 
-def _problem(functions: dict[int, Any], name: str, asked: dict[str, Any]) -> str | None:
-    """What gradio would answer with a traceback in the log."""
+def _problem(functions: dict[int, Any], kind: str, name: str, asked: dict[str, Any]) -> str | None:
+    """Why a call is refused that gradio would answer with a traceback in the log, or queue for nothing."""
     index, data, session = asked.get("fn_index"), asked.get("data"), asked.get("session_hash")
-    if index is None:
+    if index is None or kind == "call":
         function = next((function for function in functions.values() if function.api_name == name), None)
     else:
         function = functions.get(index) if type(index) is int else None
-    if function is None or function.fn is None:
+    if function is None or function.fn is None or not (function.queue or kind in ("run", "api")):
         return "This page has no such function."
-    if not isinstance(data, list) or len(data) < len(function.inputs):
+    if not isinstance(data, list) or len(data) != len(function.inputs):
         return f"This function takes {len(function.inputs)} values, as a list called data."
     if session is not None and not (isinstance(session, str) and len(session) <= MAX_SESSION_NAME):
         return f"A session_hash is a text of at most {MAX_SESSION_NAME} characters."
@@ -138,22 +155,6 @@ def _limit_reached(queue: Any, address: str, session: str | None) -> str | None:
     if [where for where, _ in askers].count(address) >= MAX_PER_ADDRESS:
         return f"{MAX_PER_ADDRESS} requests from your address are under way; try again when some of them are done."
     return None
-
-
-def _take_turns(queue: Any) -> None:
-    """Sorts what waits: the first request of each client, then the second ones; clients of one address also take turns."""
-    if QUEUE not in queue.event_queue_per_concurrency_id:
-        return
-    waiting = queue.event_queue_per_concurrency_id[QUEUE].queue
-    running = [event for event in queue.event_ids_to_events.values() if event not in waiting]
-    turns: Counter[Any] = Counter()
-    turn = {}
-    for event in [*running, *waiting]:
-        asker, address = _asker(event), _asker(event)[0]
-        turn[event] = turns[asker], turns[address]
-        turns.update([asker, address])
-    waiting.sort(key=turn.__getitem__)
-    queue.broadcast_estimations(QUEUE)
 
 
 def _asker(event: Any) -> tuple[str, str | None]:

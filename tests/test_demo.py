@@ -1,6 +1,8 @@
 """The demo: its page in a real browser, what it answers to anyone, and what it makes of pipelines of every kind."""
 
 import base64
+import contextlib
+import http.client
 import io
 import json
 import os
@@ -10,7 +12,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +35,7 @@ from hf_guided import (
 from hf_guided.cli import main
 from hf_guided.data.samples import to_picture
 from hf_guided.demo import LATENTS_DIALS, MAX_SEED, Studio, build_demo, guidance_dial, launch_demo
+from hf_guided.demo_gate import MAX_BODY, MAX_PER_SESSION, NOT_WAITED_FOR, SECONDS_TO_LISTEN
 from hf_guided.evaluation.features import ModelFeatures
 from hf_guided.evaluation.sampling import to_8_bit
 from hf_guided.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance
@@ -275,18 +280,33 @@ def test_cancel_stops_the_walk(page, server):
 
 
 def test_two_people_are_served_in_turn(page, server):
-    first = begin(server, "sample", slow_order(steps=60))
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(ask, server, "sample", slow_order(steps=60))
+        page.click("#sample")
+        page.wait(lambda: re.search(r"queue: 1/1", page.text("#sample-status")))
+        page.wait(lambda: "Done in" in page.text("#sample-status"))
+        assert "Done in" in first.result()[0]
+        # a visitor may leave the queue
+        first = pool.submit(ask, server, "sample", slow_order(steps=60))
+        page.click("#sample")
+        page.wait(lambda: "queue:" in page.text("#sample-status"))
+        page.click("#sample-cancel")
+        page.wait(lambda: "Cancelled." in page.text("#sample-status"))
+        assert "Done in" in first.result()[0]
+
+
+def test_a_reload_ends_the_request(page, server):
+    page.choose("#solver", "DDPM, as published")
+    page.wait(lambda: page.text("#steps").startswith("Steps, 2 to 250"))
+    page.set("#pictures", 16)
+    page.set("#steps", 250)
     page.click("#sample")
-    page.wait(lambda: re.search(r"queue: 1/1", page.text("#sample-status")))
-    page.wait(lambda: "Done in" in page.text("#sample-status"))
-    assert "Done in" in answer(server, "sample", first)[0]
-    # who waits may leave
-    first = begin(server, "sample", slow_order(steps=60))
-    page.click("#sample")
-    page.wait(lambda: "queue:" in page.text("#sample-status"))
-    page.click("#sample-cancel")
-    page.wait(lambda: "Cancelled." in page.text("#sample-status"))
-    assert "Done in" in answer(server, "sample", first)[0]
+    page.wait(lambda: page.text("#sample-status").startswith("Step "))
+    page.browser.refresh()
+    began = time.monotonic()
+    assert "Done in" in ask(server, "sample", list(GOOD.values()))[0]
+    assert time.monotonic() - began < 3
+    page.browser.get("about:blank")
 
 
 def test_everything_fits_on_a_phone(page):
@@ -337,6 +357,36 @@ def answer(server, name, event):
     return json.loads(last[1]) if last[0] == "complete" else json.loads(last[1])["error"]
 
 
+def ask(server, name, values):
+    """Asks, and waits for the answer."""
+    return answer(server, name, begin(server, name, values))
+
+
+def post(server, route, body, source="127.0.0.1"):
+    """Status and JSON of the answer to any request, from one of this machine's addresses."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, 30, source_address=(source, 0))
+    text = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("POST", f"/gradio_api/{route}", text, {"Content-Type": "application/json"})
+    with contextlib.closing(connection), connection.getresponse() as response:
+        return response.status, json.loads(response.read())
+
+
+def get_status(server, path):
+    try:
+        with urllib.request.urlopen(server.url + path, timeout=60) as response:
+            response.read()
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def index_of(server, name):
+    """The number of a function, by which the page calls it."""
+    with urllib.request.urlopen(f"{server.url}config", timeout=30) as response:
+        functions = json.load(response)["dependencies"]
+    return next(function["id"] for function in functions if function["api_name"] == name)
+
+
 GOOD = {"name": "two", "num_images": 2, "seed": 3, "solver": "UniPC", "steps": 3, "scale": 2.0, "tell": True}
 
 
@@ -366,6 +416,119 @@ def test_the_server_is_as_it_was(server):
     assert answer(server, "sample", begin(server, "sample", list(GOOD.values())))[1] == before[1]
     pictures = [picture_of(url) for url in re.findall(r'src="([^"]+)"', before[1])]
     assert [picture.size for picture in pictures] == [(8, 8), (8, 8)]
+
+
+@pytest.mark.parametrize(
+    "route", ["run/sample", "run/predict", "run/sample/", "api/sample", "api/predict", "call/v2/sample"]
+)
+@pytest.mark.parametrize("more", [{}, {"session_hash": "direct"}, {"event_id": "direct"}])
+def test_nothing_is_computed_outside_the_queue(server, route, more):
+    more = {**more, "fn_index": index_of(server, "sample")} if "predict" in route else more
+    status, told = post(server, route, {"data": list(GOOD.values()), **more})
+    assert status == 404
+    assert "queue" in told["detail"] or "no such route" in told["detail"]
+
+
+@pytest.mark.parametrize("route", ["upload", "component_server", "process_recording", "vibe-code", "stream/x", "login"])
+def test_nothing_can_be_sent_to_other_routes(server, route):
+    assert post(server, route, {"data": []}) == (404, {"detail": "This page has no such route."})
+    assert post(server, route, b"x" * 10**6)[0] == 404
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        "file=/etc/hostname",
+        "file=pyproject.toml",
+        "file=https://127.0.0.1/",
+        "file/etc/hostname",
+        "%66ile=pyproject.toml",
+        "proxy=https://127.0.0.1/",
+        "upload_progress?upload_id=x",
+        "deep_link?session_hash=x",
+        "monitoring/summary",
+        "queue/data?session_hash=x",
+        "call/sample/x",
+    ],
+)
+def test_nothing_else_can_be_read(server, route):
+    assert get_status(server, f"gradio_api/{route}") == 404
+    assert get_status(server, "monitoring") == 403
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"data": [1, 2]}, "takes 7 values"),
+        ({"data": [*GOOD.values(), 1]}, "takes 7 values"),
+        ({"data": "abcdefg"}, "takes 7 values"),
+        ({"data": {str(i): i for i in range(7)}}, "takes 7 values"),
+        ({}, "takes 7 values"),
+        (b"[]", "takes 7 values"),
+        (b"[" * 50_000, "takes 7 values"),
+        (b"\xff\x00", "takes 7 values"),
+        ({"data": list(GOOD.values()), "session_hash": "x" * 101}, "at most 100 characters"),
+        ({"data": list(GOOD.values()), "session_hash": 7}, "at most 100 characters"),
+        ({"data": ["x" * MAX_BODY] * 7}, "at most 65,536 bytes"),
+        (b"x" * 10**7, "at most 65,536 bytes"),
+    ],
+)
+def test_calls_that_cannot_be_right_are_refused_in_a_sentence(server, body, message):
+    for route in ("call/sample", "run/sample"):
+        status, told = post(server, route, body)
+        assert status in (400, 413)
+        assert message in told["detail"]
+    assert "Traceback" not in server.errors.read_text()
+
+
+def test_functions_that_are_not_there_cannot_be_called(server):
+    body = {"data": [], "session_hash": "other"}
+    quick = index_of(server, "change_solver")  # which does not queue
+    for index in (10**6, -1, "3", [3], True, 3.0, quick):
+        assert post(server, "queue/join", {**body, "fn_index": index})[0] == 400
+        if index != quick:
+            assert post(server, "run/predict", {**body, "fn_index": index})[0] == 400
+    for route in ("call/nothing", "run/nothing", "call/change_solver", "queue/join", "queue/other"):
+        assert post(server, route, body) == (400, {"detail": "This page has no such function."})
+    assert "Traceback" not in server.errors.read_text()
+
+
+def test_the_quick_functions_refuse_bad_values_too(server):
+    index = index_of(server, "change_solver")
+    for values, message in {
+        ("Newton", 3): "There is no solver",
+        (None, 3): "There is no solver",
+        ("UniPC", "x"): "The number of steps is a number from 2",
+        ("UniPC", float("nan")): "The number of steps is a number from 2",
+    }.items():
+        assert message in post(server, "run/predict", {"data": list(values), "fn_index": index})[1]["error"]
+    assert "Traceback" not in server.errors.read_text()
+
+
+def test_requests_that_nobody_reads_give_way(server):
+    values = [*slow_order()[:5], "0,1,2,3,4,5", True]
+    unread = [begin(server, "compare", values) for _ in range(3)]
+    began = time.monotonic()
+    assert "Done in" in ask(server, "sample", list(GOOD.values()))[0]
+    assert time.monotonic() - began < SECONDS_TO_LISTEN + 3  # each would take minutes
+    for event in unread:
+        assert answer(server, "compare", event) == NOT_WAITED_FOR
+        assert get_status(server, f"gradio_api/call/compare/{event}") == 404  # which is not waited for, either
+
+
+def test_a_session_has_few_requests_under_way_and_others_take_turns(server):
+    values = slow_order(num_images=8, steps=20)
+    join = {"data": values, "fn_index": index_of(server, "sample"), "session_hash": "greedy"}
+    with ThreadPoolExecutor(20) as pool:
+        told = [status for status, _ in pool.map(lambda _: post(server, "queue/join", join), range(20))]
+        assert sorted(told) == [200] * MAX_PER_SESSION + [429] * (20 - MAX_PER_SESSION)
+        assert "wait for one of them or cancel it" in post(server, "call/sample", join)[1]["detail"]
+        stream = pool.submit(get_status, server, "gradio_api/queue/data?session_hash=greedy")
+        done = []
+        other = post(server, "queue/join", {**join, "session_hash": "other"}, source="127.0.0.2")[1]["event_id"]
+        pool.submit(answer, server, "sample", other).add_done_callback(lambda _: done.append("other"))
+        stream.add_done_callback(lambda _: done.append("greedy"))
+    assert done == ["other", "greedy"]  # before the second request of the first one
 
 
 def test_it_listens_to_this_machine_alone(server):
@@ -484,11 +647,48 @@ def serve(monkeypatch):
 
     def serve_blocks(blocks):
         opened.append(blocks)
-        return SimpleNamespace(url=launch_demo(blocks, port=free_port()))
+        port = free_port()
+        return SimpleNamespace(url=launch_demo(blocks, port=port), port=port)
 
     yield serve_blocks
     for blocks in opened:
         blocks.close()
+
+
+@pytest.mark.filterwarnings(THEIR_WARNINGS)
+@pytest.mark.parametrize(
+    ("leaving", "name"), [("stream of a call", "sample"), ("stream of a session", "compare"), ("cancel", "sample")]
+)
+def test_who_leaves_is_not_computed_for(make_pipe, serve, leaving, name):
+    pipe = make_pipe()
+    steps = []
+
+    def step(*_):
+        steps.append(time.monotonic())
+        time.sleep(0.15)
+
+    pipe.unet.register_forward_pre_hook(step)
+    server = serve(build_demo(pipe))
+    index = index_of(server, name)
+    values = ["zero", 1, 0, "DDPM, as published", 100, {"sample": 3, "compare": "0, 1"}[name], True]
+    body = {"data": values, "fn_index": index, "session_hash": "leaving"}
+    events = [post(server, "queue/join", body)[1]["event_id"] for _ in range(2)]  # one runs, one waits
+    path = f"call/{name}/{events[0]}" if leaving == "stream of a call" else "queue/data?session_hash=leaving"
+    with socket.create_connection(("127.0.0.1", server.port)) as stream:
+        stream.sendall(f"GET /gradio_api/{path} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode())
+        while len(steps) < 3:
+            time.sleep(0.01)
+        if leaving == "cancel":
+            for event in reversed(events):
+                post(server, "cancel", {"session_hash": "leaving", "fn_index": index, "event_id": event})
+        else:
+            stream.close()
+        left = time.monotonic()
+        time.sleep(0.6)
+    assert sum(when > left for when in steps) <= 1  # the one that begins as the leaving is noticed
+    before = len(steps)
+    assert "Done in" in ask(server, "sample", ["two", 1, 0, "UniPC", 2, 3, True])[0]
+    assert len(steps) - before == 2  # and what waited is gone
 
 
 def make_at_once(pipeline_class, model_class):
