@@ -84,7 +84,7 @@ class Gate:
             if isinstance(asked.get("event_id"), str):
                 await queue.clean_events(event_id=asked["event_id"])  # it ends at its next step, not its next preview
             return await self.app(scope, replay, send)
-        if problem := _problem(queue.blocks.fns, *call.groups(), asked):
+        if problem := _problem(queue.blocks.fns, call[1], call[2], asked):
             return await _refuse(send, 400, problem)
         if call[1] in ("run", "api"):
             return await self.app(scope, replay, send)
