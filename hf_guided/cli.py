@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import logging
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .credentials import FormatterWithoutCredentials, log_to_screen, without_credentials
 from .processes import resumable, user_command
 
 
@@ -153,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--push_to_hub", action="store_true", help="push the folder to --hub_model_id")
     command.add_argument("--hub_model_id", metavar="user/name", help="the repository, made if there is none")
     command.add_argument("--hub_private", action="store_true", help="make a new repository private")
-    command.add_argument("--hub_token", metavar="TOKEN", help="default: the saved login, or HF_TOKEN")
+    add_token(command)
     command.set_defaults(run=convert)
 
     command = commands.add_parser("push", help="push a finished pipeline or model to the Hub, in one commit")
@@ -170,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--space", metavar="user/space", help="also push the page of `hf-guided demo`, as a Space")
     command.add_argument("--judge", metavar="MODEL", help="of that page: the classifier on the Hub that judges")
     command.add_argument("--hub_private", action="store_true", help="make a new repository private")
-    command.add_argument("--hub_token", metavar="TOKEN", help="default: the saved login, or HF_TOKEN")
+    add_token(command)
     command.set_defaults(run=push)
 
     command = commands.add_parser("demo", help="a page to play with a pipeline in the browser")
@@ -183,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.set_defaults(run=demo)
 
     args = parser.parse_args(join_flags(sys.argv[1:] if argv is None else argv))
+    if logging.lastResort is not None:  # what shows the warnings of commands without a log
+        logging.lastResort.setFormatter(FormatterWithoutCredentials())
     with user_command():
         args.run(args)
 
@@ -268,6 +272,16 @@ def add_latents(command: argparse.ArgumentParser) -> None:
     """The flags of the families whose images come of latents at once."""
     command.add_argument("--truncation", type=float, metavar="T", help="of a GAN: latents between -T and T")
     command.add_argument("--temperature", type=float, metavar="T", help="of a VAE or flow: the latents' spread")
+
+
+def add_token(command: argparse.ArgumentParser) -> None:
+    """The token of the commands that push."""
+    command.add_argument(
+        "--hub_token",
+        metavar="TOKEN",
+        help="default: that of `hf auth login`, or HF_TOKEN; prefer those, for the machine's list of processes shows a "
+        "flag to everybody on it",
+    )
 
 
 def add_compile(command: argparse.ArgumentParser) -> None:
@@ -371,7 +385,7 @@ def evaluate(args: argparse.Namespace) -> None:
             sample_to_file(pipe, labels, output / "samples.npz", **options)
             state.wait_for_everyone()
             samples = open_images(str(output / "samples.npz"))
-            samples.id2label, samples.name = generated.id2label, args.generated
+            samples.id2label, samples.name = generated.id2label, without_credentials(args.generated)
             generated = samples
         seconds = {"sampling": time.monotonic() - started}
         options = {"batch_size": args.batch_size, "num_workers": args.num_workers}
@@ -452,13 +466,13 @@ def sweep(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.model} has no classes, so nothing steers it; a sweep is of guidance by classes.")
     notes: list[str] = []
     judged = judged_labels(SampledImages(pipe, labels), extractor, notes)
-    settings = {name: value for name, value in vars(args).items() if name not in SWEEP_FREE}
+    settings = without_credentials({name: value for name, value in vars(args).items() if name not in SWEEP_FREE})
     settings["features"] = f"{extractor.name} {extractor.fingerprint}"
     path = output / "sweep.json"
     settings["weights"] = [weights_digest(model) for model in (pipe.unet, pipe.classifier) if model is not None]
     known: dict[str, Any] = {"settings": settings, "rows": []}
     if path.is_file():
-        known = json.loads(path.read_text())
+        known = without_credentials(json.loads(path.read_text()))
     if known["settings"] != settings:
         changed = [name for name in settings if known["settings"].get(name) != settings[name]]
         raise ValueError(
@@ -514,8 +528,6 @@ def sweep(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Trains the families alike, or takes trained models, and draws them side by side."""
-    import logging
-
     from .evaluation.sweep import parse_scales
     from .files import check_outside
     from .processes import join_processes
@@ -530,7 +542,7 @@ def compare(args: argparse.Namespace) -> None:
         if name in models:
             raise ValueError(f"Two models are called {name}; name them apart, as NAME=PIPELINE.")
         models[name] = path
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_screen()
     quiet_libraries()
     if join_processes().num_processes > 1:
         raise ValueError("compare runs in one process, so that each family has the whole machine.")
@@ -559,9 +571,9 @@ SWEEP_FREE = {"run", "scales", "steps", "seeds", "output", "features", "num_work
 
 
 def tell(state: Any, *lines: str) -> None:
-    """Prints, in the main process alone."""
+    """Prints, in the main process alone, and without the credentials of addresses."""
     if state.is_main_process and lines:
-        print(*lines, sep="\n")
+        print(without_credentials("\n".join(lines)))
 
 
 def parse_numbers(flag: str, text: str) -> list[Any]:
@@ -679,9 +691,10 @@ def inspect_classifier(args: argparse.Namespace) -> None:
     )
     write_json(inspection.to_dict(), numbers)
     classifier_curves(inspection, args.output, record)
-    print(
+    tell(
+        state,
         f"{args.model} on {inspection.num_images} held-out images of {args.data} (and {inspection.num_train_images} "
-        f"that it was trained on)\n\n{inspection}\n\nSaved {args.output} and its numbers as .json"
+        f"that it was trained on)\n\n{inspection}\n\nSaved {args.output} and its numbers as .json",
     )
 
 
@@ -881,7 +894,8 @@ def convert(args: argparse.Namespace) -> None:
     if args.push_to_hub:
         from .hub import push_folder
 
-        print(push_folder(args.output, args.hub_model_id, private=args.hub_private or None, token=args.hub_token))
+        url = push_folder(args.output, args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
+        print(without_credentials(url))
 
 
 def push(args: argparse.Namespace) -> None:
@@ -904,7 +918,7 @@ def push(args: argparse.Namespace) -> None:
             standalone=args.standalone,
             **access,
         )
-        print(url)
+        print(without_credentials(url))
     elif Path(args.folder).exists():
         raise ValueError(f"A page shows a model of the Hub: say where {args.folder} goes, as user/name before --space.")
     if args.space is not None:
@@ -917,7 +931,7 @@ def push(args: argparse.Namespace) -> None:
             model_id = args.folder if args.repo_id is None else prepare_push(args.repo_id, **access)
             kind = pipeline_class(args.folder, args.hub_token).__name__
             write_space(folder, model_id=model_id, judge_id=args.judge, model_class=kind)
-            print(push_folder(folder, args.space, repo_type="space", **access))
+            print(without_credentials(push_folder(folder, args.space, repo_type="space", **access)))
 
 
 def demo(args: argparse.Namespace) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 
+from .credentials import without_credentials
+
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
@@ -41,9 +43,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_json(content: Any, path: str | os.PathLike) -> None:
-    """Writes JSON that people can read."""
+    """Writes JSON that people can read, without the credentials of addresses in it."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(json.dumps(without_credentials(content), indent=2) + "\n")
 
 
 @contextmanager

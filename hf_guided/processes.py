@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from .credentials import without_credentials
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
@@ -44,7 +46,7 @@ def user_command() -> Iterator[None]:
             print(str(stop) or "Stopped.", file=sys.stderr)
         raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {without_credentials(str(error))}") from None
     finally:
         signal.signal(signal.SIGTERM, previous)
         leave_processes()

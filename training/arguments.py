@@ -24,6 +24,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
+from ..credentials import log_to_screen
 from ..data import BUILT_IN, DataArguments
 from ..fields import (
     CheckedFields,
@@ -60,7 +61,12 @@ class RunArguments(CheckedFields):
     push_to_hub: bool = flag(False, "Push to the Hub: at checkpoints, beside the training, and the finished folder.")
     hub_model_id: str | None = flag(None, "Repository to push to, user/name.")
     hub_private: bool = flag(False, "Make the repository private, if it is new.")
-    hub_token: str | None = flag(None, "Token to push with; the saved login or HF_TOKEN, by default.", repr=False)
+    hub_token: str | None = flag(
+        None,
+        "Token to push with. By default that of `hf auth login` or HF_TOKEN: prefer those, for the machine's list of "
+        "processes shows a flag to everybody on it.",
+        repr=False,
+    )
     hub_license: str | None = flag(None, "Licence of what is pushed, as the Hub spells it: apache-2.0, mit ...")
     recipe: str | None = field(default=None, init=False)  # its name, for the model card
 
@@ -345,7 +351,7 @@ def quiet_libraries() -> None:
 
 def run_script(main: Any) -> None:
     """Runs a training script."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_screen()
     quiet_libraries()
     with user_command(), resumable("Stopped. Rerun the same command to resume from the last checkpoint."):
         main()

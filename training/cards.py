@@ -1,6 +1,7 @@
 """What model cards say of a training: its data, its steps and time, its machine."""
 
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def describe_data(data_args: DataArguments) -> dict[str, Any]:
 
 def on_hub(name: str | None) -> str | None:
     """The name, if it is one of the Hub's."""
-    return name if name and name.count("/") == 1 and not Path(name).exists() else None
+    return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) and not Path(name).exists() else None
 
 
 def describe_images(images: tuple[LabelledImages, LabelledImages | None]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ..credentials import without_credentials
 from ..files import partial_name, recover_folder, remove_folder, replacing_folder, write_json
 from ..labels import composed
 
@@ -48,7 +49,10 @@ FREE_FLAGS = {
 
 
 def fingerprint(arguments: list[Any], data: Any, accelerator: Accelerator) -> dict[str, Any]:
-    """Everything that a resumed training must have in common with what it resumes, by flag or by name."""
+    """Everything that a resumed training must have in common with what it resumes, by flag or by name.
+
+    Addresses are compared and saved without their credentials, which may change.
+    """
     merged: dict[str, Any] = {}
     for part in arguments:
         merged.update(dataclasses.asdict(part))
@@ -56,17 +60,14 @@ def fingerprint(arguments: list[Any], data: Any, accelerator: Accelerator) -> di
         merged.pop("max_train_steps")  # the other schedules depend on where training ends
     known = {name: value for name, value in merged.items() if name not in FREE_FLAGS}
     names = None if data.id2label is None else [composed(name) for name in data.id2label.values()]
-    return json.loads(
-        json.dumps(
-            {
-                **known,
-                "mixed_precision": accelerator.mixed_precision,
-                "number of processes": accelerator.num_processes,
-                "number of images": len(data),
-                "classes": names,
-            }
-        )
-    )
+    everything = {
+        **known,
+        "mixed_precision": accelerator.mixed_precision,
+        "number of processes": accelerator.num_processes,
+        "number of images": len(data),
+        "classes": names,
+    }
+    return without_credentials(json.loads(json.dumps(everything)))
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
@@ -123,7 +124,7 @@ def load_checkpoint(
         `ValueError`: If it was trained with other flags, data or another number of processes, naming each.
     """
     state = read_state(folder)
-    saved = state["fingerprint"]
+    saved = without_credentials(state["fingerprint"])
     if saved.get("classes") is not None:
         saved["classes"] = [composed(name) for name in saved["classes"]]
     differing = [

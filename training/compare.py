@@ -23,6 +23,7 @@ from accelerate import PartialState
 from transformers import AutoModelForImageClassification
 
 from hf_guided import ADMScheduler
+from hf_guided.credentials import without_credentials
 from hf_guided.data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.comparison import write_comparison
 from hf_guided.evaluation.evaluate import FEWEST_IMAGES, check_independent, judged_labels, measure
@@ -165,26 +166,30 @@ def compare(
     images = load_labelled_images(data_args, seed=0)
     train, held_out = images
     if held_out is None or min(len(train), len(held_out), num_images) < FEWEST_IMAGES:
-        raise ValueError(f"{data}: {FEWEST_IMAGES} images to train on, held out and sampled are the fewest to compare.")
+        raise ValueError(
+            f"{data_args.source}: {FEWEST_IMAGES} images to train on, held out and sampled are the fewest to compare."
+        )
     for args in stages.values():
         args.report_to, args.preview_steps, args.push_to_hub = "none", 0, False
     stages["diffusion"].label_dropout = 0.0  # it is always told the class here, and need not do without
     settings: dict[str, Any] = {
-        "data": Path(data).name,
+        "data": Path(data_args.source).name,
         "recipe": stages["judge"].recipe,
         "resolution": list(train.resolution),
         "families": list(models or families),
         "budget": None if models else str(given),
         "seeds": [0] if models else list(seeds),
         "num_images": num_images,
-        "features": features or "judge",
+        "features": without_credentials(features) or "judge",
         "guidance_scale": guidance_scale,
         "guidance_scales": list(guidance_scales),
         "hardware": describe_run(stages["judge"])["hardware"],
         "class_names": list(train.id2label.values())[:10],
     }
     output.mkdir(parents=True, exist_ok=True)
-    plan = json.loads(plan_file.read_text()) if plan_file.is_file() else {"settings": settings}
+    plan = {"settings": settings}
+    if plan_file.is_file():
+        plan = without_credentials(json.loads(plan_file.read_text()))
     changed = [name for name in settings if plan["settings"].get(name) != settings[name] and name not in _GROWING]
     if changed:
         raise ValueError(

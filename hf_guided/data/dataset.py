@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..credentials import without_credentials
 from ..fields import CheckedFields, Length, NonNegativeInt, PositiveInt, Share, flag
 from ..labels import composed
 from .built_in import BUILT_IN, DIGITS, PHOTOGRAPHS, import_extra, load_digits, load_photographs
@@ -83,8 +84,8 @@ class DataArguments(CheckedFields):
 
     @property
     def source(self) -> str:
-        """What the images are taken from: the folder, the dataset's name, or 'digits'."""
-        return self.train_data_dir or self.dataset_name or DIGITS
+        """What the images are taken from: the folder, the dataset's name without credentials, or 'digits'."""
+        return without_credentials(self.train_data_dir or self.dataset_name or DIGITS)
 
     @property
     def built_in(self) -> str | None:
@@ -170,7 +171,7 @@ class LabelledImages(Dataset):
     def file_name(self, index: int) -> str:
         """The file's path, or the row's number where the image has no path."""
         record = self.images[int(self.rows[index])]["image"]
-        return (isinstance(record, dict) and record["path"]) or f"row {self.rows[index]}"
+        return (isinstance(record, dict) and without_credentials(record["path"])) or f"row {self.rows[index]}"
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, epoch = key if isinstance(key, tuple) else (key, 0)
@@ -330,7 +331,7 @@ def _load_split(
         )
     except (FileNotFoundError, ValueError, ConnectionError, datasets.exceptions.DatasetGenerationError) as error:
         is_wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which says nothing itself
-        reason = " ".join(str(error.__cause__ if is_wrapped else error).split()).rstrip(".")
+        reason = without_credentials(" ".join(str(error.__cause__ if is_wrapped else error).split()).rstrip("."))
         raise ValueError(f"Cannot load {where} ({reason}); {hint}.") from error
     columns = ", ".join(dataset.column_names)
 

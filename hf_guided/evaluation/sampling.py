@@ -21,6 +21,7 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..credentials import without_credentials
 from ..data.samples import import_parquet, read_record, to_picture, write_samples
 from ..files import has_json, replacing, write_json
 from .pictures import labelled_grid, save_png
@@ -324,7 +325,7 @@ def _plan(
         "batch_size": parts.batch_size,
         **{name: value for name, value in arguments.items() if value is not None},
     }
-    return json.loads(json.dumps(plan, default=repr))
+    return without_credentials(json.loads(json.dumps(plan, default=repr)))
 
 
 def _stamp(model: str) -> str | None:
@@ -351,7 +352,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 def _missing_batches(path: Path, kind: str, parts: _Parts, plan: dict[str, Any]) -> list[int] | None:
     """The batches to make, with a folder ready for them; `None` if the output is there."""
-    record = read_record(path)
+    record = without_credentials(read_record(path))
     if record == plan:
         if parts.folder.is_dir():
             shutil.rmtree(parts.folder)  # a kill may have left it
@@ -364,7 +365,7 @@ def _missing_batches(path: Path, kind: str, parts: _Parts, plan: dict[str, Any])
 
     plan_file, old = parts.folder / PLAN_FILE, None
     if plan_file.is_file():
-        old = json.loads(plan_file.read_text())
+        old = without_credentials(json.loads(plan_file.read_text()))
         if old != plan and any(parts.folder.glob("*.raw")):
             raise ValueError(
                 f"{parts.folder} holds samples made otherwise: {_differences(old, plan)}. Give the same flags to go "

@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..credentials import without_credentials
 from ..data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images
 from ..data.images import open_record
 from ..data.samples import read_samples, to_picture
@@ -219,6 +220,8 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
     if spec.endswith(".npz"):
         return _open_samples(spec, size)
     source, _, part = spec.rpartition(":") if ":" in spec and not Path(spec).exists() else (spec, "", "")
+    if "/" in part:  # the rest of an address, which has a colon of its own
+        source, part = spec, ""
     arguments: dict[str, Any] = {"resolution": None if size is None else list(size)}
     if source in BUILT_IN or not Path(source).is_dir():
         if Path(source).is_file() and not source.endswith(".parquet"):
@@ -237,15 +240,16 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
     train, held_out = load_labelled_images(DataArguments(**arguments), seed=0, require_labels=False)
     images = held_out if part == HELD_OUT else train
     if images is None:
-        raise ValueError(f"Nothing of {source} is held out; give other images.")
+        raise ValueError(f"Nothing of {train.name} is held out; give other images.")
     sizes, images.image_channels = _look(images)
     if size is None and len(sizes) > 1:
         (first, one), (second, other) = list(sizes.items())[:2]
         raise ValueError(
-            f"The images of {spec} differ in size: {one} has {first[0]}x{first[1]} pixels and {other} "
-            f"{second[0]}x{second[1]}; bring them to one size first."
+            f"The images of {without_credentials(spec)} differ in size: {one} has {first[0]}x{first[1]} pixels and "
+            f"{other} {second[0]}x{second[1]}; bring them to one size first."
         )
     images.resolution = size or next(iter(sizes))
+    spec = without_credentials(spec)
     loaded = LoadedImages(images, spec)
     if set(sizes) != {images.resolution}:
         loaded.notes.append(_resized(spec, list(sizes), images.resolution))
