@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..guidance import ClassifierGuidance
 from ..hub import write_model_card
+from ..hub.markdown import code_span
 from ..labels import composed
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.unet_adm import ADMUNet2DModel
@@ -423,7 +424,7 @@ def _write_card(
             summary, model_class = f"{article} {conditional} diffusion model", "ClassifierGuidedPipeline"
         summary += " with classifier guidance" if guided else ""
     if published is not None:
-        names = " and ".join(f"`{source.checkpoint.name}`" for source in sources)
+        names = " and ".join(code_span(source.checkpoint.name) for source in sources)
         link = "[guided-diffusion](https://github.com/openai/guided-diffusion)"
         origin = f"converted with `hf-guided`\nfrom OpenAI's {names} of {link}, trained on {published.data}"
     else:

@@ -15,10 +15,10 @@ from typing import Any
 import yaml
 from huggingface_hub.utils import yaml_dump
 
-_RECORD = re.compile(r"\s*<!-- hf-guided: (.*?) -->")
+_RECORD = re.compile(r"(?m)^<!-- hf-guided: (.*) -->[ \t]*$")
 _FRONT_MATTER = re.compile(r"\A---\n(.*?\n)?---[ \t]*(?:\n|\Z)", re.DOTALL)
 _HEADING = re.compile(r"(?m)^##? .*$")
-_CODE = re.compile(r"(?ms)^```.*?(?:^```|\Z)")
+CODE = re.compile(r"(?ms)^```[^`\n]*\n.*?(?:^```|\Z)")
 
 
 def sign(card: str) -> str:
@@ -77,22 +77,22 @@ def _digests(entries: dict[str, Any]) -> dict[str, str]:
 
 def _read(card: str) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
     """The metadata, the text of each section under its heading, and the digests of what was generated."""
-    card = card.replace("\r\n", "\n")
+    card = card.removeprefix("\ufeff").replace("\r\n", "\n")
     record: dict[str, Any] = {}
-    if match := _RECORD.search(card):
-        card = card[: match.start()] + card[match.end() :]
-        with suppress(ValueError):  # of a comment that was edited: then everything counts as the user's
-            record = json.loads(match[1])
+    for match in [*_RECORD.finditer(card)][-1:]:  # any before it is somebody's text
+        card = card[: match.start()].rstrip() + card[match.end() :]
+        with suppress(ValueError, RecursionError):  # of a comment that was edited: then everything counts as the user's
+            record = _parse(match[1])
     data: Any = {}
     if match := _FRONT_MATTER.match(card):
         try:
             data = yaml.safe_load(match[1] or "") or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # the latter of an impossible date
             raise ValueError(f"README.md has metadata that are not valid YAML: {error}") from error
         if not isinstance(data, dict):
             raise ValueError("README.md has metadata that are no mapping of names to values.")
         card = card[match.end() :]
-    code = [match.span() for match in _CODE.finditer(card)]
+    code = [match.span() for match in CODE.finditer(card)]
     starts = [
         (match.start(), match[0].strip())
         for match in _HEADING.finditer(card)
@@ -107,6 +107,17 @@ def _read(card: str) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
     if not sections.get(""):
         sections.pop("", None)
     return data, sections, record
+
+
+def _parse(text: str) -> dict[str, dict[str, str]]:
+    """The digests in a comment; a `ValueError` if it holds anything else."""
+    record = json.loads(text)
+    is_dict = isinstance(record, dict) and record.keys() == {"metadata", "sections"}
+    if not is_dict or not all(isinstance(part, dict) for part in record.values()):
+        raise ValueError("no two dicts")
+    if not all(isinstance(digest, str) for part in record.values() for digest in part.values()):
+        raise ValueError("no digests")
+    return record
 
 
 def _write(data: dict[str, Any], sections: dict[str, str], record: dict[str, Any]) -> str:

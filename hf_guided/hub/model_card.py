@@ -9,8 +9,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..credentials import without_credentials
 from ..files import replacing
-from .card_edits import merge, sign
+from .card_edits import CODE, merge, sign
+from .markdown import code_span, escape, printable
 
 _HEADINGS = {"condition_unet": "UNet told the class", "fid": "FID", "sfid": "sFID", "kid": "KID"}
 
@@ -154,15 +156,16 @@ def write_model_card(
         model_class (`str`, defaults to `"ClassifierGuidedPipeline"`): What loads the folder: that or another pipeline
             of this package, or `"ADMForImageClassification"`.
         summary (`str`): What kind of model it is, in a few words.
-        origin (`str`, *optional*): Where it comes from, as the end of the first sentence; by default it was trained
-            on `dataset` with this library.
+        origin (`str`, *optional*): Where it comes from, as the end of the first sentence, in Markdown; by default it
+            was trained on `dataset` with this library. All other words are shown as they are, whatever is in them.
         guided (`bool`, defaults to `True`): A classifier steers it.
         dtype (`str`, *optional*): `"float16"` or `"bfloat16"`, if the weights are saved in half precision.
 
     Returns:
         `Path`: The card.
     """
-    folder, dataset = Path(folder), _public(dataset)
+    folder, title, dataset = Path(folder), _public(title), _public(dataset)
+    dataset_id = dataset_id and _public(dataset_id)
     classifies = model_class == "ADMForImageClassification"
     family, paper, knob = _FAMILIES.get(model_class, ("adm", _ADM, None))
     tags = {"hf-guided": True, "diffusers": not classifies, family: True, "classifier-guidance": guided or classifies}
@@ -172,9 +175,9 @@ def write_model_card(
         # The Hub has no tag for class-conditional models; this is where those on ImageNet are listed.
         pipeline_tag="image-classification" if classifies else "unconditional-image-generation",
         tags=[tag for tag, applies in tags.items() if applies],
-        license=license,
+        license=license and _public(license),
         datasets=None if dataset_id is None else [dataset_id],
-        base_model=base_model,
+        base_model=base_model and _public(base_model),
         model_name=title,
         eval_results=_eval_results(results, inspection, dataset, dataset_id) or None,
     )
@@ -186,10 +189,10 @@ def write_model_card(
     advice = _GUIDED_ADVICE if guided else _LATENTS_ADVICE.format(knob=knob) if knob else _UNGUIDED_ADVICE
     card = _CARD.format(
         data=data.to_yaml(),
-        title=title,
-        summary=summary,
+        title=escape(title),
+        summary=escape(summary),
         paper=paper,
-        origin=origin or f"trained on {dataset} with\n`hf-guided`",
+        origin=origin or f"trained on {escape(dataset)} with\n`hf-guided`",
         picture="\n\n".join(f"![{text}]({name})" for name, text in pictures.items() if (folder / name).is_file()),
         extra=" normflows" if model_class == "FlowPipeline" else "",
         usage=_usage(model_class, json.dumps(repo_id or "."), class_names, dtype),
@@ -228,7 +231,7 @@ def write_model_card(
             trained=f" and {num_trained:,} of those that it was trained on" if num_trained else "",
             picture="\n![Accuracy, calibration, gradients, confusion](inspection.png)\n" if has_picture else "",
             table=_table([_heading(name) for name in columns], cells),
-            findings="\n".join(f"- {_public(finding)}" for finding in inspection["findings"]),
+            findings="\n".join(f"- {escape(_public(finding))}" for finding in inspection["findings"]),
         )
 
     path = folder / "README.md"
@@ -248,19 +251,24 @@ def address(card: str, repo_id: str, standalone: bool = False) -> str:
         repo_id (`str`): The repository.
         standalone (`bool`, defaults to `False`): It carries its code, and needs no package but diffusers' own.
     """
-    card = re.sub(r'(from_pretrained\(|model=)"\."', rf'\1"{repo_id}"', card)
+
+    def addressed(block: re.Match) -> str:
+        code = re.sub(r'(from_pretrained\(|model=)"\."', lambda match: f"{match[1]}{json.dumps(repo_id)}", block[0])
+        if standalone:
+            code = re.sub(r"(?m)^from hf_guided import \w*Pipeline", "from diffusers import DiffusionPipeline", code)
+            code = re.sub(
+                rf"\b(?:ClassifierGuided\w*Pipeline|{'|'.join(_FAMILIES)})\.from_pretrained\((.*?)\)\n",
+                r"DiffusionPipeline.from_pretrained(\1, trust_remote_code=True)\n",
+                code,
+            )
+            code = re.sub(r"(?m)^from hf_guided import ADMForImageClassification  # makes it known.*\n", "", code)
+            code = re.sub(r'(pipeline\("image-classification".*?)\)\n', r"\1, trust_remote_code=True)\n", code)
+        return code
+
+    card = CODE.sub(addressed, card)
     if standalone:
-        card = re.sub(
-            r"`pip install hf-guided(.*)`, then:", r"`pip install torch diffusers transformers\1`, then:", card
-        )
-        card = re.sub(r"from hf_guided import \w*Pipeline", "from diffusers import DiffusionPipeline", card)
-        card = re.sub(
-            rf"\b(?:ClassifierGuided\w*Pipeline|{'|'.join(_FAMILIES)})\.from_pretrained\((.*?)\)\n",
-            r"DiffusionPipeline.from_pretrained(\1, trust_remote_code=True)\n",
-            card,
-        )
-        card = card.replace("from hf_guided import ADMForImageClassification  # makes it known to transformers\n", "")
-        card = re.sub(r'(pipeline\("image-classification".*?)\)\n', r"\1, trust_remote_code=True)\n", card)
+        pip = r"(?m)^`pip install hf-guided(.*)`, then:"
+        card = re.sub(pip, r"`pip install torch diffusers transformers\1`, then:", card)
     return card
 
 
@@ -346,7 +354,9 @@ def _usage(model_class: str, source: str, class_names: Sequence[str], dtype: str
     if model_class == "ClassifierGuidedUpscalePipeline":
         arguments, imports = "small, ", "\nfrom PIL import Image"
     if class_names:
-        arguments += f"class_labels=[{json.dumps(class_names[0], ensure_ascii=False)}], "
+        is_plain = class_names[0] == printable(class_names[0], length=100)
+        label = json.dumps(class_names[0], ensure_ascii=False) if is_plain else "0"
+        arguments += f"class_labels=[{label}], "
     usage = _PIPELINE_USAGE.format(
         imports=imports, model_class=model_class, source=source, dtype=chosen, arguments=arguments
     )
@@ -357,21 +367,23 @@ def _usage(model_class: str, source: str, class_names: Sequence[str], dtype: str
 
 
 def _heading(column: str) -> str:
-    name, _, features = column.partition("/")
+    name, _, features = _public(column).partition("/")
     words = name.replace("_", " ")
     return _HEADINGS.get(name, words[:1].upper() + words[1:]) + (f" ({features})" if features else "")
 
 
 def _class_list(class_names: Sequence[str]) -> str:
-    names = ", ".join(f"`{name}`" for name in class_names)
+    names = ", ".join(code_span(name) for name in class_names)
     if len(class_names) <= 40:
         return names
     return f"<details><summary>All {len(class_names)} classes</summary>\n\n{names}\n\n</details>"
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    lines = [headings, *rows]
+    cells = [[escape(cell).replace("|", "\\|") for cell in line] for line in lines]
+    cells.insert(1, ["---"] * len(headings))
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def _rounded(value: float | None) -> str:
@@ -379,7 +391,7 @@ def _rounded(value: float | None) -> str:
 
 
 def _public(value: Any) -> str:
-    """Text for a public page: short numbers, no tokens, and of the machine's folders only the last part of a path."""
+    """Text for a public page: one line, short numbers, no credentials, and of the machine's folders only the last part of a path."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -388,7 +400,7 @@ def _public(value: Any) -> str:
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_public(item)}" for key, item in value.items())
-    text = re.sub(r"hf_[A-Za-z0-9]{20,}", "hf_...", " ".join(str(value).split()))
+    text = without_credentials(printable(str(value)))
     for flavour in (PurePosixPath, PureWindowsPath):
         if flavour(text).is_absolute():
             return flavour(text).name

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from huggingface_hub import metadata_save
 
+from .markdown import link_to_hub, printable
+
 _PACKAGE = Path(__file__).parents[1]
 _LEFT_OUT = ("conversion", "training", "hub")  # parts of the package that the page never needs
 _DIFFUSION = (
@@ -79,12 +81,12 @@ def write_space(
     arguments = ", ".join(json.dumps(argument) for argument in [model_id, *(["--judge", judge_id] if judge_id else [])])
     (folder / "app.py").write_text(_APP.format(arguments=arguments), encoding="utf-8")
     (folder / "requirements.txt").write_text("\n".join(_requirements(model_class)) + "\n", encoding="utf-8")
-    judge = "" if judge_id is None else f" [{judge_id}](https://huggingface.co/{judge_id}) judges them."
+    judge = "" if judge_id is None else f" {link_to_hub(judge_id)} judges them."
     readme = folder / "README.md"
-    shown = _FAMILIES.get(model_class, _DIFFUSION).format(model=f"[{model_id}](https://huggingface.co/{model_id})")
+    shown = _FAMILIES.get(model_class, _DIFFUSION).format(model=link_to_hub(model_id))
     readme.write_text(_README.format(shown=shown, judge=judge), encoding="utf-8")
     header = {
-        "title": title or model_id.rpartition("/")[2],
+        "title": printable(title or model_id.rpartition("/")[2]),
         "emoji": "🎲",
         "colorFrom": "indigo",
         "colorTo": "yellow",

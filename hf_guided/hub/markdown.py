@@ -1,0 +1,45 @@
+"""Names and values as the text of a Markdown page: whatever is in them, they are shown and mean nothing there."""
+
+import re
+import unicodedata
+from urllib.parse import quote
+
+_SPECIAL = re.compile(
+    r"[\\`*\[\]<~$]"
+    r"|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])"  # within a word it is none
+    r"|&(?=#?\w+;)"
+    r"|(?<!\S)#"
+    r"|\A>|\A[-+=](?=[\s=-])"
+)
+_NUMBERED = re.compile(r"\A(\d{1,9})([.)])(?=\s|\Z)")
+_JOINERS = "\u200c\u200d"  # of emoji, and of Persian and Indic letters
+
+
+def printable(text: str, length: int = 1000) -> str:
+    """One line: white space becomes a space, control characters, also those that turn the direction of text, become
+    `"\\N{REPLACEMENT CHARACTER}"`, and what is longer than `length` characters ends in `"…"`."""
+    line = "".join(
+        "\N{REPLACEMENT CHARACTER}"
+        if unicodedata.category(char) in ("Cc", "Cf", "Cs") and char not in _JOINERS
+        else char
+        for char in " ".join(text.split())
+    )
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def escape(text: str) -> str:
+    """Text of a paragraph, heading or list item that shows as it is, on one line. Tables need their bars escaped too."""
+    return _NUMBERED.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", printable(text)))
+
+
+def code_span(text: str) -> str:
+    """Text in the type of code, of at most 100 characters."""
+    text = printable(text, length=100) or " "
+    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def link_to_hub(repo_id: str) -> str:
+    """A link to a model of the Hub."""
+    return f"[{escape(repo_id)}](https://huggingface.co/{quote(printable(repo_id))})"
