@@ -169,6 +169,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_true",
         help="let the repository carry its code, so that it loads with trust_remote_code=True and without this package",
     )
+    command.add_argument(
+        "--include",
+        nargs="+",
+        action="extend",
+        metavar="PATTERN",
+        help="push these too: paths in the folder, or patterns such as 'assets/*'; what is no part of the model stays "
+        "behind otherwise, and is named",
+    )
     command.add_argument("--space", metavar="user/space", help="also push the page of `hf-guided demo`, as a Space")
     command.add_argument("--judge", metavar="MODEL", help="of that page: the classifier on the Hub that judges")
     command.add_argument("--hub_private", action="store_true", help="make a new repository private")
@@ -906,6 +914,8 @@ def push(args: argparse.Namespace) -> None:
     access = {"private": args.hub_private or None, "token": args.hub_token}
     if args.repo_id is None and args.space is None:
         raise ValueError("Name the repository to push to, user/name; or, for a page of a model there, --space.")
+    if args.include and args.repo_id is None:
+        raise ValueError("--include is for files of a folder that is pushed; name its repository, or leave it out.")
     if args.judge and not args.space:
         raise ValueError("--judge is for the page of --space; add that, or leave it out.")
     if args.repo_id is not None:
@@ -916,6 +926,7 @@ def push(args: argparse.Namespace) -> None:
             revision=args.revision,
             create_pr=args.create_pr,
             standalone=args.standalone,
+            include=args.include,
             **access,
         )
         print(without_credentials(url))

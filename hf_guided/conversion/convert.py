@@ -424,7 +424,7 @@ def _write_card(
             summary, model_class = f"{article} {conditional} diffusion model", "ClassifierGuidedPipeline"
         summary += " with classifier guidance" if guided else ""
     if published is not None:
-        names = " and ".join(code_span(source.checkpoint.name) for source in sources)
+        names = " and ".join(code_span(str(source.checkpoint.name)) for source in sources)
         link = "[guided-diffusion](https://github.com/openai/guided-diffusion)"
         origin = f"converted with `hf-guided`\nfrom OpenAI's {names} of {link}, trained on {published.data}"
     else:

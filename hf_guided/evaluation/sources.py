@@ -242,6 +242,7 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
     if images is None:
         raise ValueError(f"Nothing of {train.name} is held out; give other images.")
     sizes, images.image_channels = _look(images)
+    spec = without_credentials(spec)
     if size is None and len(sizes) > 1:
         (first, one), (second, other) = list(sizes.items())[:2]
         raise ValueError(
@@ -249,7 +250,6 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
             f"{other} {second[0]}x{second[1]}; bring them to one size first."
         )
     images.resolution = size or next(iter(sizes))
-    spec = without_credentials(spec)
     loaded = LoadedImages(images, spec)
     if set(sizes) != {images.resolution}:
         loaded.notes.append(_resized(spec, list(sizes), images.resolution))

@@ -79,10 +79,11 @@ def _read(card: str) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
     """The metadata, the text of each section under its heading, and the digests of what was generated."""
     card = card.removeprefix("\ufeff").replace("\r\n", "\n")
     record: dict[str, Any] = {}
-    for match in [*_RECORD.finditer(card)][-1:]:  # any before it is somebody's text
-        card = card[: match.start()].rstrip() + card[match.end() :]
+    if records := [*_RECORD.finditer(card)]:
+        last = records[-1]  # any before it is somebody's text
+        card = card[: last.start()].rstrip() + card[last.end() :]
         with suppress(ValueError, RecursionError):  # of a comment that was edited: then everything counts as the user's
-            record = _parse(match[1])
+            record = _parse(last[1])
     data: Any = {}
     if match := _FRONT_MATTER.match(card):
         try:

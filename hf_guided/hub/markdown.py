@@ -16,19 +16,21 @@ _JOINERS = "\u200c\u200d"  # of emoji, and of Persian and Indic letters
 
 
 def printable(text: str, length: int = 1000) -> str:
-    """One line: white space becomes a space, control characters, also those that turn the direction of text, become
-    `"\\N{REPLACEMENT CHARACTER}"`, and what is longer than `length` characters ends in `"…"`."""
-    line = "".join(
-        "\N{REPLACEMENT CHARACTER}"
-        if unicodedata.category(char) in ("Cc", "Cf", "Cs") and char not in _JOINERS
-        else char
-        for char in " ".join(text.split())
-    )
+    """One line of at most `length` characters; longer text ends in `"…"`.
+
+    White space becomes a space. Control characters, those among them that turn the direction of text, and what is no
+    character become U+FFFD.
+    """
+
+    def is_shown(char: str) -> bool:
+        return char in _JOINERS or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
+
+    line = "".join(char if is_shown(char) else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
 def escape(text: str) -> str:
-    """Text of a paragraph, heading or list item that shows as it is, on one line. Tables need their bars escaped too."""
+    """Text of a paragraph, heading or list item that shows as it is, on one line; in a table, escape its bars too."""
     return _NUMBERED.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", printable(text)))
 
 

@@ -391,7 +391,7 @@ def _rounded(value: float | None) -> str:
 
 
 def _public(value: Any) -> str:
-    """Text for a public page: one line, short numbers, no credentials, and of the machine's folders only the last part of a path."""
+    """Text for a public page: one line, short numbers, no credentials, of the machine's paths only the last part."""
     if value is None:
         return "-"
     if isinstance(value, bool):

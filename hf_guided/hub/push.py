@@ -3,28 +3,20 @@
 import os
 import shlex
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
-from huggingface_hub.utils import (
-    DEFAULT_IGNORE_PATTERNS,
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    filter_repo_objects,
-)
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from .. import _MODULE_OF
+from ..credentials import without_credentials
 from .card_edits import merge, sign
 from .model_card import address
+from .selection import CODE_FILES, select_files
 
-# What training leaves beside a finished pipeline. A star also matches slashes.
-_IGNORED = ["checkpoint-*", "*/checkpoint-*", "logs/*", "*/logs/*", "*.log", "*.tmp", "*tfevents*", "*__pycache__*"]
-# What a repository that carries its code may have of it, see `write_standalone`.
-_CODE_FILES = {f"{module.rpartition('.')[2]}.py" for module in _MODULE_OF.values()}
 _MODEL_FILES = ("model_index.json", "config.json")
 _ATTEMPTS = 3  # where others push to the same branch at the same time
 
@@ -33,6 +25,9 @@ _LOGIN = "log in with `hf auth login`, or set HF_TOKEN, using a token with write
 
 class PushError(RuntimeError):
     """The Hub could not be reached or refused; the message says how to mend it."""
+
+    def __init__(self, message: str):
+        super().__init__(without_credentials(message))  # the client's own words hold addresses, some of them signed
 
 
 def prepare_push(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -68,11 +63,13 @@ def push_folder(
     create_pr: bool = False,
     standalone: bool = False,
     repo_type: str = "model",
+    include: Sequence[str] | None = None,
 ) -> str:
     """Pushes a saved pipeline or model to a model repository of the Hub, which is created if need be, in one commit.
 
-    Checkpoints (`checkpoint-*`), logs and temporary files stay behind; files that the repository has already are not
-    sent again, and those that only it has are kept, as is what was edited there of the model card.
+    What goes is what a model repository is made of, see [`select_files`]; the rest stays behind and is named in the
+    log. Files that the repository has already are not sent again, and those that only it has are kept, as is what was
+    edited there of the model card.
 
     Args:
         folder (`str` or `os.PathLike`): A folder with a `model_index.json` (pipeline) or `config.json` (model).
@@ -85,12 +82,14 @@ def push_folder(
         create_pr (`bool`, defaults to `False`): Propose the commit as a pull request to `main` instead.
         standalone (`bool`, defaults to `False`): Let the repository carry its code, see [`write_standalone`].
         repo_type (`str`, defaults to `"model"`): `"space"` for the folder of [`write_space`].
+        include (`Sequence[str]`, *optional*): What else goes: paths in the folder, or patterns such as `"assets/*"`.
 
     Returns:
         `str`: The URL of the repository, or of the pull request.
 
     Raises:
-        `ValueError`: If the folder is not a saved pipeline or model, or a model card has invalid metadata.
+        `ValueError`: If the folder is not a saved pipeline or model, a model card has invalid metadata, or something in
+            `include` matches no file.
         `PushError`: If the Hub cannot be reached or refuses: the sentence says how to mend it.
     """
     folder = Path(folder)
@@ -106,16 +105,16 @@ def push_folder(
         # Beside the folder, where weights need no second copy.
         with TemporaryDirectory(dir=folder.absolute().parent, prefix=".standalone-") as parent:
             return push_folder(
-                write_standalone(folder, Path(parent) / folder.absolute().name),
+                write_standalone(folder, Path(parent) / folder.absolute().name, include),
                 repo_id,
                 private=private,
                 token=token,
                 commit_message=commit_message,
                 revision=revision,
                 create_pr=create_pr,
+                include=include,
             )
-    paths = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    paths = list(filter_repo_objects(paths, ignore_patterns=[*DEFAULT_IGNORE_PATTERNS, *_IGNORED]))
+    paths = select_files(folder, include, repo_type)
     api = HfApi(token=token or True)  # True: a token is required
     try:
         sdk = "gradio" if repo_type == "space" else None
@@ -130,11 +129,11 @@ def push_folder(
                 CommitOperationAdd(path, folder / path) for path in paths if path != "README.md"
             ]
             if repo_type == "model":  # the code of an earlier push does not stay beside what no longer uses it
-                stale = [path for path in there.difference(paths) if Path(path).name in _CODE_FILES]
+                stale = [path for path in there.difference(paths) if Path(path).name in CODE_FILES]
                 operations += [CommitOperationDelete(path) for path in stale]
             if "README.md" in paths:
                 card = (folder / "README.md").read_text(encoding="utf-8")
-                card = sign(address(card, repo.repo_id, standalone=not _CODE_FILES.isdisjoint(paths)))
+                card = sign(address(card, repo.repo_id, standalone=not CODE_FILES.isdisjoint(paths)))
                 if "README.md" in there:
                     edited = api.hf_hub_download(repo.repo_id, "README.md", revision=head.sha, repo_type=repo_type)
                     card = merge(Path(edited).read_text(encoding="utf-8"), card)

@@ -19,10 +19,8 @@ from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
-
 from .. import _MODULE_OF, __version__
-from .push import _IGNORED
+from .selection import select_files
 
 _GUIDED_PIPELINES = ("ClassifierGuidedPipeline", "ClassifierGuidedUpscalePipeline")
 _PIPELINES = (*_GUIDED_PIPELINES, "VAEPipeline", "GANPipeline", "FlowPipeline")
@@ -46,7 +44,9 @@ _ONLY_IN_THE_PACKAGE = "register_with_diffusers"  # a decorator, for classes tha
 _LINE_LENGTH = 120
 
 
-def write_standalone(folder: str | os.PathLike, destination: str | os.PathLike) -> Path:
+def write_standalone(
+    folder: str | os.PathLike, destination: str | os.PathLike, include: Sequence[str] | None = None
+) -> Path:
     """Copies a saved pipeline or model and adds its code, so that it loads where this package is not installed.
 
     It then loads by diffusers' `DiffusionPipeline`, a UNet alone by diffusers' `AutoModel`, and a classifier alone by
@@ -56,6 +56,7 @@ def write_standalone(folder: str | os.PathLike, destination: str | os.PathLike) 
     Args:
         folder (`str` or `os.PathLike`): What `save_pretrained` or training wrote.
         destination (`str` or `os.PathLike`): Where to, empty or made.
+        include (`Sequence[str]`, *optional*): What else is copied than what a push takes, see [`select_files`].
 
     Returns:
         `Path`: The destination.
@@ -68,8 +69,7 @@ def write_standalone(folder: str | os.PathLike, destination: str | os.PathLike) 
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} is not empty: name a folder that is, or that is not there yet.")
     added = _code_and_configs(folder)
-    paths = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    for path in filter_repo_objects(paths, ignore_patterns=[*DEFAULT_IGNORE_PATTERNS, *_IGNORED]):
+    for path in select_files(folder, include):
         if path not in added:
             (destination / path).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(folder / path, destination / path)

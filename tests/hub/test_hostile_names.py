@@ -69,7 +69,7 @@ class Page(HTMLParser):
     def __init__(self, card):
         super().__init__()
         self.tags, self.texts, self.open = [], {}, []
-        front, _, body = card.removeprefix("---\n").partition("\n---\n")
+        _, _, body = card.removeprefix("---\n").partition("\n---\n")
         self.feed(
             markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table").enable("strikethrough").render(body)
         )
@@ -119,7 +119,7 @@ def test_a_name_is_shown_and_does_nothing(name, tmp_path):
     plain = Page(write(tmp_path_of(tmp_path), "plain").read_text())
     shown = printable(name)
 
-    # The page has the tags of one with harmless names: no heading, table, link, picture, list, comment of anybody else's.
+    # The page has the tags of one with harmless names: no heading, table, link, picture, list or comment more.
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]
     assert [about for tag, about in page.tags if tag == "a"] == [about for tag, about in plain.tags if tag == "a"]
     assert page.texts["h2"] == plain.texts["h2"]

@@ -13,6 +13,12 @@ from hf_guided.hub import push_folder, write_model_card
 
 WRITE, READ, REVOKED = ("hf_" + kind + "Aa0" * 10 for kind in ("write", "read", "revoked"))
 
+COMPONENTS = {
+    "unet": ["hf_guided", "ADMUNet2DModel"],
+    "scheduler": ["hf_guided", "ADMScheduler"],
+    "classifier": ["hf_guided", "ADMForImageClassification"],
+}
+
 PUSH = "import json, sys; from hf_guided.hub import push_folder; print(push_folder(**json.loads(sys.argv[1])))"
 PULL = "import json, sys; from huggingface_hub import snapshot_download as pull; print(pull(**json.loads(sys.argv[1])))"
 
@@ -28,7 +34,7 @@ def folder(tmp_path):
     """What training leaves: a pipeline, its card, and things that are nobody's business."""
     folder = tmp_path / "pipeline"
     for path, content in {
-        "model_index.json": b'{"_class_name": "ClassifierGuidedPipeline"}',
+        "model_index.json": json.dumps({"_class_name": "ClassifierGuidedPipeline", **COMPONENTS}).encode(),
         "grid.png": b"\x89PNG\r\n\x1a\n\0\0",
         "unet/config.json": b"{}\n",
         "unet/diffusion_pytorch_model.safetensors": np.random.default_rng(0).bytes(3_000_001),

@@ -1,0 +1,166 @@
+"""Which files of a folder go to the Hub: those that a model repository is made of, and those that the user adds."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from .. import _MODULE_OF
+from .markdown import printable
+
+logger = logging.getLogger(__name__)
+
+# What a repository that carries its code may have of it, see `write_standalone`.
+CODE_FILES = {f"{module.rpartition('.')[2]}.py" for module in _MODULE_OF.values()}
+_DOCUMENTS = {
+    ".gitattributes", "CITATION.cff", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt",
+    "README.md",
+}  # fmt: skip
+_OURS = {"grid.png", "inspection.json", "inspection.png", "model_index.json", "openai_flags.json", "trade_off.png"}
+# Of models, schedulers, processors and tokenizers, as diffusers and transformers name them.
+_SAVED = {
+    "adapter_config.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json",
+    "feature_extractor_config.json", "generation_config.json", "image_processor_config.json", "merges.txt",
+    "preprocessor_config.json", "processor_config.json", "scheduler_config.json", "sentencepiece.bpe.model",
+    "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "video_preprocessor_config.json", "vocab.json", "vocab.txt",
+}  # fmt: skip
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_PICTURES = (".avif", ".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
+_SPACE = {".gitattributes", "README.md", "app.py", "packages.txt", "requirements.txt"}
+_NAMED = 5  # of what stays behind
+
+
+def select_files(
+    folder: str | os.PathLike, include: Sequence[str] | None = None, repo_type: str = "model"
+) -> list[str]:
+    """Chooses what of a folder goes to the Hub; what stays behind is named in one line of the log.
+
+    These go: configs, safetensors and the files of processors and tokenizers, in the folder and in those of the
+    pipeline's components; the model card, the pictures that it shows, licences; the code that this package writes.
+    A link goes if what it points to would: within the folder, or in the cache of the Hub that the folder is part of.
+
+    Args:
+        folder (`str` or `os.PathLike`): A saved pipeline or model, or a Space.
+        include (`Sequence[str]`, *optional*): What else goes: paths in the folder, of files or folders, or patterns
+            such as `"assets/*.csv"`, whose star matches slashes too; links are followed. What begins with a dot must
+            be named with its dot.
+        repo_type (`str`, defaults to `"model"`): Or `"space"`.
+
+    Returns:
+        `list[str]`: Paths relative to the folder, with slashes, sorted.
+
+    Raises:
+        `ValueError`: If a pattern matches no file, or `model_index.json` cannot be read.
+    """
+    folder = Path(folder)
+    is_part = _is_part_of_space if repo_type == "space" else _parts_of_model(folder)
+    unmatched = dict.fromkeys(include or ())
+    chosen, left = [], []
+    for path in _walk(folder):
+        matching = [pattern for pattern in include or () if _matches(path, pattern)]
+        if matching and (folder / path).is_file():
+            unmatched = {pattern: None for pattern in unmatched if pattern not in matching}
+            chosen.append(path)
+        elif is_part(path) and _is_held(folder, path, is_part):
+            chosen.append(path)
+        else:
+            left.append(path)
+    if unmatched:
+        raise ValueError(
+            f"--include {' '.join(unmatched)} matches no file of {folder}; give paths in it, or patterns such as "
+            f"'assets/*' (what begins with a dot by name)."
+        )
+    if left:
+        shown = list(dict.fromkeys(_shortest_name(path, chosen) for path in left))
+        names = ", ".join(printable(name, length=100) for name in shown[:_NAMED])
+        more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
+        files = f"{len(left)} {'file that is' if len(left) == 1 else 'files that are'}"
+        logger.warning(f"Not pushed, {files} no part of the model: {names}{more}. To push some: --include PATTERN.")
+    return sorted(chosen)
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """All that is no folder, and links to folders, which are not entered."""
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        for name in sorted([*files, *links]):
+            yield Path(parent, name).relative_to(folder).as_posix()
+
+
+def _matches(path: str, pattern: str) -> bool:
+    if re.search(r"(\A|/)\.", path) and not re.search(r"(\A|/)\.[^/]", pattern):
+        return False
+    pattern = pattern.removeprefix("./").rstrip("/")
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}/*")
+
+
+def _parts_of_model(folder: Path) -> Callable[[str], bool]:
+    places = {"", *_components(folder / "model_index.json")}
+    card_file = folder / "README.md"
+    card = card_file.read_text(encoding="utf-8", errors="replace") if card_file.is_file() else ""
+
+    def is_shown(path: str) -> bool:
+        spellings = [name for name in {path, quote(path)} if name in card]
+        return any(re.search(rf"(?<![\w./-])(?:\./)?{re.escape(name)}(?![\w-])", card) for name in spellings)
+
+    def is_part(path: str) -> bool:
+        place, _, name = path.rpartition("/")
+        if path in _DOCUMENTS or path in _OURS:
+            return True
+        if re.search(r"(\A|/)\.", path):
+            return False
+        if name.lower().endswith(_PICTURES):
+            return is_shown(path)
+        return place in places and (name in _SAVED or name in CODE_FILES or name.endswith(_WEIGHTS))
+
+    return is_part
+
+
+def _components(index_file: Path) -> list[str]:
+    """The folders of a pipeline's components."""
+    if not index_file.is_file():
+        return []
+    try:
+        index: Any = json.loads(index_file.read_text(encoding="utf-8"))
+        entries = index.items()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{index_file} is damaged ({error}); save the pipeline again.") from error
+    return [
+        name
+        for name, value in entries
+        if name[:1] != "_" and isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
+    ]
+
+
+def _is_part_of_space(path: str) -> bool:
+    return path in _SPACE or (path.startswith("hf_guided/") and path.endswith(".py"))
+
+
+def _is_held(folder: Path, path: str, is_part: Callable[[str], bool]) -> bool:
+    """Whether it is a file, and one that the folder holds, not somebody else's that a link points to."""
+    if not (folder / path).is_file():  # a socket, a pipe to wait for, a link to nothing
+        return False
+    root, real = folder.resolve(), (folder / path).resolve()
+    if real == root / path:
+        return True
+    if real.is_relative_to(root):
+        return is_part(real.relative_to(root).as_posix())
+    caches = [parent.parent for parent in (root, *root.parents) if parent.name == "snapshots"]
+    return any(real.is_relative_to(cache / "blobs") for cache in caches)  # as `snapshot_download` stores a repository
+
+
+def _shortest_name(path: str, chosen: list[str]) -> str:
+    """The topmost folder of a path that nothing was chosen of, with a slash; else the path itself."""
+    parts = path.split("/")
+    for depth in range(1, len(parts)):
+        start = "/".join(parts[:depth]) + "/"
+        if not any(other.startswith(start) for other in chosen):
+            return start
+    return path
