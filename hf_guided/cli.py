@@ -354,8 +354,8 @@ def evaluate(args: argparse.Namespace) -> None:
         check_output(args.save_statistics, ".npz", flag="--save_statistics")
         if len(args.features) > 1:
             raise ValueError("--save_statistics keeps one kind of features; give one to --features.")
-        samples = output / "samples.npz"  # which another check is of
-        check_replaceable([samples, args.save_statistics], lambda path: path == samples or is_saved(path), sources)
+        sampled = output / "samples.npz"  # which another check is of
+        check_replaceable([sampled, args.save_statistics], lambda path: path == sampled or is_saved(path), sources)
     make_folder(args.output)
     samples_pipeline = is_pipeline(args.generated)
     if samples_pipeline:
