@@ -383,7 +383,7 @@ def evaluate(args: argparse.Namespace) -> None:
         if not isinstance(reference, ImageSet) or (held_out is not None and not isinstance(held_out, ImageSet)):
             raise ValueError(f"{flag} needs images, and statistics alone were given.")
     bits_labels = likelihood_labels(pipe, reference) if args.likelihood else None
-    tell(state, *(f"Note: {note}" for note in what_to_know(generated, reference)))
+    tell(state, *(f"Note: {note}" for note in what_to_know(generated, reference, held_out)))
 
     # 2. Sample, where it is a pipeline's turn; measure
     with resumable():
@@ -444,7 +444,7 @@ def sweep(args: argparse.Namespace) -> None:
     from .evaluation.features import weights_digest
     from .evaluation.pictures import sweep_curve
     from .evaluation.sampling import COMPILING
-    from .evaluation.sources import SampledImages
+    from .evaluation.sources import ImageSet, SampledImages
     from .evaluation.sweep import choose_scale, guidance_at, parse_scales, save_choice
     from .evaluation.sweep import sweep as sweep_scales
     from .files import check_outside, check_replaceable, has_json, write_json
@@ -472,7 +472,7 @@ def sweep(args: argparse.Namespace) -> None:
     labels = labels_to_sample(pipe, args)
     if isinstance(labels, int):
         raise ValueError(f"{args.model} has no classes, so nothing steers it; a sweep is of guidance by classes.")
-    notes: list[str] = []
+    notes = list(reference.notes) if isinstance(reference, ImageSet) else []
     judged = judged_labels(SampledImages(pipe, labels), extractor, notes)
     settings = without_credentials({name: value for name, value in vars(args).items() if name not in SWEEP_FREE})
     settings["features"] = f"{extractor.name} {extractor.fingerprint}"
@@ -687,6 +687,7 @@ def inspect_classifier(args: argparse.Namespace) -> None:
         raise ValueError(f"Nothing of {args.data} is held out; give a larger --held_out_fraction, or none.")
     train, held_out = (with_classes_of(classifier, images) for images in (train, held_out))
     state = join_processes()
+    tell(state, *(f"Note: {note}" for note in train.notes))
     if not state.is_main_process:
         return
     inspection = inspect_classifier(

@@ -165,6 +165,8 @@ def compare(
         ClassifierGuidance(scale)
     images = load_labelled_images(data_args, seed=0)
     train, held_out = images
+    if train.notes and PartialState().is_main_process:
+        logger.info("\n".join(f"{train.name}: {note}" for note in train.notes))
     if held_out is None or min(len(train), len(held_out), num_images) < FEWEST_IMAGES:
         raise ValueError(
             f"{data_args.source}: {FEWEST_IMAGES} images to train on, held out and sampled are the fewest to compare."

@@ -1,5 +1,6 @@
 """From the name of a dataset to two sets of images, one to train on and one held out."""
 
+import glob
 import itertools
 import logging
 import os
@@ -17,6 +18,7 @@ from ..credentials import without_credentials
 from ..fields import CheckedFields, Length, NonNegativeInt, PositiveInt, Share, flag
 from ..labels import composed
 from .built_in import BUILT_IN, DIGITS, PHOTOGRAPHS, import_extra, load_digits, load_photographs
+from .folders import TEXT_TYPES, FolderScan, printable, read_split, scan_folder
 from .images import BAD_IMAGE_ERRORS, foreign_files, open_image, resize_and_crop, to_channels, to_pixel_values
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,6 @@ PHOTOGRAPHS_HELD_OUT = 0.2  # of each one's width
 HELD_OUT_SEED = 0  # never the training seed: every run is measured on the same images
 USUAL_IMAGE_COLUMNS = ("image", "img", "images", "picture", "photo")
 USUAL_LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category", "target")
-TEXT_TYPES = ("string", "large_string")
 
 
 @dataclass
@@ -40,7 +41,11 @@ class DataArguments(CheckedFields):
         "crops of two.",
     )
     dataset_config_name: str | None = flag(None, "Configuration of the dataset, for datasets that have several.")
-    train_data_dir: str | None = flag(None, "Folder with one sub-folder of images per class, or with a metadata.jsonl.")
+    train_data_dir: str | None = flag(
+        None,
+        "Folder with one sub-folder of images per class, at any depth below it, or with a metadata.jsonl; or folders "
+        "'train', 'val', 'test' of such.",
+    )
     train_split: str = flag("train", "Split to train on.")
     validation_split: str | None = flag(
         None, "Split to hold out. Without it, a part of the training split is held out."
@@ -85,7 +90,7 @@ class DataArguments(CheckedFields):
     @property
     def source(self) -> str:
         """What the images are taken from: the folder, the dataset's name without credentials, or 'digits'."""
-        return without_credentials(self.train_data_dir or self.dataset_name or DIGITS)
+        return printable(without_credentials(self.train_data_dir or self.dataset_name or DIGITS))
 
     @property
     def built_in(self) -> str | None:
@@ -146,6 +151,11 @@ class LabelledImages(Dataset):
         return len(self.id2label)
 
     @property
+    def notes(self) -> list[str]:
+        """How a folder was read and what is left out of it, one sentence each; empty for other datasets."""
+        return getattr(self.images, "notes", [])
+
+    @property
     def bad_files(self) -> list[str]:
         """The files met so far, by any loader worker, that could not be decoded and were substituted."""
         return [self.file_name(index) for index in self._is_bad.nonzero().flatten().tolist()]
@@ -171,7 +181,8 @@ class LabelledImages(Dataset):
     def file_name(self, index: int) -> str:
         """The file's path, or the row's number where the image has no path."""
         record = self.images[int(self.rows[index])]["image"]
-        return (isinstance(record, dict) and without_credentials(record["path"])) or f"row {self.rows[index]}"
+        path = isinstance(record, dict) and record["path"]
+        return printable(without_credentials(path)) if path else f"row {self.rows[index]}"
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, epoch = key if isinstance(key, tuple) else (key, 0)
@@ -237,7 +248,10 @@ def load_labelled_images(
         images, labels, names, is_held_out = load_photographs(resolution, fraction)
     else:
         is_digits = args.built_in == DIGITS
-        images, labels, names = load_digits() if is_digits else _load_split(args, args.train_split, require_labels)
+        folder = None if is_digits else _scan_folder(args)
+        images, labels, names = (
+            load_digits() if is_digits else _load_split(args, args.train_split, require_labels, folder)
+        )
         resolution = _check_resolution(args, [8] if is_digits else None, images)
     if require_labels and len(names) < 2:
         raise ValueError(
@@ -247,8 +261,12 @@ def load_labelled_images(
 
     if args.validation_split is not None:
         rows = np.arange(len(images))
-        held_out_images, held_out_labels, _ = _load_split(args, args.validation_split, labels is not None, names)
+        held_out_images, held_out_labels, _ = _load_split(
+            args, args.validation_split, labels is not None, folder, names
+        )
         held_out_rows = np.arange(len(held_out_images))
+        if folder is not None:
+            images.notes += [note for note in held_out_images.notes if note not in images.notes]
     elif is_held_out is not None:
         rows, held_out_rows = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
         held_out_images, held_out_labels = images, labels
@@ -308,23 +326,25 @@ def _num_held_out(args: DataArguments, num_images: int) -> int:
 
 
 def _load_split(
-    args: DataArguments, split: str, require_labels: bool, known_names: list[str] | None = None
+    args: DataArguments,
+    split: str,
+    require_labels: bool,
+    folder: FolderScan | None,
+    known_names: list[str] | None = None,
 ) -> tuple[Any, np.ndarray | None, list[str]]:
     """The images of a split, one undecoded "image" a row, with their labels and the names of the classes."""
+    if folder is not None:
+        return _load_folder_split(args, split, require_labels, folder, known_names)
     datasets = import_extra("datasets")
     path, where = args.dataset_name, f"split '{split}' of '{args.source}'"
-    hint, data_files = "check the name and the split", None
+    data_files = None
     if path is not None and path.endswith(".parquet"):
-        path, data_files = "parquet", path
-    if args.train_data_dir is not None:
-        path, hint = "imagefolder", "a folder needs one sub-folder of images per class"
-        if not os.path.isdir(args.train_data_dir):
-            raise FileNotFoundError(f"--train_data_dir '{args.train_data_dir}' is not a folder; {hint}.")
+        # A file's name is no pattern; other patterns and addresses are left to `datasets`.
+        path, data_files = "parquet", glob.escape(path) if os.path.isfile(path) else path
     try:
         dataset = datasets.load_dataset(
             path,
             args.dataset_config_name,
-            data_dir=args.train_data_dir,
             data_files=data_files,
             split=split,
             cache_dir=args.cache_dir,
@@ -332,7 +352,7 @@ def _load_split(
     except (FileNotFoundError, ValueError, ConnectionError, datasets.exceptions.DatasetGenerationError) as error:
         is_wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which says nothing itself
         reason = without_credentials(" ".join(str(error.__cause__ if is_wrapped else error).split()).rstrip("."))
-        raise ValueError(f"Cannot load {where} ({reason}); {hint}.") from error
+        raise ValueError(f"Cannot load {where} ({reason}); check the name and the split.") from error
     columns = ", ".join(dataset.column_names)
 
     image_column = _find_column(dataset, "image", args.image_column, datasets.Image, USUAL_IMAGE_COLUMNS, where)
@@ -349,23 +369,62 @@ def _load_split(
         images = images.rename_column(image_column, "image")
     _refuse_foreign_files(images, args, dataset.info.builder_name, where)
 
-    label_column = _find_column(dataset, "label", args.label_column, datasets.ClassLabel, USUAL_LABEL_COLUMNS, where)
-    if label_column is None:
-        if require_labels:
-            folders = "put the images of each class, two or more, in a folder of their own, or "
-            raise ValueError(
-                f"Found no column of labels in {where} (columns: {columns}); "
-                f"{folders if args.train_data_dir else ''}name it with --label_column."
+    return images, *_labels_of(dataset, args, require_labels, where, known_names)
+
+
+def _scan_folder(args: DataArguments) -> FolderScan | None:
+    """The folder of images that is asked for; None for what `datasets` loads."""
+    if args.train_data_dir is not None:
+        if not os.path.isdir(args.train_data_dir):
+            raise FileNotFoundError(
+                f"--train_data_dir '{args.source}' is not a folder; a folder needs one sub-folder of images per class."
             )
-        return images, None, []
+        return scan_folder(args.train_data_dir)
+    if args.dataset_name is None or args.dataset_config_name is not None or not os.path.isdir(args.dataset_name):
+        return None
+    scan = scan_folder(args.dataset_name)
+    return scan if scan.images and not scan.holds_data_files else None
+
+
+def _load_folder_split(
+    args: DataArguments, split: str, require_labels: bool, scan: FolderScan, known_names: list[str] | None
+) -> tuple[Any, np.ndarray | None, list[str]]:
+    """As `_load_split`, of a folder of images."""
+    where = f"split '{split}' of '{args.source}'"
+    part = read_split(scan, split, args.image_column, known_names or None)
+    if part.metadata is not None:
+        dataset = import_extra("datasets").Dataset(part.metadata)
+        return part.images, *_labels_of(dataset, args, require_labels, where, known_names)
+    for kind, column in (("image", args.image_column), ("label", args.label_column)):
+        if column not in (None, kind):
+            raise ValueError(
+                f"There is no column '{column}' in {where}, which has no metadata file; drop --{kind}_column."
+            )
+    if part.labels is None and require_labels:
+        raise ValueError(part.why_unlabelled)
+    return part.images, part.labels, part.names
+
+
+def _labels_of(
+    dataset: Any, args: DataArguments, require_labels: bool, where: str, known_names: list[str] | None
+) -> tuple[np.ndarray | None, list[str]]:
+    """The labels of a dataset and the names of the classes; None and no names where it has none and need not."""
+    feature_type = import_extra("datasets").ClassLabel
+    column = _find_column(dataset, "label", args.label_column, feature_type, USUAL_LABEL_COLUMNS, where)
+    if column is None:
+        if require_labels:
+            raise ValueError(
+                f"Found no column of labels in {where} (columns: {', '.join(dataset.column_names)}); "
+                f"name it with --label_column."
+            )
+        return None, []
     try:
-        labels, names = _read_labels(dataset, label_column, where, known_names)
+        return _read_labels(dataset, column, where, known_names)
     except ValueError as error:
         if require_labels:
             raise
         logger.warning("Going without labels: %s", error)
-        return images, None, []
-    return images, labels, names
+        return None, []
 
 
 def _refuse_foreign_files(images: Any, args: DataArguments, builder: str | None, where: str) -> None:
@@ -373,8 +432,9 @@ def _refuse_foreign_files(images: Any, args: DataArguments, builder: str | None,
     config, hub = import_extra("datasets").config, import_extra("huggingface_hub").constants
     caches = [config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH]
     caches += [hub.HF_HUB_CACHE, *([] if args.cache_dir is None else [args.cache_dir])]
-    folder = args.source if os.path.isdir(args.source) else os.path.dirname(os.path.abspath(args.source))
-    is_local = os.path.exists(args.source)
+    source = args.dataset_name or ""
+    folder = source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
+    is_local = os.path.exists(source)
     for row, path in foreign_files(images, [*([folder] if is_local else []), *caches]):
         metadata = (name for _, _, names in os.walk(folder) for name in names if name.startswith("metadata."))
         if is_local and builder == "imagefolder" and not any(metadata):

@@ -7,11 +7,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .dataset import LabelledImages
+from .folders import first_few
 from .images import BAD_IMAGE_ERRORS, to_channels
 
 NUM_DRAWN = 1_000  # images decoded of a set that is too large to be decoded whole
 MAX_BAD_FRACTION = 0.1
 FEW_PER_CLASS = 10
+NAMES_SHOWN = 20  # of classes
 
 
 @dataclass
@@ -28,6 +30,7 @@ class ImageReport:
         sizes (`Counter[tuple[int, int]]`): Checked images per (height, width) in pixels.
         modes (`Counter[str]`): Checked images per Pillow mode.
         bad_files (`list[str]`): Each file that cannot be used, with the reason.
+        notes (`list[str]`): How a folder was read and what is left out of it, one sentence each.
     """
 
     name: str
@@ -38,6 +41,7 @@ class ImageReport:
     sizes: Counter[tuple[int, int]]
     modes: Counter[str]
     bad_files: list[str]
+    notes: list[str]
 
     @property
     def num_upscaled(self) -> int:
@@ -57,7 +61,11 @@ class ImageReport:
         lines = [f"{self.name}: {self.num_images:,} images, {self.num_checked:,} checked, {len(self.bad_files):,} bad"]
         if self.class_counts:
             counts = self.class_counts.values()
-            lines.append(f"  classes: {len(counts):,}, with {min(counts):,} to {max(counts):,} images each")
+            lines.append(
+                f"  classes: {len(counts):,}, with {min(counts):,} to {max(counts):,} images each: "
+                + first_few(list(self.class_counts), NAMES_SHOWN)
+            )
+        lines += [f"  {note}" for note in self.notes]
         by_area = sorted(self.sizes, key=lambda pair: (pair[0] * pair[1], pair))
         lines.append(
             f"  height x width: {size(by_area[0])} to {size(by_area[-1])}, most often "
@@ -69,10 +77,10 @@ class ImageReport:
         if self.small_classes:
             lines.append(
                 f"  warning: fewer than {FEW_PER_CLASS} images in {len(self.small_classes):,} of the classes: "
-                + _first_few(self.small_classes)
+                + first_few(self.small_classes)
             )
         if self.bad_files:
-            lines.append(f"  warning: other images stand in for bad files: {_first_few(self.bad_files)}")
+            lines.append(f"  warning: other images stand in for bad files: {first_few(self.bad_files)}")
         return "\n".join(lines)
 
 
@@ -111,7 +119,7 @@ def check_images(dataset: LabelledImages, whole_up_to: int = 10_000) -> ImageRep
     if len(bad_files) > MAX_BAD_FRACTION * len(indices):
         raise ValueError(
             f"{len(bad_files):,} of {len(indices):,} checked images of '{dataset.name}' cannot be used, more than "
-            f"{MAX_BAD_FRACTION:.0%}; repair or remove them, first of all {_first_few(bad_files)}."
+            f"{MAX_BAD_FRACTION:.0%}; repair or remove them, first of all {first_few(bad_files)}."
         )
 
     class_counts = {}
@@ -127,9 +135,5 @@ def check_images(dataset: LabelledImages, whole_up_to: int = 10_000) -> ImageRep
         sizes=sizes,
         modes=modes,
         bad_files=bad_files,
+        notes=dataset.notes,
     )
-
-
-def _first_few(names: list[str], count: int = 3) -> str:
-    rest = len(names) - count
-    return ", ".join(names[:count]) + (f" and {rest:,} more" if rest > 0 else "")

@@ -156,7 +156,7 @@ def evaluate(
     Raises:
         `ValueError`: For too few images, classes that an extractor does not know, or features that are not finite.
     """
-    notes = what_to_know(generated, reference)
+    notes = what_to_know(generated, reference, held_out)
     for extractor in extractors:
         if isinstance(reference, FeatureSet):
             check_features(reference, extractor.name, extractor.fingerprint)
@@ -203,7 +203,7 @@ def evaluate(
     return result
 
 
-def what_to_know(generated: ImageSet, reference: ImageSet | FeatureSet) -> list[str]:
+def what_to_know(generated: ImageSet, reference: ImageSet | FeatureSet, held_out: ImageSet | None = None) -> list[str]:
     """What is found out before the work and tells in the numbers; refuses what cannot be measured at all."""
     for images in (generated, reference):
         if isinstance(images, ImageSet) and len(images) < FEWEST_IMAGES:
@@ -225,7 +225,9 @@ def what_to_know(generated: ImageSet, reference: ImageSet | FeatureSet) -> list[
         if reference.kept is None:
             notes.append("the reference is known by its statistics alone, so there is only what these can tell.")
         return notes
-    notes += reference.notes
+    notes += [note for note in reference.notes if note not in notes]
+    if held_out is not None:
+        notes += [note for note in held_out.notes if note not in notes]  # of the same folder, mostly
     if generated.channels != reference.channels:
         gray, rgb = sorted((generated, reference), key=lambda images: images.channels)
         notes.append(

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..credentials import without_credentials
 from ..data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images
+from ..data.folders import printable
 from ..data.images import open_record
 from ..data.samples import read_samples, to_picture
 from ..models.images import BAD_IMAGE_ERRORS, resize_and_crop, upright_size
@@ -139,7 +140,8 @@ class LoadedImages(ImageSet):
     def __init__(self, images: LabelledImages, name: str | None = None):
         self.images, self.labels, self.id2label = images, images.labels, images.id2label
         self.name = name or images.name
-        self.size, self.channels, self.notes = images.resolution, images.image_channels, []
+        self.size, self.channels = images.resolution, images.image_channels
+        self.notes = [f"{images.name}: {note}." for note in images.notes]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -246,13 +248,13 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
     if size is None and len(sizes) > 1:
         (first, one), (second, other) = list(sizes.items())[:2]
         raise ValueError(
-            f"The images of {without_credentials(spec)} differ in size: {one} has {first[0]}x{first[1]} pixels and "
-            f"{other} {second[0]}x{second[1]}; bring them to one size first."
+            f"The images of {printable(spec)} differ in size: {one} has {first[0]}x{first[1]} pixels and {other} "
+            f"{second[0]}x{second[1]}; bring them to one size first."
         )
     images.resolution = size or next(iter(sizes))
-    loaded = LoadedImages(images, spec)
+    loaded = LoadedImages(images, printable(spec))
     if set(sizes) != {images.resolution}:
-        loaded.notes.append(_resized(spec, list(sizes), images.resolution))
+        loaded.notes.append(_resized(loaded.name, list(sizes), images.resolution))
     return loaded
 
 

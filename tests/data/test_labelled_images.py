@@ -173,7 +173,7 @@ def test_string_labels_of_a_metadata_file(tmp_path, arguments, noise_image):
     assert train.labels.tolist() == [2, 1, 2, 0]
 
     args = arguments(folder, held_out_fraction=0)
-    with pytest.raises(ValueError, match=r"no column of labels .*columns: image, kind\); put .* --label_column\.$"):
+    with pytest.raises(ValueError, match=r"no column of labels .*columns: kind\); name it with --label_column\.$"):
         load_labelled_images(args, seed=0)
     without_labels, _ = load_labelled_images(args, seed=0, require_labels=False)
     assert without_labels.labels is None
@@ -273,6 +273,16 @@ def test_images_named_by_path_in_a_table(tmp_path, noise_image):
     assert np.array_equal(as_bytes(train[2]["pixel_values"]), np.asarray(noise_image(2)))
 
 
+def test_a_parquet_file_may_be_called_anything(tmp_path, noise_image):
+    features = {"image": datasets.Image(), "label": datasets.Value("string")}
+    columns = {"image": [noise_image(i) for i in range(3)], "label": ["a", "b", "a"]}
+    write_parquet(tmp_path / "a[1] *", "test [2]?", **columns, features=features)
+    arguments = hub_arguments(tmp_path / "a[1] *" / "test [2]?.parquet", held_out_fraction=0)
+    assert load_labelled_images(arguments, seed=0)[0].labels.tolist() == [0, 1, 0]
+    arguments.dataset_name = str(tmp_path / "a?1* *" / "*.parquet")  # a pattern that matches no file of this name
+    assert len(load_labelled_images(arguments, seed=0)[0]) == 3
+
+
 # Folders that are not as they should be
 
 
@@ -290,16 +300,8 @@ def test_folders_that_cannot_be_used(tmp_path, arguments, noise_image):
         ),
         ("empty", ValueError, r"Cannot load split 'train' of '.*empty' \(.*\); a folder needs one sub-folder"),
         ("text", ValueError, r"Cannot load split 'train' of '.*text' \(.*\); a folder needs one sub-folder"),
-        (
-            "flat",
-            ValueError,
-            r"no column of labels .*flat' \(columns: image\); put the images of each class",
-        ),
-        (
-            "one",
-            ValueError,
-            r"no column of labels .*one' \(columns: image\); put the images of each class",
-        ),
+        ("flat", ValueError, r"Found no class folders in '.*flat'; put the images of each class, two or more"),
+        ("one", ValueError, r"'.*one' has the single class 'cat', .* add a folder of images of another class\."),
     ):
         with pytest.raises(error_type, match=message) as error:
             load_labelled_images(arguments(tmp_path / name), seed=0)

@@ -222,3 +222,55 @@ def test_metadata_of_a_folder_of_samples(tmp_path):
     opened = open_images(str(tmp_path))
     assert [opened.id2label[label] for label in opened.labels.tolist()] == ["dog", "cat", "dog"]
     np.testing.assert_array_equal(read(opened), images)
+
+
+@pytest.mark.parametrize(
+    "names", [("train_1", "test", "0"), ("bus", "car", "train"), ("__other", "test tube", "val"), ("a[1]", "b*", "c")]
+)
+def test_every_image_of_a_folder_counts_whatever_it_is_called(tmp_path, names):
+    folder = write_folder(tmp_path / "photos [1]", pixels(9), names)
+    for name in names:
+        for old, new in (("train_1.png", 3), ("val.PNG", 4), ("x", 5)):
+            Image.fromarray(pixels(1, seed=new)[0]).save(tmp_path / "photos [1]" / name / old, format="PNG")
+    (tmp_path / "photos [1]" / "task.toml").write_text("")
+    opened = open_images(folder)
+    assert [opened.id2label[label] for label in opened.labels.tolist()] == [n for n in sorted(names) for _ in range(6)]
+    assert opened.notes == [
+        f"{folder}: left out: files that are not images in a supported format (1; .toml 1): task.toml."
+    ]
+    train, held_out = (open_images(f"{folder}:{part}") for part in ("train", "held_out"))
+    assert len(train) + len(held_out) == 18
+
+
+def test_splits_of_a_folder_are_parts(tmp_path):
+    for split, count in (("train", 6), ("val", 4), ("test", 2)):
+        write_folder(tmp_path / "photos" / split, pixels(count, seed=count))
+    folder = str(tmp_path / "photos")
+    counts = {part: len(open_images(f"{folder}{part}")) for part in ("", ":val", ":validation", ":test")}
+    assert counts == {"": 6, ":val": 4, ":validation": 4, ":test": 2}
+    assert len(open_images(f"{folder}:train")) + len(open_images(f"{folder}:held_out")) == 6
+    assert open_images(f"{folder}:test").notes == [
+        f"{folder}: split 'test' is the folder test; other splits: train, val."
+    ]
+    with pytest.raises(ValueError, match=r"Cannot load split 'holiday' of .*: its splits are train, validation, test"):
+        open_images(f"{folder}:holiday")
+
+
+def test_images_without_classes(tmp_path):
+    images = pixels(4)
+    folder = write_folder(tmp_path / "photos", images, names=("",))
+    assert open_images(folder).labels is None
+    assert open_images(folder).notes == []
+    write_folder(tmp_path / "photos", images, names=("cat",))
+    np.testing.assert_array_equal(read(open_images(folder)), [*images, *images])
+    assert "images beside its class folders (4: " in open_images(folder).notes[0]
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    folder = write_folder(tmp_path / os.fsdecode(b"photos\xe9"), pixels(4), (os.fsdecode(b"\xe9"), "dog"))
+    opened = open_images(folder)
+    assert opened.id2label == {0: "\\xe9", 1: "dog"}
+    assert len(read(opened)) == 4
+    assert opened.digest()
+    assert "photos\\xe9 has images of 8x8 pixels" in open_images(folder, size=(4, 4)).notes[0]
+    opened.name.encode()

@@ -1,0 +1,465 @@
+"""Folders of images: which files are images, of which split and class, and what is left out and why.
+
+photos/cat/1.png, photos/dog/2023/2.jpg        the folder at the top names the class, at whatever depth the image lies
+photos/train/cat/1.png, photos/val/cat/2.png   splits: all folders at the top are called so, and hold folders
+photos/1.png, photos/metadata.jsonl            a metadata file lists the images and describes them
+"""
+
+import json
+import os
+import re
+import unicodedata
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .built_in import import_extra
+from .images import BAD_IMAGE_ERRORS, IMAGE_FORMATS
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SPLIT_OF_WORD = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+SYSTEM_FOLDERS = {
+    *("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin"),
+    *("__macosx", "system volume information", "lost+found"),
+}
+SYSTEM_FILES = {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+TEXT_TYPES = ("string", "large_string")
+SIDECARS = {".txt", ".json", ".xml", ".csv"}  # never opened: there may be one beside each of a million images
+
+# Why something is left out.
+HIDDEN_FOLDERS = "hidden or system folders"
+HIDDEN_IMAGES = "hidden images"
+UNREADABLE = "folders that cannot be read"
+BROKEN_LINKS = "broken links"
+LINKS_BACK = "links to folders that are read already"
+NOT_FILES = "pipes, sockets or devices"
+NOT_IMAGES = "files that are not images in a supported format"
+EMPTY = "folders without images"
+OUTSIDE_SPLITS = "images outside the splits"
+UNLISTED = "images that no metadata file lists"
+
+
+class ImageFiles(Sequence[dict[str, Any]]):
+    """Image files as rows of a dataset: `files[row]` is `{"image": {"bytes": None, "path": path}}`.
+
+    The paths lie in one array: a million take little memory, and the loader's workers share it.
+
+    Args:
+        root (`str`): The folder that the paths are relative to.
+        paths (`Iterable[str]`): One per row.
+        notes (`Sequence[str]`): How the folder was read and what is left out of it, one sentence each.
+    """
+
+    def __init__(self, root: str, paths: Iterable[str], notes: Sequence[str] = ()):
+        encoded = [os.fsencode(path) for path in paths]  # names need not be valid UTF-8
+        self.root, self.notes = root, list(notes)
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, row: Any) -> Any:
+        if not 0 <= row < len(self):
+            raise IndexError(f"Row {row} is not in 0 to {len(self) - 1}.")
+        path = os.fsdecode(self._bytes[self._ends[row] : self._ends[row + 1]].tobytes())
+        return {"image": {"bytes": None, "path": os.path.join(self.root, path)}}
+
+
+@dataclass
+class FolderScan:
+    """What lies below a folder; paths are relative to it, and sorted.
+
+    Args:
+        root (`str`): The folder.
+        images (`list[str]`): Image files.
+        metadata (`list[str]`): Files with the name of a metadata file.
+        folders (`list[str]`): Folders that were read.
+        left_out (`dict[str, list[str]]`): Paths by the reason why they are left out.
+    """
+
+    root: str
+    images: list[str] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def holds_data_files(self) -> bool:
+        """Whether there are files in which `datasets` keeps images."""
+        return any(path.endswith((".parquet", ".arrow")) for path in self.left_out.get(NOT_IMAGES, ()))
+
+    def leave_out(self, reason: str, path: str) -> None:
+        """Records a path that is left out."""
+        self.left_out.setdefault(reason, []).append(path)
+
+
+@dataclass
+class FolderSplit:
+    """One split of a folder.
+
+    Args:
+        images ([`ImageFiles`]): The images.
+        labels (`numpy.ndarray`, *optional*): The class of each image from 0, shape (images,). `None` without classes.
+        names (`list[str]`): The names of the classes.
+        why_unlabelled (`str`): Why there are no classes, as a sentence.
+        metadata (`pyarrow.Table`, *optional*): Further columns of the metadata files, one row per image.
+    """
+
+    images: ImageFiles
+    labels: np.ndarray | None = None
+    names: list[str] = field(default_factory=list)
+    why_unlabelled: str = ""
+    metadata: Any = None
+
+
+def printable(text: str) -> str:
+    """The text on one line of valid UTF-8: control characters and undecodable bytes are written as escapes."""
+
+    def escape(match: re.Match) -> str:
+        code = ord(match[0])
+        return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else repr(match[0])[1:-1]
+
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", escape, text)
+
+
+def first_few(names: Sequence[str], count: int = 3) -> str:
+    """The first names in a list, and how many more there are."""
+    rest = len(names) - count
+    return ", ".join(map(printable, names[:count])) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def scan_folder(root: str) -> FolderScan:
+    """
+    Finds the images in a folder and in all folders below it, symbolic links included.
+
+    A file is an image if its ending says so or, where the ending says nothing, its content does.
+
+    Raises:
+        `OSError`: if the folder itself cannot be read.
+    """
+    scan = FolderScan(root)
+    Image.init()
+    endings = {ending for ending, name in Image.EXTENSION.items() if name in IMAGE_FORMATS}
+    real_root = os.path.realpath(root)
+    # Links come last: a folder that lies below this one is read under its own name first.
+    waiting: deque[tuple[str, str, set[str]]] = deque([("", real_root, set())])
+    while waiting:
+        folder, real, seen = waiting.pop()
+        if folder and (real in seen or Path(real_root).is_relative_to(real)):
+            scan.leave_out(LINKS_BACK, folder)
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(os.path.join(root, folder)) as iterator:
+                entries = sorted(iterator, key=lambda entry: entry.name)
+        except OSError as error:
+            if not folder:
+                raise
+            scan.leave_out(UNREADABLE, f"{folder} ({error.strerror})")
+            continue
+        if folder:
+            scan.folders.append(folder)
+        prefix = os.path.join(folder, "")
+        for entry in entries:
+            name, path = entry.name, prefix + entry.name
+            is_hidden, ending = name.startswith("."), os.path.splitext(name)[1].lower()
+            if _holds(entry.is_dir):
+                if is_hidden or name.lower() in SYSTEM_FOLDERS:
+                    scan.leave_out(HIDDEN_FOLDERS, path)
+                    continue
+                # Loops are looked for below each folder at the top: two classes may be links to one folder.
+                seen_below = seen if folder else set()
+                if entry.is_symlink():
+                    waiting.appendleft((path, os.path.realpath(entry.path), seen_below))
+                else:
+                    waiting.append((path, os.path.join(real, name), seen_below))
+            elif not _holds(entry.is_file):
+                scan.leave_out(BROKEN_LINKS if not os.path.exists(entry.path) else NOT_FILES, path)
+            elif name.startswith("._") or name.lower() in SYSTEM_FILES:
+                continue  # macOS writes a ._1.png beside 1.png, which is no image
+            elif name in METADATA_FILES:
+                scan.metadata.append(path)
+            elif ending in endings or (ending not in SIDECARS and _has_image_content(entry.path, ending)):
+                if is_hidden:
+                    scan.leave_out(HIDDEN_IMAGES, path)
+                else:
+                    scan.images.append(path)
+            elif not is_hidden:
+                scan.leave_out(NOT_IMAGES, path)
+    for paths in (scan.images, scan.metadata, scan.folders, *scan.left_out.values()):
+        paths.sort()
+    return scan
+
+
+def read_split(
+    scan: FolderScan, split: str, image_column: str | None = None, known_names: list[str] | None = None
+) -> FolderSplit:
+    """
+    Takes one split from a folder. A folder without splits is the split "train".
+
+    Args:
+        scan ([`FolderScan`]): The folder.
+        split (`str`): "train", "validation" or "test", or another spelling of these; sliced as in `datasets`.
+        image_column (`str`, *optional*): Of metadata files: `"mask"` takes the files in their column `mask_file_name`.
+        known_names (`list[str]`, *optional*): The classes of the training split, which these must be among.
+
+    Raises:
+        `ValueError`: if there is no such split, it has no image or an unknown class, a metadata file cannot be used, or
+            it is unclear whether the folders at the top are splits or classes.
+    """
+    left_out = {reason: list(paths) for reason, paths in scan.left_out.items()}
+    listings = {}
+    for path in scan.metadata:
+        listing = _read_metadata(scan.root, path, image_column)
+        if listing is None:
+            left_out.setdefault(NOT_IMAGES, []).append(path)
+        else:
+            listings[path] = listing
+    parents = {os.path.dirname(path) for path in scan.images}
+    splits, notes = _find_splits(scan.root, parents, list(listings))
+
+    # 1. The rows: images, or what metadata files list
+    rows_of: dict[str, tuple[list[str], Any]] = {}
+    for name, tops in (splits or {"train": []}).items():
+        listed = [listing for path, listing in listings.items() if not tops or _top(path) in tops]
+        images = [path for path in scan.images if not tops or _top(path) in tops]
+        rows_of[name] = _concatenate(scan.root, listed) if listed else (images, None)
+        if listed:
+            left_out.setdefault(UNLISTED, []).extend(sorted(set(images) - set(rows_of[name][0])))
+    parts = _parse_split(split, {name: len(paths) for name, (paths, _) in rows_of.items()}, scan.root, bool(splits))
+    rows, metadata = _concatenate(
+        scan.root,
+        [
+            (rows_of[name][0][start:end], None if (table := rows_of[name][1]) is None else table[start:end])
+            for name, start, end in parts
+        ],
+    )
+
+    # 2. What is left out
+    filled = {folder for parent in parents for folder in _first_two(parent)}
+    level = 1 if splits else 0  # of the class folders
+    left_out[EMPTY] = [
+        folder
+        for folder in scan.folders
+        if folder.count(os.sep) <= level and folder not in filled and os.path.dirname(folder) in {"", *filled}
+    ]
+    if splits:
+        taken = {folder for name, _, _ in parts for folder in splits[name]}
+        others = {folder for tops in splits.values() for folder in tops} - taken
+        left_out = {
+            reason: [path for path in paths if path.split(os.sep)[0] not in others]
+            for reason, paths in left_out.items()
+        }
+        left_out[OUTSIDE_SPLITS] = [path for path in scan.images if not _top(path)]
+        beside = f"; other splits: {first_few(sorted(others), 9)}" if others else ""
+        notes.append(f"split '{split}' is the folder {first_few(sorted(taken), 9)}{beside}")
+    notes += [_describe(reason, paths) for reason, paths in left_out.items() if paths]
+    if not rows:
+        found = "; ".join(["no image was found", *notes])
+        raise ValueError(
+            f"Cannot load split '{split}' of '{printable(scan.root)}' ({found}); a folder needs one sub-folder of "
+            f"images per class, in a format such as PNG, JPEG or WebP."
+        )
+
+    # 3. The classes
+    part = FolderSplit(ImageFiles(os.path.abspath(scan.root), rows, notes), metadata=metadata)
+    if metadata is None:
+        _read_classes(part, rows, level, known_names, printable(scan.root))
+    return part
+
+
+def _read_classes(part: FolderSplit, paths: list[str], level: int, known_names: list[str] | None, root: str) -> None:
+    """Fills in the labels, or why there are none."""
+    parents = [os.path.dirname(path) for path in paths]
+    folder_of = {parent: (*parent.split(os.sep, level + 1), "")[level] for parent in set(parents)}
+    # NFC: macOS decomposes accents, and the same name must mean the same class everywhere.
+    class_of = {folder: unicodedata.normalize("NFC", printable(folder)) for folder in set(folder_of.values()) - {""}}
+    names = sorted(set(class_of.values())) if known_names is None else known_names
+    unknown = sorted(set(class_of.values()) - set(names))
+    outside = [path for path, parent in zip(paths, parents, strict=True) if not folder_of[parent]]
+    if not class_of:
+        part.why_unlabelled = (
+            f"Found no class folders in '{root}'; put the images of each class, two or more, in a folder of their own, "
+            f"or list them in a metadata.jsonl."
+        )
+    elif outside:
+        part.why_unlabelled = (
+            f"'{root}' has images beside its class folders ({len(outside):,}: {first_few(outside)}); move them into "
+            f"the folder of their class, or elsewhere."
+        )
+    elif unknown:
+        part.why_unlabelled = (
+            f"'{root}' has class folders that the training split lacks: {first_few(unknown)}; add them there, or "
+            f"remove them here."
+        )
+    elif len(names) < 2:
+        part.why_unlabelled = (
+            f"'{root}' has the single class '{names[0]}', where guidance needs two or more; add a folder of images of "
+            f"another class"
+        )
+        if all(parent.count(os.sep) > level for parent in folder_of):
+            part.why_unlabelled += f", or give '{os.path.join(root, names[0])}' if its folders are the classes"
+        part.why_unlabelled += "."
+    else:
+        label_of = {name: label for label, name in enumerate(names)}
+        label_of_parent = {parent: label_of[class_of[folder]] for parent, folder in folder_of.items()}
+        part.labels = np.array([label_of_parent[parent] for parent in parents], dtype=np.int64)
+        part.names = list(names)
+        return
+    if class_of and (outside or unknown):
+        part.images.notes.append(f"without labels: {part.why_unlabelled.rstrip('.')}")
+    elif part.images.notes:
+        part.why_unlabelled += f" ({'; '.join(part.images.notes)}.)"
+
+
+def _find_splits(root: str, parents: set[str], listings: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The folders at the top by split, none where they are classes; and a note where a class could be a split."""
+    if any(not _top(path) for path in listings):
+        return {}, []
+    holds_folders: dict[str, bool] = {}
+    for parent in parents:
+        top, below, _ = parent.partition(os.sep)
+        holds_folders[top] = holds_folders.get(top, False) or below != ""
+    holds_folders |= {_top(path): True for path in listings}  # images with metadata need no folders
+    tops = sorted(holds_folders.keys() - {""})
+    splits = [top for top in tops if top.casefold() in SPLIT_OF_WORD and holds_folders[top]]
+    others = [top for top in tops if top not in splits]
+    if splits and not others:
+        by_name: dict[str, list[str]] = {}
+        for top in splits:
+            by_name.setdefault(SPLIT_OF_WORD[top.casefold()], []).append(top)
+        return {name: by_name[name] for name in ("train", "validation", "test") if name in by_name}, []
+    if len(splits) > 1 or (splits and any(top.casefold() in SPLIT_OF_WORD for top in others)):
+        raise ValueError(
+            f"It is unclear whether the folders in '{printable(root)}' are splits or classes: {first_few(splits)} "
+            f"would be splits, which hold folders of images, and {first_few(others)} would not; move these elsewhere, "
+            f"or give the folder of one split, such as '{printable(os.path.join(root, splits[0]))}'."
+        )
+    note = f"'{splits[0]}' is read as a class, since {first_few(others)} beside it is not a split" if splits else ""
+    return {}, [note] if note else []
+
+
+def _parse_split(split: str, lengths: dict[str, int], root: str, has_splits: bool) -> list[tuple[str, int, int]]:
+    """The name of each split that is asked for, and its rows from and to."""
+    if not set(split) & set("[+("):
+        name = SPLIT_OF_WORD.get(split.casefold(), split)
+        if name not in lengths:
+            there = f"its splits are {', '.join(lengths)}" if has_splits else "its folders are classes, not splits"
+            raise ValueError(f"Cannot load split '{split}' of '{printable(root)}': {there}.")
+        return [(name, 0, lengths[name])]
+    try:
+        parts = import_extra("datasets").ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"Cannot load split '{split}' of '{printable(root)}' ({str(error).rstrip('.')}).") from error
+    return [(part.splitname, part.from_, part.to) for part in parts]
+
+
+def _read_metadata(root: str, path: str, image_column: str | None) -> tuple[list[str], Any] | None:
+    """The images that a metadata file lists, and its other columns; `None` if it lists none."""
+    import_extra("datasets")
+    import pandas
+    import pyarrow
+    import pyarrow.parquet
+
+    where = f"'{printable(os.path.join(root, path))}'"
+    try:
+        if path.endswith(".csv"):
+            table = pyarrow.Table.from_pandas(pandas.read_csv(os.path.join(root, path)), preserve_index=False)
+        elif path.endswith(".parquet"):
+            with open(os.path.join(root, path), "rb") as file:
+                table = pyarrow.parquet.read_table(file)
+        else:
+            with open(os.path.join(root, path), encoding="utf-8-sig") as file:
+                rows = [json.loads(line) for line in file if line.strip()]
+            names = dict.fromkeys(name for row in rows for name in row)
+            table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"Cannot read {where} ({error}); repair or remove it.") from error
+    columns = [
+        name
+        for name in table.column_names
+        if (name == "file_name" or name.endswith("_file_name")) and str(table.schema.field(name).type) in TEXT_TYPES
+    ]
+    if not columns:
+        return None
+    wanted = "file_name" if image_column in (None, "image") else f"{image_column}_file_name"
+    if wanted not in columns and (len(columns) > 1 or image_column is not None):
+        known = ", ".join(name.removesuffix("file_name").rstrip("_") or "image" for name in columns)
+        raise ValueError(f"Several columns of {where} list files; set --image_column to one of: {known}.")
+    column = wanted if wanted in columns else columns[0]
+    folder, paths = os.path.dirname(path), []
+    for name in table[column].to_pylist():
+        inside = os.path.normpath((name or "").replace("\\", "/"))
+        if not name or os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
+            raise ValueError(f"{where} lists the image {name!r}, which is not the name of a file below its folder.")
+        paths.append(os.path.join(folder, inside))
+    return paths, table.drop_columns([column])
+
+
+def _concatenate(root: str, parts: Sequence[tuple[list[str], Any]]) -> tuple[list[str], Any]:
+    """Paths and tables one after another; no table if one part has none."""
+    paths = [path for part, _ in parts for path in part]
+    tables = [table for _, table in parts]
+    if any(table is None for table in tables):
+        return paths, None
+    import pyarrow
+
+    try:
+        return paths, pyarrow.concat_tables(tables, promote_options="default")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"The metadata files of '{printable(root)}' have different columns ({error}).") from error
+
+
+def _describe(reason: str, paths: list[str]) -> str:
+    """What is left out, as a sentence."""
+    count = f"{len(paths):,}"
+    if reason == NOT_IMAGES:
+        endings = Counter(os.path.splitext(path)[1].lower() or "no ending" for path in paths)
+        count += "; " + ", ".join(f"{printable(ending)} {number:,}" for ending, number in endings.most_common(3))
+    return f"left out: {reason} ({count}): {first_few(paths)}"
+
+
+def _top(path: str) -> str:
+    """The folder at the top that a path lies in; empty for one that lies in none."""
+    return path.partition(os.sep)[0] if os.sep in path else ""
+
+
+def _first_two(folder: str) -> list[str]:
+    """A folder at the top and the one below it that a folder lies in or is: those that can be splits or classes."""
+    pieces = folder.split(os.sep, 2)[:2]
+    return [os.sep.join(pieces[: i + 1]) for i in range(len(pieces))]
+
+
+def _holds(question: Callable[[], bool]) -> bool:
+    """The answer of a directory entry; False where a link leads in a circle."""
+    try:
+        return question()
+    except OSError:
+        return False
+
+
+def _has_image_content(path: str, ending: str) -> bool:
+    """Whether a file is an image, by its first bytes."""
+    # Not by guess alone (TGA and others have no signature), and not TIFF, whose bytes raw photographs have, too.
+    formats = [
+        name
+        for name in IMAGE_FORMATS
+        if name in Image.OPEN and Image.OPEN[name][1] is not None and not (name == "TIFF" and ending)
+    ]
+    try:
+        with Image.open(path, formats=formats):
+            return True
+    except Image.DecompressionBombError:
+        return True
+    except BAD_IMAGE_ERRORS:
+        return False
