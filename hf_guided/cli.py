@@ -702,7 +702,7 @@ def inspect_classifier(args: argparse.Namespace) -> None:
     classifier_curves(inspection, args.output, record)
     tell(
         state,
-        f"{args.model} on {inspection.num_images} held-out images of {args.data} (and {inspection.num_train_images} "
+        f"{args.model} on {inspection.num_images} held-out images of {train.name} (and {inspection.num_train_images} "
         f"that it was trained on)\n\n{inspection}\n\nSaved {args.output} and its numbers as .json",
     )
 

@@ -175,7 +175,7 @@ def compare(
         args.report_to, args.preview_steps, args.push_to_hub = "none", 0, False
     stages["diffusion"].label_dropout = 0.0  # it is always told the class here, and need not do without
     settings: dict[str, Any] = {
-        "data": Path(data_args.source).name,
+        "data": Path(train.name).name,
         "recipe": stages["judge"].recipe,
         "resolution": list(train.resolution),
         "families": list(models or families),

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import DataArguments, LabelledImages, StepBatchSampler, check_images
+from ..data.folders import printable
 from ..files import write_json
 from ..hub.push import BackgroundPush, PushError, prepare_push, push_command, push_folder
 from ..processes import StoppedError
@@ -157,7 +158,7 @@ def train(
     if checkpoint and accelerator.is_main_process:
         logger.info(f"Going on from {checkpoint}, after {step} of {args.max_train_steps} steps.")
     if accelerator.log_with:
-        config = {name: str(value) for name, value in current.items()}
+        config = {name: printable(str(value)) for name, value in current.items()}  # paths need not be UTF-8
         accelerator.init_trackers(task.name, config=config)
 
     sampler = StepBatchSampler(

@@ -26,6 +26,7 @@ SPLIT_OF_WORD = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("held_out", "held-out", "heldout", "holdout", "hold_out"), "held_out"),
 }
 SYSTEM_FOLDERS = {
     *("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin"),
@@ -338,15 +339,16 @@ def _find_splits(root: str, parents: set[str], listings: list[str]) -> tuple[dic
         by_name: dict[str, list[str]] = {}
         for top in splits:
             by_name.setdefault(SPLIT_OF_WORD[top.casefold()], []).append(top)
-        return {name: by_name[name] for name in ("train", "validation", "test") if name in by_name}, []
+        return {name: by_name[name] for name in dict.fromkeys(SPLIT_OF_WORD.values()) if name in by_name}, []
     if len(splits) > 1 or (splits and any(top.casefold() in SPLIT_OF_WORD for top in others)):
         raise ValueError(
             f"It is unclear whether the folders in '{printable(root)}' are splits or classes: {first_few(splits)} "
             f"would be splits, which hold folders of images, and {first_few(others)} would not; move these elsewhere, "
             f"or give the folder of one split, such as '{printable(os.path.join(root, splits[0]))}'."
         )
-    note = f"'{splits[0]}' is read as a class, since {first_few(others)} beside it is not a split" if splits else ""
-    return {}, [note] if note else []
+    if len(tops) > 1 and all(top.casefold() in SPLIT_OF_WORD for top in tops):
+        return {}, [f"the folders {first_few(tops)} are read as classes, since they hold images and no folders"]
+    return {}, [f"'{top}' is read as a class, like {first_few(others)} beside it" for top in splits]
 
 
 def _parse_split(split: str, lengths: dict[str, int], root: str, has_splits: bool) -> list[tuple[str, int, int]]:
@@ -355,7 +357,9 @@ def _parse_split(split: str, lengths: dict[str, int], root: str, has_splits: boo
         name = SPLIT_OF_WORD.get(split.casefold(), split)
         if name not in lengths:
             there = f"its splits are {', '.join(lengths)}" if has_splits else "its folders are classes, not splits"
-            raise ValueError(f"Cannot load split '{split}' of '{printable(root)}': {there}.")
+            folder = os.path.join(root, split)
+            hint = f"; give '{printable(folder)}' itself" if os.path.isdir(folder) else ""
+            raise ValueError(f"Cannot load split '{split}' of '{printable(root)}': {there}{hint}.")
         return [(name, 0, lengths[name])]
     try:
         parts = import_extra("datasets").ReadInstruction.from_spec(split).to_absolute(lengths)

@@ -233,14 +233,15 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
         arguments["train_data_dir"] = source
     if source not in BUILT_IN and size is None:
         arguments["resolution"] = [1]  # until their own is known
-    if part not in ("", TRAIN, HELD_OUT):
+    is_folder = part == HELD_OUT and Path(source, HELD_OUT).is_dir()  # a split of its own
+    if part not in ("", TRAIN, HELD_OUT) or is_folder:
         if source in BUILT_IN:
             raise ValueError(f"The {source} have no part {part!r}; give {source}:{TRAIN} or {source}:{HELD_OUT}.")
         arguments["train_split"] = part
-    if part not in (TRAIN, HELD_OUT):
+    if part not in (TRAIN, HELD_OUT) or is_folder:
         arguments["held_out_fraction"] = 0.0
     train, held_out = load_labelled_images(DataArguments(**arguments), seed=0, require_labels=False)
-    images = held_out if part == HELD_OUT else train
+    images = held_out if part == HELD_OUT and not is_folder else train
     if images is None:
         raise ValueError(f"Nothing of {train.name} is held out; give other images.")
     sizes, images.image_channels = _look(images)

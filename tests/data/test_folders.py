@@ -95,6 +95,11 @@ def test_classes_may_be_called_anything(photos, names):
     assert classes(photos) == {printable(name): 3 for name in names}
 
 
+def test_folders_of_images_that_are_called_as_splits_are_told_to_be_classes(photos):
+    write(photos, "train/1.png", "test/1.png")
+    assert load(photos).notes == ["the folders test, train are read as classes, since they hold images and no folders"]
+
+
 def test_stray_files_do_no_harm(photos):
     write(photos, "cat/1.png", "dog/1.png")
     for name in ("task.toml", "cat/instruction.md", "dog/run.eval", "dataset_info.json", "train.csv", "metadata.csv"):
@@ -305,6 +310,7 @@ def test_decomposed_accents_make_no_second_class(photos):
         (("train", "val"), "validation"),
         (("Training", "Dev"), "dev"),
         (("train", "validation", "test"), "validation"),
+        (("train", "held_out"), "held_out"),
     ],
 )
 def test_splits_are_folders_at_the_top(photos, folders, split):
@@ -360,13 +366,15 @@ def test_where_it_is_unclear_what_the_folders_are(photos):
         load(photos.parent / "imagenet")
     vehicles = write(photos.parent / "vehicles", "bus/2023/1.png", "car/1.png", "train/2023/1.png")
     assert classes(vehicles) == {"bus": 1, "car": 1, "train": 1}
-    assert load(vehicles).notes == ["'train' is read as a class, since bus, car beside it is not a split"]
+    assert load(vehicles).notes == ["'train' is read as a class, like bus, car beside it"]
 
 
 def test_splits_are_asked_for_by_name(photos):
     write(photos, "cat/1.png", "dog/1.png")
     with pytest.raises(ValueError, match=r"Cannot load split 'test' of '.*': its folders are classes, not splits"):
         load(photos, validation_split="test")
+    with pytest.raises(ValueError, match=r"classes, not splits; give '.*photos/dog' itself"):
+        load(photos, validation_split="dog")
     with pytest.raises(ValueError, match=r"Cannot load split 'train\[:0\]' of .*no image was found"):
         load(photos, train_split="train[:0]")
 

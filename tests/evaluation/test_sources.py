@@ -256,6 +256,15 @@ def test_splits_of_a_folder_are_parts(tmp_path):
         open_images(f"{folder}:holiday")
 
 
+def test_a_folder_may_have_its_own_held_out_images(tmp_path):
+    for split, count in (("train", 6), ("held_out", 4)):
+        write_folder(tmp_path / "photos" / split, pixels(count, seed=count))
+    np.testing.assert_array_equal(
+        read(open_images(f"{tmp_path / 'photos'}:held_out")), read(open_images(str(tmp_path / "photos" / "held_out")))
+    )
+    assert len(open_images(f"{tmp_path / 'photos'}")) == 6
+
+
 def test_images_without_classes(tmp_path):
     images = pixels(4)
     folder = write_folder(tmp_path / "photos", images, names=("",))
