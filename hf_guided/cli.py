@@ -713,19 +713,24 @@ def load_classifier(model: str) -> Any:
     from transformers import AutoModelForImageClassification
 
     from . import ADMForImageClassification  # noqa: F401, makes it known to transformers
+    from .loading import check_cover
 
     of_pipeline = is_pipeline(model)
     if Path(model).is_dir() and not of_pipeline and not (Path(model) / "config.json").is_file():
         raise ValueError(f"{model} is no folder of a classifier or pipeline: neither config.json nor model_index.json.")
     subfolder = {"subfolder": "classifier"} if of_pipeline else {}
     try:
-        return load_pipeline(AutoModelForImageClassification, model, dtype=torch.float32, **subfolder)
+        classifier, info = load_pipeline(
+            AutoModelForImageClassification, model, dtype=torch.float32, output_loading_info=True, **subfolder
+        )
     except (OSError, ValueError) as error:
-        if of_pipeline:
+        if of_pipeline and isinstance(error, OSError):
             raise ValueError(f"The pipeline {model} has no classifier to inspect.") from error
         if "Unrecognized" in str(error):
             raise ValueError(f"{model} is no image classifier.") from error
         raise
+    check_cover(model, info["missing_keys"])
+    return classifier
 
 
 def upscale(args: argparse.Namespace) -> None:
@@ -819,16 +824,19 @@ def load_pipeline(kind: Any, model: str, **arguments: Any) -> Any:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    from .loading import naming_damage
+
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     if not Path(model).exists() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
         raise ValueError(f"There is no folder {model}.")
     try:
-        return kind.from_pretrained(model, **arguments)
+        with naming_damage(model):
+            return kind.from_pretrained(model, **arguments)
     except OSError as error:
         if Path(model).exists():
             raise
-        raise ValueError(f"There is no folder {model}, nor could the Hub's of that name be had.") from error
+        raise ValueError(f"There is no folder {model}, and it could not be downloaded from the Hub.") from error
 
 
 def check_output(path: str, *suffixes: str, flag: str = "--output") -> None:

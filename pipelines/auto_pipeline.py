@@ -1,11 +1,11 @@
 """Finds which of this package's pipelines a folder or a repository holds."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 
+from ..loading import read_config
 from .pipeline_classifier_guided import ClassifierGuidedPipeline
 from .pipeline_flow import FlowPipeline
 from .pipeline_gan import GANPipeline
@@ -23,6 +23,7 @@ def pipeline_class(model: str, token: str | None = None) -> Any:
 
     Raises:
         `OSError`: If there is no such pipeline.
+        `ValueError`: If its `model_index.json` is damaged.
     """
     folder = Path(model)
     path = (
@@ -30,6 +31,6 @@ def pipeline_class(model: str, token: str | None = None) -> Any:
         if folder.exists()
         else Path(hf_hub_download(model, "model_index.json", token=token))
     )
-    name: Any = json.loads(path.read_text()).get("_class_name")
+    name: Any = read_config(path).get("_class_name")
     name = name[-1] if isinstance(name, list) else name  # a repository that carries its code names its module too
     return _OTHER_FAMILIES.get(name, ClassifierGuidedPipeline)

@@ -1,6 +1,6 @@
 """What all pipelines of this package share: labels by id or name, one generator for each image, images as asked for."""
 
-import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +12,13 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..guidance.base import broken_images
 from ..labels import id_of_name, resolve_labels
+from ..loading import SavedConfigMixin, check_loaded, naming_damage
 from ..schedulers.schedules import whole_number
 
 Labels = int | str | Sequence[int | str] | np.ndarray | torch.Tensor
 
 
-class ClassConditionalPipeline(DiffusionPipeline):
+class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
     """Makes images of given classes.
 
     A subclass registers its components and `id2label`, and says in `main_component` which of them makes the images: its
@@ -29,6 +30,26 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def __init__(self) -> None:
         super().__init__()
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Loads a saved pipeline, as [`~diffusers.DiffusionPipeline.from_pretrained`] does.
+
+        Raises:
+            `ValueError`: If a file is damaged, or weights do not cover their model, naming the file or the tensors.
+        """
+        with naming_damage(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def register_modules(self, **components: Any) -> None:
+        """Takes the components, as [`~diffusers.DiffusionPipeline.register_modules`] does.
+
+        Raises:
+            `ValueError`: For one whose weights were not all loaded.
+        """
+        for name, component in components.items():
+            check_loaded(name, component)
+        super().register_modules(**components)
 
     @property
     def main_config(self) -> Any:
@@ -55,12 +76,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def image_channels(self) -> int:
         """Channels of the images."""
         return self.main_config.image_channels
-
-    def to_json_string(self) -> str:
-        """The config as it is saved: without the folder that it was loaded from, which is nobody's business."""
-        config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def resolve_labels(self, class_labels: Labels | None) -> torch.Tensor | None:
         """Ids and names as a tensor of ids, see [`~hf_guided.labels.resolve_labels`]; `None` stays `None`."""
@@ -136,14 +151,23 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"temperature={temperature} is negative; give 0, the most typical image, or more.")
         return 1.0 if temperature is None else temperature
 
-    def finish(self, sample: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
-        """The images as they were asked for."""
+    def check_finite(self, sample: torch.Tensor) -> None:
+        """Refuses images `(batch, channels, height, width)` that are not finite, which clipping would hide.
+
+        Raises:
+            `RuntimeError`: Naming the images of the batch.
+        """
         broken = broken_images(sample).nonzero()[:, 0].tolist()
         if broken:
             raise RuntimeError(
                 f"Images {', '.join(map(str, broken[:5]))}{' …' if len(broken) > 5 else ''} of the batch are not "
-                f"finite: the model or the scheduler overflowed. Load the pipeline in float32 or bfloat16."
+                f"finite: the weights of the model hold infinite values or NaN, or it overflowed. Load the pipeline in "
+                f"float32 or bfloat16; if that does not help, its training diverged or its file is damaged."
             )
+
+    def finish(self, sample: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        """The images as they were asked for."""
+        self.check_finite(sample)
         images: Any = sample
         if output_type != "latent":
             images = self.image_processor.postprocess(sample, output_type=output_type)

@@ -87,8 +87,12 @@ class VAEPipeline(ClassConditionalPipeline):
 
         Returns:
             `torch.Tensor` of shape `(batch,)`
+
+        Raises:
+            `RuntimeError`: If the decoder's images are not finite.
         """
         labels = self.labels_of_images(class_labels, len(images))
         output = self.vae(images.to(self.vae.dtype), labels, generator)
+        self.check_finite(output.sample)  # whose likelihood is bounded, whatever it is
         distortion, rate = self.vae.bound(images, output)
         return distortion + rate

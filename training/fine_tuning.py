@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
-from hf_guided import ADMScheduler, ADMUNet2DModel
+from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
 from hf_guided.labels import composed
 from hf_guided.models.layers import level_attention
 from hf_guided.training.arguments import ArchitectureArguments
@@ -38,10 +37,10 @@ class Pretrained:
         """Reads the configs of a folder or Hub repository.
 
         Raises:
-            `ValueError`: If there is no pipeline and no ADM UNet.
+            `ValueError`: If there is no pipeline and no ADM UNet, or a config is damaged.
         """
         try:
-            index = DiffusionPipeline.load_config(name)
+            index = ClassifierGuidedPipeline.load_config(name)
         except OSError:
             index = {}
         try:

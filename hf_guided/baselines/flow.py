@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
-from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from ..loading import WholeModelMixin
 from ..registration import register_with_diffusers
 from .sizes import bottom_size
 
@@ -17,7 +17,7 @@ _ALPHA = 0.05  # keeps the logit of 0 and 1 finite (RealNVP, arXiv 1605.08803, s
 
 
 @register_with_diffusers
-class ClassConditionalGlow(ModelMixin, ConfigMixin):
+class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
     r"""An invertible map between images and latents; the couplings and the latents' Gaussian are told the class.
 
     Args:
@@ -146,6 +146,7 @@ class ClassConditionalGlow(ModelMixin, ConfigMixin):
                 hidden = step.decode(hidden, told)
             hidden, _ = self.squeeze(hidden)
         values, _ = self.logit(hidden)
+        values = values.where(hidden.isfinite(), torch.nan)  # which the sigmoid would make a clean image of
         width = self.config.dequantization_width
         return DecoderOutput(sample=(values * (255 + width) - width / 2 + 0.5) / 127.5 - 1)
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
 
+from ..loading import WholeModelMixin
 from ..registration import register_with_diffusers
 from .sizes import bottom_size
 
@@ -28,7 +28,7 @@ class GeneratorOutput(BaseOutput):
 
 
 @register_with_diffusers
-class BigGANGenerator(ModelMixin, ConfigMixin):
+class BigGANGenerator(WholeModelMixin, ConfigMixin):
     r"""Makes images of latents and a class, which class-conditional batch norm tells every residual block.
 
     Args:
@@ -79,7 +79,9 @@ class BigGANGenerator(ModelMixin, ConfigMixin):
         hidden = self.from_latents(latents).unflatten(1, self.bottom_shape)
         for block in self.up_blocks:
             hidden = block(hidden, conditions)
-        return GeneratorOutput(sample=torch.tanh(self.conv_out(F.relu(self.norm_out(hidden)))))
+        hidden = self.conv_out(F.relu(self.norm_out(hidden)))
+        # What is infinite stays broken, for tanh would make a clean image of it.
+        return GeneratorOutput(sample=torch.tanh(hidden).where(hidden.isfinite(), torch.nan))
 
     @torch.no_grad()
     def set_standing_statistics(self, num_batches: int = 16, batch_size: int = 128, seed: int = 0) -> None:
@@ -102,7 +104,7 @@ class BigGANGenerator(ModelMixin, ConfigMixin):
 
 
 @register_with_diffusers
-class BigGANDiscriminator(ModelMixin, ConfigMixin):
+class BigGANDiscriminator(WholeModelMixin, ConfigMixin):
     r"""Scores how real an image of a class looks, by projection (arXiv 1802.05637).
 
     Args: as those of [`BigGANGenerator`], without `latent_dim`.

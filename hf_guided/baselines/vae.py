@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, DiagonalGaussianDistribution, Encoder
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ..loading import WholeModelMixin
 from ..losses import discretized_gaussian_log_likelihood, mean_over_pixels
 from ..registration import register_with_diffusers
 from .sizes import bottom_size
@@ -32,7 +32,7 @@ class VAEOutput(BaseOutput):
 
 
 @register_with_diffusers
-class ClassConditionalVAE(ModelMixin, ConfigMixin):
+class ClassConditionalVAE(WholeModelMixin, ConfigMixin):
     r"""Encodes an image of a class as a Gaussian of latents, and decodes latents of a class as a Gaussian of images.
 
     The prior of the latents is the standard normal distribution for every class.

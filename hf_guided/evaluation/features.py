@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
+from ..loading import check_cover, naming_damage
 from ..models.classifier_adm import ADMForImageClassification, image_size
 from ..models.image_processing_adm import ADMImageProcessor
 
@@ -258,13 +259,14 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> FeatureExtra
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        is_classifier = any("ForImageClassification" in kind for kind in config.architectures or [])
-        auto_class = AutoModelForImageClassification if is_classifier else AutoModel
-        processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
-        model, info = auto_class.from_pretrained(
-            source, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
+        with naming_damage(source):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            is_classifier = any("ForImageClassification" in kind for kind in config.architectures or [])
+            auto_class = AutoModelForImageClassification if is_classifier else AutoModel
+            processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
+            model, info = auto_class.from_pretrained(
+                source, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            )
     except Exception as error:  # config, processor and damaged weights each have errors of their own
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"No vision model or image classifier could be loaded from {path}: {reason}") from error
@@ -274,8 +276,8 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> FeatureExtra
     missing = sorted(info["missing_keys"])
     if missing and all(key.startswith("pooler.") for key in missing):
         model.pooler = None  # as many ViTs are published: what pools was never trained, so let nothing pool
-    elif missing:
-        raise ValueError(f"{path} lacks {len(missing)} weights of its {type(model).__name__}, such as {missing[0]}.")
+    else:
+        check_cover(path, missing)
     return ModelFeatures(model.to(device), name, processor)
 
 

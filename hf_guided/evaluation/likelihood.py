@@ -1,6 +1,7 @@
 """How many bits a model needs to describe an image: the variational bound, term by term."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from accelerate import PartialState
 from diffusers.models.modeling_utils import ModelMixin
 from tqdm.auto import tqdm
 
+from ..guidance.base import broken_images
 from ..labels import match_classes, resolve_labels
 from ..losses import mean_over_pixels, normal_kl, variational_bound_term
 from ..schedulers.gaussian_process import upcast
@@ -65,6 +67,7 @@ def bits_per_dim(
     Raises:
         `ValueError`: If `noise` has another shape, the respacing cannot be satisfied, or for labels that are no class
             ids.
+        `RuntimeError`: If an output of the UNet is not finite.
     """
     total = scheduler.config.num_train_timesteps
     process = scheduler.process_of(space_timesteps(total, respacing) if respacing else range(total))
@@ -83,7 +86,7 @@ def bits_per_dim(
         conditions = {"class_labels": torch.tensor(labels, device=images.device)}
     was_training = unet.training
     unet.eval()
-    vb, mse, xstart_mse = [], [], []
+    vb, mse, xstart_mse, broken = [], [], [], []
     try:
         for i, timestep in enumerate(descending):
             timesteps = torch.full((len(images),), timestep, device=images.device)
@@ -91,6 +94,9 @@ def bits_per_dim(
             sample = process.add_noise(images, step_noise, timesteps)
             told = model_timesteps(scheduler, timesteps)
             model_output = unet(sample.to(unet.dtype), told, **conditions).sample
+            broken.append(broken_images(model_output))
+            if i in (0, len(descending) - 1):  # in between an accelerator would be waited for
+                check_finite(broken, descending)
             predicted = process.predict(model_output, timesteps, sample, scheduler.config.clip_sample)
             original = predicted.pred_original_sample
             vb.append(variational_bound_term(process, predicted, images, sample, timesteps))
@@ -112,6 +118,25 @@ def bits_per_dim(
         mse=torch.stack(mse, dim=1),
         xstart_mse=torch.stack(xstart_mse, dim=1),
     )
+
+
+def check_finite(broken: list[torch.Tensor], timesteps: Sequence[int]) -> None:
+    """Refuses outputs of a UNet that are not finite, which clipping would hide.
+
+    Args:
+        broken (`list` of `torch.Tensor` of shape `(batch,)`): Which images' output was not finite, by timestep.
+        timesteps (`Sequence[int]`): The timesteps.
+
+    Raises:
+        `RuntimeError`: Naming the first timestep and image.
+    """
+    for flags, timestep in zip(torch.stack(broken).tolist(), timesteps, strict=False):
+        if any(flags):
+            raise RuntimeError(
+                f"The output of the UNet is not finite at timestep {timestep} for image {flags.index(True)} of the "
+                f"batch: its weights hold infinite values or NaN, or it overflowed. Load it in float32 or bfloat16; if "
+                f"that does not help, its training diverged or its file is damaged."
+            )
 
 
 PER_TIMESTEP = ("vb", "mse", "xstart_mse")
@@ -192,7 +217,13 @@ def likelihood(
         with torch.random.fork_rng(), compiled_if(len(batch) == batch_size):
             torch.manual_seed(seed + i)
             if hasattr(pipeline, "bits_per_dim"):
-                measured.append([pipeline.bits_per_dim(pixels, labels).cpu().double()])
+                bits = pipeline.bits_per_dim(pixels, labels).cpu().double()
+                if not bits.isfinite().all():
+                    raise ValueError(
+                        f"The likelihood of {images.name} is not finite: the model's training diverged, or its file is "
+                        f"damaged."
+                    )
+                measured.append([bits])
                 continue
             bits = bits_per_dim(pipeline.unet, pipeline.scheduler, pixels, labels, respacing)
         measured.append([getattr(bits, part).cpu().double() for part in ("total_bpd", "prior_bpd", *PER_TIMESTEP)])

@@ -11,8 +11,9 @@ from ..schedulers.predictions import alpha_bar_at, original_of
 from ..schedulers.scheduling_adm import model_timesteps
 from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, broken_images, frozen
 
-# Gradients between two looks at whether they were finite, where each look would wait for an accelerator
-_LOOK_EVERY = 16
+_UNET = "unet"
+# Outputs and gradients between two looks at whether they were finite, where each look would wait for an accelerator
+_LOOK_EVERY = 32
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Steering:
         self.nonfinite_gradient = nonfinite_gradient
         self.timed = timed
         self.cost = SamplingCost()
-        self.unseen: list[tuple[torch.Tensor, str, float, int]] = []  # which images' gradients were broken, and where
+        self.unseen: list[tuple[torch.Tensor, str, float, int]] = []  # which images were broken by what, and where
         # In one order, whatever the list's: floating-point sums depend on it.
         kinds = sorted(kinds, key=lambda kind: (type(kind).__name__, repr(kind)))
         self.comparisons = [kind for kind in kinds if isinstance(kind, PredictionGuidance)]
@@ -104,6 +105,8 @@ class Steering:
             outputs.append(output.detach())
             del output, original  # and the graph of this part, before the next makes its own
 
+        output = torch.cat(outputs)
+        self.watch(broken_images(output), _UNET, value, step)
         total = None
         for gradient, terms in zip(due, found, strict=True):
             gradient.last = torch.cat(terms)
@@ -112,7 +115,7 @@ class Steering:
                 term = gradient.last * gradient.kind.scale_at(value)
                 term = self.finite(term, type(gradient.kind).__name__, value, step)
                 total = term if total is None else total + term
-        return torch.cat(outputs), total
+        return output, total
 
     def predict(
         self,
@@ -175,16 +178,20 @@ class Steering:
     def finite(self, gradient: torch.Tensor, name: str, timestep: float, step: int) -> torch.Tensor:
         """The gradient, without what is not finite; an accelerator is asked for such only now and then."""
         is_broken = broken_images(gradient)
-        self.unseen.append((is_broken, name, timestep, step))
-        if gradient.device.type == "cpu" or len(self.unseen) == _LOOK_EVERY:
-            self.look()
+        self.watch(is_broken, name, timestep, step)
         return gradient.masked_fill(is_broken.view(-1, 1, 1, 1), 0.0)
 
+    def watch(self, is_broken: torch.Tensor, name: str, timestep: float, step: int) -> None:
+        """Keeps in mind which images' gradient or output is not finite, until the next look."""
+        self.unseen.append((is_broken, name, timestep, step))
+        if is_broken.device.type == "cpu" or len(self.unseen) >= _LOOK_EVERY:
+            self.look()
+
     def look(self) -> None:
-        """Finds out whether a gradient was not finite since the last look. A walk ends with it.
+        """Finds out whether an output or a gradient was not finite since the last look. A walk ends with it.
 
         Raises:
-            `RuntimeError`: If so, unless such gradients are skipped and counted.
+            `RuntimeError`: If so, unless it is a gradient and such are skipped and counted.
         """
         unseen, self.unseen = self.unseen, []
         if not unseen:
@@ -193,12 +200,19 @@ class Steering:
             torch.stack([flags for flags, *_ in unseen]).tolist(), unseen, strict=True
         ):
             broken = [image for image, is_broken in enumerate(flags) if is_broken]
-            if broken and self.nonfinite_gradient == "raise":
-                images = f"image{'s' * (len(broken) > 1)} {', '.join(map(str, broken[:5]))}{' …' * (len(broken) > 5)}"
+            images = f"image{'s' * (len(broken) > 1)} {', '.join(map(str, broken[:5]))}{' …' * (len(broken) > 5)}"
+            where = f"at step {step} (timestep {timestep:g}) for {images} of the batch"
+            if broken and name == _UNET:  # which clipping would hide as a clean image
+                guides = any(kind.component == "guide_unet" for kind in self.comparisons)
                 raise RuntimeError(
-                    f"The gradient of {name} is not finite at step {step} (timestep {timestep:g}) for {images} of the "
-                    f"batch. Take a smaller scale, load the model that guides in float32 or bfloat16, or go on without "
-                    f"such gradients: nonfinite_gradient='skip'."
+                    f"The output of the UNet{' or of guide_unet' * guides} is not finite {where}: its weights hold "
+                    f"infinite values or NaN, or it overflowed. Load it in float32 or bfloat16; if that does not help, "
+                    f"its training diverged or its file is damaged."
+                )
+            if broken and self.nonfinite_gradient == "raise":
+                raise RuntimeError(
+                    f"The gradient of {name} is not finite {where}. Take a smaller scale, load the model that guides "
+                    f"in float32 or bfloat16, or leave such gradients out: nonfinite_gradient='skip'."
                 )
             self.cost.skipped_gradients += len(broken)
 

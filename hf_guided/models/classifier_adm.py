@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..loading import check_cover, check_finite_vectors, read_config, read_shapes
 from ..registration import register_with_diffusers
 from .image_classification_adm import ADMImageClassificationPipeline
 from .image_processing_adm import ADMImageProcessor
@@ -87,6 +89,14 @@ class ADMClassifierConfig(PreTrainedConfig):
         if self.pool not in POOLS:
             raise ValueError(f"pool={self.pool!r} is not one of {', '.join(POOLS)}.")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """Reads the config as transformers does; a damaged file is a `ValueError`."""
+        path = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "", "config.json")
+        if path.is_file():
+            read_config(path)
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
 
 class TransformersAttnProcessor:
@@ -277,6 +287,21 @@ class ADMForImageClassification(PreTrainedModel):
             loss=loss, logits=logits, hidden_states=feature_maps if output_hidden_states else None
         )
         return output if return_dict else output.to_tuple()
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *args: Any
+    ) -> Any:
+        """Refuses weights that do not cover the model, which transformers would fill with random numbers."""
+        if state_dict is None:
+            for file in checkpoint_files or []:
+                read_shapes(file)
+        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
+        info = loaded[0]
+        mismatched = () if load_config.ignore_mismatched_sizes else info.mismatched_keys
+        check_cover(load_config.pretrained_model_name_or_path, info.missing_keys, info.unexpected_keys, mismatched)
+        check_finite_vectors(load_config.pretrained_model_name_or_path, model)
+        return loaded
 
     @wraps(PreTrainedModel.save_pretrained, assigned=())  # pipelines look for "variant" among the arguments
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,5 @@
 """The UNet of ADM, "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233), section 3."""
 
-import json
 from collections.abc import Sequence
 from functools import partial
 
@@ -9,10 +8,10 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
+from ..loading import WholeModelMixin
 from ..registration import register_with_diffusers
 from .layers import (
     ADMAttention,
@@ -32,7 +31,7 @@ from .layers import (
 
 
 @register_with_diffusers
-class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
+class ADMUNet2DModel(WholeModelMixin, AttentionMixin, ConfigMixin):
     r"""Predicts the noise (and, with twice the channels, its variance) in a noisy image.
 
     Args:
@@ -144,12 +143,6 @@ class ADMUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         # 4. Output
         self.conv_norm_out = GroupNormSiLU(channels)
         self.conv_out = ZeroConv2d(channels, out_channels, 3, padding=1)
-
-    def to_json_string(self) -> str:
-        """The config as it is saved: without the folder that it was loaded from, which is nobody's business."""
-        config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def forward(
         self,

@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..loading import SavedConfigMixin
 from ..registration import register_with_diffusers
 from .gaussian_process import GaussianProcess, compute_dtype, upcast
 from .schedules import check_timesteps, make_betas, space_timesteps, whole_number
@@ -45,7 +46,7 @@ class ADMSchedulerOutput(BaseOutput):
 
 
 @register_with_diffusers
-class ADMScheduler(SchedulerMixin, ConfigMixin):
+class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
     r"""Adds noise and takes it away. Without hidden state: any visited timestep may be stepped at any time.
 
     Its config carries its betas (`trained_betas`), so that `DDIMScheduler.from_config(scheduler.config)` and the like

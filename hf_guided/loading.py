@@ -1,0 +1,297 @@
+"""Saved models are loaded whole or not at all: damaged files are named, and so are weights that do not fit."""
+
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+_CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
+_MOST_NAMES = 5  # in one message
+# What loading raises for files that are not what they should be, besides sentences
+_DAMAGED = (SafetensorError, UnpicklingError, EOFError, LookupError, TypeError, AttributeError)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class WeightsError(ValueError, RuntimeError):
+    """Weights do not cover a model: a mistake in what was given, and the `RuntimeError` that torch makes of it."""
+
+
+class SavedConfigMixin:
+    """Of a class of diffusers with a config: a damaged file is refused, and what is saved names no folder.
+
+    It comes before diffusers' own classes among the bases.
+    """
+
+    config_name: str
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Reads the config, as [`~diffusers.ConfigMixin.load_config`] does.
+
+        Raises:
+            `ValueError`: If its file holds no settings; of a pipeline, also if the file of a component does not.
+        """
+        if not isinstance(pretrained_model_name_or_path, Mapping):
+            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            if (folder / cls.config_name).is_file():
+                config = read_config(folder / cls.config_name)
+                for name, entry in config.items():
+                    if isinstance(entry, list):  # a component, by library and class
+                        check_component(folder / name)
+        return super().load_config(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, **kwargs
+        )
+
+    def to_json_string(self) -> str:
+        """The config as it is saved: without the folder that it was loaded from, which is nobody's business."""
+        config = json.loads(super().to_json_string())  # type: ignore[misc]
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+class WholeModelMixin(SavedConfigMixin, ModelMixin):
+    """A model of diffusers that refuses weights which do not cover it."""
+
+    @classmethod
+    def _load_pretrained_model(
+        cls,
+        model: nn.Module,
+        state_dict: Mapping[str, torch.Tensor] | None,
+        resolved_model_file: list[str],
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if kwargs.get("hf_quantizer") is None:  # which has names and shapes of its own
+            if state_dict is not None:
+                given: Shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+            else:  # shards, whose index may name what they lack
+                given = {name: shape for file in resolved_model_file for name, shape in read_shapes(file).items()}
+            expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            mismatched = [
+                (name, given[name], shape)
+                for name, shape in expected.items()
+                if name in given and given[name] != shape and not kwargs.get("ignore_mismatched_sizes")
+            ]
+            missing, unexpected = expected.keys() - given.keys(), given.keys() - expected.keys()
+            check_cover(pretrained_model_name_or_path, missing, unexpected, mismatched)
+        loaded = super()._load_pretrained_model(
+            model, state_dict, resolved_model_file, pretrained_model_name_or_path, *args, **kwargs
+        )
+        check_finite_vectors(pretrained_model_name_or_path, model)
+        return loaded
+
+
+def check_cover(
+    source: str | os.PathLike | None,
+    missing: Collection[str],
+    unexpected: Collection[str] = (),
+    mismatched: Collection[tuple[str, Collection[int], Collection[int]]] = (),
+) -> None:
+    """Refuses weights that do not cover a model, which would be filled with random numbers.
+
+    Args:
+        source (`str` or `os.PathLike`, *optional*): Where the weights come from.
+        missing, unexpected (`Collection[str]`): Tensors that the model has and the weights lack, and the other way.
+        mismatched: Tensors of another shape, each with that in the weights and that in the model.
+
+    Raises:
+        [`WeightsError`]: If there are any, naming them.
+    """
+    parts = []
+    if missing:
+        parts.append(f"{_listed(sorted(missing))} {'is' if len(missing) == 1 else 'are'} missing")
+    if unexpected:
+        parts.append(f"{_listed(sorted(unexpected))} {'is' if len(unexpected) == 1 else 'are'} not of this model")
+    if mismatched:
+        shapes = [f"{name} ({_size(given)} instead of {_size(wanted)})" for name, given, wanted in sorted(mismatched)]
+        parts.append(f"{_listed(shapes)} {'has' if len(shapes) == 1 else 'have'} another shape")
+    if not parts:
+        return
+    mend = "Config and weights belong to different models, or the file is incomplete: save or download the model again."
+    if mismatched and not missing and not unexpected:
+        mend = (
+            "Config and weights belong to different models; ignore_mismatched_sizes=True reinitialises these tensors."
+        )
+    prefixes = {name.partition(".")[0] for name in unexpected}
+    if len(prefixes) == 1 and {name.partition(".")[2] for name in unexpected} == set(missing):
+        prefix = f"{prefixes.pop()}."
+        mend = (
+            f"All names begin with {prefix!r}, as a wrapper of the model (DistributedDataParallel, torch.compile) "
+            f"saves them: save the model inside the wrapper."
+        )
+    raise WeightsError(f"The weights of {source or 'the state dict'} do not fit the model: {'; '.join(parts)}. {mend}")
+
+
+def check_finite_vectors(source: str | os.PathLike | None, model: nn.Module) -> None:
+    """Refuses biases and scales that are not finite.
+
+    They are a thousandth of the weights, and a ReLU may hide an infinite one; other weights show in what the model
+    puts out, which is looked at wherever it is used.
+
+    Raises:
+        [`WeightsError`]: Naming them.
+    """
+    broken = [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.ndim < 2 and tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all()
+    ]
+    if broken:
+        raise WeightsError(
+            f"The weights of {source or 'the state dict'} hold infinite values or NaN ({_listed(broken)}): their "
+            f"training diverged, or the file is damaged."
+        )
+
+
+def check_loaded(name: str, component: Any) -> None:
+    """Refuses a pipeline's component of another library that was loaded from weights which do not cover it.
+
+    Our own models refuse such weights themselves; others are filled with random numbers, or stay empty.
+
+    Raises:
+        [`WeightsError`]: Naming the tensors.
+    """
+    source = getattr(getattr(component, "config", None), "_name_or_path", None)
+    if not isinstance(component, nn.Module) or not source or any(hasattr(m, "_hf_hook") for m in component.modules()):
+        return  # made here, or offloaded
+    tensors = component.state_dict(keep_vars=True)
+    missing = [key for key, tensor in tensors.items() if tensor.is_meta]
+    # What is put together by hand may have been trained since it was loaded, a new head above all.
+    of_pipeline = Path(source).name == name and (Path(source).parent / "model_index.json").is_file()
+    if of_pipeline and getattr(component, "_is_hf_initialized", False):  # as transformers marks what it has loaded
+        missing += [key for key, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
+    check_cover(source, missing)
+
+
+@contextmanager
+def naming_damage(source: str | os.PathLike) -> Iterator[None]:
+    """Lets what fails in loading a model say which of its files is damaged, if one is.
+
+    Args:
+        source (`str` or `os.PathLike`): The model's folder, or its name on the Hub.
+
+    Raises:
+        `ValueError`: Naming the file.
+    """
+    try:
+        yield
+    except WeightsError:
+        raise
+    except Exception as error:
+        folder = Path(source)
+        try:
+            for file in sorted([*folder.glob("*"), *folder.glob("*/*")]) if folder.is_dir() else []:
+                check_file(file)
+        except ValueError as damage:
+            raise damage from error
+        if "ignore_mismatched_sizes" in str(error):  # transformers' report has named the tensors
+            raise ValueError(
+                f"Weights of {source} have other shapes than its config says, see the report above: save or download "
+                f"the model again."
+            ) from error
+        if isinstance(error, _DAMAGED):
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{source} cannot be loaded, its files are damaged or those of another model "
+                f"({type(error).__name__}: {reason})."
+            ) from error
+        raise
+
+
+def check_component(folder: Path) -> None:
+    """Refuses a component of a pipeline that has damaged settings, or weights and no settings.
+
+    Raises:
+        `ValueError`: Naming the file.
+    """
+    for name in _CONFIGS:
+        if (folder / name).is_file():
+            read_config(folder / name)
+    if not (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} has weights and no config.json: save or download the model again.")
+
+
+def check_file(path: Path) -> None:
+    """Refuses a damaged file of a model; files of other kinds are not looked at.
+
+    Raises:
+        `ValueError`: Naming the file.
+    """
+    if path.name in ("model_index.json", *_CONFIGS):
+        read_config(path)
+    elif path.name.endswith(".index.json"):
+        shards = read_config(path).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{path} lists no shards of weights: download it again.")
+        for name in sorted(set(map(str, shards.values()))):
+            if not (path.parent / name).is_file():
+                raise ValueError(f"{path.parent / name} is missing, which {path.name} lists: download it again.")
+    elif path.suffix == ".safetensors":
+        read_shapes(path)
+    elif path.suffix in (".bin", ".pt") and (what := not_a_checkpoint(path)):
+        raise ValueError(f"{path} {what}")
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """The settings in a JSON file of a model.
+
+    Raises:
+        `ValueError`: If the file holds no settings, naming it.
+    """
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict) or not config:
+        what = not_a_checkpoint(path) or "is damaged, it holds no JSON object of settings: save or download it again."
+        raise ValueError(f"{path} {what}")
+    return config
+
+
+def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a file of weights; of `.safetensors`, only the header is read.
+
+    Raises:
+        `ValueError`: If the file is damaged, naming it.
+    """
+    if Path(path).suffix != ".safetensors":
+        tensors = torch.load(path, map_location="meta", weights_only=True)
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        what = not_a_checkpoint(path) or f"is damaged or ends too early ({error}): save or download it again."
+        raise ValueError(f"{path} {what}") from None
+
+
+def not_a_checkpoint(path: str | os.PathLike) -> str:
+    """What a file is that often lies in the place of weights, and what to do; empty if it is none of these."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if not start:
+        return "is empty: save or download it again."
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS instead of the file itself: run `git lfs pull` in its folder."
+    if start.lstrip()[:1] == b"<":
+        return "is a web page: download the file itself."
+    return ""
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _size(shape: Collection[int]) -> str:
+    return "x".join(map(str, shape)) or "a number"
