@@ -238,8 +238,8 @@ def check_file(path: Path) -> None:
                 raise ValueError(f"{path.parent / name} is missing, which {path.name} lists: download it again.")
     elif path.suffix == ".safetensors":
         read_shapes(path)
-    elif path.suffix in (".bin", ".pt") and (what := not_a_checkpoint(path)):
-        raise ValueError(f"{path} {what}")
+    elif path.suffix == ".bin" and (what := foreign_content(path)):
+        raise ValueError(f"{path} is {what}: save or download it again.")
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
@@ -253,8 +253,8 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict) or not config:
-        what = not_a_checkpoint(path) or "is damaged, it holds no JSON object of settings: save or download it again."
-        raise ValueError(f"{path} {what}")
+        what = foreign_content(path) or "damaged, it holds no JSON object of settings"
+        raise ValueError(f"{path} is {what}: save or download it again.")
     return config
 
 
@@ -271,20 +271,20 @@ def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        what = not_a_checkpoint(path) or f"is damaged or ends too early ({error}): save or download it again."
-        raise ValueError(f"{path} {what}") from None
+        what = foreign_content(path) or f"damaged or ends too early ({error})"
+        raise ValueError(f"{path} is {what}: save or download it again.") from None
 
 
-def not_a_checkpoint(path: str | os.PathLike) -> str:
-    """What a file is that often lies in the place of weights, and what to do; empty if it is none of these."""
+def foreign_content(path: str | os.PathLike) -> str:
+    """What a file is that lies where weights should: empty, a web page, a Git LFS pointer; `""` if none of them."""
     with open(path, "rb") as file:
         start = file.read(64)
     if not start:
-        return "is empty: save or download it again."
+        return "empty"
     if start.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS instead of the file itself: run `git lfs pull` in its folder."
+        return "a pointer of Git LFS instead of the file (`git lfs pull` fetches it)"
     if start.lstrip()[:1] == b"<":
-        return "is a web page: download the file itself."
+        return "a web page"
     return ""
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..files import recover_folder, replacing_folder
 from ..guidance import ClassifierGuidance
 from ..hub import write_model_card
 from ..hub.markdown import code_span
@@ -23,8 +24,7 @@ from ..models.unet_adm import ADMUNet2DModel
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from ..pipelines.pipeline_classifier_guided_upscale import ClassifierGuidedUpscalePipeline
 from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler
-from ..training.checkpoints import save_folder
-from .files import one_by_one, read_checkpoint, write_safetensors
+from .files import in_new_folders, one_by_one, read_checkpoint, same_content, write_safetensors
 from .flags import (
     add_improved_defaults,
     classifier_config,
@@ -132,7 +132,8 @@ def convert_checkpoint(
     Args:
         checkpoint (`str` or `os.PathLike`): The `.pt` file of a UNet, an upsampler or a classifier.
         output (`str` or `os.PathLike`): The folder to write: a [`ClassifierGuidedPipeline`], a
-            [`ClassifierGuidedUpscalePipeline`], or an [`ADMForImageClassification`]. It is whole or not there.
+            [`ClassifierGuidedUpscalePipeline`], or an [`ADMForImageClassification`]. It is whole or not there; one
+            that the same call has made stays.
         name (`str`, *optional*): The published checkpoint's name, such as `"256x256_diffusion"`.
         flags (`str`, *optional*): Instead of a name, the flags that the checkpoint was trained with, see
             [`parse_flags`].
@@ -147,16 +148,19 @@ def convert_checkpoint(
         `Path`: The folder.
 
     Raises:
-        `ValueError`: In a sentence, and with nothing written, if a file cannot be read, is not what was named, or if
-            flags are missing or contradict the tensors.
+        `ValueError`: In a sentence, and with nothing written, if a file cannot be read, is not what was named, if flags
+            are missing or contradict the tensors, or if the folder holds something else.
     """
     start = time.perf_counter()
     output = Path(output)
     home = next(parent for parent in output.absolute().parents if parent.exists())
     if not home.is_dir() or not os.access(home, os.W_OK):
         raise ValueError(f"--output {output} cannot be written, for {home} cannot; choose another folder.")
-    if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"{output} exists already and is not empty; choose another --output, or remove it.")
+    recover_folder(output)
+    taken = f"{output} exists already and is not empty; choose another --output, or remove it."
+    exists = os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir()))
+    if exists and not ((output / RECORD_FILE).is_file() and Path(checkpoint).is_file()):
+        raise ValueError(taken)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     published: Published | None = None
@@ -194,25 +198,23 @@ def convert_checkpoint(
     if published is not None and published.float32_only and dtype != "fp32":
         tell(f"{name}: its published samples were drawn in float32; in {dtype} they may differ or fail.")
 
-    def save(folder: str) -> None:
-        if alone:
-            sources["classifier"].save(Path(folder), DTYPES[dtype])
-        else:
-            _save_pipeline(sources, id2label, Path(folder), DTYPES[dtype])
-        record = {part: source.record() for part, source in sources.items()}
-        (Path(folder) / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
-        _write_card(Path(folder), list(sources.values()), published, id2label, dtype, output.name, repo_id)
+    record = json.dumps({part: source.record() for part, source in sources.items()}, indent=2) + "\n"
+    if exists and (output / RECORD_FILE).read_bytes() != record.encode():
+        raise ValueError(taken)
 
     tell(f"Writing {output}")
-    new_parents = [parent for parent in output.parents if not parent.exists()]
-    try:
-        save_folder(save, output)
-    except BaseException:  # an interrupt, too, leaves nothing behind
-        shutil.rmtree(output.with_name(f".{output.name}.partial"), ignore_errors=True)
-        for parent in new_parents:
-            with suppress(OSError):
-                parent.rmdir()
-        raise
+    with in_new_folders(output), replacing_folder(output) as folder:
+        if alone:
+            sources["classifier"].save(folder, DTYPES[dtype])
+        else:
+            _save_pipeline(sources, id2label, folder, DTYPES[dtype])
+        (folder / RECORD_FILE).write_text(record)
+        _write_card(folder, list(sources.values()), published, id2label, dtype, output.name, repo_id)
+        if exists and not same_content(folder, output):
+            raise ValueError(taken)
+    if exists:
+        tell(f"{output} was there already, made by the same command")
+        return output
     tell(f"Wrote {output} in {time.perf_counter() - start:.1f} s")
     return output
 

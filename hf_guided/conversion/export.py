@@ -1,8 +1,9 @@
 """From a folder of ours back to `.pt` files that the published code loads: `hf-guided convert --to openai`."""
 
-import json
 import os
+import zipfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
 from ..files import replacing
+from ..loading import naming_damage, read_config
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.layers import level_attention, level_widths
 from ..models.unet_adm import ADMUNet2DModel
 from ..schedulers.schedules import make_betas
 from ..schedulers.scheduling_adm import ADMScheduler
 from .convert import IMAGENET_CLASSES, RECORD_FILE, Tell
+from .files import in_new_folders, same_content
 from .flags import SCHEDULES, parse_flags, scripts_channel_mult, spell_flags
 from .openai import to_openai_state_dict
+
+_TAKEN = "{} exists already; choose another file, or remove it."
 
 
 def export_checkpoint(
@@ -35,7 +40,8 @@ def export_checkpoint(
 
     Args:
         source (`str` or `os.PathLike`): The folder of a pipeline, a UNet or a classifier, or its name on the Hub.
-        output (`str` or `os.PathLike`): The `.pt` file to write: the UNet, or a classifier saved alone.
+        output (`str` or `os.PathLike`): The `.pt` file to write: the UNet, or a classifier saved alone. One that the
+            same call has written stays as it is.
         classifier (`str` or `os.PathLike`, *optional*): Another `.pt` file, for the pipeline's classifier.
         token (`str`, *optional*): For private repositories of the Hub; the saved login, by default.
         tell (`Callable`, defaults to `print`): Is told the flags, and what the published scripts need beside them.
@@ -47,10 +53,10 @@ def export_checkpoint(
     if classifier is not None and os.path.realpath(output) == os.path.realpath(classifier):
         raise ValueError(f"--output and --classifier both name {output}; choose a file for each.")
     for path in (output, classifier):
-        if path is not None and os.path.lexists(path):
-            raise ValueError(f"{path} exists already; choose another file, or remove it.")
+        if path is not None and os.path.lexists(path) and not zipfile.is_zipfile(path):  # as an earlier export is
+            raise ValueError(_TAKEN.format(path))
     folder = _find(source, token)
-    record = json.loads((folder / RECORD_FILE).read_text()) if (folder / RECORD_FILE).is_file() else {}
+    record = read_config(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
     parts = _load_parts(folder)
     if "unet" not in parts and classifier is not None:
         raise ValueError(f"{source} is a classifier itself: leave --classifier out.")
@@ -73,8 +79,14 @@ def export_checkpoint(
                 "use_new_attention_order=True in them."
             )
         written[Path(path)] = (to_openai_state_dict(parts[part], new_order), part, flags, notes)
-    for path, (state_dict, part, flags, notes) in written.items():
-        _save(state_dict, path)
+    with ExitStack() as stack:  # at whose end all of them are there, or as a rerun finds them
+        for path, (state_dict, *_) in written.items():
+            stack.enter_context(in_new_folders(path))
+            temporary = stack.enter_context(replacing(path))
+            _save(state_dict, temporary)
+            if path.exists() and not same_content(temporary, path):
+                raise ValueError(_TAKEN.format(path))
+    for path, (_, part, flags, notes) in written.items():
         tell(f"Wrote {path}, which the published code loads with")
         tell(f'  {"MODEL" if part == "unet" else "CLASSIFIER"}_FLAGS="{spell_flags(flags)}"')
         for note in notes:
@@ -106,7 +118,8 @@ def _find(source: str | os.PathLike, token: str | None) -> Path:
 def _load_parts(folder: Path) -> dict[str, Any]:
     """The models and the scheduler of a pipeline's folder, or the one model of another."""
     try:
-        return _from_pretrained(folder)
+        with naming_damage(folder):
+            return _from_pretrained(folder)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"The models of {folder} cannot be loaded: {reason}") from error
@@ -116,7 +129,7 @@ def _from_pretrained(folder: Path) -> dict[str, Any]:
     """Whatever this library's models and scheduler a folder holds; a file that is missing is an `OSError`."""
     index = folder / "model_index.json"
     if index.is_file():
-        components = json.loads(index.read_text())
+        components = read_config(index)
         if components.get("unet", [None, None])[1] != "ADMUNet2DModel":
             raise ValueError(
                 f"The UNet of {folder} is a {components.get('unet', [None, None])[1]}; the published code knows those "
@@ -128,7 +141,7 @@ def _from_pretrained(folder: Path) -> dict[str, Any]:
         if components.get("scheduler", [None, None])[1] == "ADMScheduler":
             parts["scheduler"] = ADMScheduler.from_pretrained(folder / "scheduler")
         return parts
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    config = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
     if config.get("_class_name") == "ADMUNet2DModel":
         return {"unet": ADMUNet2DModel.from_pretrained(folder)}
     if config.get("model_type") == "adm-classifier":
@@ -273,6 +286,5 @@ def _shared_flags(config: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _save(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        torch.save(dict(state_dict), temporary)
+    with path.open("wb") as file:  # given a name, torch would write it into the archive
+        torch.save(dict(state_dict), file)

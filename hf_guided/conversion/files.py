@@ -1,6 +1,7 @@
 """Reads published `.pt` files and writes safetensors, a tensor at a time: neither holds a whole model in memory."""
 
 import ctypes
+import filecmp
 import json
 import mmap
 import os
@@ -8,9 +9,12 @@ import pickle
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+
+from ..loading import foreign_content
 
 # Pages of a mapped file count as the process's memory until they are given back.
 RESIDENT_BYTES = 128 * 2**20
@@ -39,13 +43,13 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], b
         raise ValueError(f"{path} is a folder; give the .pt file.")
     if not path.exists():
         raise ValueError(f"There is no file {path}.")
+    if what := foreign_content(path):
+        raise ValueError(f"{path} is {what}, no checkpoint: download it again.")
     with path.open("rb") as file:
         start = file.read(4)
     mapped = start == b"PK\x03\x04"
     if mapped and not zipfile.is_zipfile(path):
         raise ValueError(f"{path} ends too early ({_size(path)}): download it again.")
-    if not start or start[:1] == b"<":
-        raise ValueError(f"{path} is {'a web page' if start else 'empty'}, no checkpoint: download it again.")
     if not mapped and start[:1] != b"\x80":  # how a pickle begins
         raise ValueError(f"{path} is no PyTorch checkpoint; give the .pt file that the published code saved.")
     try:
@@ -128,6 +132,30 @@ def release_pages(tensors: Iterable[torch.Tensor]) -> None:
             ctypes.c_size_t(storage.nbytes() + before),
             mmap.MADV_DONTNEED,
         )
+
+
+def same_content(one: Path, other: Path) -> bool:
+    """Whether two files, or all files of two folders, have the same names and bytes."""
+    if one.is_file():
+        return other.is_file() and filecmp.cmp(one, other, shallow=False)
+    inside = [{path.relative_to(folder) for path in folder.rglob("*")} for folder in (one, other)]
+    return inside[0] == inside[1] and all(
+        filecmp.cmp(one / name, other / name, shallow=False) for name in inside[0] if (one / name).is_file()
+    )
+
+
+@contextmanager
+def in_new_folders(path: Path) -> Iterator[None]:
+    """Makes the folders that lead to a path; after an error those that were made are removed, unless they are used."""
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
 
 
 def write_safetensors(

@@ -106,7 +106,7 @@ def test_the_published_names_flags_are_printed(reference_json, full_size, conver
     for model_class in (ADMUNet2DModel, ADMForImageClassification):
         monkeypatch.setattr(model_class, "from_pretrained", classmethod(without_weights))
     exported = {}
-    monkeypatch.setattr(export_module, "_save", lambda state_dict, path: exported.update(state_dict))
+    monkeypatch.setattr(export_module, "_save", lambda state_dict, path: (exported.update(state_dict), path.touch()))
     convert(name, "--checkpoint", full_size(name), "--output", tmp_path / "out")
     told = convert(tmp_path / "out", "--to", "openai", "--output", tmp_path / "back.pt")
 
