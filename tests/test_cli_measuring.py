@@ -78,6 +78,24 @@ def test_a_file_against_a_folder(work, tmp_path, capsys):
     assert found["metrics"] == report(tmp_path / "second")["metrics"] == report(tmp_path / "third")["metrics"]
 
 
+def test_what_a_folder_leaves_out_is_told(work, tmp_path, capsys):
+    random = np.random.default_rng(1)
+    for name in ("cat", "train", "__dog"):
+        (tmp_path / "photos [1]" / name / "2023").mkdir(parents=True)
+        for i in range(10):
+            pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos [1]" / name / "2023" / f"test_{i}.png")
+    (tmp_path / "photos [1]" / "cat" / "x.heic").write_bytes(b"")
+    folder = str(tmp_path / "photos [1]")
+    flags = ["--held_out", f"{folder}:held_out", "--features", "judge/model", "--output", str(tmp_path / "out")]
+    main(["evaluate", "samples.npz", folder, *flags])
+    shown = capsys.readouterr().out
+    assert "30 images of samples.npz against 30 of " in shown
+    note = "left out: files that are not images in a supported format (1; .heic 1): cat/x.heic"
+    assert shown.split("30 images of")[0].count(note) == 1  # before the work, once for both parts of one folder
+    assert sum(note in line for line in report(tmp_path / "out")["notes"]) == 1
+
+
 def test_statistics_take_the_place_of_the_images(work, tmp_path):
     shared = ["--features", "judge/model", "--output"]
     saved = str(tmp_path / "real.npz")

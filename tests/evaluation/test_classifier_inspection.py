@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import sys
 from dataclasses import replace
@@ -498,6 +499,27 @@ def test_the_command_line(folders, capsys, monkeypatch):
     pipe.save_pretrained("pipeline")
     main(["inspect-classifier", "pipeline", "photos", "--held_out_fraction", "0.5", "--output", "piped.png"])
     assert json.loads((folders / "piped.json").read_text()) == written
+
+
+def test_folders_with_odd_names(folders, capsys, monkeypatch):
+    """Splits by folder, file names with split words, a name that is not UTF-8; what is left out is said."""
+    monkeypatch.chdir(folders)
+    root = os.fsdecode(b"caf\xe9 [1]")
+    for split, first in (("train", 0), ("val", 5)):
+        for name in ("ape", "bat"):
+            (folders / root / split / name).mkdir(parents=True)
+            for i in range(first, first + 5):
+                (folders / "photos" / name / f"{i}.png").rename(folders / root / split / name / f"test {i}.png")
+    (folders / root / "train" / "ape" / "x.heic").write_bytes(b"")
+    main(["inspect-classifier", "classifier", root, "--validation_split", "val", "--output", "noisy.png"])
+    shown = capsys.readouterr().out
+    assert "classifier on 10 held-out images of caf\\xe9 [1] (and 10 that it was trained on)" in shown
+    assert "Note: split 'train' is the folder train; other splits: val\n" in shown
+    assert "supported format (1; .heic 1): train/ape/x.heic\n" in shown
+    shown.encode()
+    (folders / root / "train" / "stray.png").write_bytes((folders / "photos" / "ape" / "10.png").read_bytes())
+    with pytest.raises(SystemExit, match=r"error: .*beside its class folders \(1: train/stray\.png\)"):
+        main(["inspect-classifier", "classifier", root])
 
 
 def test_mistakes_end_in_one_sentence(folders, monkeypatch):

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +210,29 @@ def test_a_classifier_learns_its_classes_at_every_noise_level(photos, tmp_path):
         pixels = random.integers(0, 120, (12, 12, 3), dtype=np.uint8)
         pixels[..., label] += 120
         assert classify(Image.fromarray(pixels))[0]["label"] == name
+
+
+def test_a_folder_with_odd_names(photos, tmp_path, caplog):
+    root = tmp_path / os.fsdecode(b"photos\xe9\n[1]")
+    for name in ("train", "__x", os.fsdecode(b"caf\xe9")):
+        shutil.copytree(photos / "apple", root / name / "2023")
+    (root / "train" / "x.heic").write_bytes(b"")
+    argv = [*TINY_RUN, "--train_data_dir", str(root), "--resolution", "8", "--output_dir", str(tmp_path / "out")]
+    argv += ["--lr_scheduler", "constant"]
+    for steps in ("1", "2"):  # and resumes
+        data_args, stages = parse_arguments(
+            {"classifier": ClassifierArguments}, [*argv, "--max_train_steps", steps, "--report_to", "tensorboard"]
+        )
+        with caplog.at_level("INFO"):
+            folder = train_classifier.train_classifier(data_args, stages["classifier"])
+    assert "  classes: 3, with 18 to 18 images each: __x, caf\\xe9, train\n" in caplog.text
+    assert "supported format (1; .heic 1): train/x.heic\n" in caplog.text
+    assert AutoModelForImageClassification.from_pretrained(folder).config.id2label == {
+        0: "__x",
+        1: "caf\\xe9",
+        2: "train",
+    }
+    assert "photos" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("script", [train, train_classifier, train_diffusion, train_upscaler])
