@@ -2,21 +2,20 @@
 
 import json
 import logging
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from hf_guided.credentials import without_credentials
+from hf_guided import cli
+from hf_guided.credentials import FormatterWithoutCredentials, without_credentials
 from hf_guided.data import DataArguments
 from hf_guided.evaluation.sources import open_images
 from hf_guided.files import write_json
 from hf_guided.hub import write_model_card
 from hf_guided.hub.push import PushError
-from hf_guided.training.arguments import parse_arguments
+from hf_guided.training import train_classifier, train_diffusion
+from hf_guided.training.arguments import parse_arguments, run_script
 from hf_guided.training.cards import describe_data, on_hub
 from hf_guided.training.loop import train
 from hf_guided.training.train_classifier import ClassifierArguments
@@ -72,7 +71,7 @@ def test_data_are_called_by_their_address_without(address):
     described = describe_data(data)
     assert SECRET not in f"{data.source} {described}"
     assert described["dataset_id"] is None
-    with pytest.raises(ValueError, match="Cannot load") as refused:
+    with pytest.raises((ValueError, ImportError)) as refused:
         open_images(address)
     assert SECRET not in str(refused.value)
 
@@ -117,14 +116,13 @@ def photos(tmp_path):
 FLAGS = [
     "--resolution", "8", "--train_batch_size", "4", "--model_channels", "32", "--channel_mult", "1",
     "--num_res_blocks", "1", "--attention_resolutions", "8", "--attention_head_dim", "16", "--validation_steps", "0",
-    "--report_to", "tensorboard",
+    "--report_to", "tensorboard", "--lr_scheduler", "constant",
 ]  # fmt: skip
 
 
 def test_a_training_writes_none_and_resumes_with_another_token(photos, tmp_path, caplog):
     """The images are loaded as they can be without a network; the address is what the flags say."""
     from hf_guided.data import load_labelled_images
-    from hf_guided.models.classifier_adm import ADMForImageClassification  # noqa: F401
     from hf_guided.schedulers.scheduling_adm import ADMScheduler
     from hf_guided.training.train_classifier import ClassifierTask, make_classifier
 
@@ -159,26 +157,36 @@ def test_a_training_writes_none_and_resumes_with_another_token(photos, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "command",
+    "words",
     [
-        ["hf_guided.training.train_classifier", "--dataset_name", "ADDRESS", "--resolution", "8"],
-        ["hf_guided.training.train_diffusion", "--pretrained_model", "ADDRESS", "--max_train_steps", "1"],
-        ["hf_guided.cli", "evaluate", "ADDRESS", "ADDRESS"],
-        ["hf_guided.cli", "sample", "ADDRESS"],
-        ["hf_guided.cli", "sweep", "ADDRESS", "ADDRESS"],
-        ["hf_guided.cli", "inspect-classifier", "ADDRESS", "ADDRESS"],
-        ["hf_guided.cli", "push", "ADDRESS", "ADDRESS"],
+        ["evaluate", "ADDRESS", "ADDRESS"],
+        ["sample", "ADDRESS"],
+        ["upscale", "ADDRESS", "ADDRESS"],
+        ["sweep", "ADDRESS", "ADDRESS"],
+        ["compare", "--data", "ADDRESS", "--resolution", "8"],
+        ["inspect-classifier", "ADDRESS", "ADDRESS"],
+        ["convert", "ADDRESS", "--checkpoint", "ADDRESS", "--output", "out"],
+        ["convert", "ADDRESS", "--to", "openai", "--output", "out.pt"],
+        ["push", "ADDRESS", "ADDRESS"],
+        ["train_classifier", "--dataset_name", "ADDRESS", "--resolution", "8"],
+        ["train_diffusion", "--pretrained_model", "ADDRESS", "--report_to", "none"],
     ],
-    ids=lambda command: command[1] if command[0].endswith("cli") else command[0],
+    ids=lambda words: " ".join(words[:2]),
 )
-def test_commands_say_none(command, tmp_path):
+def test_commands_say_none(words, tmp_path, monkeypatch, capfd, caplog):
+    monkeypatch.chdir(tmp_path)
     address = f"https://user:{SECRET}@127.0.0.1:9/cats.parquet?sig={SECRET}"
-    words = [address if word == "ADDRESS" else word for word in command]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    result = subprocess.run(
-        [sys.executable, "-m", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 1
-    assert "error: " in result.stderr
-    assert SECRET not in result.stdout + result.stderr
-    assert not [path for path in Path(tmp_path).rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    name, *flags = [address if word == "ADDRESS" else word for word in words]
+    scripts = {"train_classifier": train_classifier.main, "train_diffusion": train_diffusion.main}
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    with pytest.raises(SystemExit, match=r"\Aerror: ") as stopped:
+        run_script(scripts[name]) if name in scripts else cli.main([name, *flags])
+    out, err = capfd.readouterr()
+    assert SECRET not in str(stopped.value) + out + err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+
+
+def test_messages_on_the_screen_have_none():
+    formatter = FormatterWithoutCredentials("%(message)s")
+    record = logging.LogRecord("x", logging.WARNING, "x", 1, "bad %s", (f"https://u:{SECRET}@h/x",), None)
+    assert formatter.format(record) == "bad https://h/x"

@@ -222,7 +222,7 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
     if spec.endswith(".npz"):
         return _open_samples(spec, size)
     source, _, part = spec.rpartition(":") if ":" in spec and not Path(spec).exists() else (spec, "", "")
-    if "/" in part:  # the rest of an address, which has a colon of its own
+    if "/" in part or "@" in part:  # the rest of an address, which has a colon of its own
         source, part = spec, ""
     arguments: dict[str, Any] = {"resolution": None if size is None else list(size)}
     if source in BUILT_IN or not Path(source).is_dir():

@@ -190,9 +190,9 @@ def write_model_card(
     card = _CARD.format(
         data=data.to_yaml(),
         title=escape(title),
-        summary=escape(summary),
+        summary=escape(_public(summary)),
         paper=paper,
-        origin=origin or f"trained on {escape(dataset)} with\n`hf-guided`",
+        origin=without_credentials(origin) or f"trained on {escape(dataset)} with\n`hf-guided`",
         picture="\n\n".join(f"![{text}]({name})" for name, text in pictures.items() if (folder / name).is_file()),
         extra=" normflows" if model_class == "FlowPipeline" else "",
         usage=_usage(model_class, json.dumps(repo_id or "."), class_names, dtype),
