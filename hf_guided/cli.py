@@ -664,8 +664,7 @@ def inspect_classifier(args: argparse.Namespace) -> None:
     record = {"command": "inspect-classifier"}  # training's have none
     is_marked = read_record(args.output) == record
     check_replaceable([args.output], lambda path: is_marked, [args.model, args.data])
-    is_alone = not Path(args.output).exists()
-    check_replaceable([numbers], lambda path: has_json(path, "findings", "rows") and (is_marked or is_alone))
+    check_replaceable([numbers], lambda path: is_marked and has_json(path, "findings", "rows"))
     classifier = load_classifier(args.model)
     noise_schedule(classifier)  # refuses one of clean images before any are loaded
     is_folder = args.data not in BUILT_IN and Path(args.data).is_dir()
@@ -698,8 +697,8 @@ def inspect_classifier(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         max_images=args.num_images,
     )
-    write_json(inspection.to_dict(), numbers)
     classifier_curves(inspection, args.output, record)
+    write_json(inspection.to_dict(), numbers)
     tell(
         state,
         f"{args.model} on {inspection.num_images} held-out images of {train.name} (and {inspection.num_train_images} "

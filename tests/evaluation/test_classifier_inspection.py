@@ -500,6 +500,13 @@ def test_the_command_line(folders, capsys, monkeypatch):
     main(["inspect-classifier", "pipeline", "photos", "--held_out_fraction", "0.5", "--output", "piped.png"])
     assert json.loads((folders / "piped.json").read_text()) == written
 
+    again = ["inspect-classifier", "classifier", "photos", "--held_out_fraction", "0.5", "--output"]
+    (folders / "piped.json").write_text("{}")  # not its own any more
+    with pytest.raises(SystemExit, match=r"piped.json is there already and was not made by this command"):
+        main([*again, "piped.png"])
+    main([*again, "noisy.png", "--num_images", "6"])  # its own
+    assert json.loads((folders / "noisy.json").read_text())["num_images"] == 6
+
 
 def test_folders_with_odd_names(folders, capsys, monkeypatch):
     """Splits by folder, file names with split words, a name that is not UTF-8; what is left out is said."""
