@@ -81,8 +81,9 @@ class Gate:
         asked, queue = _parsed(body), _queue_of(scope)
         call = _CALLS.fullmatch(scope["path"])
         if call is None:
-            if isinstance(asked.get("event_id"), str):
-                await queue.clean_events(event_id=asked["event_id"])  # it ends at its next step, not its next preview
+            cancelled = asked.get("session_hash"), asked.get("fn_index")  # gradio alone ends it at a preview
+            for event in (event for job in queue.active_jobs if job for event in job):
+                event.alive &= (event.session_hash, event.fn._id) != cancelled
             return await self.app(scope, replay, send)
         if problem := _problem(queue.blocks.fns, call[1], call[2], asked):
             return await _refuse(send, 400, problem)
