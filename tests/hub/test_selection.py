@@ -63,7 +63,7 @@ def push(hub, home, *arguments):
     return subprocess.run(command, env=hub.environment(home, WRITE), capture_output=True, text=True, timeout=60)
 
 
-def test_what_a_model_is_made_of_goes_and_the_rest_is_named(folder, tmp_path):
+def test_what_a_model_is_made_of_goes_and_the_rest_is_named(folder, tmp_path, monkeypatch):
     outside = tmp_path / "outside.json"
     outside.write_text('"secret"')
     (folder / "unet/generation_config.json").symlink_to(outside)
@@ -73,7 +73,7 @@ def test_what_a_model_is_made_of_goes_and_the_rest_is_named(folder, tmp_path):
     (folder / "linked").symlink_to(tmp_path)
     os.mkfifo(folder / "unet/pipe.safetensors")
     with HubServer({WRITE: User("ada")}) as hub, socket.socket(socket.AF_UNIX) as server:
-        os.chdir(folder)  # a socket's path is short
+        monkeypatch.chdir(folder)  # a socket's path is short
         server.bind("tokenizer.json")
         pushed = push(hub, tmp_path / "home", folder, "digits")
         assert pushed.returncode == 0, pushed.stderr
