@@ -140,6 +140,16 @@ def test_links_are_read_and_loops_end(tmp_path, photos):
     assert "left out: broken links (2): cat/self, dog/gone.png" in text
 
 
+def test_a_folder_is_read_under_its_own_name(photos):
+    write(photos, "cat/b/1.png", "dog/1.png")
+    (photos / "cat" / "a").symlink_to("b")
+    (photos / "cat" / "c").symlink_to("b")
+    (photos / "kitten").symlink_to("cat")
+    images = load(photos)
+    assert contents(images, photos) == {"cat": ["cat/b/1.png"], "dog": ["dog/1.png"], "kitten": ["kitten/b/1.png"]}
+    assert images.notes == ["left out: links to folders that are read already (4): cat/a, cat/c, kitten/a and 1 more"]
+
+
 def test_folders_that_link_to_each_other_are_read_once(photos):
     names = [f"n{i}" for i in range(12)]
     write(photos, *(f"cat/{name}/1.png" for name in names), "dog/1.png")
