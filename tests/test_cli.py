@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline, ClassifierGuidedUpscalePipeline
 from hf_guided.cli import main
@@ -147,6 +147,40 @@ def test_upscale_writes_published_files_and_pictures(tiny_unet, tmp_path, capsys
         with pytest.raises(SystemExit, match="error: ") as caught:
             main([*upscale, *argv])
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "RGB on its side"])
+def test_upscale_sees_pictures_as_training_does(mode, tiny_unet, tmp_path):
+    """In its output and in the grid, beside the same picture as 8-bit RGB."""
+    pipe = ClassifierGuidedUpscalePipeline(
+        tiny_unet(low_res_channels=3, num_class_embeds=None), ADMScheduler(), sampling_defaults={"respacing": "2"}
+    )
+    pipe.save_pretrained(tmp_path / "upscaler")
+    random, exif = np.random.default_rng(0), Image.Exif()
+    if mode == "I;16":
+        values = random.integers(0, 256, (8, 8))
+        picture, plain = Image.fromarray((257 * values).astype(np.uint16)), Image.fromarray(values.astype(np.uint8))
+    else:
+        picture = Image.fromarray(random.integers(0, 256, (8, 8, 4), dtype=np.uint8))
+        plain = Image.alpha_composite(Image.new("RGBA", (8, 8), "white"), picture).convert("RGB")
+        if mode != "RGBA":
+            picture, plain = plain, plain.rotate(-90)
+            exif[ExifTags.Base.Orientation] = 6
+    picture.save(tmp_path / "picture.png", exif=exif)
+    plain.save(tmp_path / "plain.png")
+    for name in ("picture", "plain"):
+        for output in ("npz", "grid.png"):
+            main(
+                [
+                    "upscale",
+                    str(tmp_path / "upscaler"),
+                    f"{tmp_path / name}.png",
+                    "--output",
+                    f"{tmp_path / name}.{output}",
+                ]
+            )
+    for output in ("npz", "grid.png"):
+        assert (tmp_path / f"picture.{output}").read_bytes() == (tmp_path / f"plain.{output}").read_bytes()
 
 
 def test_mistakes_end_in_one_sentence(folder, tmp_path):

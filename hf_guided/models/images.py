@@ -15,8 +15,11 @@ IMAGE_FORMATS = (
     *("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"),
     *("ICO", "QOI", "SGI", "SUN", "PCX", "PSD", "TGA"),
 )
-# All that Pillow raises on broken files (found by flipping bytes in files of eleven formats), and our own ValueErrors.
-BAD_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# All that Pillow raises on broken files (found by flipping bytes in files of these formats), and our own ValueErrors.
+BAD_IMAGE_ERRORS = (
+    *(OSError, EOFError, SyntaxError, ValueError, IndexError, OverflowError, RuntimeError),
+    Image.DecompressionBombError,
+)
 MAX_ELONGATION = 32  # times the target's length that a picture which covers it may have
 
 
@@ -188,4 +191,6 @@ def to_pixel_values(image: Image.Image, channels: int) -> np.ndarray:
     planes = to_planes(image, channels)
     # For bytes this equals the published x / 127.5 - 1 to the bit.
     values = planes if planes.dtype == np.float32 else planes.astype(np.float32) / np.float32(255)
-    return values * 2 - 1
+    values *= 2
+    values -= 1
+    return values
