@@ -712,11 +712,13 @@ def load_classifier(model: str) -> Any:
     from transformers import AutoModelForImageClassification
 
     from . import ADMForImageClassification  # noqa: F401, makes it known to transformers
-    from .loading import check_cover
+    from .loading import check_cover, read_config
 
     of_pipeline = is_pipeline(model)
     if Path(model).is_dir() and not of_pipeline and not (Path(model) / "config.json").is_file():
         raise ValueError(f"{model} is no folder of a classifier or pipeline: neither config.json nor model_index.json.")
+    if of_pipeline and Path(model).is_dir():
+        read_config(Path(model) / "model_index.json")  # which may be damaged
     subfolder = {"subfolder": "classifier"} if of_pipeline else {}
     try:
         classifier, info = load_pipeline(

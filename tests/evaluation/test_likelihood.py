@@ -138,3 +138,27 @@ def test_half_precision_models(tiny_unet, images, error):
     half = bits_per_dim(tiny_unet().to(torch.bfloat16), ADMScheduler(), images.to(torch.bfloat16), LABELS, "5", noise)
     assert half.total_bpd.dtype == torch.float32
     assert error(half.total_bpd, exact.total_bpd) < 0.1
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("channel", [0, 4], ids=["noise", "variance"])
+def test_an_output_that_clipping_would_hide_is_an_error(tiny_unet, images, channel, value):
+    unet = tiny_unet()
+    with torch.no_grad():
+        unet.conv_out.bias[channel] = value
+    with pytest.raises(RuntimeError, match="output of the UNet is not finite at timestep 999 for image 0"):
+        bits_per_dim(unet, ADMScheduler(), images, LABELS, "5")
+
+
+def test_an_output_that_is_not_finite_once_is_named(tiny_unet, images):
+    unet, calls = tiny_unet(), []
+
+    def break_one(module, args, output):
+        calls.append(1)
+        if len(calls) == 3:
+            output.sample[1, 0, 0, 0] = math.inf
+        return output
+
+    unet.register_forward_hook(break_one)
+    with pytest.raises(RuntimeError, match="not finite at timestep 500 for image 1"):
+        bits_per_dim(unet, ADMScheduler(), images, LABELS, "5")

@@ -4,12 +4,14 @@ import copy
 import time
 import weakref
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
 from guidance_helpers import GRADIENTS, KINDS, batches_seen, darkness, make, sample, seeded, steps_of
 
 from hf_guided.guidance import ClassifierFreeGuidance, ClassifierGuidance, DenoisedClassifierGuidance, LossGuidance
+from hf_guided.guidance.base import broken_images
 from hf_guided.guidance.steering import Steering
 
 LABELS = [2, 0, 4, 1, 3]
@@ -172,6 +174,59 @@ def test_a_unet_that_gives_nan_raises(guided, output_type, make_pipe, make_unet)
     for nonfinite in ("raise", "skip"):
         with pytest.raises(RuntimeError, match="not finite"):
             make_pipe(unet=unet)(LABELS, guidance=guidance, output_type=output_type, nonfinite_gradient=nonfinite)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("channel", [0, 4], ids=["noise", "variance"])
+@pytest.mark.parametrize("scheduler", [None, "DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_an_output_that_clipping_would_hide_is_found_at_once(scheduler, channel, value, make_pipe, make_unet):
+    """It drew clean black pictures."""
+    pipe = make_pipe(unet=make_unet())
+    if scheduler is not None:
+        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    with torch.no_grad():
+        pipe.unet.conv_out.bias[channel] = value
+    with batches_seen(pipe) as seen, pytest.raises(RuntimeError, match="output of the UNet is not finite at step 0 "):
+        pipe(LABELS, output_type="pil", nonfinite_gradient="skip")
+    assert len(seen["unet"]) == 1
+
+
+@pytest.mark.parametrize("kinds", [[], ["classifier"], ["denoised through the UNet"], ["classifier-free"]])
+@pytest.mark.parametrize("size", [None, 2])
+def test_an_output_that_is_not_finite_once_stops_with_its_place(size, kinds, pipe):
+    calls = []
+
+    def break_one(module, args, output):
+        calls.append(len(output.sample))
+        seen = sum(calls) if size and "denoised through the UNet" in kinds else len(calls) * 5
+        row = 3 - (seen - len(output.sample)) % 5 if size and "denoised through the UNet" in kinds else 3
+        if 10 < seen <= 15 and 0 <= row < len(output.sample):
+            output.sample[row, 0, 0, 0] = torch.inf
+        return output
+
+    hook = pipe.unet.register_forward_hook(break_one)
+    try:
+        message = r"UNet is not finite at step 2 \(timestep 500\) for image 3 of the batch: its weights hold infinite"
+        with pytest.raises(RuntimeError, match=message):
+            sample(pipe, LABELS, guidance=[make(name) for name in kinds], gradient_batch_size=size)
+    finally:
+        hook.remove()
+
+
+def test_an_output_of_the_second_unet_that_is_not_finite_names_it(make_pipe, make_unet):
+    guide = make_unet()
+    with torch.no_grad():
+        guide.conv_out.bias[0] = torch.inf
+    with pytest.raises(RuntimeError, match="output of the UNet or of guide_unet is not finite at step 0"):
+        sample(make_pipe(guide_unet=guide), LABELS, guidance=make("auto"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_finite_images_are_not_taken_for_broken(dtype):
+    images = torch.full((2, 3, 256, 256), 60000.0, dtype=dtype)
+    assert broken_images(images).tolist() == [False, False]
+    images[1, 2, 3, 4] = -torch.inf
+    assert broken_images(images).tolist() == [False, True]
 
 
 @pytest.fixture

@@ -262,3 +262,20 @@ def test_no_likelihood_in_half_precision():
     flow = make_pipeline("flow").to(dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="too coarse for a likelihood; load the pipeline in float32"):
         flow.bits_per_dim(torch.zeros(1, 3, 8, 4), torch.tensor([0]))
+
+
+LAST_BIAS = {"vae": "decoder.conv_out.bias", "gan": "conv_out.bias", "flow": "levels.0.0.norm.t"}
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_image_that_is_not_finite_is_never_a_clean_picture(family, value):
+    """Neither where it is clipped nor where tanh or a sigmoid ends the model."""
+    pipe = make_pipeline(family)
+    parameter = getattr(pipe, pipe.main_component).state_dict(keep_vars=True)[LAST_BIAS[family]]
+    parameter.data.fill_(value)
+    with pytest.raises(RuntimeError, match="Images 0, 1 of the batch are not finite: the weights"):
+        pipe([0, 1], output_type="pil")
+    if family == "vae":  # whose likelihood is bounded, whatever the image
+        with pytest.raises(RuntimeError, match="Images 0, 1 of the batch are not finite"):
+            pipe.bits_per_dim(torch.zeros(2, 3, 8, 4), torch.tensor([0, 1]))
