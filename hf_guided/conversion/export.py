@@ -286,5 +286,10 @@ def _shared_flags(config: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _save(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
-    with path.open("wb") as file:  # given a name, torch would write it into the archive
-        torch.save(dict(state_dict), file)
+    try:
+        with path.open("wb") as file:  # given a name, torch would write it into the archive
+            torch.save(dict(state_dict), file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # a full disk, which torch reports as a broken archive
+            raise error.__context__ from None
+        raise
