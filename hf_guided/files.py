@@ -1,8 +1,11 @@
 """Files and folders that are whole or not there at all, and never in the place of another's."""
 
-import glob
+import errno
+import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,15 +16,73 @@ import psutil
 
 from .credentials import without_credentials
 
+# Names of temporary files tell the machine and the process: on a shared disk only the dead of this machine are known.
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_TEMPORARY = re.compile(rf"\..+\.{_MACHINE}-([0-9]+)\.tmp", re.DOTALL)
+_TORCH_SAVE = re.compile(r"PytorchStreamWriter failed|basic_ios::clear|unexpected pos \d+ vs \d+")
+
+
+class FullDiskError(RuntimeError):
+    """A disk is full or read-only; says which file could not be written, and the fix."""
+
+
+def full_disk(error: BaseException) -> str | None:
+    """What an error says of a disk that takes nothing more: `"full"` or `"read-only"`; `None` for other errors.
+
+    Libraries hide it: behind errors of their own, or as the cause or context of another error.
+    """
+    reasons = {errno.ENOSPC: "full", errno.EDQUOT: "full", errno.EFBIG: "full", errno.EROFS: "read-only"}
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, OSError):
+            if current.errno in reasons:
+                return reasons[current.errno]
+        elif _TORCH_SAVE.search(str(current)):  # which has no number
+            return "full"
+        else:
+            for number, reason in reasons.items():  # safetensors and others that are written in Rust
+                if f"(os error {number})" in str(current):
+                    return reason
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+    return None
+
+
+@contextmanager
+def naming_full_disk(path: str | os.PathLike | None = None) -> Iterator[None]:
+    """Turns whatever a full disk raises into one sentence.
+
+    Args:
+        path (`str` or `os.PathLike`, *optional*): What is written; that of the error, by default.
+
+    Raises:
+        `FullDiskError`: If the disk is full or read-only.
+    """
+    try:
+        yield
+    except FullDiskError:
+        raise
+    except Exception as error:
+        reason = full_disk(error)
+        if reason is None:
+            raise
+        named = path or getattr(error, "filename", None)
+        raise FullDiskError(
+            f"The disk is {reason}: {f'{named} cannot be written' if named else error}. "
+            f"{'Make room' if reason == 'full' else 'Make it writable'} and rerun the same command."
+        ) from error
+
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Lends a temporary name beside a file, which takes the file's place at the end and is removed after an error.
+    """Lends a temporary name beside a file or folder, which takes its place at the end and is removed after an error.
 
-    What killed processes left of earlier attempts at the same file is removed too.
+    What killed processes left of earlier attempts at anything in the same folder is removed too.
 
     Args:
         path (`str` or `os.PathLike`): The file.
+
+    Raises:
+        `FullDiskError`: If the disk is full or read-only.
 
     Examples:
         ```py
@@ -30,22 +91,69 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         ```
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid = left.name.split(".")[-2]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            left.unlink(missing_ok=True)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}.tmp")
+    with naming_full_disk(path):
+        for left in path.parent.glob(".*.tmp"):
+            match = _TEMPORARY.fullmatch(left.name)
+            if match and not psutil.pid_exists(int(match[1])):
+                _remove(left)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            if os.path.lexists(temporary):
+                _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, or a folder with all that it holds."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(content: Any, path: str | os.PathLike) -> None:
     """Writes JSON that people can read, without the credentials of addresses in it."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(without_credentials(content), indent=2) + "\n")
+
+
+def read_json(path: str | os.PathLike, shape: Any = dict, fix: str = "remove it") -> Any:
+    """Reads JSON that this package wrote.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+        shape (`Any`, defaults to `dict`): What it must hold: a type; `[shape]`, a list of such; or a dict of the
+            shapes of the keys that it must have, in which a type as key stands for all keys.
+        fix (`str`, defaults to `"remove it"`): What the user is to do if it is damaged.
+
+    Raises:
+        `ValueError`: If it is damaged, naming the file and the fix.
+        `FileNotFoundError`: If there is none.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{path} is damaged: it is cut off or no JSON; {fix}.") from error
+    if not _has_shape(content, shape):
+        raise ValueError(f"{path} is damaged: it does not hold what it was written with; {fix}.")
+    return content
+
+
+def _has_shape(content: Any, shape: Any) -> bool:
+    if isinstance(shape, list):
+        return isinstance(content, list) and all(_has_shape(item, shape[0]) for item in content)
+    if not isinstance(shape, dict):
+        return isinstance(content, shape)
+    if not isinstance(content, dict):
+        return False
+    return all(
+        all(_has_shape(value, inner) for value in content.values())
+        if isinstance(key, type)
+        else key in content and _has_shape(content[key], inner)
+        for key, inner in shape.items()
+    )
 
 
 @contextmanager
@@ -57,21 +165,25 @@ def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
 
     Args:
         folder (`str` or `os.PathLike`): The folder.
+
+    Raises:
+        `FullDiskError`: If the disk is full or read-only.
     """
     folder = Path(folder)
     if folder.is_symlink():
         folder = folder.resolve()
     recover_folder(folder)
     partial, old = partial_name(folder), folder.with_name(f".{folder.name}.old")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with naming_full_disk(folder):
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(partial, folder)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def partial_name(folder: Path) -> Path:

@@ -6,15 +6,22 @@ Exit statuses: 0 if all is done, 1 after an error, 2 for wrong flags, 130 after 
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .credentials import without_credentials
+from .files import naming_full_disk
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+T = TypeVar("T")
+
+HEARTBEAT = 10.0  # seconds between two signs of life of a process
+MISSED_HEARTBEATS = 30  # after which the others take it for dead
 
 
 class StoppedError(KeyboardInterrupt):
@@ -39,17 +46,20 @@ def user_command() -> Iterator[None]:
     """
     previous = signal.signal(signal.SIGTERM, _stop)
     use_processor()
+    is_done = False
     try:
-        yield
+        with naming_full_disk():
+            yield
+        is_done = True
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":
             print(str(stop) or "Stopped.", file=sys.stderr)
         raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raise SystemExit(f"error: {without_credentials(str(error))}") from None
+        raise SystemExit(f"error: {without_credentials(_lost_process(error) or str(error))}") from None
     finally:
         signal.signal(signal.SIGTERM, previous)
-        leave_processes()
+        leave_processes(is_done)
 
 
 def _stop(signum: int, frame: Any) -> None:
@@ -93,17 +103,115 @@ def join_processes() -> "PartialState":
 
     accelerator = torch.accelerator.current_accelerator()
     is_shared = int(os.environ.get("WORLD_SIZE", 1)) > 1 and (accelerator is None or accelerator.type == "mps")
-    # One may have work for hours when the others have done theirs; their launcher ends all of them if one fails.
-    patience = timedelta(days=7)
-    state = PartialState(cpu=is_shared or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=patience)
+    # One may have work for hours when the others have done theirs; if one is dead, their heartbeats tell.
+    timeout = timedelta(days=7)
+    state = PartialState(cpu=is_shared or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timeout)
     if state.device.type == "cpu":
         # By the name "cpu:0" weights would be copied, and in memory of another alignment the last bits are others.
         state.device = torch.device("cpu")
+    if state.num_processes > 1 and "MASTER_ADDR" in os.environ and Heartbeat.running is None:
+        Heartbeat.running = Heartbeat(state.process_index, state.num_processes)
     return state
 
 
-def leave_processes() -> None:
-    """Ends what [`join_processes`] began, if anything."""
+def from_main(function: Callable[[], T]) -> T:
+    """Calls a function in the main process; returns, or raises, what it does there in all processes."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    result, failure = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    return result
+
+
+def leave_processes(is_done: bool = True) -> None:
+    """Ends what [`join_processes`] began, if anything.
+
+    Args:
+        is_done (`bool`, defaults to `True`): Whether this process did its part, or else ends the others too.
+    """
+    heartbeat, Heartbeat.running = Heartbeat.running, None
+    if heartbeat is not None:
+        heartbeat.stop(is_done)
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+class Heartbeat:
+    """Ends this process if another one of the run is dead: killed, stopped for good, or ended by an error.
+
+    Each process counts up a number of its own, from a thread that goes on while it computes, and looks at those of the
+    others. What waits for a dead process would wait for days: in a collective, which no signal interrupts.
+
+    Args:
+        rank (`int`): Of this process.
+        num_processes (`int`): How many there are.
+    """
+
+    running: "Heartbeat | None" = None
+
+    def __init__(self, rank: int, num_processes: int):
+        from torch.distributed import PrefixStore, TCPStore
+
+        # A connection of its own: the process group's is locked while something waits on it.
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, timeout=timedelta(seconds=HEARTBEAT * MISSED_HEARTBEATS))
+        self.store = PrefixStore(f"hf-guided/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self.rank, self.peers = rank, [peer for peer in range(num_processes) if peer != rank]
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def watch(self) -> None:
+        """Until the end of this process, or to end it after that of another one."""
+        why = ""
+        last, missed = dict.fromkeys(self.peers, -1), dict.fromkeys(self.peers, 0)
+        while not self.ended.wait(HEARTBEAT):
+            try:
+                self.store.add(f"beats/{self.rank}", 1)
+                beats = {peer: self.store.add(f"beats/{peer}", 0) for peer in self.peers}
+                done = {peer for peer in self.peers if self.store.add(f"done/{peer}", 0)}
+            except RuntimeError:  # the store is the main process's, or its launcher's
+                why = "The main process of this run, or what launched it, has ended"
+                break
+            # Its own beats are counted, not seconds, which pass while all processes are suspended too.
+            for peer in self.peers:
+                missed[peer] = 0 if beats[peer] != last[peer] or peer in done else missed[peer] + 1
+            last = beats
+            if dead := [peer for peer in self.peers if missed[peer] >= MISSED_HEARTBEATS]:
+                why = f"Process {dead[0]} of this run has shown no sign of life for {_limit()}"
+                break
+        if not self.ended.wait(HEARTBEAT):  # a main thread that knows by itself ends in order
+            print(f"error: {why}. Rerun the same command to resume.", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def stop(self, is_done: bool) -> None:
+        """Stops watching; unless this process did its part, the others take it for dead from now on."""
+        self.ended.set()
+        self.thread.join(HEARTBEAT)
+        if is_done:
+            with suppress(RuntimeError):
+                self.store.add(f"done/{self.rank}", 1)
+
+
+def _limit() -> str:
+    seconds = HEARTBEAT * MISSED_HEARTBEATS
+    return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
+
+
+def _lost_process(error: Exception) -> str | None:
+    """What to say if a collective failed, as it does once another process is not there any more."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    is_network = distributed is not None and distributed.is_available() and isinstance(error, distributed.DistError)
+    if not is_network and "/gloo/" not in str(error):
+        return None
+    first_line = str(error).partition("\n")[0]
+    return f"Another process of this run has ended, see above. Rerun the same command to resume. ({first_line})"

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,3 +150,15 @@ def error() -> Callable[[torch.Tensor, torch.Tensor], float]:
         return ((actual - expected).abs().max() / expected.abs().max()).item()
 
     return relative
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MiB, which can be mounted again with another size."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mounted, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a disk takes the rights of root")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # torch leaves its files open

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -46,3 +48,92 @@ def test_a_process_beside_the_main_one_says_nothing():
     command = [sys.executable, "-c", ENDS, str(int(signal.SIGINT))]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (130, "")
+
+
+PEER = """
+import os, signal, sys, time
+import torch
+from hf_guided import processes
+from hf_guided.processes import join_processes, user_command
+
+processes.HEARTBEAT, processes.MISSED_HEARTBEATS = 0.2, 15
+how = sys.argv[1]
+with user_command():
+    state = join_processes()
+    print("joined", flush=True)
+    if state.is_main_process:
+        time.sleep({"busy": 12, "finishes alone": 8}.get(how, 0))  # as if it measured, saved or pushed
+    elif how == "stops":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "computes":
+        time.sleep(100)
+    elif how != "finishes alone":
+        torch.distributed.barrier()
+    print("done", flush=True)
+"""
+
+
+def start_peers(how: str) -> list[subprocess.Popen]:
+    """Two processes, each started by hand: no launcher ends them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", PEER, how],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("stops", "error: Process 1 of this run has shown no sign of life for 3 seconds. Rerun the same command to"),
+        ("is killed", "error: Another process of this run has ended, see above. Rerun the same command to resume."),
+    ],
+)
+def test_one_process_of_two_that_dies_ends_the_other(how, says):
+    main, other = start_peers(how)
+    try:
+        _, errors = main.communicate(timeout=60)
+    finally:
+        other.kill()
+    assert main.returncode == 1
+    assert says in errors
+    assert "Traceback" not in errors
+
+
+def test_the_end_of_the_main_process_ends_the_others_whatever_they_do():
+    main, other = start_peers("computes")
+    assert main.stdout.readline() == other.stdout.readline() == "joined\n"
+    main.kill()
+    _, errors = other.communicate(timeout=60)
+    assert other.returncode == 1
+    assert "error: The main process of this run, or what launched it, has ended. Rerun" in errors
+
+
+def test_what_the_main_process_does_alone_is_waited_for():
+    """For longer than any process may be silent."""
+    ends = [(*peer.communicate(timeout=60), peer.returncode) for peer in start_peers("finishes alone")]
+    assert ends == [("joined\ndone\n", "", 0)] * 2
+
+
+def test_a_run_that_is_suspended_resumes():
+    """Ctrl-Z and fg: the time between does not count."""
+    peers = start_peers("busy")
+    for peer in peers:
+        assert peer.stdout.readline() == "joined\n"
+    for signum in (signal.SIGSTOP, signal.SIGCONT):
+        for peer in peers:
+            peer.send_signal(signum)
+        time.sleep(5 if signum == signal.SIGSTOP else 0)
+    ends = [(*peer.communicate(timeout=60), peer.returncode) for peer in peers]
+    assert ends == [("done\n", "", 0)] * 2
