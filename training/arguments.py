@@ -107,8 +107,10 @@ class LoopArguments(RunArguments):
     gradient_checkpointing: bool = flag(False, "Compute activations again instead of keeping them: less memory.")
     ema_decay: Share = flag(0.9999, "Decay of the exponential moving average of the weights, after its ramp.")
     checkpointing_steps: PositiveInt = flag(500, "Save a checkpoint every so many updates.")
-    checkpoints_total_limit: PositiveInt = flag(2, "Keep the newest so many checkpoints.")
-    resume_from_checkpoint: str = flag("latest", "A checkpoint's folder, or 'latest': the newest whole one, if any.")
+    checkpoints_total_limit: PositiveInt = flag(2, "Keep the newest so many checkpoints of this run.")
+    resume_from_checkpoint: str = flag(
+        "latest", "A checkpoint's folder, or 'latest': the newest whole one of this run in --output_dir, if any."
+    )
     validation_steps: NonNegativeInt = flag(
         250, "Measure the loss on held-out images every so many updates; 0 is never."
     )

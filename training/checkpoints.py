@@ -1,20 +1,30 @@
-"""Checkpoints that are whole or not there at all, and that say what they were trained with."""
+"""Checkpoints that are whole or not there at all, and that say what they were trained with.
+
+A folder belongs to one run at a time. Of what is in it, only `checkpoint-<step>` that this run has saved is ever taken
+for its checkpoint, or deleted; copies under other names, and checkpoints of other runs, are the user's.
+"""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
+import pickle
+import re
 import shutil
+import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
 
 from ..credentials import without_credentials
-from ..files import partial_name, recover_folder, remove_folder, replacing_folder, write_json
+from ..files import partial_name, read_json, recover_folder, remove_folder, replacing_folder, write_json
 from ..labels import composed
 
 logger = logging.getLogger(__name__)
@@ -23,6 +33,13 @@ STATE_FILE = "training_state.json"
 OTHERS_FILE = "loop_state.pt"
 INDEX_FILE = "model_index.json"
 MADE_FILE = ".hf-guided.json"  # in a finished folder: which files are ours, and the index as we wrote it
+HISTORY = "history.json"
+RUN_FILE = ".run.json"  # which run a folder belongs to
+_NAME = re.compile("checkpoint-(0|[1-9][0-9]*)")  # as this module writes it
+_STATE = {"step": int, "fingerprint": dict}
+_ROW = {"step": int, "seconds": int | float}
+# What damaged files of tensors raise.
+UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 # Flags that may change between two sittings of one training: they decide where, how often and what is told, not what is
 # computed.
@@ -71,48 +88,167 @@ def fingerprint(arguments: list[Any], data: Any, accelerator: Accelerator) -> di
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
-    """The newest whole checkpoint for `"latest"`, or the folder named; `None` if there is none yet.
+    """The newest whole checkpoint of the folder's run for `"latest"`, or the one named; `None` if there is none yet.
+
+    Damaged ones that are newer are renamed, with a warning.
 
     Raises:
-        `ValueError`: If the folder named is not a whole checkpoint, or lies beside newer ones.
+        `ValueError`: If the folder named is not a whole checkpoint or older than what is there, or none is whole.
     """
+    run = _run_of(output_dir)
     if wanted != "latest":
-        if not (Path(wanted) / STATE_FILE).is_file():
+        folder = Path(wanted)
+        if not (folder / STATE_FILE).is_file():
             raise ValueError(
                 f"--resume_from_checkpoint {wanted} is not a whole checkpoint ({STATE_FILE} is missing); name a folder "
                 f"such as {output_dir}/checkpoint-500, or 'latest'."
             )
-        newer = [path.name for path in list_checkpoints(output_dir) if step_of(path) > step_of(Path(wanted))]
-        if newer and Path(wanted).resolve().parent == output_dir.resolve():
+        state = read_state(folder)
+        check_files(folder, state)
+        newer = [path.name for path in list_checkpoints(output_dir) if step_of(path) > state["step"]]
+        if newer and (state["run"] is None or run in (None, state["run"])):
             raise ValueError(
-                f"{output_dir} holds newer checkpoints than {Path(wanted).name}: {', '.join(newer)}. Go on from the "
-                f"newest with --resume_from_checkpoint latest, or remove them."
+                f"{output_dir} holds newer checkpoints than {folder.name}: {', '.join(newer)}. Resume from the newest "
+                f"with --resume_from_checkpoint latest, give another --output_dir, or remove them."
             )
-        return Path(wanted)
-    whole = list_checkpoints(output_dir)
-    return whole[-1] if whole else None
+        return folder
+
+    states: dict[Path, dict[str, Any]] = {}
+    damaged: dict[Path, ValueError] = {}
+    for path in _numbered(output_dir):
+        try:
+            state = read_state(path)
+        except ValueError as error:
+            damaged[path] = error
+        else:
+            if state["step"] == step_of(path):  # or else it is a copy
+                states[path] = state
+    if not any(state["run"] in (None, run) for state in states.values()):
+        run = None  # those of another run were copied here to resume from
+    newest = None
+    for path, state in reversed(states.items()):
+        if run is None or state["run"] in (None, run):
+            try:
+                check_files(path, state)
+            except ValueError as error:
+                damaged[path] = error
+            else:
+                newest = path
+                break
+    if newest is None and damaged:
+        reasons = " ".join(map(str, damaged.values()))
+        raise ValueError(f"{reasons} No checkpoint in {output_dir} is whole; remove them to start from scratch.")
+    for path, why in damaged.items():
+        if newest is not None and step_of(path) > step_of(newest):
+            logger.warning(f"{why} It is now called {move_aside(path, 'damaged').name}; {newest.name} takes its place.")
+    return newest
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The whole checkpoints, oldest first."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if (path / STATE_FILE).is_file()]
-    return sorted(folders, key=step_of)
+    """The checkpoints of the run that a folder belongs to, oldest first."""
+    run, found = _run_of(output_dir), []
+    for path in _numbered(output_dir):
+        try:
+            state = read_state(path)
+        except (ValueError, OSError):  # damaged, or gone by now
+            continue
+        if state["step"] == step_of(path) and (run is None or state["run"] in (None, run)):
+            found.append(path)
+    return found
+
+
+def _numbered(output_dir: Path) -> list[Path]:
+    """What is named like a checkpoint and has a state, oldest first."""
+    named = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in named if (path / STATE_FILE).is_file()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
     """The number of updates that a checkpoint's name tells."""
-    return int(checkpoint.name.rpartition("-")[2])
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _run_of(output_dir: Path) -> str | None:
+    """The run that a folder belongs to, if it says so."""
+    path = output_dir / RUN_FILE
+    return read_json(path, {"run": str})["run"] if path.is_file() else None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: `step` and `seconds` trained, and its `fingerprint`."""
-    return {"seconds": 0.0, **json.loads((checkpoint / STATE_FILE).read_text())}
+    """What a checkpoint says of itself: `step` and `seconds` trained, its `fingerprint`, its `run` and the `digests` of
+    its files (`None` in those of older versions).
+
+    Raises:
+        `ValueError`: If that is damaged.
+    """
+    try:
+        state = read_json(checkpoint / STATE_FILE, _STATE)
+        if {"run", "digests"} & state.keys() and state["digests"].pop(STATE_FILE) != _digest_of_state(state):
+            raise ValueError
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f"{checkpoint / STATE_FILE} is damaged.") from None
+    return {"seconds": 0.0, "run": None, "digests": None, **state}
+
+
+def check_files(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Compares the files with what was saved; those of older versions, without digests, are just looked at.
+
+    Raises:
+        `ValueError`: If one is missing or damaged, naming it.
+    """
+    if state["digests"] is not None:
+        wrong = {name for name in state["digests"] if not (checkpoint / name).is_file()}
+        if not wrong:
+            found = digests(checkpoint, list(state["digests"]))
+            wrong = {name for name, digest in state["digests"].items() if found[name] != digest}
+    else:
+        wrong = {name for name in ("model.safetensors", "optimizer.bin", OTHERS_FILE) if not _opens(checkpoint / name)}
+    if wrong:
+        raise ValueError(f"{checkpoint / min(wrong)} is missing or not as it was saved.")
+
+
+def digests(folder: Path, names: list[str]) -> dict[str, str]:
+    """The SHA-256 of files by name."""
+
+    def digest(name: str) -> str:
+        with open(folder / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _digest_of_state(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _opens(path: Path) -> bool:
+    """Whether a file of tensors is there up to its end."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        else:
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UNREADABLE:
+        return False
+    return True
+
+
+def move_aside(path: Path, why: str) -> Path:
+    """Gives a file or folder another name, under which nothing is looked for."""
+    target, number = path.with_name(f"{path.name}-{why}"), 1
+    while os.path.lexists(target):
+        number += 1
+        target = path.with_name(f"{path.name}-{why}-{number}")
+    os.replace(path, target)
+    return target
 
 
 def load_checkpoint(
     accelerator: Accelerator, folder: Path, current: dict[str, Any], others: dict[str, Any]
-) -> tuple[int, float]:
-    """Restores everything and returns the number of updates done, and the seconds that they took.
+) -> dict[str, Any]:
+    """Restores everything.
 
     Args:
         accelerator (`Accelerator`): Restores what it prepared: model and optimizer.
@@ -120,8 +256,12 @@ def load_checkpoint(
         current (`dict`): The [`fingerprint`] of this training.
         others (`dict`): What else has a `load_state_dict`, by name.
 
+    Returns:
+        `dict`: Its [`read_state`], with the `history` that was logged until then.
+
     Raises:
-        `ValueError`: If it was trained with other flags, data or another number of processes, naming each.
+        `ValueError`: If it was trained with other flags, data or another number of processes, naming each, or does not
+            fit the model.
     """
     state = read_state(folder)
     saved = without_credentials(state["fingerprint"])
@@ -134,27 +274,58 @@ def load_checkpoint(
     ]
     if differing:
         raise ValueError(
-            f"{folder} cannot be gone on from, since it was trained otherwise: {'; '.join(differing)}. Use the same "
-            f"flags, or another --output_dir to start anew."
+            f"{folder} cannot be resumed from, since it was trained with other settings: {'; '.join(differing)}. Use "
+            f"the same flags, or another --output_dir to start from scratch."
         )
-    accelerator.load_state(str(folder))
-    states = torch.load(folder / OTHERS_FILE, map_location="cpu", weights_only=True)
-    for name, other in others.items():
-        other.load_state_dict(states[name])
-    return state["step"], state["seconds"]
+    try:
+        accelerator.load_state(str(folder))
+        states = torch.load(folder / OTHERS_FILE, map_location="cpu", weights_only=True)
+        for name, other in others.items():
+            other.load_state_dict(states[name])
+    except (*UNREADABLE, KeyError) as error:
+        raise ValueError(
+            f"{folder} is damaged, or of another model; remove it to resume from an older one. "
+            f"({str(error).partition(chr(10))[0]})"
+        ) from error
+    # Those of older versions have their history beside them.
+    return {**state, "history": read_history(folder if (folder / HISTORY).is_file() else folder.parent)}
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """What a stage logged, beside the step and the seconds of training.
+
+    Raises:
+        `ValueError`: If the file is damaged.
+    """
+    path = folder / HISTORY
+    fix = "remove it to resume without what was logged before"
+    return read_json(path, [_ROW], fix) if path.is_file() else []
 
 
 def save_checkpoint(
     accelerator: Accelerator,
     output_dir: Path,
-    step: int,
-    seconds: float,
-    current: dict[str, Any],
+    state: dict[str, Any],
     others: dict[str, Any],
+    history: list[dict[str, float]],
     total_limit: int,
 ) -> Path:
-    """Saves all under a temporary name, renames it, and only then removes the oldest; called by all processes."""
-    folder = output_dir / f"checkpoint-{step}"
+    """Saves all under a temporary name, renames it, and only then removes the oldest; called by all processes.
+
+    Args:
+        accelerator (`Accelerator`): Saves what it prepared.
+        output_dir (`Path`): Where the checkpoint goes.
+        state (`dict`): Its `step`, `seconds`, `fingerprint` and `run`.
+        others (`dict`): What else has a `state_dict`, by name.
+        history (`list[dict]`): What was logged.
+        total_limit (`int`): The newest so many checkpoints stay.
+
+    Raises:
+        `FullDiskError`: If the disk is full; the older checkpoints are whole.
+    """
+    folder = output_dir / f"checkpoint-{state['step']}"
+    if accelerator.is_main_process and os.path.lexists(folder):
+        logger.warning(f"{folder} is not of this run, and now called {move_aside(folder, 'other').name}.")
     replacing = replacing_folder(folder) if accelerator.is_main_process else nullcontext(partial_name(folder))
     with replacing as partial:
         accelerator.wait_for_everyone()
@@ -162,13 +333,60 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             torch.save({name: other.state_dict() for name, other in others.items()}, partial / OTHERS_FILE)
-            state = {"step": step, "seconds": round(seconds, 1), "fingerprint": current}
-            (partial / STATE_FILE).write_text(json.dumps(state, indent=2))
+            write_json(history, partial / HISTORY)
+            state = {**state, "digests": digests(partial, _files(partial))}
+            state["digests"][STATE_FILE] = _digest_of_state(state)
+            write_json(state, partial / STATE_FILE)
     if accelerator.is_main_process:
-        for old in list_checkpoints(output_dir)[:-total_limit]:
-            remove_folder(old)
+        write_json(history, output_dir / HISTORY)
+        prune(output_dir, total_limit)
     accelerator.wait_for_everyone()
     return folder
+
+
+def prune(output_dir: Path, total_limit: int) -> None:
+    """Removes the run's oldest checkpoints beyond a limit, but none in which a user keeps files."""
+    own = [path for path in list_checkpoints(output_dir) if not path.is_symlink()]
+    for path in own[:-total_limit]:
+        known = read_state(path)["digests"]
+        others = [] if known is None else sorted({*_files(path)} - {STATE_FILE, *known})
+        if others:
+            logger.warning(f"{path} stays beyond --checkpoints_total_limit, since it holds {', '.join(others)}.")
+        else:
+            remove_folder(path)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+def start_run(output_dir: Path, run: str | None, total_limit: int) -> str:
+    """Makes a folder that of a run, and moves aside what another run left there.
+
+    Args:
+        output_dir (`Path`): The folder.
+        run (`str`, *optional*): The run that is resumed; that of the folder by default, or a new one.
+        total_limit (`int`): The newest so many checkpoints of the run stay.
+
+    Returns:
+        `str`: The run.
+    """
+    old = _run_of(output_dir)
+    run = run or old or uuid.uuid4().hex
+    if old not in (None, run):
+        left = [*list_checkpoints(output_dir), *output_dir.glob("preview-*.png"), output_dir / HISTORY]
+        left = [path for path in (*left, output_dir / "logs") if path.exists()]
+        aside = output_dir / "earlier-run"
+        if aside.exists():
+            move_aside(aside, "older")
+        aside.mkdir()
+        for path in left:
+            os.replace(path, aside / path.name)
+        logger.warning(f"{output_dir} belonged to another run: {', '.join(path.name for path in left)} are in {aside}.")
+    if old != run:
+        write_json({"run": run}, output_dir / RUN_FILE)
+    prune(output_dir, total_limit)
+    return run
 
 
 def save_folder(save: Callable[[str], Any], folder: Path) -> None:

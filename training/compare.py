@@ -2,11 +2,10 @@
 
     hf-guided compare --data digits --families vae,gan,flow,diffusion,guided --budget 5m
 
-Each run's numbers are kept as soon as they are there: stopped or killed, the same command goes on.
+Each run's numbers are kept as soon as they are there: stopped or killed, rerun the same command to resume.
 """
 
 import dataclasses
-import json
 import logging
 import math
 import re
@@ -33,15 +32,15 @@ from hf_guided.evaluation.likelihood import likelihood, likelihood_labels
 from hf_guided.evaluation.memorisation import memorisation
 from hf_guided.evaluation.sampling import sample_batches
 from hf_guided.evaluation.sources import ImageSet, LoadedImages, SampledImages
-from hf_guided.files import check_replaceable, has_json, write_json
+from hf_guided.files import check_replaceable, has_json, read_json, write_json
 from hf_guided.guidance.classifier import ClassifierGuidance
 from hf_guided.labels import match_classes
 from hf_guided.pipelines.auto_pipeline import pipeline_class
 from hf_guided.processes import StoppedError
 from hf_guided.training.arguments import LoopArguments, parse_arguments
 from hf_guided.training.cards import describe_run
-from hf_guided.training.checkpoints import save_folder
-from hf_guided.training.loop import DivergedError, Task, estimate_memory, read_history
+from hf_guided.training.checkpoints import read_history, save_folder
+from hf_guided.training.loop import DivergedError, Task, estimate_memory
 from hf_guided.training.train_baseline import COLLAPSED, FAMILIES, train_baseline
 from hf_guided.training.train_classifier import ClassifierArguments, ClassifierTask, make_classifier, train_classifier
 from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, make_unet, train_diffusion
@@ -64,6 +63,8 @@ _CALIBRATION = (10, 30)  # steps between which the speed is measured
 _LIKELIHOOD_IMAGES = 128
 _PICTURED = 5  # images of each class in the sheet
 _MAX_REAL_IMAGES = 10_000
+_PLAN = {"settings": dict, "steps": {str: {str: int}}, "widths": {str: {str: dict}}, "seconds_per_step": dict}
+_RUN = {"family": str, "seed": int, "parameters": int, "metrics": dict, "losses": dict, "notes": list}
 _GROWING = {"families", "seeds", "hardware"}  # settings that may change between two sittings of one comparison
 _GUIDANCE_HAS_NO_BITS = "guidance changes what is sampled, and nobody knows the density of that"
 
@@ -191,7 +192,8 @@ def compare(
     output.mkdir(parents=True, exist_ok=True)
     plan = {"settings": settings}
     if plan_file.is_file():
-        plan = without_credentials(json.loads(plan_file.read_text()))
+        fix = f"give another --output, or remove {output} to compare from scratch"
+        plan = without_credentials(read_json(plan_file, _PLAN, fix))
     changed = [name for name in settings if plan["settings"].get(name) != settings[name] and name not in _GROWING]
     if changed:
         raise ValueError(
@@ -353,7 +355,10 @@ def trained_run(
     """Trains a family with a seed and measures it, or reads what was measured."""
     folder = output / f"seed-{seed}" / family
     if (folder / "run.json").is_file():
-        return json.loads((folder / "run.json").read_text())
+        try:
+            return read_json(folder / "run.json", _RUN)
+        except ValueError as error:
+            logger.warning(f"{error} It is made again.")
     args = {
         stage: with_flags(
             stages[stage], seed=seed, output_dir=str(folder), max_train_steps=steps, **plan["widths"][family][stage]

@@ -7,7 +7,6 @@ the same bits as never having stopped.
 import copy
 import functools
 import hashlib
-import json
 import logging
 import math
 import os
@@ -34,22 +33,23 @@ from ..data import DataArguments, LabelledImages, StepBatchSampler, check_images
 from ..data.folders import printable
 from ..files import write_json
 from ..hub.push import BackgroundPush, PushError, prepare_push, push_command, push_folder
-from ..processes import StoppedError
+from ..processes import StoppedError, from_main, join_processes
 from .arguments import LoopArguments, RunArguments
 from .checkpoints import (
+    HISTORY,
     find_checkpoint,
     fingerprint,
     load_checkpoint,
     recover_folders,
     save_checkpoint,
     save_folder,
+    start_run,
 )
 from .timestep_sampling import TimestepSampler
 
 logger = logging.getLogger(__name__)
 
 LAUNCHER = os.getppid()
-HISTORY = "history.json"
 
 check_once = functools.lru_cache(maxsize=1)(check_images)  # the stages of one script share their images
 
@@ -114,6 +114,7 @@ def train(
         `OSError`: If `output_dir` cannot be written.
     """
     output_dir = Path(args.output_dir) / task.name
+    join_processes()
     AcceleratorState._reset_state()  # an earlier stage of this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -146,20 +147,27 @@ def train(
     others = {"ema": ema, "lr_scheduler": lr_scheduler, "timestep_sampler": task.timestep_sampler}
 
     current = fingerprint([args, data_args], train_images, accelerator)
-    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    step, seconds = load_checkpoint(accelerator, checkpoint, current, others) if checkpoint else (0, 0.0)
-    history = [row for row in read_history(output_dir) if row["step"] <= step]
+    checkpoint = from_main(lambda: find_checkpoint(output_dir, args.resume_from_checkpoint))
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "run": None, "history": []}
+    if checkpoint:
+        state = load_checkpoint(accelerator, checkpoint, current, others)
+    step, seconds = state["step"], state["seconds"]
+    history = [row for row in state["history"] if row["step"] <= step]
     ema.to(accelerator.device)
     if step > args.max_train_steps:
         raise ValueError(
             f"{checkpoint} has {step} steps, more than --max_train_steps {args.max_train_steps}; ask for more, or use "
             f"another --output_dir to start anew."
         )
-    if checkpoint and accelerator.is_main_process:
-        logger.info(f"Going on from {checkpoint}, after {step} of {args.max_train_steps} steps.")
+    run = from_main(lambda: start_run(output_dir, state["run"], args.checkpoints_total_limit))
+    if accelerator.is_main_process:
+        write_json(history, output_dir / HISTORY)
+        if checkpoint:
+            logger.info(f"Resuming from {checkpoint}, after {step} of {args.max_train_steps} steps.")
     if accelerator.log_with:
         config = {name: printable(str(value)) for name, value in current.items()}  # paths need not be UTF-8
-        accelerator.init_trackers(task.name, config=config)
+        # What a run logged after its newest checkpoint before it was killed is hidden.
+        accelerator.init_trackers(task.name, config, {"tensorboard": {"purge_step": step + 1}})
 
     sampler = StepBatchSampler(
         len(train_images),
@@ -239,11 +247,8 @@ def train(
             if stopping or due(args.checkpointing_steps) or step == args.max_train_steps:
                 check_finite(sum(parameter.detach().float().mean() for parameter in parameters).item(), step)
                 seconds = time.monotonic() - started
-                if accelerator.is_main_process:
-                    write_json(history, output_dir / HISTORY)
-                folder = save_checkpoint(
-                    accelerator, output_dir, step, seconds, current, others, args.checkpoints_total_limit
-                )
+                state = {"step": step, "seconds": round(seconds, 1), "fingerprint": current, "run": run}
+                folder = save_checkpoint(accelerator, output_dir, state, others, history, args.checkpoints_total_limit)
                 if pushes and not pushes.is_busy and not stopping and step < args.max_train_steps:
                     with averaged_weights(ema, parameters):
                         save_folder(save, snapshot)
@@ -275,12 +280,6 @@ def train(
     accelerator.unwrap_model(model).eval()
     if accelerator.is_main_process and train_images.bad_files:
         logger.warning(f"{len(train_images.bad_files)} images could not be read and were replaced by others.")
-
-
-def read_history(output_dir: Path) -> list[dict[str, float]]:
-    """What a stage logged, beside the step and the seconds of training."""
-    path = output_dir / HISTORY
-    return json.loads(path.read_text()) if path.is_file() else []
 
 
 def finish(save: Callable[[str], Any], folder: Path) -> Path:

@@ -10,7 +10,6 @@ with `pipeline/` (for `ClassifierGuidedPipeline.from_pretrained`), grids, curves
 the same command goes on where it was.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -32,7 +31,7 @@ from hf_guided.evaluation.features import ModelFeatures
 from hf_guided.evaluation.memorisation import memorisation
 from hf_guided.evaluation.sources import ImageSet, LoadedImages, SampledImages
 from hf_guided.fields import NonNegativeFloat, PositiveInt, Range, flag
-from hf_guided.files import check_replaceable, has_json, write_json
+from hf_guided.files import check_replaceable, has_json, read_json, write_json
 from hf_guided.hub import write_model_card
 from hf_guided.hub.push import prepare_push
 from hf_guided.training.arguments import (
@@ -126,7 +125,7 @@ def main() -> None:
         if (output_dir / "classifier" / "model" / "inspection.json").is_file():
             for name in ("inspection.json", "inspection.png"):
                 shutil.copy(output_dir / "classifier" / "model" / name, folder)
-            inspection = json.loads((Path(folder) / "inspection.json").read_text())
+            inspection = read_json(Path(folder) / "inspection.json")
         write_model_card(
             folder,
             title=f"Guided diffusion on {Path(data_args.source).name}",

@@ -150,7 +150,7 @@ def test_a_whole_comparison(comparison):
     assert str(folder) not in (folder / "comparison.md").read_text()
 
 
-def test_the_same_command_goes_on(comparison):
+def test_the_same_command_resumes(comparison, caplog):
     """What is measured is not measured again; what is missing is trained and measured, to the same numbers."""
     folder, options = comparison
     lost = folder / "seed-0" / "vae"
@@ -158,9 +158,10 @@ def test_the_same_command_goes_on(comparison):
     kept = folder / "seed-0" / "gan" / "run.json"
     marked = {**json.loads(kept.read_text()), "notes": ["kept"]}
     kept.write_text(json.dumps(marked))
-    (lost / "run.json").unlink()
+    (lost / "run.json").write_text("{}")
 
     compare("digits", folder, **options)
+    assert "vae/run.json is damaged" in caplog.text
     assert json.loads((lost / "run.json").read_text())["metrics"] == before["metrics"]
     assert "GAN, seed 0: kept" in (folder / "comparison.md").read_text()
     with pytest.raises(ValueError, match=r"other settings \(budget\)"):
@@ -187,6 +188,13 @@ def test_trained_models(comparison, recipe, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "trained before" in shown
     assert "| guided |" in shown
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", "", '{"settings": {', "\xff", '{"settings": {}, "steps": []}'])
+def test_a_damaged_plan_is_refused(content, recipe, tmp_path):
+    (tmp_path / "plan.json").write_bytes(content.encode("latin1"))
+    with pytest.raises(ValueError, match=r"plan\.json is damaged: .*; give another --output, or remove"):
+        compare("digits", tmp_path, recipe=recipe, num_images=40)
 
 
 def test_refusals(tmp_path, recipe):
