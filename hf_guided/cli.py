@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import json
 import logging
 import os
 import signal
@@ -447,7 +446,7 @@ def sweep(args: argparse.Namespace) -> None:
     from .evaluation.sources import ImageSet, SampledImages
     from .evaluation.sweep import choose_scale, guidance_at, parse_scales, save_choice
     from .evaluation.sweep import sweep as sweep_scales
-    from .files import check_outside, check_replaceable, has_json, write_json
+    from .files import check_outside, check_replaceable, has_json, read_json, write_json
     from .processes import join_processes
 
     # 1. What there is, looked at before hours are spent on it
@@ -480,7 +479,10 @@ def sweep(args: argparse.Namespace) -> None:
     settings["weights"] = [weights_digest(model) for model in (pipe.unet, pipe.classifier) if model is not None]
     known: dict[str, Any] = {"settings": settings, "rows": []}
     if path.is_file():
-        known = without_credentials(json.loads(path.read_text()))
+        rows = [{"num_inference_steps": int | None, "guidance_scale": int | float, "seed": int}]
+        shape = {"settings": dict, "rows": rows}
+        fix = "give another --output, or remove it to measure from scratch"
+        known = without_credentials(read_json(path, shape, fix))
     if known["settings"] != settings:
         changed = [name for name in settings if known["settings"].get(name) != settings[name]]
         raise ValueError(

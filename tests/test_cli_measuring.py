@@ -1,5 +1,6 @@
 """`hf-guided evaluate` and `sweep` on small saved pipelines, files and folders."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -199,6 +200,56 @@ def test_a_sweep_is_gone_on_with_and_its_choice_saved(work, tmp_path, capsys):
     main([*command, "--scales", "0", "--no-condition_unet", "--output", str(tmp_path / "alone")])
     assert "Nothing is saved" in capsys.readouterr().out
     assert index.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "null", "", '{"settings": {', "\xff", '{"settings": {}, "rows": [{}]}']
+)
+def test_a_damaged_sweep_is_refused(content, work, tmp_path):
+    (tmp_path / "sweep.json").write_bytes(content.encode("latin1"))
+    with pytest.raises(SystemExit, match=r"error: .*sweep\.json is damaged: .*; give another --output, or remove it"):
+        main(["sweep", "pipeline", "real", "--features", "judge/model", "--num_images", "9", "--output", str(tmp_path)])
+
+
+def write(command, disk):
+    """A command that writes onto a disk."""
+    flags = ["--features", "judge/model", "--num_images", "6", "--output"]
+    return {
+        "evaluate": ["evaluate", "samples.npz", "real", *flags, f"{disk}/out"],
+        "evaluate a pipeline": ["evaluate", "pipeline", "real", *flags, f"{disk}/out"],
+        "sweep": ["sweep", "pipeline", "real", "--scales", "1", "--seeds", "0", "--no_save", *flags, f"{disk}/out"],
+        "sample": ["sample", "pipeline", "--num_images", "6", "--output", f"{disk}/samples.png"],
+        "statistics": ["evaluate", "samples.npz", "real", *flags, "out", "--save_statistics", f"{disk}/real.npz"],
+    }[command]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "evaluate a pipeline", "sweep", "sample", "statistics"])
+def test_a_full_disk_is_one_sentence_and_the_rerun_completes(command, work, small_disk, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_guided.evaluation.feature_sets.CACHE_DIR", tmp_path / "cache")
+    (small_disk / "out").mkdir()
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1000))
+    with pytest.raises(SystemExit) as caught:
+        main(write(command, small_disk))
+    assert str(caught.value).startswith("error: ")
+    assert "The disk is full" in str(caught.value) or "make room" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [path for path in small_disk.rglob("*") if path.is_file()] == [filler]
+    filler.unlink()
+    main(write(command, small_disk))
+    assert not list(small_disk.rglob(".*.tmp"))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"PAR1", bytes(99), b"PK\x05\x06" + bytes(18)])
+@pytest.mark.parametrize("name", ["samples.npz", "samples.parquet"])
+def test_damaged_samples_are_named(name, content, work, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit, match="error: ") as caught:
+        main(["evaluate", str(tmp_path / name), "real", "--features", "judge/model", "--output", str(tmp_path / "out")])
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

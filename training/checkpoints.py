@@ -404,19 +404,26 @@ def save_folder(save: Callable[[str], Any], folder: Path) -> None:
             shutil.copy(folder / "README.md", partial)
         save(str(partial))
         made = {path.relative_to(partial) for path in partial.rglob("*")}
-        written = read_index(partial)
+        written = read_record(partial / INDEX_FILE)
         if folder.is_dir():
-            record = json.loads((folder / MADE_FILE).read_text()) if (folder / MADE_FILE).is_file() else {}
-            keep_foreign_files(folder, partial, ours={*made, *map(Path, record.get("files", [])), Path(MADE_FILE)})
-            if written:
-                write_json(keep_changes(record.get(INDEX_FILE), read_index(folder), written), partial / INDEX_FILE)
+            record = read_record(folder / MADE_FILE, {"files": [str], INDEX_FILE: dict})
+            ours = {*made, *map(Path, record.get("files", ())), Path(MADE_FILE)}
+            keep_foreign_files(folder, partial, ours)
+            if written and (now := read_record(folder / INDEX_FILE)):
+                write_json(keep_changes(record.get(INDEX_FILE), now, written), partial / INDEX_FILE)
         files = sorted(path.as_posix() for path in made if (partial / path).is_file())
         write_json({"files": files, INDEX_FILE: written}, partial / MADE_FILE)
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """What a pipeline's `model_index.json` says; nothing of a model alone."""
-    return json.loads((folder / INDEX_FILE).read_text()) if (folder / INDEX_FILE).is_file() else {}
+def read_record(path: Path, shape: Any = dict) -> dict[str, Any]:
+    """What a file of [`read_json`] holds; nothing of one that is not there, or damaged: too late to ask for help."""
+    try:
+        return read_json(path, shape)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        logger.warning(f"{error} What was changed in it is not kept.")
+        return {}
 
 
 def keep_changes(written: dict[str, Any] | None, now: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

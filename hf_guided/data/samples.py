@@ -7,10 +7,12 @@ and folders of PNGs are laid out as `datasets.load_dataset` reads them.
 import io
 import json
 import os
-import shutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,11 @@ from ..models.images import open_file
 
 RECORD_KEY = "hf_guided"
 _RECORD_FILE = ".hf_guided.json"  # hidden, so that load_dataset passes it by
+# What numpy and zipfile raise.
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError),
+    *(KeyError, TypeError, ValueError, AttributeError, NotImplementedError, MemoryError),
+)
 _ROW_GROUP = 100  # rows that parquet reads at once: as datasets writes images
 
 
@@ -40,11 +47,8 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
         `ValueError`: If the file is none, or holds something else.
         `FileNotFoundError`: If there is none.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: map_array(path, name) for name in ("arr_0", "arr_1") if name in file}
-    except (zipfile.BadZipFile, EOFError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no .npz file of samples; write or download it again.") from error
+    with open_npz(path) as file:
+        arrays = {name: map_array(path, name) for name in ("arr_0", "arr_1") if name in file}
     if "arr_0" not in arrays:
         raise ValueError(f"{path} has no arr_0, where a file of samples keeps its images.")
     images, labels = arrays["arr_0"], arrays.get("arr_1")
@@ -66,6 +70,23 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
         if not 0 <= int(wrong) < 2**31:
             raise ValueError(f"arr_1 of {path} has the label {wrong}, which is no class id; ids are counted from 0.")
     return images, labels.astype(np.int64)
+
+
+@contextmanager
+def open_npz(path: str | os.PathLike) -> Iterator[Any]:
+    """Opens a `.npz` file, of which nothing is ever unpickled.
+
+    Raises:
+        `ValueError`: If it is damaged or something else, when it is opened or read.
+        `FileNotFoundError`: If there is none.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except _DAMAGED as error:
+        raise ValueError(f"{path} is damaged or no .npz file; write or download it again.") from error
 
 
 def map_array(path: str | os.PathLike, name: str) -> np.ndarray:
@@ -124,11 +145,7 @@ def write_samples(
         elif path.suffix == ".parquet":
             _write_parquet(temporary, batches, labels, names, text)
         else:
-            try:
-                _write_folder(temporary, batches, shape[0], labels, names, text)
-            except BaseException:
-                shutil.rmtree(temporary)
-                raise
+            _write_folder(temporary, batches, shape[0], labels, names, text)
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any] | None:

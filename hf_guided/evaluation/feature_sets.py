@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import zipfile
 from dataclasses import dataclass
@@ -15,10 +16,14 @@ from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 
-from ..files import replacing
+from ..data.samples import open_npz
+from ..files import FullDiskError, replacing
+from ..processes import from_main
 from .features import FeatureExtractor
 from .sources import ImageSet
 from .statistics import FeatureStatistics, InceptionScoreStatistics
+
+logger = logging.getLogger(__name__)
 
 # Samples whose features are kept whole, for nearest neighbours and kernels: all of the published 50,000.
 MAX_KEPT = 50_000
@@ -77,29 +82,29 @@ class FeatureSet:
         """Reads a file that `save` wrote, or a published one, whose statistics are Inception's.
 
         Raises:
-            `ValueError`: If it holds no statistics.
+            `ValueError`: If it is damaged, or holds no statistics.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file if name not in ("arr_0", "arr_1")}
-        except (OSError, EOFError, ValueError) as error:
-            raise ValueError(f"{path} is damaged or no .npz file; write or download it again.") from error
+        with open_npz(path) as file:
+            arrays = {name: file[name] for name in file if name not in ("arr_0", "arr_1")}
         if "mu" not in arrays or "sigma" not in arrays:
             raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu and sigma).")
         about: dict[str, Any] = {"extractor": "inception", "fingerprint": "", "n": None}  # as published
-        if "about" in arrays:
-            about = json.loads(str(arrays["about"]))
-        spatial = None
-        if "mu_s" in arrays:
-            spatial = FeatureStatistics.from_moments(arrays["mu_s"], arrays["sigma_s"], about["n"])
-        return cls(
-            extractor=about["extractor"],
-            fingerprint=about["fingerprint"],
-            num_images=about["n"],
-            statistics=FeatureStatistics.from_moments(arrays["mu"], arrays["sigma"], about["n"]),
-            spatial_statistics=spatial,
-            **{name: arrays.get(name) for name in ("kept", "kept_indices", "predictions")},
-        )
+        try:
+            if "about" in arrays:
+                about = json.loads(str(arrays["about"]))
+            spatial = None
+            if "mu_s" in arrays:
+                spatial = FeatureStatistics.from_moments(arrays["mu_s"], arrays["sigma_s"], about["n"])
+            return cls(
+                extractor=about["extractor"],
+                fingerprint=about["fingerprint"],
+                num_images=about["n"],
+                statistics=FeatureStatistics.from_moments(arrays["mu"], arrays["sigma"], about["n"]),
+                spatial_statistics=spatial,
+                **{name: arrays.get(name) for name in ("kept", "kept_indices", "predictions")},
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds statistics that are damaged ({error}); write it again.") from error
 
 
 def is_saved(path: str | os.PathLike) -> bool:
@@ -139,24 +144,39 @@ def collect_features(
         `ValueError`: If features are not finite, naming the image.
     """
     state = PartialState()
-    path = None
+    path, cached = None, None
     if cache_dir is not None:
-        found: list[Any] = [None, None]
         if state.is_main_process:
             path = Path(cache_dir) / f"{_key(images, extractor)}.npz"
-            found = [path, path.is_file()]
-        if state.num_processes > 1:
-            torch.distributed.broadcast_object_list(found, src=0)
-        if found[1]:
-            return FeatureSet.load(found[0]) if state.is_main_process else None
+            cached = _load_cached(path, images, extractor)
+        if from_main(lambda: cached is not None):
+            return cached
 
     parts = gather_to_main(_collect_share(images, extractor, batch_size, num_workers, state))
     if parts is None:
         return None
     collected = _merge(parts, images, extractor)
     if path is not None:
-        collected.save(path)
+        try:
+            collected.save(path)
+        except (OSError, FullDiskError) as error:
+            logger.warning(f"The features of {images.name} are not kept for the next time: {error}")
     return collected
+
+
+def _load_cached(path: Path, images: ImageSet, extractor: FeatureExtractor) -> FeatureSet | None:
+    """The features kept in a file; `None` if there is none, or, with a warning, if it cannot be used."""
+    try:
+        cached = FeatureSet.load(path)
+        found = (cached.extractor, cached.fingerprint, cached.num_images, cached.kept is None)
+        if found != (extractor.name, extractor.fingerprint, len(images), False):
+            raise ValueError(f"{path} holds other features.")
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        logger.warning(f"The features of {images.name} are computed again: {error}")
+        return None
+    return cached
 
 
 def gather_to_main(item: Any) -> list[Any] | None:

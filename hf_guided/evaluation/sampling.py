@@ -1,6 +1,5 @@
 """Many samples: which image has which label and noise, and a file of them that several processes and sittings make."""
 
-import errno
 import hashlib
 import json
 import math
@@ -16,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from tqdm.auto import tqdm
 
 from ..credentials import without_credentials
 from ..data.samples import import_parquet, read_record, to_picture, write_samples
-from ..files import has_json, replacing, write_json
+from ..files import FullDiskError, full_disk, has_json, read_json, replacing, write_json
+from ..processes import from_main
 from .pictures import labelled_grid, save_png
 
 COMPILING = "Compiling: the first batch takes a minute or more longer, the next runs find it in the cache."
@@ -32,7 +31,6 @@ _PLANNED = {"num_images", "size", "seed"}  # of every plan, by which a record is
 MAX_PICTURED = 1000  # images in one picture
 _GRID_ROWS = _GRID_COLUMNS = 10  # of the picture beside a file
 _BLOCK = 4096  # bytes that even a small file takes
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PATIENCE = 600  # seconds without news of the other processes, beside twenty batches' time
 
 
@@ -179,7 +177,8 @@ def sample_to_file(
 
     Raises:
         `ValueError`: If the output, or what is there of it, was made otherwise, or there is no room for it.
-        `RuntimeError`: If the disk is full, or another process has ended; what is made is kept.
+        `FullDiskError`: If the disk is full; what is made is kept.
+        `RuntimeError`: If another process has ended; what is made is kept.
     """
     check_destination(output)
     path, kind = Path(output), _kind(output)
@@ -197,15 +196,7 @@ def sample_to_file(
 
     # 1. What is missing: the main process looks, and tells the others
     state = PartialState()
-    outcome: list[Any] = [None]
-    if state.is_main_process:
-        try:
-            outcome = [_missing_batches(path, kind, parts, plan)]
-        except (ValueError, OSError) as error:
-            outcome = [error]
-    missing = broadcast_object_list(outcome)[0]
-    if isinstance(missing, Exception):
-        raise missing
+    missing = from_main(lambda: _missing_batches(path, kind, parts, plan))
     if missing is None:
         return False
 
@@ -222,12 +213,10 @@ def sample_to_file(
         else:
             for batch, images in batches:
                 parts.write(batch, images)
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        raise RuntimeError(
-            f"The disk is full: {parts.num_finished()} of {num_images} images are kept in {parts.folder}. Make room, "
-            f"and the same command goes on."
+    except FullDiskError as error:
+        raise FullDiskError(
+            f"The disk is {full_disk(error)}: {parts.num_finished()} of {num_images} images are kept in "
+            f"{parts.folder}. Make room and rerun the same command to resume."
         ) from error
     finally:
         if state.is_main_process and parts.folder.is_dir() and not parts.num_finished():
@@ -365,7 +354,10 @@ def _missing_batches(path: Path, kind: str, parts: _Parts, plan: dict[str, Any])
 
     plan_file, old = parts.folder / PLAN_FILE, None
     if plan_file.is_file():
-        old = without_credentials(json.loads(plan_file.read_text()))
+        shape = {"num_images": int, "seed": int, "batch_size": int}
+        old = without_credentials(
+            read_json(plan_file, shape, f"remove the folder {parts.folder} to start from scratch")
+        )
         if old != plan and any(parts.folder.glob("*.raw")):
             raise ValueError(
                 f"{parts.folder} holds samples made otherwise: {_differences(old, plan)}. Give the same flags to go "
@@ -429,7 +421,7 @@ def _every_batch(own: Iterator[tuple[int, torch.Tensor]], parts: _Parts) -> Iter
                 elif time.monotonic() - last_news > _PATIENCE + 20 * longest:
                     raise RuntimeError(
                         f"The other processes finish nothing more: {bar.n} of {num_images} images are kept in "
-                        f"{parts.folder}, and the same command goes on."
+                        f"{parts.folder}. Rerun the same command to resume."
                     )
             yield parts.read(batch)
 

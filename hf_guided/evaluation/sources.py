@@ -18,7 +18,7 @@ from ..credentials import without_credentials
 from ..data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images
 from ..data.folders import printable
 from ..data.images import open_record
-from ..data.samples import read_samples, to_picture
+from ..data.samples import open_npz, read_samples, to_picture
 from ..models.images import BAD_IMAGE_ERRORS, resize_and_crop, upright_size
 from .features import weights_digest
 from .sampling import sample_batches
@@ -261,13 +261,16 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
 
 def has_images(path: str) -> bool:
     """Whether a `.npz` file holds images, and not statistics alone."""
-    return not zipfile.is_zipfile(path) or "arr_0.npy" in zipfile.ZipFile(path).namelist()
+    if not zipfile.is_zipfile(path):
+        return True
+    with open_npz(path) as file:
+        return "arr_0" in file
 
 
 def read_statistics(path: str) -> dict[str, FeatureStatistics] | None:
     """Statistics of Inception's features in a published reference file, `"features"` and `"spatial"`; `None` if there
     are none."""
-    with np.load(path, allow_pickle=False) as file:
+    with open_npz(path) as file:
         if "mu" not in file:
             return None
         names = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}

@@ -1,6 +1,5 @@
 """Finding the guidance scale: fidelity and diversity against it (figure 4 of arXiv 2105.05233), and a choice."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..files import write_json
+from ..files import read_json, write_json
 from ..guidance import guidance_from_dict
 from .evaluate import measure
 from .feature_sets import FeatureSet, collect_features
@@ -180,7 +179,7 @@ def save_choice(folder: str | os.PathLike, chosen: Row) -> dict[str, Any]:
         `dict`: The defaults as they are now.
     """
     path = Path(folder) / "model_index.json"
-    index = json.loads(path.read_text())
+    index = read_json(path, fix="save the pipeline again")
     defaults = dict(index.get("sampling_defaults") or {})
     if defaults.get("guidance"):
         defaults["guidance"] = [{**defaults["guidance"][0], "scale": chosen["guidance_scale"]}]

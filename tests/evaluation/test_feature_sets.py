@@ -1,5 +1,6 @@
 """Features of whole sets: the same however they are computed, each image once, kept by content."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -142,3 +143,59 @@ def test_two_processes_gather_what_one_has(tmp_path):
         assert one.num_images == two.num_images == two.statistics.num_samples == n
         scores = [float((tmp_path / str(processes) / f"{n}.txt").read_text()) for processes in (1, 2)]
         assert scores[0] == pytest.approx(scores[1], rel=1e-13)
+
+
+@pytest.mark.parametrize("how", ["empty", "cut off", "flipped", "binary", "other features", "no archive", "folder"])
+def test_a_damaged_file_of_the_cache_is_made_again(tmp_path, caplog, how):
+    images, extractor = pixels(30), Pixels(spatial=True)
+    first = collect_features(ArrayImages(images), extractor, cache_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if how == "other features":
+        collect_features(ArrayImages(pixels(20)), extractor).save(path)
+    elif how == "no archive":
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
+    elif how == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        place = content.index(first.kept.tobytes())
+        flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        path.write_bytes({"empty": b"", "cut off": content[:middle], "flipped": flipped, "binary": bytes(99)}[how])
+    again = collect_features(ArrayImages(images), extractor, cache_dir=tmp_path)
+    np.testing.assert_array_equal(again.kept, first.kept)
+    assert "are computed again" in caplog.text
+    if how != "folder":
+        assert path.read_bytes() == content
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, caplog, small_disk):
+    images, extractor = ArrayImages(pixels(30)), Pixels()
+    (tmp_path / "file").write_text("")
+    assert collect_features(images, extractor, cache_dir=tmp_path / "file" / "cache").num_images == 30
+    with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1000))
+    assert collect_features(images, extractor, cache_dir=small_disk).num_images == 30
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+    assert caplog.text.count("are not kept for the next time") == 2
+    assert "The disk is full" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", bytes(99), b"PK\x03\x04", b"PK\x05\x06" + bytes(18)])
+def test_damaged_statistics_are_named(tmp_path, content):
+    (tmp_path / "statistics.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"statistics\.npz (is damaged|holds neither)"):
+        FeatureSet.load(tmp_path / "statistics.npz")
+
+
+def test_statistics_are_never_unpickled(tmp_path):
+    with open(tmp_path / "statistics.npz", "wb") as file:
+        np.savez(file, mu=np.array([print], dtype=object), sigma=np.eye(1))
+    with pytest.raises(ValueError, match=r"statistics\.npz is damaged"):
+        FeatureSet.load(tmp_path / "statistics.npz")
+    np.savez(tmp_path / "other.npz", mu=np.full(2, np.nan), sigma=np.eye(2))
+    with pytest.raises(ValueError, match=r"other\.npz holds statistics that are damaged \(.*finite"):
+        FeatureSet.load(tmp_path / "other.npz")

@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -298,6 +297,17 @@ def test_parts_of_another_plan_are_told(saved, folder, tmp_path, monkeypatch):
     assert not parts.exists()
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", "null", "", '{"seed": ', "\xff"])
+def test_a_damaged_plan_is_refused(content, saved, tmp_path):
+    parts = tmp_path / "samples.npz.parts"
+    parts.mkdir()
+    (parts / "plan.json").write_bytes(content.encode("latin1"))
+    (parts / "000000.raw").write_text("kept")
+    with pytest.raises(ValueError, match=r"plan\.json is damaged: .*; remove the folder .*\.parts to"):
+        sample_to_file(saved, torch.zeros(2).long(), tmp_path / "samples.npz")
+    assert (parts / "000000.raw").read_text() == "kept"
+
+
 def test_a_mistake_leaves_nothing_behind(saved, tmp_path):
     with pytest.raises(ValueError, match="Give only one of"):
         sample_to_file(saved, 3 * torch.ones(2).long(), tmp_path / "x.npz", num_inference_steps=3, respacing="3")
@@ -352,18 +362,6 @@ def test_a_file_that_may_grow_no_further_loses_nothing(saved, tmp_path, name):
     assert sorted(contents(tmp_path / f"{name}.parts")) == ["000000.raw", "000001.raw", "plan.json"]
     assert sample_to_file(saved, labels, tmp_path / name, **arguments)
     assert contents(tmp_path / name) == contents(tmp_path / f"whole-{name}")
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 1 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mounted, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a disk takes the rights of root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_full_disk_loses_nothing(saved, tmp_path, small_disk, monkeypatch):
