@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..credentials import without_credentials
 from ..data.samples import import_parquet, read_record, to_picture, write_samples
-from ..files import FullDiskError, full_disk, has_json, read_json, replacing, write_json
+from ..files import FullDiskError, full_disk, read_json, replacing, write_json
 from ..processes import from_main
 from .pictures import labelled_grid, save_png
 
@@ -288,8 +288,8 @@ def _parts_folder(path: Path) -> Path:
 
 
 def _may_hold_parts(folder: Path) -> bool:
-    """Whether a folder is empty, or one of batches: all in it may be removed."""
-    return has_json(folder / PLAN_FILE, *_PLANNED) or not any(folder.glob("[!.]*"))
+    """Whether a folder is one of batches, or empty but for what a kill left: all in it may be removed."""
+    return (folder / PLAN_FILE).is_file() or all(path.suffix == ".tmp" for path in folder.iterdir())
 
 
 def _picture_path(path: Path, kind: str) -> Path:
@@ -354,7 +354,7 @@ def _missing_batches(path: Path, kind: str, parts: _Parts, plan: dict[str, Any])
 
     plan_file, old = parts.folder / PLAN_FILE, None
     if plan_file.is_file():
-        shape = {"num_images": int, "seed": int, "batch_size": int}
+        shape = {"num_images": int, "size": str, "seed": int, "batch_size": int}
         old = without_credentials(
             read_json(plan_file, shape, f"remove the folder {parts.folder} to start from scratch")
         )

@@ -31,7 +31,7 @@ from hf_guided.evaluation.sampling import (
 
 NAMES = dict(enumerate("abcde"))
 # The same image in batches of other sizes, in [-1, 1]; 9.2e-6 was the most that was measured, on a CPU.
-BOUND = 2e-5
+BOUND = 5e-5  # between batch sizes, whose convolutions round otherwise; 3.3e-5 is the most seen on any processor
 
 
 @pytest.fixture(scope="module")
