@@ -247,12 +247,12 @@ def read_split(
     )
 
     # 2. What is left out
-    filled = {folder for parent in parents for folder in _first_two(parent)}
+    filled = {"", *(folder for parent in parents for folder in _first_two(parent))}
     level = 1 if splits else 0  # of the class folders
     left_out[EMPTY] = [
         folder
         for folder in scan.folders
-        if folder.count(os.sep) <= level and folder not in filled and os.path.dirname(folder) in {"", *filled}
+        if folder.count(os.sep) <= level and folder not in filled and os.path.dirname(folder) in filled
     ]
     if splits:
         taken = {folder for name, _, _ in parts for folder in splits[name]}
