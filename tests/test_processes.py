@@ -105,7 +105,8 @@ def test_one_process_of_two_that_dies_ends_the_other(how, says):
     try:
         _, errors = main.communicate(timeout=60)
     finally:
-        other.kill()
+        for peer in (main, other):
+            peer.kill()
     assert main.returncode == 1
     assert says in errors
     assert "Traceback" not in errors
