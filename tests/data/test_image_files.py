@@ -74,6 +74,15 @@ def test_transparent_pixels_are_white_and_do_not_show_the_colour_beneath():
     assert np.array_equal(read(gray, 3), published(np.array([[[100] * 3, [255] * 3]])))
 
 
+def test_the_one_value_that_a_png_calls_transparent_is_white():
+    deep = Image.fromarray(np.array([[300, 65_535, 257]], dtype=np.uint16))
+    assert np.allclose(read(deep, 1, transparency=300)[0], [[1, 1, 257 / 65_535 * 2 - 1]], atol=1e-7)
+    gray = Image.fromarray(np.array([[5, 6]], dtype=np.uint8))
+    assert np.array_equal(read(gray, 3, transparency=5), published(np.array([[[255] * 3, [6] * 3]])))
+    colour = Image.fromarray(np.array([[[1, 2, 3], [3, 2, 1]]], dtype=np.uint8))
+    assert np.array_equal(read(colour, 3, transparency=(1, 2, 3)), published(np.array([[[255] * 3, [3, 2, 1]]])))
+
+
 def test_palettes_with_and_without_transparency():
     image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8))
     image.putpalette([255, 0, 0, 0, 0, 255])
@@ -103,12 +112,20 @@ def test_exif_orientation_is_applied(orientation, turns, noise_image):
 def test_broken_files_raise_what_the_dataset_catches(tmp_path, noise_image):
     file = io.BytesIO()
     noise_image(0).save(file, "PNG")
+    avif = io.BytesIO()
+    noise_image(0).save(avif, "AVIF")
+    qoi = io.BytesIO()
+    noise_image(0).save(qoi, "QOI")
     (tmp_path / "empty.png").touch()
     for record in (
         None,
         {"bytes": b"", "path": None},
         {"bytes": b"not an image", "path": None},
         {"bytes": file.getvalue()[:-200], "path": None},
+        {"bytes": avif.getvalue()[:-100], "path": None},
+        {"bytes": qoi.getvalue()[:100], "path": None},
+        {"bytes": None, "path": None},
+        {"bytes": None, "path": str(tmp_path)},
         {"bytes": None, "path": str(tmp_path / "empty.png")},
         {"bytes": None, "path": str(tmp_path / "missing.png")},
     ):
@@ -154,6 +171,16 @@ def test_random_crops_are_windows_of_the_published_scales(noise_image):
     assert {side for side, _, _ in seen} == set(scales)
     assert {top for side, top, _ in seen if side == 20} == set(range(5))  # both ends are reached
     assert len({left for _, _, left in seen}) > 5
+
+
+@pytest.mark.parametrize("crop_seed", [None, 0])
+def test_of_a_very_long_image_the_middle_is_scaled(crop_seed):
+    """Scaled whole, this one would take 12 GB."""
+    values = np.zeros((1, 1_000_000), dtype=np.uint8)
+    values[0, 499_000:501_000] = 200
+    for image in (Image.fromarray(values), Image.fromarray(values.T.copy())):
+        crop_rng = None if crop_seed is None else np.random.default_rng(crop_seed)
+        assert (np.asarray(resize_and_crop(image, (64, 64), crop_rng)) == 200).all()
 
 
 @pytest.mark.parametrize("size", [(50, 50), (20, 300), (9, 9), (64, 96)])

@@ -104,12 +104,15 @@ def test_images_are_gray_if_all_are(tmp_path):
     assert open_images(str(folder)).channels == 3
 
 
-def test_an_image_that_lies_on_its_side_has_the_size_that_is_seen(tmp_path):
+@pytest.mark.parametrize("ending", ["jpg", "tiff", "png", "webp"])
+def test_an_image_that_lies_on_its_side_has_the_size_that_is_seen(ending, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "photos" / "cat").mkdir(parents=True)
-    Image.fromarray(pixels(1, 8, 12)[0]).save(tmp_path / "photos" / "cat" / "a.jpg", exif=exif)
-    assert open_images(str(tmp_path / "photos")).size == (12, 8)
+    Image.fromarray(pixels(1, 8, 12)[0]).save(tmp_path / "photos" / "cat" / f"a.{ending}", exif=exif)
+    opened = open_images(str(tmp_path / "photos"))
+    assert opened.size == (12, 8)
+    assert opened[0].shape == (3, 12, 8)
 
 
 def test_parts_of_folders_and_datasets():
