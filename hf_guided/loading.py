@@ -190,7 +190,8 @@ def naming_damage(source: str | os.PathLike) -> Iterator[None]:
     except Exception as error:
         folder = Path(source)
         try:
-            for file in sorted([*folder.glob("*"), *folder.glob("*/*")]) if folder.is_dir() else []:
+            components = folder.glob("*/*") if (folder / "model_index.json").is_file() else ()
+            for file in sorted([*folder.glob("*"), *components]):
                 check_file(file)
         except ValueError as damage:
             raise damage from error

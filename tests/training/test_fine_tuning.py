@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hub_server import Commit, HubServer
 from launching import TINY_RUN
+from safetensors.torch import load_file, save_file
 
 from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline, ClassifierGuidedUpscalePipeline
 from hf_guided.data import load_labelled_images
@@ -216,3 +217,17 @@ def test_the_whole_walk_checks_it_early_without_its_weights(photos, pretrained, 
         check()
     with pytest.raises(ValueError, match="multiples of 4"):
         check(*SCHEDULE, "--resolution", "10")
+
+
+@pytest.mark.parametrize("damage", ["missing tensor", "truncated", "index"])
+def test_a_damaged_source_is_an_error_and_no_fresh_tensors(fine_tune, pretrained, tmp_path, damage):
+    folder = shutil.copytree(pretrained, tmp_path / "damaged")
+    file = folder / ("model_index.json" if damage == "index" else "unet/diffusion_pytorch_model.safetensors")
+    if damage == "missing tensor":
+        tensors = load_file(file)
+        del tensors["conv_in.bias"]
+        save_file(tensors, file, metadata={"format": "pt"})
+    else:
+        file.write_bytes(b"[]" if damage == "index" else file.read_bytes()[:1000])
+    with pytest.raises((ValueError, OSError), match="conv_in.bias is missing" if damage[0] == "m" else str(file)):
+        fine_tune(pretrained=folder)
