@@ -279,4 +279,6 @@ def _merge(parts: list[_Share], images: ImageSet, extractor: FeatureExtractor) -
 
 def _key(images: ImageSet, extractor: FeatureExtractor) -> str:
     parts = [_FORMAT, images.digest(), extractor.name, extractor.fingerprint, MAX_KEPT]
+    if hasattr(getattr(extractor, "processor", None), "resizing_steps"):
+        parts.append("as in training")  # earlier versions resized otherwise, and cached that by the same fingerprint
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -33,6 +33,7 @@ from hf_guided.evaluation.features import (
     load_features,
     match_channels,
 )
+from hf_guided.models.images import resize_and_crop, to_pixel_values
 
 VIT = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -246,11 +247,10 @@ def test_adm_sees_what_training_saw(tiny_classifier, pictures, tmp_path):
 def test_adm_gets_other_sizes_and_channels_through_its_processor(tiny_classifier, pictures):
     classifier = tiny_classifier(in_channels=1, pool="adaptive", num_heads=2)
     extractor = ModelFeatures(classifier, "judge")
-    luminance = torch.stack(
-        [torch.from_numpy(np.array(Image.fromarray(x).convert("L"))) for x in pictures(3).movedim(1, -1).numpy()]
-    )[:, None]
+    luminances = [Image.fromarray(array).convert("L") for array in pictures(3).movedim(1, -1).numpy()]
+    as_in_training = [to_pixel_values(resize_and_crop(luminance, (16, 16)), 1) for luminance in luminances]
     with torch.no_grad():
-        pixel_values = prepared(luminance, (16, 16), Image.Resampling.BICUBIC, [0.5], [0.5])
+        pixel_values = torch.from_numpy(np.stack(as_in_training))
         expected = classifier(pixel_values).logits.softmax(dim=1)
     np.testing.assert_allclose(extractor(pictures(3)).probabilities, expected, atol=1e-6)
 
