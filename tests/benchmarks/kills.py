@@ -279,7 +279,7 @@ def digest(path: Path, repo_id: str = "") -> str:
         text = re.sub(r"<!-- hf-guided: .* -->", "", text)  # digests of what tells of time
         text = re.sub(r"in \d+\.\d+ (minutes|hours)", "in TIME", text)
         text = re.sub(r'("\w*seconds\w*"): (?:-?[\d.e-]+|\{[^}]*\})', r"\1: TIME", text)
-        content = re.sub(r'"(digests|run_id|files)": (\{[^}]*\}|\[[^]]*\]|"[^"]*")', "", text).encode()
+        content = re.sub(r'"(digests|run|files)": (\{[^}]*\}|\[[^]]*\]|"[^"]*")', "", text).encode()
     if path.name.startswith("comparison.") or path.name == "curves.png" or path.name.startswith("random_states_"):
         content = b""  # tell of time all over, or of generators that nothing draws from
     if path.suffix == ".json" and b'"losses"' in content:
