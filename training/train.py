@@ -6,8 +6,8 @@
     accelerate launch -m hf_guided.training.train                                    # from an installed wheel
 
 A flag such as `--max_train_steps` holds for every stage, `--classifier_max_train_steps` for one. `--output_dir` ends up
-with `pipeline/` (for `ClassifierGuidedPipeline.from_pretrained`), grids, curves and `report.json`. Stopped or killed,
-the same command goes on where it was.
+with `pipeline/` (for `ClassifierGuidedPipeline.from_pretrained`), grids, curves and `report.json`. After a
+stop or a kill, rerun the same command to resume. Exit statuses: see `hf_guided/processes.py`.
 """
 
 import logging
