@@ -148,7 +148,7 @@ def leave_processes(is_done: bool = True) -> None:
 class Heartbeat:
     """Ends this process if another one of the run is dead: killed, stopped for good, or ended by an error.
 
-    Each process counts up a number of its own, from a thread that goes on while it computes, and looks at those of the
+    Each process counts up a number of its own, from a thread that runs while it computes, and looks at those of the
     others. What waits for a dead process would wait for days: in a collective, which no signal interrupts.
 
     Args:

@@ -62,9 +62,9 @@ class ReportArguments(RunArguments, SamplingArguments):
     num_images: Annotated[int, Range(at_least=FEWEST_IMAGES)] = flag(500, "Samples judged at each setting.")
     sampling_batch_size: PositiveInt = flag(250, "Samples made at once.")
     guidance_scales: list[NonNegativeFloat] = flag(
-        [0.0, 1.0, 3.0, 10.0], "Scales at which the classifier alone steers."
+        [0.0, 1.0, 3.0, 10.0], "Scales at which the classifier alone guides."
     )
-    conditional_scales: list[NonNegativeFloat] = flag([0.0, 1.0], "Scales beside a UNet that is told the class.")
+    conditional_scales: list[NonNegativeFloat] = flag([0.0, 1.0], "Scales beside a class-conditional UNet.")
     default_scale: NonNegativeFloat = flag(3.0, "Scale that the pipeline saves as its default.")
 
 

@@ -74,7 +74,7 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
         "L" and "F" stand for three equal ones.
 
     Raises:
-        `ValueError`: if the values are out of range, or Pillow knows no conversion from the mode.
+        `ValueError`: if the values are out of range, or Pillow cannot convert from the mode.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         values, top = np.asarray(image), 1 if image.mode == "F" else 65535
