@@ -124,7 +124,7 @@ def test_the_chain_stays_in_tensors(tiny_unet, pipe):
     small = base([1, 4], output_type="pt", generator=torch.Generator().manual_seed(0)).images
     assert upscale(pipe, small, [1, 4]).shape == (2, 3, 16, 16)
     samples = base([1, 4], output_type="latent", generator=torch.Generator().manual_seed(0)).images
-    assert (upscale(pipe, small, [1, 4]) - upscale(pipe, samples, [1, 4])).abs().max() < 1e-5
+    assert (upscale(pipe, small, [1, 4]) - upscale(pipe, samples, [1, 4])).abs().max() < 5e-5
     images = pipe(small, [1, 4]).images
     assert [image.size for image in images] == [(16, 16)] * 2
 
@@ -168,7 +168,7 @@ def test_saved_and_loaded(pipe, small, tmp_path):
     loaded = ClassifierGuidedUpscalePipeline.from_pretrained(tmp_path)
     assert loaded.config.low_res_size == 8
     assert loaded.id2label == NAMES
-    assert (upscale(loaded, small, "daisy") - upscale(pipe, small, 2)).abs().max() < 1e-5
+    assert (upscale(loaded, small, "daisy") - upscale(pipe, small, 2)).abs().max() < 5e-5
 
 
 def test_what_cannot_be_upsampled_is_refused(pipe, tiny_unet, small):
