@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..credentials import without_credentials
 from ..data.samples import import_parquet, read_record, to_picture, write_samples
-from ..files import FullDiskError, full_disk, read_json, replacing, write_json
+from ..files import FullDiskError, full_disk, read_json, recover_folder, remove_folder, replacing, write_json
 from ..processes import from_main
 from .pictures import labelled_grid, save_png
 
@@ -220,7 +220,7 @@ def sample_to_file(
         ) from error
     finally:
         if state.is_main_process and parts.folder.is_dir() and not parts.num_finished():
-            shutil.rmtree(parts.folder)
+            remove_folder(parts.folder)
     return True
 
 
@@ -341,10 +341,11 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 def _missing_batches(path: Path, kind: str, parts: _Parts, plan: dict[str, Any]) -> list[int] | None:
     """The batches to make, with a folder ready for them; `None` if the output is there."""
+    recover_folder(parts.folder)  # removed in part, if a kill came between
     record = without_credentials(read_record(path))
     if record == plan:
         if parts.folder.is_dir():
-            shutil.rmtree(parts.folder)  # a kill may have left it
+            remove_folder(parts.folder)  # a kill may have left it
         return None
     if record is not None and kind != ".png":
         raise ValueError(
@@ -446,7 +447,7 @@ def _put_together(
     save_png(_grid(parts, labels, id2label, everything=kind == ".png"), _picture_path(path, kind), record=plan)
     if kind != ".png":
         os.replace(whole, path)
-    shutil.rmtree(parts.folder)
+    remove_folder(parts.folder)
 
 
 def _grid(parts: _Parts, labels: torch.Tensor | int, id2label: Mapping[int, str], everything: bool) -> Image.Image:

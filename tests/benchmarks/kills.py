@@ -214,7 +214,7 @@ def watch_files(folder: Path, kill_at: int | None) -> dict[str, int]:
     return events
 
 
-def wait(children: list[int], seconds: float) -> list[int | None]:
+def wait(children: list[int], seconds: float) -> dict[int, int | None]:
     """Their exit statuses, once all have ended; `None` for those that have not by then."""
     until, statuses = time.monotonic() + seconds, dict.fromkeys(children)
     while None in statuses.values() and time.monotonic() < until:
@@ -223,7 +223,12 @@ def wait(children: list[int], seconds: float) -> list[int | None]:
             if ended:
                 statuses[child] = os.waitstatus_to_exitcode(status)
         time.sleep(0.003)
-    return list(statuses.values())
+    return statuses
+
+
+def ended(children: list[int]) -> list[int | None]:
+    """Their exit statuses, once all have ended."""
+    return list(wait(children, LIMIT).values())
 
 
 def launch(scenario: Scenario, log: Path, kill_at: int | None = None) -> list[int]:
@@ -248,8 +253,7 @@ def start_over(scenario: Scenario, template: Path, folder: Path, repo_id: str) -
     shutil.copytree(template, folder, symlinks=True, dirs_exist_ok=True)
     os.chdir(folder)
     os.environ["KILLS_REPO"] = repo_id
-    statuses = wait([fork(scenario.prepare, folder.with_suffix(".prepare.log"))], LIMIT)
-    if statuses != [0]:
+    if ended([fork(scenario.prepare, folder.with_suffix(".prepare.log"))]) != [0]:
         raise RuntimeError(folder.with_suffix(".prepare.log").read_text())
 
 
@@ -259,7 +263,7 @@ def outcome(scenario: Scenario, folder: Path, repo_id: str) -> dict[str, str]:
     found |= {f"{path.relative_to(folder)}/": "" for path in folder.rglob("*") if path.is_dir()}
     if scenario.is_push:
         copy = folder.with_suffix(".hub")
-        wait([fork(partial(download, repo_id, copy), folder.with_suffix(".download.log"))], LIMIT)
+        ended([fork(partial(download, repo_id, copy), folder.with_suffix(".download.log"))])
         for path in copy.rglob("*"):
             if path.is_file() and ".cache" not in path.parts:
                 found[f"hub:{path.relative_to(copy)}"] = digest(path, repo_id)
@@ -319,17 +323,17 @@ def kill(scenario: Scenario, shared: Shared, folder: Path, log: Path, chance: ra
         event = chance.randint(1, whole.num_events) if at_event else None
         moment = chance.uniform(0.05, 1) * whole.seconds
         children = launch(scenario, log, event)
+        statuses = dict.fromkeys(children)
         if not at_event:
-            wait(children, moment)
-            with suppress(ProcessLookupError):
+            statuses = wait(children, moment)
+            if statuses[children[-1]] is None:
                 os.kill(children[-1], signal.SIGKILL)
-        statuses = wait(children, LIMIT)
-        for child, status in zip(children, statuses, strict=True):
-            if status is None:
-                bad.append("a process outlived its killed peer")
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-        if -signal.SIGKILL in statuses:
+        statuses |= wait([child for child in children if statuses[child] is None], LIMIT)
+        for child in (child for child in children if statuses[child] is None):
+            bad.append("a process outlived its killed peer")
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        if -signal.SIGKILL in statuses.values():
             kills.append(f"event {event}" if at_event else f"{moment:.2f} s")
     return kills, bad
 
@@ -355,7 +359,7 @@ def forbid_writing(scenario: Scenario, shared: Shared, folder: Path, log: Path, 
 def fails_well(scenario: Scenario, log: Path) -> list[str]:
     """What is wrong with how the command ends."""
     before = log.stat().st_size if log.is_file() else 0
-    statuses = wait(launch(scenario, log), LIMIT)
+    statuses = ended(launch(scenario, log))
     said = log.read_bytes()[before:].decode(errors="replace")
     if any(statuses) and "\nerror: " not in f"\n{said}":
         return [f"it ended with {statuses} and without a sentence"]
@@ -380,7 +384,7 @@ def trial(scenario: Scenario, index: int, shared: Shared, seed: int) -> dict[str
     start_over(scenario, shared.template, folder, repo_id)
     disturb = {"kill": kill, "full": fill_disk, "read-only": forbid_writing}[shared.trouble]
     troubles, bad = disturb(scenario, shared, folder, log, chance)
-    statuses = wait(launch(scenario, log), LIMIT)
+    statuses = ended(launch(scenario, log))
     if any(statuses):
         bad.append(f"the rerun ended with {statuses}")
     found = outcome(scenario, folder, repo_id)
@@ -407,7 +411,7 @@ def undisturbed(scenario: Scenario, shared: Shared) -> Whole:
         folder, repo_id = shared.root / "trials" / name, f"me/{name}"
         start_over(scenario, shared.template, folder, repo_id)
         log, started, before = folder.with_suffix(".log"), time.monotonic(), num_bytes(folder)
-        statuses = wait(launch(scenario, log), LIMIT)
+        statuses = ended(launch(scenario, log))
         seconds = time.monotonic() - started
         if any(statuses):
             raise RuntimeError(f"{scenario.name} ends with {statuses}: {log.read_text()[-3000:]}")
@@ -454,10 +458,10 @@ def make_template(folder: Path) -> None:
                 torch.save(conftest.draw_weights(json.loads(file.metadata()["weights"])), path)
 
     for work in (partial(run, Scenario("train", ["train", "--output_dir", "out"])), checkpoints):
-        if wait([fork(work, log)], LIMIT) != [0]:
+        if ended([fork(work, log)]) != [0]:
             raise RuntimeError(log.read_text()[-3000:])
     adm = Scenario("convert", [*convert_command("adm")])
-    if wait([fork(partial(run, adm), log)], LIMIT) != [0]:
+    if ended([fork(partial(run, adm), log)]) != [0]:
         raise RuntimeError(log.read_text()[-3000:])
 
 
