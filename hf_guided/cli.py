@@ -727,7 +727,7 @@ def load_classifier(model: str) -> Any:
             AutoModelForImageClassification, model, dtype=torch.float32, output_loading_info=True, **subfolder
         )
     except (OSError, ValueError) as error:
-        if of_pipeline and isinstance(error, OSError):
+        if of_pipeline and (isinstance(error, OSError) or not (Path(model) / "classifier").exists()):
             raise ValueError(f"The pipeline {model} has no classifier to inspect.") from error
         if "Unrecognized" in str(error):
             raise ValueError(f"{model} is no image classifier.") from error

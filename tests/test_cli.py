@@ -188,7 +188,7 @@ def test_mistakes_end_in_one_sentence(folder, tmp_path):
         (["sample", str(folder), "--labels", "two"], "no class named 'two'"),
         (["sample", str(folder), "--guidance_scale", "1", "--output", str(tmp_path / "x.png")], "needs a classifier"),
         (["sample", str(tmp_path / "nowhere")], "There is no folder"),
-        (["sample", "me/nowhere"], "There is no folder me/nowhere, nor could the Hub's"),
+        (["sample", "me/nowhere"], "There is no folder me/nowhere, and it could not be downloaded from the Hub"),
         (["sample", str(folder), "--output", "samples.jpg"], "must end in .npz, .parquet or .png"),
         (["sample", str(tmp_path / "nowhere"), "--output", str(tmp_path / "no" / "x.npz")], "make it first"),
         (["sample", str(folder), "--output", str(tmp_path / "x.npz")], "Say how many samples"),

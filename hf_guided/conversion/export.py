@@ -26,6 +26,14 @@ from .openai import to_openai_state_dict
 _TAKEN = "{} exists already; choose another file, or remove it."
 
 
+def _is_export(path: str | os.PathLike) -> bool:
+    """Whether a file may be an earlier export: an archive of torch's."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/data.pkl") for name in archive.namelist())
+
+
 def export_checkpoint(
     source: str | os.PathLike,
     output: str | os.PathLike,
@@ -53,7 +61,7 @@ def export_checkpoint(
     if classifier is not None and os.path.realpath(output) == os.path.realpath(classifier):
         raise ValueError(f"--output and --classifier both name {output}; choose a file for each.")
     for path in (output, classifier):
-        if path is not None and os.path.lexists(path) and not zipfile.is_zipfile(path):  # as an earlier export is
+        if path is not None and os.path.lexists(path) and not _is_export(path):
             raise ValueError(_TAKEN.format(path))
     folder = _find(source, token)
     record = read_config(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}

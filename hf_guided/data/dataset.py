@@ -382,8 +382,19 @@ def _scan_folder(args: DataArguments) -> FolderScan | None:
         return scan_folder(args.train_data_dir)
     if args.dataset_name is None or args.dataset_config_name is not None or not os.path.isdir(args.dataset_name):
         return None
+    if _has_configs(os.path.join(args.dataset_name, "README.md")):
+        return None
     scan = scan_folder(args.dataset_name)
     return scan if scan.images and not scan.holds_data_files else None
+
+
+def _has_configs(card: str) -> bool:
+    """Whether a dataset card tells `datasets` which files hold the data."""
+    if not os.path.isfile(card):
+        return False
+    with open(card, encoding="utf-8", errors="replace") as file:
+        parts = file.read().split("---\n", 2)
+    return len(parts) == 3 and not parts[0] and any(line.startswith("configs:") for line in parts[1].splitlines())
 
 
 def _load_folder_split(

@@ -402,9 +402,11 @@ def _read_metadata(root: str, path: str, image_column: str | None) -> tuple[list
         raise ValueError(f"Several columns of {where} list files; set --image_column to one of: {known}.")
     column = wanted if wanted in columns else columns[0]
     folder, paths = os.path.dirname(path), []
+    real_root = os.path.realpath(root)
     for name in table[column].to_pylist():
         inside = os.path.normpath((name or "").replace("\\", "/"))
-        if not name or os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
+        is_inside = name and "://" not in name and not os.path.isabs(inside) and inside.split(os.sep)[0] != os.pardir
+        if not is_inside or not Path(os.path.realpath(os.path.join(root, folder, inside))).is_relative_to(real_root):
             raise ValueError(f"{where} lists the image {name!r}, which is not the name of a file below its folder.")
         paths.append(os.path.join(folder, inside))
     return paths, table.drop_columns([column])

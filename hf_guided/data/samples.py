@@ -27,7 +27,7 @@ from ..models.images import open_file
 RECORD_KEY = "hf_guided"
 _RECORD_FILE = ".hf_guided.json"  # hidden, so that load_dataset passes it by
 # What numpy and zipfile raise.
-_DAMAGED = (
+_UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError),
     *(KeyError, TypeError, ValueError, AttributeError, NotImplementedError, MemoryError),
 )
@@ -85,7 +85,7 @@ def open_npz(path: str | os.PathLike) -> Iterator[Any]:
             yield file
     except FileNotFoundError:
         raise
-    except _DAMAGED as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path} is damaged or no .npz file; write or download it again.") from error
 
 

@@ -104,7 +104,7 @@ def test_neither_does_metadata_of_a_folder(name, secret, data, tmp_path, argumen
     names = [*(f"{i}.png" for i in range(11)), name.format(secret=secret)]
     lines = [json.dumps({"file_name": name, "label": "ab"[i % 2]}) for i, name in enumerate(names)]
     (data / "metadata.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=r"Row 11 of .* names|Invalid metadata file_name"):
+    with pytest.raises(ValueError, match="which is not the name of a file below its folder"):
         load_labelled_images(arguments(data), seed=0)
 
 

@@ -158,7 +158,7 @@ def test_a_step_on_one_loss_moves_one_player_at_its_own_rate(player, photos, tmp
     assert [group["lr"] for group in groups] == list(rates.values())
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in task.model.parameters()}
     before = {name: parameter.detach().clone() for name, parameter in task.model.named_parameters()}
-    assert train(task, *images, args, data_args, lambda folder: None)
+    train(task, *images, args, data_args, lambda folder: None)
     trained_name = ("discriminator", "generator")[player]
     largest = 0.0
     for name, parameter in task.model.named_parameters():
@@ -268,6 +268,7 @@ def test_mistakes_end_before_the_training(photos, tmp_path, monkeypatch, capsys)
     shared = [*FLAGS, "--train_data_dir", str(photos), "--resolution", "6"]
     for name in script.FAMILIES:
         deep = ["--num_levels", "2"] if name == "flow" else ["--channel_mult", "1", "1", "1"]
+        deep += ["--translation", "0"] if name == "gan" else []
         monkeypatch.setattr(sys, "argv", ["train_baseline.py", "--family", name, *shared, *deep])
         with pytest.raises(SystemExit, match=r"^error: Images of 6x6 pixels cannot be halved 2 times; take fewer"):
             run_script(script.main)
