@@ -152,8 +152,9 @@ def test_a_training_writes_none_and_resumes_with_another_token(photos, tmp_path,
 
     # A checkpoint of an earlier version, which holds the address as it was given, is resumed too.
     state["fingerprint"]["dataset_name"] = f"https://user:{SECRET}@host/cats.parquet?sig=1"
-    (tmp_path / "out/classifier/checkpoint-2/training_state.json").write_text(json.dumps(state))
-    assert train(task, *images, args, data_args, lambda folder: None)
+    older = {name: state[name] for name in ("step", "seconds", "fingerprint")}
+    (tmp_path / "out/classifier/checkpoint-2/training_state.json").write_text(json.dumps(older))
+    train(task, *images, args, data_args, lambda folder: None)
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_a_comparison_replaces_its_own_files_alone(name, work):
     with pytest.raises(ValueError, match=f"{name} {NOT_OURS}"):
         compare("digits", work / "compared")
     (work / "compared" / "plan.json").write_text('{"settings": {}}')
-    with pytest.raises(ValueError, match="plan.json is damaged"):
+    with pytest.raises(ValueError, match=r"plan\.json is damaged"):
         compare("digits", work / "compared")
 
 
