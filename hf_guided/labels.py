@@ -16,13 +16,13 @@ from .schedulers.schedules import whole_number
 
 
 def composed(name: str) -> str:
-    """A class name as it is compared: in Unicode's composed form (NFC), without spaces around it."""
-    return unicodedata.normalize("NFC", name).strip()
+    """A class name as it is compared: in Unicode's composed form (NFC)."""
+    return unicodedata.normalize("NFC", name)
 
 
 def caseless(name: str) -> str:
-    """A class name as it is compared where case does not matter."""
-    return composed(unicodedata.normalize("NFD", name).casefold())
+    """A class name as it is compared where none is spelled alike: without case and spaces around it."""
+    return composed(unicodedata.normalize("NFD", name).casefold()).strip()
 
 
 def spellings(name: str) -> set[str]:

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
 OTHERS_FILE = "loop_state.pt"
-INDEX_FILE = "model_index.json"
-MADE_FILE = ".hf-guided.json"  # in a finished folder: which files are ours, and the index as we wrote it
+INDEX_FILE, CONFIG_FILE = "model_index.json", "config.json"
+MADE_FILE = ".hf-guided.json"  # in a finished folder: which files are ours, and the entries of configs as we wrote them
 HISTORY = "history.json"
 RUN_FILE = ".run.json"  # which run a folder belongs to
 _NAME = re.compile("checkpoint-(0|[1-9][0-9]*)")  # as this module writes it
@@ -393,7 +393,8 @@ def save_folder(save: Callable[[str], Any], folder: Path) -> None:
     """Writes a finished model or pipeline in the place of an older one, whole, and keeps what is not ours in it.
 
     Kept are files that no earlier call has written, and what was changed since in `model_index.json`: the defaults that
-    a sweep or a user has saved, a component that was added. `save` finds the older model card, for its edits.
+    a sweep or a user has saved, a component that was added; of a model's config, the class names. `save` finds the
+    older model card, for its edits.
 
     Args:
         save (`Callable`): Writes into the folder that it is given.
@@ -404,15 +405,26 @@ def save_folder(save: Callable[[str], Any], folder: Path) -> None:
             shutil.copy(folder / "README.md", partial)
         save(str(partial))
         made = {path.relative_to(partial) for path in partial.rglob("*")}
-        written = read_record(partial / INDEX_FILE)
+        configs = [path for path in made if path.name in (INDEX_FILE, CONFIG_FILE)]
+        written = {path.as_posix(): _editable(path.name, read_record(partial / path)) for path in configs}
         if folder.is_dir():
-            record = read_record(folder / MADE_FILE, {"files": [str], INDEX_FILE: dict})
+            record = read_record(folder / MADE_FILE, {"files": [str]})
             ours = {*made, *map(Path, record.get("files", ())), Path(MADE_FILE)}
             keep_foreign_files(folder, partial, ours)
-            if written and (now := read_record(folder / INDEX_FILE)):
-                write_json(keep_changes(record.get(INDEX_FILE), now, written), partial / INDEX_FILE)
+            for name, new in written.items():
+                if now := _editable(name, read_record(folder / name)):
+                    changed = changed_entries(name, record.get(name), now, new)
+                    if changed:
+                        write_json({**read_record(partial / name), **changed}, partial / name)
         files = sorted(path.as_posix() for path in made if (partial / path).is_file())
-        write_json({"files": files, INDEX_FILE: written}, partial / MADE_FILE)
+        write_json({"files": files, **written}, partial / MADE_FILE)
+
+
+def _editable(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What a user may change in a config: of a model all but its class names describes the weights."""
+    if Path(name).name == INDEX_FILE:
+        return {key: value for key, value in config.items() if key[0] != "_"}
+    return {key: config[key] for key in ("id2label", "label2id") if key in config}
 
 
 def read_record(path: Path, shape: Any = dict) -> dict[str, Any]:
@@ -426,16 +438,29 @@ def read_record(path: Path, shape: Any = dict) -> dict[str, Any]:
         return {}
 
 
-def keep_changes(written: dict[str, Any] | None, now: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The entries of an index that is written again, but those that were changed since it was written last."""
-    if written is None:  # by an earlier version, which kept no record
-        written = {name: value for name, value in now.items() if name != "sampling_defaults"}
-    names = {*written, *now}
-    changed = {name: now.get(name) for name in names if name[0] != "_" and now.get(name) != written.get(name)}
-    for name, value in changed.items():
-        if value != new.get(name):
-            logger.info(f"Kept {name} as it was changed in {INDEX_FILE}: {value}.")
-    return {**new, **changed}
+def changed_entries(name: str, written: Any, now: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a config that were changed since it was written last, but for class names of other classes.
+
+    Args:
+        name (`str`): The file's.
+        written (`dict`): The entries as they were written; anything else, if there is no record of it.
+        now (`dict`), new (`dict`): The entries as they are, and as they would be written now.
+    """
+    if not isinstance(written, dict):  # by an earlier version, which kept no record
+        written = {key: value for key, value in now.items() if key != "sampling_defaults"}
+    keys = sorted(key for key in {*written, *now} if key[0] != "_")
+    changed = {key: now.get(key) for key in keys if now.get(key) != written.get(key)}
+    if Path(name).name == CONFIG_FILE and _classes(now) != _classes(new):
+        return {}
+    for key, value in changed.items():
+        if value != new.get(key):
+            logger.info(f"Kept {key} as it was changed in {name}: {value}.")
+    return changed
+
+
+def _classes(config: dict[str, Any]) -> set[str]:
+    names = config.get("id2label")
+    return set(names) if isinstance(names, dict) else set()
 
 
 def keep_foreign_files(old: Path, new: Path, ours: set[Path]) -> None:

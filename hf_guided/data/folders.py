@@ -8,7 +8,6 @@ photos/1.png, photos/metadata.jsonl            a metadata file lists the images 
 import json
 import os
 import re
-import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..labels import composed
 from .built_in import import_extra
 from .images import BAD_IMAGE_ERRORS, IMAGE_FORMATS
 
@@ -284,7 +284,7 @@ def _read_classes(part: FolderSplit, paths: list[str], level: int, known_names: 
     parents = [os.path.dirname(path) for path in paths]
     folder_of = {parent: (*parent.split(os.sep, level + 1), "")[level] for parent in set(parents)}
     # NFC: macOS decomposes accents, and the same name must mean the same class everywhere.
-    class_of = {folder: unicodedata.normalize("NFC", printable(folder)) for folder in set(folder_of.values()) - {""}}
+    class_of = {folder: composed(printable(folder)) for folder in set(folder_of.values()) - {""}}
     names = sorted(set(class_of.values())) if known_names is None else known_names
     unknown = sorted(set(class_of.values()) - set(names))
     outside = [path for path, parent in zip(paths, parents, strict=True) if not folder_of[parent]]

@@ -15,7 +15,7 @@ _NUMBERED = re.compile(r"\A(\d{1,9})([.)])(?=\s|\Z)")
 _JOINERS = "\u200c\u200d"  # of emoji, and of Persian and Indic letters
 
 
-def printable(text: str, length: int = 1000) -> str:
+def single_line(text: str, length: int = 1000) -> str:
     """One line of at most `length` characters; longer text ends in `"…"`.
 
     White space becomes a space. Control characters, those among them that turn the direction of text, and what is no
@@ -31,12 +31,12 @@ def printable(text: str, length: int = 1000) -> str:
 
 def escape(text: str) -> str:
     """Text of a paragraph, heading or list item that shows as it is, on one line; in a table, escape its bars too."""
-    return _NUMBERED.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", printable(text)))
+    return _NUMBERED.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", single_line(text)))
 
 
 def code_span(text: str) -> str:
     """Text in the type of code, of at most 100 characters."""
-    text = printable(text, length=100) or " "
+    text = single_line(text, length=100) or " "
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     space = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{ticks}{space}{text}{space}{ticks}"
@@ -44,4 +44,4 @@ def code_span(text: str) -> str:
 
 def link_to_hub(repo_id: str) -> str:
     """A link to a model of the Hub."""
-    return f"[{escape(repo_id)}](https://huggingface.co/{quote(printable(repo_id))})"
+    return f"[{escape(repo_id)}](https://huggingface.co/{quote(single_line(repo_id))})"

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..credentials import without_credentials
 from ..files import replacing
 from .card_edits import CODE, merge, sign
-from .markdown import code_span, escape, printable
+from .markdown import code_span, escape, single_line
 
 _HEADINGS = {"condition_unet": "UNet told the class", "fid": "FID", "sfid": "sFID", "kid": "KID"}
 
@@ -354,7 +354,7 @@ def _usage(model_class: str, source: str, class_names: Sequence[str], dtype: str
     if model_class == "ClassifierGuidedUpscalePipeline":
         arguments, imports = "small, ", "\nfrom PIL import Image"
     if class_names:
-        is_plain = class_names[0] == printable(class_names[0], length=100)
+        is_plain = class_names[0] == single_line(class_names[0], length=100)
         label = json.dumps(class_names[0], ensure_ascii=False) if is_plain else "0"
         arguments += f"class_labels=[{label}], "
     usage = _PIPELINE_USAGE.format(
@@ -400,7 +400,7 @@ def _public(value: Any) -> str:
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_public(item)}" for key, item in value.items())
-    text = without_credentials(printable(str(value)))
+    text = without_credentials(single_line(str(value)))
     for flavour in (PurePosixPath, PureWindowsPath):
         if flavour(text).is_absolute():
             return flavour(text).name

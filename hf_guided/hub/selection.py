@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .. import _MODULE_OF
-from .markdown import printable
+from .markdown import single_line
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def select_files(
         )
     if left:
         shown = list(dict.fromkeys(_shortest_name(path, chosen) for path in left))
-        names = ", ".join(printable(name, length=100) for name in shown[:_NAMED])
+        names = ", ".join(single_line(name, length=100) for name in shown[:_NAMED])
         more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
         files = f"{len(left)} {'file that is' if len(left) == 1 else 'files that are'}"
         logger.warning(f"Not pushed, {files} no part of the model: {names}{more}. To push some: --include PATTERN.")

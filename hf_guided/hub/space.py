@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import metadata_save
 
-from .markdown import link_to_hub, printable
+from .markdown import link_to_hub, single_line
 
 _PACKAGE = Path(__file__).parents[1]
 _LEFT_OUT = ("conversion", "training", "hub")  # parts of the package that the page never needs
@@ -86,7 +86,7 @@ def write_space(
     shown = _FAMILIES.get(model_class, _DIFFUSION).format(model=link_to_hub(model_id))
     readme.write_text(_README.format(shown=shown, judge=judge), encoding="utf-8")
     header = {
-        "title": printable(title or model_id.rpartition("/")[2]),
+        "title": single_line(title or model_id.rpartition("/")[2]),
         "emoji": "🎲",
         "colorFrom": "indigo",
         "colorTo": "yellow",

@@ -46,6 +46,7 @@ RECIPE = {
     "judge": {**UNET, **LOOP, "noisy": False, "pool": "adaptive"},
     "classifier": {**UNET, **LOOP, "pool": "adaptive", "num_train_timesteps": 25},
     "diffusion": {**UNET, **LOOP, **SAMPLING, "label_dropout": 0.5},
+    "upscaler": {**UNET, **LOOP, **SAMPLING, "low_resolution": 4},
     "vae": {**LOOP, "latent_dim": 4, "model_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1},
     "report": {"num_images": 12, "guidance_scales": [0.0, 2.0], "conditional_scales": [], "num_inference_steps": 2},
 }
@@ -119,7 +120,7 @@ def edit_on_the_hub() -> None:
     (Path("out/pipeline") / "grid.png").write_bytes(Path("out/judge/model/config.json").read_bytes())
 
 
-PIPELINE, JUDGE = "out/pipeline", "judge=out/judge/model"
+PIPELINE, JUDGE, UPSCALER = "out/pipeline", "judge=out/judge/model", "out/upscaler/pipeline"
 MEASURING = ["--features", JUDGE, "--batch_size", "4"]
 SCENARIOS = [
     Scenario("train", ["train", "--output_dir", "new"]),
@@ -137,6 +138,9 @@ SCENARIOS = [
     Scenario("compare", ["compare", "--data", "photos", "--resolution", "8", "--recipe", "recipe.yaml", "--families",
                          "vae,diffusion", "--budget", "4steps", "--seeds", "0", "--num_images", "12", "--scales", "0",
                          "--features", JUDGE, "--output", "compared"]),
+    Scenario("upscale", ["upscale", UPSCALER, "small.npz", "--batch_size", "4", "--output", "large.npz"]),
+    Scenario("inspect", ["inspect-classifier", PIPELINE, "photos", "--num_images", "16", "--output", "inspected.png"]),
+    Scenario("train upscaler", ["train_upscaler", "--output_dir", "new"]),
     Scenario("convert", convert_command("converted")),
     Scenario("export", ["convert", "adm", "--to", "openai", "--output", "back.pt", "--classifier", "guide-back.pt"]),
     Scenario("push", ["push", PIPELINE], prepare=edit_on_the_hub),
@@ -457,12 +461,11 @@ def make_template(folder: Path) -> None:
             with safe_open(conftest.REFERENCE / f"{name}.safetensors", "pt") as file:
                 torch.save(conftest.draw_weights(json.loads(file.metadata()["weights"])), path)
 
-    for work in (partial(run, Scenario("train", ["train", "--output_dir", "out"])), checkpoints):
+    small = ["sample", PIPELINE, "--num_images", "12", "--labels", "all", "--output", "small.npz"]
+    commands = [["train", "--output_dir", "out"], ["train_upscaler", "--output_dir", "out"], small, convert_command("adm")]
+    for work in (checkpoints, *(partial(run, Scenario("", command)) for command in commands)):
         if ended([fork(work, log)]) != [0]:
             raise RuntimeError(log.read_text()[-3000:])
-    adm = Scenario("convert", [*convert_command("adm")])
-    if ended([fork(partial(run, adm), log)]) != [0]:
-        raise RuntimeError(log.read_text()[-3000:])
 
 
 def serve_hub() -> None:

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, metadata_load
 
 from hf_guided.hub import write_model_card
 from hf_guided.hub.card_edits import merge
-from hf_guided.hub.markdown import code_span, escape, printable
+from hf_guided.hub.markdown import code_span, escape, single_line
 from hf_guided.hub.model_card import address
 from hf_guided.hub.space import write_space
 
@@ -117,24 +117,24 @@ def test_a_name_is_shown_and_does_nothing(name, tmp_path):
     card = path.read_text(encoding="utf-8")
     page = Page(card)
     plain = Page(write(tmp_path_of(tmp_path), "plain").read_text())
-    shown = printable(name)
+    shown = single_line(name)
 
     # The page has the tags of one with harmless names: no heading, table, link, picture, list or comment more.
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]
     assert [about for tag, about in page.tags if tag == "a"] == [about for tag, about in plain.tags if tag == "a"]
     assert page.texts["h2"] == plain.texts["h2"]
-    assert collapsed(page.texts["h1"]) == [" ".join(printable(f"Guided diffusion on {name}").split())]
+    assert collapsed(page.texts["h1"]) == [" ".join(single_line(f"Guided diffusion on {name}").split())]
 
     # And the name is there, to the letter.
-    assert page.texts["code"][-2:] == [printable(name, length=100) or " ", "other"]
+    assert page.texts["code"][-2:] == [single_line(name, length=100) or " ", "other"]
     assert collapsed(page.texts["li"])[-1] == " ".join(shown.split())
     cells = [" ".join(cell.split()) for cell in page.texts["td"]]
     assert cells.count(" ".join(shown.split())) >= 1
-    assert printable(f"{shown} {shown}") in cells or not shown
+    assert single_line(f"{shown} {shown}") in cells or not shown
     assert not [char for char in card if unicodedata.category(char) in ("Cc", "Cf") and char not in "\n\u200d"]
 
     # Its metadata are read back, and the next card takes its place to the byte; an edit stays.
-    assert ModelCard(card).data.model_name == printable(f"Guided diffusion on {name}")
+    assert ModelCard(card).data.model_name == single_line(f"Guided diffusion on {name}")
     assert write(tmp_path, name).read_text(encoding="utf-8") == card
     path.write_text(card.replace("## Training", "## Thanks\n\nTo Ada.\n\n## Training"), encoding="utf-8")
     edited = write(tmp_path, name, training={"steps": 7}).read_text(encoding="utf-8")
@@ -168,7 +168,7 @@ def test_a_name_that_reads_as_our_own_code_is_left_as_it_is(tmp_path):
 
 def test_ordinary_names_are_not_touched():
     for name in ("zwölf", "Siberian husky", "cat_dog", "0", "-1.5", "-", "C#", "it's 50 % (a+b)", "猫", "نمی‌خواهم"):
-        assert escape(name) == printable(name) == name
+        assert escape(name) == single_line(name) == name
         assert code_span(name) == f"`{name}`"
 
 

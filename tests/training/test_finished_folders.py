@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_guided import ADMScheduler, ClassifierGuidedPipeline
+from hf_guided import ADMForImageClassification, ADMScheduler, ClassifierGuidedPipeline
 from hf_guided.evaluation.sweep import save_choice
 from hf_guided.files import recover_folder
 from hf_guided.hub import write_model_card
@@ -93,6 +93,28 @@ def test_a_folder_of_an_earlier_version_keeps_its_defaults_and_files(save, tmp_p
     make_own(folder)
     save_folder(save, folder)
     assert_own(folder)
+
+
+def test_renamed_classes_are_kept_and_nothing_else_of_a_models_config(tiny_classifier, tmp_path):
+    def save(num_labels: int) -> Callable[[str], None]:
+        names = {i: f"class {i}" for i in range(num_labels)}
+        return lambda folder: tiny_classifier(id2label=names, num_labels=num_labels).save_pretrained(folder)
+
+    def edit(**entries: object) -> None:
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        (tmp_path / "model" / "config.json").write_text(json.dumps({**config, **entries}))
+
+    save_folder(save(3), tmp_path / "model")
+    edit(id2label={"0": "ant", "1": "bee", "2": "cat"}, label2id={"ant": 0, "bee": 1, "cat": 2}, pool="none")
+    for _ in range(2):
+        save_folder(save(3), tmp_path / "model")
+        config = ADMForImageClassification.from_pretrained(tmp_path / "model").config
+        assert config.id2label == {0: "ant", 1: "bee", 2: "cat"}
+        assert config.label2id == {"ant": 0, "bee": 1, "cat": 2}
+        assert config.pool == "attention"
+    save_folder(save(4), tmp_path / "model")
+    config = ADMForImageClassification.from_pretrained(tmp_path / "model").config
+    assert config.id2label == {i: f"class {i}" for i in range(4)}
 
 
 def test_a_linked_folder_is_replaced_where_it_lies(save, tmp_path):
