@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_latents(command)
     command.add_argument("--batch_size", type=count, default=64, metavar="N", help="images at once; default: 64")
     add_compile(command)
-    command.add_argument("--seed", type=int, default=0, help="default: 0")
+    command.add_argument("--seed", type=seed, default=0, help="default: 0")
     command.add_argument(
         "--output",
         default="samples.png",
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--num_inference_steps", type=count, metavar="N", help="default: the pipeline's own")
     command.add_argument("--respacing", metavar="R", help='instead: published timesteps, such as "250" or "ddim25"')
     command.add_argument("--batch_size", type=count, default=16, metavar="N", help="images at once; default: 16")
-    command.add_argument("--seed", type=int, default=0, help="default: 0")
+    command.add_argument("--seed", type=seed, default=0, help="default: 0")
     command.add_argument("--output", default="upscaled.npz", metavar="NPZ|PNG", help="default: upscaled.npz")
     command.set_defaults(run=upscale)
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--num_inference_steps", type=count, metavar="N", help="default: the pipeline's own")
     command.add_argument("--respacing", metavar="R", help='instead: published timesteps, such as "250" or "ddim25"')
     add_latents(command)
-    command.add_argument("--seed", type=int, default=0, help="default: 0")
+    command.add_argument("--seed", type=seed, default=0, help="default: 0")
     add_measuring(command)
     command.add_argument("--output", default="evaluation", metavar="FOLDER", help="default: evaluation")
     command.set_defaults(run=evaluate)
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--label_column", metavar="NAME", help="default: found by its type or usual name")
     command.add_argument("--num_images", type=count, default=2000, metavar="N", help="held-out ones; default: 2000")
     command.add_argument("--batch_size", type=count, default=64, metavar="N", help="images at once; default: 64")
-    command.add_argument("--seed", type=int, default=0, help="of the noise; default: 0")
+    command.add_argument("--seed", type=seed, default=0, help="of the noise; default: 0")
     command.add_argument(
         "--output", default="inspection.png", metavar="PNG", help="numbers go beside it as .json; default: %(default)s"
     )
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument(
         "--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone; 0.0.0.0 lets others in"
     )
-    command.add_argument("--port", type=count, default=7860, help="default: 7860")
+    command.add_argument("--port", type=port, default=7860, help="default: 7860")
     command.set_defaults(run=demo)
 
     args = parser.parse_args(join_flags(sys.argv[1:] if argv is None else argv))
@@ -323,7 +323,7 @@ def add_measuring(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--batch_size", type=count, default=64, metavar="N", help="images at once; default: 64")
     add_compile(command)
-    command.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes that decode images")
+    command.add_argument("--num_workers", type=workers, default=0, metavar="N", help="processes that decode images")
     command.add_argument("--no_cache", action="store_true", help="compute the features of real images anew")
     command.set_defaults(num_images_per_label=None)
 
@@ -338,7 +338,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from .evaluation.pictures import likelihood_curve, save_png
     from .evaluation.sampling import check_destination, sample_to_file
     from .evaluation.sources import ImageSet, SampledImages, open_images
-    from .files import check_outside, check_replaceable, has_json, write_json
+    from .files import check_outside, check_place, check_replaceable, has_json, write_json
     from .processes import join_processes
 
     # 1. What there is, looked at before hours are spent on it
@@ -355,9 +355,9 @@ def evaluate(args: argparse.Namespace) -> None:
             raise ValueError("--save_statistics keeps one kind of features; give one to --features.")
         sampled = output / "samples.npz"  # which another check is of
         check_replaceable([sampled, args.save_statistics], lambda path: path == sampled or is_saved(path), sources)
-    make_folder(args.output)
+    check_place(args.output)
     samples_pipeline = is_pipeline(args.generated)
-    if samples_pipeline:
+    if samples_pipeline and output.is_dir():
         check_destination(output / "samples.npz")
     state = join_processes()
     pipe = load_guided(args.generated, state) if samples_pipeline else None
@@ -385,6 +385,7 @@ def evaluate(args: argparse.Namespace) -> None:
     tell(state, *(f"Note: {note}" for note in what_to_know(generated, reference, held_out)))
 
     # 2. Sample, where it is a pipeline's turn; measure
+    output.mkdir(parents=True, exist_ok=True)
     with resumable():
         if pipe is not None:
             options = {"batch_size": args.batch_size, "seed": args.seed, "compile": args.compile}
@@ -446,7 +447,8 @@ def sweep(args: argparse.Namespace) -> None:
     from .evaluation.sources import ImageSet, SampledImages
     from .evaluation.sweep import choose_scale, guidance_at, parse_scales, save_choice
     from .evaluation.sweep import sweep as sweep_scales
-    from .files import check_outside, check_replaceable, has_json, read_json, write_json
+    from .files import check_outside, check_place, check_replaceable, has_json, read_json, write_json
+    from .guidance import ClassifierGuidance
     from .processes import join_processes
 
     # 1. What there is, looked at before hours are spent on it
@@ -460,12 +462,16 @@ def sweep(args: argparse.Namespace) -> None:
     results = [output / "sweep.json", output / "sweep.png"]
     is_sweep = has_json(results[0], "settings", "rows")
     check_replaceable(results, lambda path: is_sweep, [args.model, *sources])
-    make_folder(args.output)
+    check_place(args.output)
     state = join_processes()
     pipe = load_guided(args.model, state)
     if not hasattr(pipe, "set_sampling_defaults"):
         raise ValueError(f"{args.model} is a {type(pipe).__name__}, which nothing guides; a sweep is of guidance.")
+    for scale in scales:  # refuses what is no scale
+        ClassifierGuidance(scale)
     guidance_at(pipe, scales[0])
+    for number in (number for number in steps if number is not None):
+        pipe.set_timesteps(number, None, None)  # refuses what the schedule has not
     (extractor,) = load_extractors(args.features, pipe, state)
     reference = open_real(args.reference, pipe.sample_size, args, state)
     labels = labels_to_sample(pipe, args)
@@ -495,6 +501,7 @@ def sweep(args: argparse.Namespace) -> None:
         write_json({"settings": settings, "rows": rows}, path)
 
     # 2. Measure
+    output.mkdir(parents=True, exist_ok=True)
     if args.compile:
         pipe.compile()
         tell(state, COMPILING)
@@ -539,7 +546,7 @@ def sweep(args: argparse.Namespace) -> None:
 def compare(args: argparse.Namespace) -> None:
     """Trains the families alike, or takes trained models, and draws them side by side."""
     from .evaluation.sweep import parse_scales
-    from .files import check_outside
+    from .files import check_outside, check_place
     from .processes import join_processes
     from .training.arguments import quiet_libraries
     from .training.compare import compare as compare_families
@@ -547,8 +554,10 @@ def compare(args: argparse.Namespace) -> None:
     models = {}
     for model in args.models:
         name, found, path = model.partition("=")
-        if not found:
+        if not found or "/" in name or Path(model).exists():
             name, path = shown_name(model), model
+        elif not name or not path:
+            raise ValueError(f"{model!r} names no pipeline; give NAME=PIPELINE, or a folder.")
         if name in models:
             raise ValueError(f"Two models are called {name}; name them apart, as NAME=PIPELINE.")
         models[name] = path
@@ -560,7 +569,7 @@ def compare(args: argparse.Namespace) -> None:
     with resumable():
         sheet = compare_families(
             args.data,
-            make_folder(args.output),
+            check_place(args.output),
             families=args.families.split(","),
             models=models,
             budget=args.budget,
@@ -590,19 +599,10 @@ def parse_numbers(flag: str, text: str) -> list[Any]:
     """Whole numbers from 0 up, of a list such as `"25,50"`."""
     if not all(part.strip().isdecimal() for part in text.split(",")):
         raise ValueError(f"{flag} {text} are no whole numbers; give some as 25,50.")
-    return [int(part) for part in text.split(",")]
-
-
-def make_folder(path: str) -> Path:
-    """A folder for results, made if need be."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output {path} cannot be made ({error.strerror}); give another folder.") from None
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output {path}: you may not write into that folder; give another.")
-    return folder
+    numbers = [int(part) for part in text.split(",")]
+    if max(numbers) >= 2**63:
+        raise ValueError(f"{flag} {text}: the numbers must lie below 2**63; give smaller ones.")
+    return numbers
 
 
 def is_pipeline(name: str) -> bool:
@@ -802,12 +802,21 @@ def upscale(args: argparse.Namespace) -> None:
     print(f"Saved {len(large)} images of {large.shape[1]}x{large.shape[2]} as {args.output}")
 
 
-def count(text: str) -> int:
-    """A number of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too small, give 1 or more")
+def number_between(low: int, high: int) -> Callable[[str], int]:
+    """A whole number in a range, for argparse."""
+
+    def number(text: str) -> int:
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} does not lie between {low:,} and {high:,}")
+        return int(text)
+
     return number
+
+
+count = number_between(1, 10**9)
+seed = number_between(0, 2**63 - 1)
+port = number_between(1, 65535)
+workers = number_between(0, 1024)
 
 
 def open_picture(path: str) -> Any:
@@ -849,6 +858,8 @@ def check_output(path: str, *suffixes: str, flag: str = "--output") -> None:
     folder = Path(path).absolute().parent
     if not folder.is_dir():
         raise ValueError(f"{flag} {path}: there is no folder {folder}; make it first.")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag} {path}: you may not write into {folder}; give another, or make it writable.")
 
 
 def paths_of(*specs: str | None) -> list[str]:

@@ -260,6 +260,28 @@ def check_outside(output: str | os.PathLike, folders: Iterable[str | os.PathLike
             raise ValueError(f"The output {output} lies in {folder}, which is read here; give one outside of it.")
 
 
+def check_place(folder: str | os.PathLike, flag: str = "--output") -> Path:
+    """Refuses, before the work, a folder for results that can neither be made nor written to. It is not made yet.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder.
+        flag (`str`, defaults to `"--output"`): What errors call it.
+
+    Raises:
+        `ValueError`: Naming what is in the way.
+    """
+    if not os.fspath(folder).strip():
+        raise ValueError(f"{flag} is empty; give a folder.")
+    place = Path(folder).absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"{flag} {folder} cannot be made ({place} is no folder); give another folder.")
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"{flag} {folder}: you may not write into {place}; give another, or make it writable.")
+    return Path(folder)
+
+
 def has_json(path: str | os.PathLike, *keys: str) -> bool:
     """Whether a file holds a JSON object with these keys, by which its maker is known."""
     try:

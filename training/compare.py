@@ -60,6 +60,8 @@ _STAGES = {
     **{family: arguments for family, (arguments, _) in FAMILIES.items()},
 }
 _CALIBRATION = (10, 30)  # steps between which the speed is measured
+_FACTORS = {"s": 1, "m": 60, "h": 3600, "steps": 1, "parameters": 1}
+_MOST_SECONDS, _MOST_OF_OTHERS = 366 * 86400, 1e11  # a year; more than any family here has
 _LIKELIHOOD_IMAGES = 128
 _PICTURED = 5  # images of each class in the sheet
 _MAX_REAL_IMAGES = 10_000
@@ -89,9 +91,10 @@ class Budget:
             `ValueError`: For anything else.
         """
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kM]?)\s*(s|m|h|steps|parameters)", text)
-        if match is None or float(match[1]) in (0, math.inf):
+        most = _MOST_SECONDS if match and match[3] in "smh" else _MOST_OF_OTHERS
+        factor = 1.0 if match is None else _FACTORS[match[3]] * {"": 1, "k": 1e3, "M": 1e6}[match[2]]
+        if match is None or not 0 < float(match[1]) * factor <= most:
             raise ValueError(f"--budget {text} is none; give 5m, 300s, 1h, 2000steps or 500kparameters.")
-        factor = {"s": 1, "m": 60, "h": 3600}.get(match[3], 1) * {"": 1, "k": 1e3, "M": 1e6}[match[2]]
         return cls(float(match[1]) * factor, match[3] if len(match[3]) > 1 else "seconds")
 
     def __str__(self) -> str:
@@ -164,6 +167,8 @@ def compare(
         with_flags(stages["judge"], seed=seed)  # refuses what is no seed
     for scale in (guidance_scale, *guidance_scales):
         ClassifierGuidance(scale)
+        if scale < 0:
+            raise ValueError(f"A guidance scale of {scale:g} leads away from the class; give 0 or more.")
     images = load_labelled_images(data_args, seed=0)
     train, held_out = images
     if train.notes and PartialState().is_main_process:
