@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 T = TypeVar("T")
+
 
 HEARTBEAT = 10.0  # seconds between two signs of life of a process
 MISSED_HEARTBEATS = 30  # after which the others take it for dead
@@ -57,6 +59,13 @@ def user_command() -> Iterator[None]:
         raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise SystemExit(f"error: {without_credentials(_lost_process(error) or str(error))}") from None
+    except MemoryError as error:
+        raise SystemExit(f"error: Not enough memory ({error or 'no more is free'}); ask for less at once.") from None
+    except Exception:
+        print(without_credentials(traceback.format_exc()), file=sys.stderr)
+        raise SystemExit(
+            "error: This is a mistake of hf-guided. Please report it to the project, with the above."
+        ) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
         leave_processes(is_done)

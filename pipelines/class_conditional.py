@@ -121,14 +121,23 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
     def prepare_generators(
         self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int
     ) -> list[torch.Generator]:
-        """One generator for each image, so that an image does not depend on the batch that it is made in."""
-        if isinstance(generator, list | tuple):
-            if len(generator) != batch_size:
-                raise ValueError(f"{len(generator)} generators were given for {batch_size} images; give one per image.")
-            return list(generator)
-        device = "cpu" if generator is None else generator.device
+        """One generator for each image, so that an image does not depend on the batch that it is made in.
+
+        Its seed is an integer drawn: the i-th from a single generator, the first from each in a list.
+        """
+        given: list[Any] = list(generator) if isinstance(generator, list | tuple) else [generator] * batch_size
+        if len(given) != batch_size:
+            raise ValueError(f"{len(given)} generators were given for {batch_size} images; give one per image.")
+        for one in given:
+            if one is not None and not isinstance(one, torch.Generator):
+                raise ValueError(
+                    f"generator is a {type(one).__name__}; give torch.Generator().manual_seed(0), or a list of such."
+                )
         # one by one: a generator on a GPU draws other numbers when it is asked for several at once
-        seeds = [torch.randint(2**63 - 1, (), generator=generator, device=device).item() for _ in range(batch_size)]
+        seeds = [
+            torch.randint(2**63 - 1, (), generator=one, device="cpu" if one is None else one.device).item()
+            for one in given
+        ]
         return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def prepare_vectors(

@@ -135,6 +135,16 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         """Whether the scheduler is an [`ADMScheduler`], this package's or one of a repository that has its code."""
         return getattr(self.scheduler, "takes_gradient", False)
 
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call under way, or of the last one, as callbacks of diffusers expect."""
+        return self._num_timesteps
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """Scale of the classifier's guidance in the call under way, or in the last one; `None` without it."""
+        return self._guidance_scale
+
     def set_sampling_defaults(self, **defaults: Any) -> None:
         """Replaces the defaults that `save_pretrained` writes beside the components.
 
@@ -232,7 +242,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 null label, so that the classifier alone steers.
             eta (`float`, *optional*): DDIM's share of noise, 0 to 1; 0 by default.
             generator (`torch.Generator` or a list, *optional*): A single one gives image i the i-th integer drawn from
-                it as its own seed, so that images do not depend on the batch; a list means one per image.
+                it as its own seed, so that images do not depend on the batch; in a list, each gives one.
             latents (`torch.Tensor` of shape `(batch, channels, height, width)`, *optional*): The initial noise, of
                 standard deviation 1.
             variance_noise (`torch.Tensor` of shape `(steps, batch, channels, height, width)`, *optional*): The noise
@@ -241,7 +251,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 `"pt"` `(batch, channels, height, width)` in [0, 1]; `"latent"`, the same in [-1, 1], as sampled.
             return_dict (`bool`, defaults to `True`): Return an output object instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `(pipeline, step, timestep, tensors)` after each
-                step; what it returns for `"latents"` replaces them.
+                step; what it returns for `"latents"` replaces them, `None` replaces nothing.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`): Tensors that the callback
                 is given, of `latents`, `model_output` and `gradient`.
             image (PIL image, array, tensor or a list of them, *optional*): What to start from, of the UNet's size, see
@@ -290,6 +300,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         kinds = self.resolve_guidance(guidance, guidance_scale, labels)
         self.check_inputs(labels, kinds, condition_unet, output_type, callback_on_step_end_tensor_inputs)
         eta = self.resolve_eta(eta)
+        self._guidance_scale = next((kind.scale for kind in kinds if isinstance(kind, ClassifierGuidance)), None)
 
         # 2. Timesteps and noise
         self.set_timesteps(num_inference_steps, respacing, timesteps)
@@ -344,6 +355,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             )
         schedule = visited.tolist()  # on the host once, not step by step
         following = [*schedule[1:], None]
+        self._num_timesteps = len(schedule)
         previous = None
         for i, t in enumerate(self.progress_bar(visited)):
             model_input = self.scheduler.scale_model_input(latents, t)
@@ -361,7 +373,13 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 callback_kwargs = {}
                 for name in callback_on_step_end_tensor_inputs:
                     callback_kwargs[name] = locals()[name]
-                replaced = callback_on_step_end(self, i, t, callback_kwargs).pop("latents", latents)
+                returned = callback_on_step_end(self, i, t, callback_kwargs)
+                if not isinstance(returned, dict | None):
+                    raise ValueError(
+                        f"callback_on_step_end returned a {type(returned).__name__}; return a dict such as "
+                        f'{{"latents": latents}}, or None.'
+                    )
+                replaced = (returned or {}).pop("latents", latents)
                 previous = previous if replaced is latents else None
                 latents = replaced
         steer.look()
@@ -616,6 +634,8 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         if latents is None:
             shape = (batch_size, channels, *self.sample_size)
             latents = randn_tensor(shape, generators, device, torch.float32)
+        elif not torch.is_tensor(latents):
+            raise ValueError(f"latents is a {type(latents).__name__}; give a torch.Tensor, torch.from_numpy makes one.")
         elif latents.ndim != 4 or latents.shape[:2] != (batch_size, channels):
             raise ValueError(
                 f"latents have shape {tuple(latents.shape)}; {batch_size} images of this UNet need "

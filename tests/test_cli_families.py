@@ -10,7 +10,7 @@ from PIL import Image
 from hf_guided import FlowPipeline, GANPipeline, VAEPipeline
 from hf_guided.baselines import BigGANGenerator, ClassConditionalGlow, ClassConditionalVAE
 from hf_guided.cli import main
-from hf_guided.evaluation.sampling import image_seeds, to_8_bit
+from hf_guided.evaluation.sampling import to_8_bit
 from hf_guided.evaluation.sources import open_images
 
 NAMES = {0: "cat", 1: "dog", 2: "owl"}
@@ -70,12 +70,11 @@ def test_samples_are_those_of_the_pipeline(family, flag, option, tmp_path, capsy
         images, ids = file["arr_0"], file["arr_1"]
     assert ids.tolist() == [2, 0, 2, 0]
     pipe = KINDS[family].from_pretrained(family)
-    generators = [torch.Generator().manual_seed(seed) for seed in image_seeds(5, 4)]
-    expected = pipe([2, 0, 2, 0], generator=generators, output_type="latent", **option).images
+    expected = pipe([2, 0, 2, 0], generator=torch.Generator().manual_seed(5), output_type="latent", **option).images
     difference = images.astype(int) - to_8_bit(expected).permute(0, 2, 3, 1).numpy()
     assert abs(difference).max() <= 1  # in batches of other sizes convolutions round otherwise
     if option:
-        plain = pipe([2, 0, 2, 0], generator=generators, output_type="latent").images
+        plain = pipe([2, 0, 2, 0], generator=torch.Generator().manual_seed(5), output_type="latent").images
         assert not torch.allclose(plain, expected, atol=1e-2)
 
 

@@ -34,14 +34,16 @@ _BLOCK = 4096  # bytes that even a small file takes
 _PATIENCE = 600  # seconds without news of the other processes, beside twenty batches' time
 
 
-def image_seeds(seed: int, num_images: int) -> list[int]:
-    """The seed of each image's own noise: the i-th integer drawn, as the pipeline draws it from a single generator.
+def generator_at(seed: int, index: int) -> torch.Generator:
+    """A generator from which a pipeline draws the seeds of an image and of those after it.
 
     Args:
         seed (`int`): Seed of all images together.
-        num_images (`int`): How many.
+        index (`int`): Of the image: so many integers are drawn before.
     """
-    return torch.randint(2**63 - 1, (num_images,), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    torch.randint(2**63 - 1, (index,), generator=generator)
+    return generator
 
 
 def to_8_bit(samples: torch.Tensor) -> torch.Tensor:
@@ -101,13 +103,12 @@ def sample_batches(
         CPU.
     """
     num_images = labels if isinstance(labels, int) else len(labels)
-    seeds = image_seeds(seed, num_images)
     for batch in range(math.ceil(num_images / batch_size)) if batches is None else batches:
         part = slice(batch * batch_size, (batch + 1) * batch_size)
-        generators = [torch.Generator().manual_seed(image_seed) for image_seed in seeds[part]]
-        which = {"num_images_per_label": len(generators)} if isinstance(labels, int) else {"class_labels": labels[part]}
-        options = {**which, "generator": generators, "output_type": "latent", "return_dict": False}
-        with compiled_if(len(generators) == batch_size):
+        size = min(batch_size, num_images - part.start)
+        which = {"num_images_per_label": size} if isinstance(labels, int) else {"class_labels": labels[part]}
+        options = {**which, "generator": generator_at(seed, part.start), "output_type": "latent", "return_dict": False}
+        with compiled_if(size == batch_size):
             samples = pipeline(**options, **arguments)[0]
         yield batch, to_8_bit(samples).cpu()
 

@@ -6,6 +6,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .schedules import whole_number
 
+MOST_STEPS = 1_000_000  # in one walk
+
 
 def jump_positions(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
     """The steps of a walk in the order in which RePaint takes them (section 4.2 and appendix B).
@@ -26,6 +28,10 @@ def jump_positions(num_steps: int, jump_length: int, jump_n_sample: int) -> list
     jump_n_sample = whole_number("jump_n_sample", jump_n_sample)
     if jump_length < 1 or jump_n_sample < 1:
         raise ValueError(f"jump_length={jump_length} and jump_n_sample={jump_n_sample} must be 1 or more.")
+    if jump_n_sample * num_steps > MOST_STEPS:
+        raise ValueError(
+            f"jump_n_sample={jump_n_sample} makes more than {MOST_STEPS:,} of {num_steps} steps; give less."
+        )
     jumps_left = dict.fromkeys(range(0, num_steps - jump_length, jump_length), jump_n_sample - 1)
     positions: list[int] = []
     left = num_steps - 1  # steps that remain after the current one

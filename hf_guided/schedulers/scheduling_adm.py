@@ -92,6 +92,9 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         for name, choices in CHOICES.items():
             if (given := self.config[name]) not in choices:
                 raise ValueError(f"{name}={given!r} is not one of {', '.join(map(repr, choices))}.")
+        if trained_betas is not None and num_train_timesteps == 1000:  # the default, which says nothing
+            num_train_timesteps = len(trained_betas)
+            self.register_to_config(num_train_timesteps=num_train_timesteps)
         betas = check_betas(trained_betas, beta_schedule, num_train_timesteps)
         # Schedulers of diffusers leave what is listed here at their own defaults, for they mean something else by it,
         # and only carry ours along for the way back.

@@ -22,7 +22,7 @@ from hf_guided.cli import main
 from hf_guided.data.samples import read_record, read_samples
 from hf_guided.evaluation.sampling import (
     check_destination,
-    image_seeds,
+    generator_at,
     sample_batches,
     sample_labels,
     sample_to_file,
@@ -74,7 +74,8 @@ class Observed:
         self.pipe, self.seeds, self.labels, self.noise, self.samples = pipe, [], [], [], []
 
     def __call__(self, class_labels, *, generator, **arguments):
-        self.seeds += [one.initial_seed() for one in generator]
+        copy = torch.Generator().set_state(generator.get_state())
+        self.seeds += torch.randint(2**63 - 1, (len(class_labels),), generator=copy).tolist()
         self.labels += class_labels.tolist()
         seen = []
         hook = self.pipe.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
@@ -121,7 +122,8 @@ def test_one_batch_is_the_pipelines_own(pipe, tiny_unet):
     assert index == 0
     assert torch.equal(images, to_8_bit(expected))
     generators = pipe.prepare_generators(torch.Generator().manual_seed(7), 100)
-    assert image_seeds(7, 100) == [generator.initial_seed() for generator in generators]
+    later = pipe.prepare_generators(generator_at(7, 60), 40)
+    assert [one.initial_seed() for one in later] == [one.initial_seed() for one in generators[60:]]
 
     unconditional = ClassifierGuidedPipeline(tiny_unet(num_class_embeds=None), ADMScheduler())
     unconditional.set_progress_bar_config(disable=True)
@@ -163,7 +165,8 @@ def test_batches_of_3_and_of_7(pipe, solver_order):
         assert [index for index, _ in batches] == list(range(len(batches)))
         images[batch_size] = torch.cat([batch for _, batch in batches])
     three, seven = observed[3], observed[7]
-    assert three.seeds == seven.seeds == image_seeds(1, 16)
+    assert three.seeds == seven.seeds
+    assert three.seeds == [one.initial_seed() for one in pipe.prepare_generators(torch.Generator().manual_seed(1), 16)]
     assert three.labels == seven.labels == labels.tolist()
     assert torch.equal(torch.stack(three.noise), torch.stack(seven.noise))
     assert len({noise.numpy().tobytes() for noise in three.noise}) == 16

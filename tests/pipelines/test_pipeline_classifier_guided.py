@@ -200,11 +200,15 @@ def test_unknown_labels_are_explained(pipe):
 
 def test_an_image_does_not_depend_on_its_batch(pipe):
     together = sample(pipe, [2, 0, 4])
-    seeds = torch.randint(2**63 - 1, (3,), generator=seeded()).tolist()
+    generator = seeded()
     for i, label in enumerate([2, 0, 4]):
-        alone = sample(pipe, [label], generator=[seeded(seeds[i])])
+        alone = sample(pipe, [label], generator=generator)
         assert (alone - together[i : i + 1]).abs().max() < 1e-4
-    assert torch.equal(sample(pipe, [2, 0]), sample(pipe, [2, 0], generator=[seeded(s) for s in seeds[:2]]))
+    listed = sample(pipe, [2, 0, 4], generator=[seeded(5), seeded(6), seeded(7)])
+    for i, label in enumerate([2, 0, 4]):
+        alone = [sample(pipe, label, generator=given) for given in (seeded(5 + i), [seeded(5 + i)])]
+        assert torch.equal(*alone)
+        assert (alone[0] - listed[i : i + 1]).abs().max() < 1e-4
     # the same generator goes on where the first batch left it
     generator = seeded()
     batches = [sample(pipe, labels, generator=generator) for labels in ([2], [0, 4])]
@@ -498,3 +502,21 @@ def test_components_make_another_pipeline(pipe):
     other = ClassifierGuidedPipeline(**pipe.components, sampling_defaults={"respacing": "5"})
     other.set_progress_bar_config(disable=True)
     assert torch.equal(sample(other, [2]), sample(pipe, [2]))
+
+
+def test_what_callbacks_of_diffusers_ask_for(pipe):
+    seen = []
+
+    def look(pipeline, step, timestep, tensors):
+        seen.append((pipeline.num_timesteps, pipeline.guidance_scale))
+
+    plain = sample(pipe, 2)
+    assert torch.equal(sample(pipe, 2, callback_on_step_end=look), plain)  # and None replaces nothing
+    assert len(seen) == seen[0][0]
+    assert len(set(seen)) == 1
+    with pytest.raises(ValueError, match="callback_on_step_end returned a Tensor; return a dict"):
+        sample(pipe, 2, callback_on_step_end=lambda *arguments: torch.zeros(1))
+    with pytest.raises(ValueError, match="generator is a str; give torch.Generator"):
+        sample(pipe, 2, generator="x")
+    with pytest.raises(ValueError, match="latents is a ndarray; give a torch.Tensor"):
+        sample(pipe, 2, latents=np.zeros((1, 3, 16, 16)))

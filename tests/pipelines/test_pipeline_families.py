@@ -101,8 +101,10 @@ def test_an_image_does_not_depend_on_the_batch(pipe):
     together = sample(pipe, labels)
     assert torch.equal(together, sample(pipe, labels))
     seeds = torch.randint(2**63 - 1, (5,), generator=seeded()).tolist()
-    for i in (0, 3, 4):  # as `sampling` gives each image a generator of its own
-        alone = sample(pipe, labels[i], generator=[seeded(seeds[i])])
+    for i in (0, 3, 4):
+        generator = seeded()
+        torch.randint(2**63 - 1, (i,), generator=generator)
+        alone = sample(pipe, labels[i], generator=generator)
         torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=0)
     torch.testing.assert_close(sample(pipe, labels[:3]), together[:3], atol=1e-5, rtol=0)
     latents = torch.cat([torch.randn(1, length_of(pipe), generator=seeded(seed)) for seed in seeds])

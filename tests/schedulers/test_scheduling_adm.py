@@ -401,7 +401,10 @@ def test_no_gradient_is_lost(inputs):
         ({"prediction_type": "noise"}, "prediction_type='noise' is not one of 'epsilon'"),
         ({"algorithm_type": "dpmsolver++"}, "algorithm_type='dpmsolver\\+\\+' is not one of 'ddpm', 'ddim'"),
         ({"beta_schedule": "cosine"}, "'cosine' is neither 'linear' nor 'squaredcos_cap_v2'"),
-        ({"trained_betas": [0.1] * 10}, "trained_betas must be 1000 numbers between 0 and 1.*got 10"),
+        (
+            {"trained_betas": [0.1] * 10, "num_train_timesteps": 20},
+            "trained_betas must be 20 numbers between 0 and 1.*got 10",
+        ),
         ({"trained_betas": [0.0] * 1000}, "between 0 and 1"),
         ({"trained_betas": [1.0] * 1000}, "between 0 and 1"),
         ({"num_train_timesteps": 10}, "linear schedule has no 10 steps"),
@@ -410,6 +413,13 @@ def test_no_gradient_is_lost(inputs):
 def test_arguments_are_checked(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         ADMScheduler(**arguments)
+
+
+def test_betas_of_another_length_than_the_default_set_it(tmp_path):
+    scheduler = ADMScheduler(trained_betas=[0.1] * 30)
+    assert scheduler.config.num_train_timesteps == len(scheduler.timesteps) == 30
+    scheduler.save_pretrained(tmp_path)
+    assert ADMScheduler.from_pretrained(tmp_path).config.num_train_timesteps == 30
 
 
 def test_trained_betas():
