@@ -516,7 +516,7 @@ def test_what_callbacks_of_diffusers_ask_for(pipe):
     assert len(set(seen)) == 1
     with pytest.raises(ValueError, match="callback_on_step_end returned a Tensor; return a dict"):
         sample(pipe, 2, callback_on_step_end=lambda *arguments: torch.zeros(1))
-    with pytest.raises(ValueError, match="generator is a str; give torch.Generator"):
+    with pytest.raises(ValueError, match="generator is a str; give"):
         sample(pipe, 2, generator="x")
-    with pytest.raises(ValueError, match="latents is a ndarray; give a torch.Tensor"):
-        sample(pipe, 2, latents=np.zeros((1, 3, 16, 16)))
+    with pytest.raises(ValueError, match="latents is a ndarray; give a"):
+        sample(pipe, 2, latents=torch.zeros(1, 3, 16, 16).numpy())
