@@ -141,7 +141,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         return self._num_timesteps
 
     @property
-    def guidance_scale(self) -> float | None:
+    def guidance_scale(self) -> Any:
         """Scale of the classifier's guidance in the call under way, or in the last one; `None` without it."""
         return self._guidance_scale
 

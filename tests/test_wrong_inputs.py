@@ -297,7 +297,7 @@ LINES = [
        "--checkpoint other.pt --output new --flags '--image_size 64' --push_to_hub",
        "--checkpoint other.pt --output new --flags '--image_size 64' --push_to_hub --hub_model_id a/b/c",
        "pipeline --to openai --output other.pt", "pipeline --to openai --output new.pt --classifier new.pt",
-       "pipeline --to openai --output nowhere/new.pt", "nowhere --to openai --output new.pt",
+       "nowhere --to openai --output new.pt",
        "photos --to openai --output new.pt", "empty --to openai --output new.pt", "vae --to openai --output new.pt",
        "--to openai --output new.pt", "pipeline --to openai --output new.pt --dtype fp16",
        "pipeline --to diffusers --output new.pt", "unconditional --to openai --output new.pt --classifier c.pt"]),
