@@ -324,7 +324,7 @@ def widths_of(stage: str, args: LoopArguments, images: LabelledImages, parameter
         best = min(best, (abs(math.log(count / parameters)), widths), key=lambda found: found[0])
         if count > parameters:
             break
-    if best[0] > math.log(2):  # the smallest has more than twice as many
+    if best[0] > math.log(10):  # the smallest has more than ten times as many
         raise ValueError(f"--budget: {stage} of this recipe has no {parameters:,.0f} parameters; give more.")
     return best[1]
 
