@@ -448,7 +448,6 @@ def sweep(args: argparse.Namespace) -> None:
     from .evaluation.sweep import choose_scale, guidance_at, parse_scales, save_choice
     from .evaluation.sweep import sweep as sweep_scales
     from .files import check_outside, check_place, check_replaceable, has_json, read_json, write_json
-    from .guidance import ClassifierGuidance
     from .processes import join_processes
 
     # 1. What there is, looked at before hours are spent on it
@@ -467,8 +466,6 @@ def sweep(args: argparse.Namespace) -> None:
     pipe = load_guided(args.model, state)
     if not hasattr(pipe, "set_sampling_defaults"):
         raise ValueError(f"{args.model} is a {type(pipe).__name__}, which nothing guides; a sweep is of guidance.")
-    for scale in scales:  # refuses what is no scale
-        ClassifierGuidance(scale)
     guidance_at(pipe, scales[0])
     for number in (number for number in steps if number is not None):
         pipe.set_timesteps(number, None, None)  # refuses what the schedule has not
@@ -852,14 +849,12 @@ def load_pipeline(kind: Any, model: str, **arguments: Any) -> Any:
 
 
 def check_output(path: str, *suffixes: str, flag: str = "--output") -> None:
-    """Refuses, before the work, a file of another kind or in a folder that is not there."""
+    """Refuses, before the work, a file of another kind, or in a folder that is not there or takes none."""
+    from .files import check_parent
+
     if not path.endswith(suffixes):
         raise ValueError(f"{flag} {path} must end in {' or '.join(suffixes)}.")
-    folder = Path(path).absolute().parent
-    if not folder.is_dir():
-        raise ValueError(f"{flag} {path}: there is no folder {folder}; make it first.")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{flag} {path}: you may not write into {folder}; give another, or make it writable.")
+    check_parent(path, flag)
 
 
 def paths_of(*specs: str | None) -> list[str]:

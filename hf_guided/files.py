@@ -277,9 +277,29 @@ def check_place(folder: str | os.PathLike, flag: str = "--output") -> Path:
         place = place.parent
     if not place.is_dir():
         raise ValueError(f"{flag} {folder} cannot be made ({place} is no folder); give another folder.")
-    if not os.access(place, os.W_OK):
-        raise ValueError(f"{flag} {folder}: you may not write into {place}; give another, or make it writable.")
+    _check_writable(place, f"{flag} {folder}")
     return Path(folder)
+
+
+def check_parent(path: str | os.PathLike, flag: str = "--output") -> None:
+    """Refuses, before the work, a file or folder for results whose own folder is not there or cannot be written to.
+
+    Args:
+        path (`str` or `os.PathLike`): The file or folder.
+        flag (`str`, defaults to `"--output"`): What errors call it.
+
+    Raises:
+        `ValueError`: Naming the folder.
+    """
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {path}: there is no folder {folder}; make it first.")
+    _check_writable(folder, f"{flag} {path}")
+
+
+def _check_writable(folder: Path, what: str) -> None:
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{what}: you may not write into {folder}; give another, or make it writable.")
 
 
 def has_json(path: str | os.PathLike, *keys: str) -> bool:

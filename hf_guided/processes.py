@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-
 HEARTBEAT = 10.0  # seconds between two signs of life of a process
 MISSED_HEARTBEATS = 30  # after which the others take it for dead
 
@@ -42,6 +41,8 @@ class StoppedError(KeyboardInterrupt):
 @contextmanager
 def user_command() -> Iterator[None]:
     """Ends what a user has started as the user expects: a mistake in one sentence, a signal in its exit status.
+
+    What a user cannot have caused is a mistake of this package: it keeps its traceback and asks to be reported.
 
     Raises:
         `SystemExit`: With the exit status of the module's docstring.

@@ -147,6 +147,7 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
         """Latent vectors `(batch, length)`: those given, or standard normal ones."""
+        check_latents(latents)
         if latents is None:
             generators = self.prepare_generators(generator, shape[0])
             latents = randn_tensor(shape, generators, self._execution_device, torch.float32)
@@ -182,3 +183,9 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
             images = self.image_processor.postprocess(sample, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def check_latents(latents: Any) -> None:
+    """Refuses latents that are given as something else than a tensor."""
+    if latents is not None and not torch.is_tensor(latents):
+        raise ValueError(f"latents is a {type(latents).__name__}; give a torch.Tensor, torch.from_numpy makes one.")

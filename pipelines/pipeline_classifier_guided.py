@@ -31,7 +31,7 @@ from ..schedulers.predictions import SPACINGS, alpha_bar_at, check_solver, corre
 from ..schedulers.repaint import RePaint, jump_positions
 from ..schedulers.schedules import space_timesteps, whole_number, whole_numbers
 from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler  # noqa: F401
-from .class_conditional import ClassConditionalPipeline, Labels
+from .class_conditional import ClassConditionalPipeline, Labels, check_latents
 
 Images = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image | np.ndarray | torch.Tensor]
 
@@ -300,7 +300,6 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         kinds = self.resolve_guidance(guidance, guidance_scale, labels)
         self.check_inputs(labels, kinds, condition_unet, output_type, callback_on_step_end_tensor_inputs)
         eta = self.resolve_eta(eta)
-        self._guidance_scale = next((kind.scale for kind in kinds if isinstance(kind, ClassifierGuidance)), None)
 
         # 2. Timesteps and noise
         self.set_timesteps(num_inference_steps, respacing, timesteps)
@@ -408,6 +407,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         """The kinds made ready for these components, labels and timesteps; `asked` for, or a saved default."""
         if torch.is_inference_mode_enabled() and any(isinstance(kind, GradientGuidance) for kind in kinds):
             raise ValueError("Gradients cannot be taken under torch.inference_mode(); call the pipeline without it.")
+        self._guidance_scale = next((kind.scale for kind in kinds if isinstance(kind, ClassifierGuidance)), None)
         schedule = visited.tolist()
         acting = [kind for kind in kinds if sum(kind.acts_at(t) for t in schedule)]  # asks at all: a scale may be bad
         for kind in kinds:
@@ -630,12 +630,11 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         self, latents: torch.Tensor | None, batch_size: int, generators: list[torch.Generator]
     ) -> torch.Tensor:
         """The initial noise in float32, `(batch, channels, height, width)`, as strong as the scheduler wants it."""
+        check_latents(latents)
         channels, device = self.unet.config.in_channels, self._execution_device  # which diffusers searches models for
         if latents is None:
             shape = (batch_size, channels, *self.sample_size)
             latents = randn_tensor(shape, generators, device, torch.float32)
-        elif not torch.is_tensor(latents):
-            raise ValueError(f"latents is a {type(latents).__name__}; give a torch.Tensor, torch.from_numpy makes one.")
         elif latents.ndim != 4 or latents.shape[:2] != (batch_size, channels):
             raise ValueError(
                 f"latents have shape {tuple(latents.shape)}; {batch_size} images of this UNet need "

@@ -46,7 +46,7 @@ class GANPipeline(ClassConditionalPipeline):
             truncation (`float`, *optional*): The latents are normal between minus and plus this: the lower, the more
                 typical and the less varied the images (BigGAN, section 3.1). By default they lie anywhere.
             generator (`torch.Generator` or a list, *optional*): A single one gives image i the i-th integer drawn from
-                it as its own seed, so that images do not depend on the batch; a list means one per image.
+                it as its own seed, so that images do not depend on the batch; in a list, each gives one.
             latents (`torch.Tensor` of shape `(batch, latent_dim)`, *optional*): Standard normal.
             output_type (`str`, defaults to `"pil"`): `"pil"`; `"np"` `(batch, height, width, channels)` in [0, 1];
                 `"pt"` `(batch, channels, height, width)` in [0, 1]; `"latent"`, the same in [-1, 1].

@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from hf_guided.processes import user_command
+
 ENDS = """
 import os, signal, sys
 from hf_guided.processes import StoppedError, resumable, user_command
@@ -138,3 +140,13 @@ def test_a_run_that_is_suspended_resumes():
         time.sleep(5 if signum == signal.SIGSTOP else 0)
     ends = [(*peer.communicate(timeout=60), peer.returncode) for peer in peers]
     assert ends == [("done\n", "", 0)] * 2
+
+
+@pytest.mark.parametrize("mistake", [KeyError("unet"), TypeError("no"), AssertionError()])
+def test_our_own_mistakes_keep_their_traceback_and_ask_to_be_reported(mistake, capsys):
+    with pytest.raises(SystemExit, match=r"error: This is a mistake of hf-guided\. Please report it"), user_command():
+        raise mistake
+    assert "Traceback" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="error: a sentence"), user_command():
+        raise ValueError("a sentence")
+    assert not capsys.readouterr().err

@@ -1,9 +1,7 @@
-"""Wrong inputs for every command and script: each ends in one sentence, within seconds, and leaves nothing behind."""
+"""Wrong inputs for every command: each ends in one sentence, within seconds, and leaves nothing behind."""
 
-import re
 import shlex
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,19 +22,12 @@ from hf_guided import (
 from hf_guided.baselines import ClassConditionalVAE
 from hf_guided.cli import main
 from hf_guided.pipelines.pipeline_vae import VAEPipeline
-from hf_guided.training import train, train_baseline, train_classifier, train_diffusion, train_upscaler
-from hf_guided.training.arguments import run_script
 
 LIMIT = 10  # seconds
 SIZES = {"sample_size": 8, "model_channels": 32, "channel_mult": [1], "num_res_blocks": 1, "num_heads": 2}
 SIZES |= {"attention_resolutions": []}
 NAMES = {0: "apple", 1: "banana", 2: "cherry"}
-TINY = (
-    "--model_channels 32 --channel_mult 1 --num_res_blocks 1 --attention_resolutions 8 --num_heads 2 --report_to none "
-    "--train_batch_size 2 --max_train_steps 2 --train_data_dir photos --resolution 8"
-)
 HUGE = 10**26
-NO_FLAG = object()
 
 
 @pytest.fixture(scope="module")
@@ -115,21 +106,10 @@ def place(inputs, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-SCRIPTS = {
-    script.__name__.rpartition(".")[2]: script
-    for script in (train, train_baseline, train_classifier, train_diffusion, train_upscaler)
-}
-
-
-def run(line: str, monkeypatch, capsys) -> tuple[int, str]:
-    """Runs a command line of `hf-guided`, or of a script, here; the exit status, and what was said of the mistake."""
-    name, *words = shlex.split(line) or ["--unknown"]
+def run(line: str, capsys) -> tuple[int, str]:
+    """Runs a command line of `hf-guided` here; the exit status, and what was said of the mistake."""
     try:
-        if name in SCRIPTS:
-            monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
-            run_script(SCRIPTS[name].main)
-        else:
-            main([name, *words])
+        main(shlex.split(line))
     except SystemExit as end:
         said = capsys.readouterr().err
         if isinstance(end.code, str):
@@ -142,9 +122,9 @@ def contents(folder: Path) -> dict[str, Any]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def assert_refused(line: str, place: Path, monkeypatch, capsys, says: str = "") -> None:
+def assert_refused(line: str, place: Path, capsys) -> None:
     before, started = contents(place), time.monotonic()
-    status, said = run(line, monkeypatch, capsys)
+    status, said = run(line, capsys)
     seconds = time.monotonic() - started
     after = contents(place)
     print(f"[{seconds:.1f} s] {status} {said}")
@@ -152,7 +132,6 @@ def assert_refused(line: str, place: Path, monkeypatch, capsys, says: str = "") 
     assert "error: " in said
     assert "\n" not in said.strip()
     assert "report" not in said
-    assert re.search(says, said), said
     left = sorted(path for path in {*before, *after} if before.get(path, 0) != after.get(path, 0))
     assert not left
     assert seconds < LIMIT
@@ -317,5 +296,5 @@ LINES = [
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_a_wrong_command_line(line, place, monkeypatch, capsys):
-    assert_refused(line, place, monkeypatch, capsys)
+def test_a_wrong_command_line(line, place, capsys):
+    assert_refused(line, place, capsys)

@@ -405,17 +405,17 @@ def save_folder(save: Callable[[str], Any], folder: Path) -> None:
             shutil.copy(folder / "README.md", partial)
         save(str(partial))
         made = {path.relative_to(partial) for path in partial.rglob("*")}
-        configs = [path for path in made if path.name in (INDEX_FILE, CONFIG_FILE)]
-        written = {path.as_posix(): _editable(path.name, read_record(partial / path)) for path in configs}
+        names = [path.as_posix() for path in made if path.name in (INDEX_FILE, CONFIG_FILE)]
+        configs = {name: read_record(partial / name) for name in names}
+        written = {name: _editable(name, config) for name, config in configs.items()}
         if folder.is_dir():
             record = read_record(folder / MADE_FILE, {"files": [str]})
             ours = {*made, *map(Path, record.get("files", ())), Path(MADE_FILE)}
             keep_foreign_files(folder, partial, ours)
-            for name, new in written.items():
-                if now := _editable(name, read_record(folder / name)):
-                    changed = changed_entries(name, record.get(name), now, new)
-                    if changed:
-                        write_json({**read_record(partial / name), **changed}, partial / name)
+            for name, config in configs.items():
+                now = _editable(name, read_record(folder / name))
+                if now and (changed := changed_entries(name, record.get(name), now, written[name])):
+                    write_json({**config, **changed}, partial / name)
         files = sorted(path.as_posix() for path in made if (partial / path).is_file())
         write_json({"files": files, **written}, partial / MADE_FILE)
 
@@ -423,7 +423,7 @@ def save_folder(save: Callable[[str], Any], folder: Path) -> None:
 def _editable(name: str, config: dict[str, Any]) -> dict[str, Any]:
     """What a user may change in a config: of a model all but its class names describes the weights."""
     if Path(name).name == INDEX_FILE:
-        return {key: value for key, value in config.items() if key[0] != "_"}
+        return config
     return {key: config[key] for key in ("id2label", "label2id") if key in config}
 
 
@@ -448,10 +448,10 @@ def changed_entries(name: str, written: Any, now: dict[str, Any], new: dict[str,
     """
     if not isinstance(written, dict):  # by an earlier version, which kept no record
         written = {key: value for key, value in now.items() if key != "sampling_defaults"}
-    keys = sorted(key for key in {*written, *now} if key[0] != "_")
-    changed = {key: now.get(key) for key in keys if now.get(key) != written.get(key)}
     if Path(name).name == CONFIG_FILE and _classes(now) != _classes(new):
         return {}
+    keys = sorted(key for key in {*written, *now} if key[0] != "_")
+    changed = {key: now.get(key) for key in keys if now.get(key) != written.get(key)}
     for key, value in changed.items():
         if value != new.get(key):
             logger.info(f"Kept {key} as it was changed in {name}: {value}.")

@@ -60,8 +60,9 @@ _STAGES = {
     **{family: arguments for family, (arguments, _) in FAMILIES.items()},
 }
 _CALIBRATION = (10, 30)  # steps between which the speed is measured
-_FACTORS = {"s": 1, "m": 60, "h": 3600, "steps": 1, "parameters": 1}
-_MOST_SECONDS, _MOST_OF_OTHERS = 366 * 86400, 1e11  # a year; more than any family here has
+_UNITS = {"s": ("seconds", 1), "m": ("seconds", 60), "h": ("seconds", 3600),
+          "steps": ("steps", 1), "parameters": ("parameters", 1)}  # fmt: skip
+_MOST = {"seconds": 366 * 86400, "steps": 1e11, "parameters": 1e11}
 _LIKELIHOOD_IMAGES = 128
 _PICTURED = 5  # images of each class in the sheet
 _MAX_REAL_IMAGES = 10_000
@@ -91,11 +92,12 @@ class Budget:
             `ValueError`: For anything else.
         """
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kM]?)\s*(s|m|h|steps|parameters)", text)
-        most = _MOST_SECONDS if match and match[3] in "smh" else _MOST_OF_OTHERS
-        factor = 1.0 if match is None else _FACTORS[match[3]] * {"": 1, "k": 1e3, "M": 1e6}[match[2]]
-        if match is None or not 0 < float(match[1]) * factor <= most:
-            raise ValueError(f"--budget {text} is none; give 5m, 300s, 1h, 2000steps or 500kparameters.")
-        return cls(float(match[1]) * factor, match[3] if len(match[3]) > 1 else "seconds")
+        if match is not None:
+            unit, factor = _UNITS[match[3]]
+            amount = float(match[1]) * factor * {"": 1, "k": 1e3, "M": 1e6}[match[2]]
+            if 0 < amount <= _MOST[unit]:
+                return cls(amount, unit)
+        raise ValueError(f"--budget {text} is none; give 5m, 300s, 1h, 2000steps or 500kparameters.")
 
     def __str__(self) -> str:
         if self.unit != "seconds":
@@ -167,8 +169,6 @@ def compare(
         with_flags(stages["judge"], seed=seed)  # refuses what is no seed
     for scale in (guidance_scale, *guidance_scales):
         ClassifierGuidance(scale)
-        if scale < 0:
-            raise ValueError(f"A guidance scale of {scale:g} leads away from the class; give 0 or more.")
     images = load_labelled_images(data_args, seed=0)
     train, held_out = images
     if train.notes and PartialState().is_main_process:

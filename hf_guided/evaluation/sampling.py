@@ -21,7 +21,16 @@ from tqdm.auto import tqdm
 
 from ..credentials import without_credentials
 from ..data.samples import import_parquet, read_record, to_picture, write_samples
-from ..files import FullDiskError, full_disk, read_json, recover_folder, remove_folder, replacing, write_json
+from ..files import (
+    FullDiskError,
+    check_parent,
+    full_disk,
+    read_json,
+    recover_folder,
+    remove_folder,
+    replacing,
+    write_json,
+)
 from ..processes import from_main
 from .pictures import labelled_grid, save_png
 
@@ -129,11 +138,7 @@ def check_destination(output: str | os.PathLike) -> None:
         `ImportError`: If parquet files cannot be written.
     """
     path, kind = Path(output), _kind(output)
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise ValueError(f"--output {output}: there is no folder {folder}; make it first.")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output {output}: you may not write into {folder}; give another.")
+    check_parent(output)
     if os.path.ismount(path):
         raise ValueError(f"--output {output} is a whole disk; give a name on it.")
     if kind == ".parquet":

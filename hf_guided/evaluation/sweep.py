@@ -152,7 +152,10 @@ def parse_scales(text: str) -> list[float]:
     """
     try:
         if ":" not in text:
-            return sorted({float(part) for part in text.split(",")})
+            scales = sorted({float(part) for part in text.split(",")})
+            if not all(0 <= scale < math.inf for scale in scales):
+                raise ValueError
+            return scales
         low, high = (float(part) for part in text.split(":"))
         if not 0 <= low < high < math.inf:
             raise ValueError

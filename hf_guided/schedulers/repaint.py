@@ -22,7 +22,7 @@ def jump_positions(num_steps: int, jump_length: int, jump_n_sample: int) -> list
         `list[int]`: Numbers of steps, each stretch repeated.
 
     Raises:
-        `ValueError`: If either is less than 1.
+        `ValueError`: If either is less than 1, or the walk longer than `MOST_STEPS`.
     """
     jump_length = whole_number("jump_length", jump_length)
     jump_n_sample = whole_number("jump_n_sample", jump_n_sample)

@@ -56,7 +56,8 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         num_train_timesteps (`int`, defaults to 1000): Number of timesteps of training.
         beta_schedule (`str`, defaults to `"linear"`): `"linear"` (scaled with `1000 / num_train_timesteps`) or
             `"squaredcos_cap_v2"`, the cosine schedule.
-        trained_betas (`Sequence[float]`, *optional*): Betas of another schedule, one per timestep.
+        trained_betas (`Sequence[float]`, *optional*): Betas of another schedule, one per timestep; their number counts
+            where `num_train_timesteps` is left at its default.
         variance_type (`str`, defaults to `"learned_range"`): `"learned_range"` (Improved DDPM, equation 15),
             `"fixed_small"` (the posterior's) or `"fixed_large"` (beta).
         prediction_type (`str`, defaults to `"epsilon"`): `"epsilon"`, `"sample"` or `"v_prediction"`.

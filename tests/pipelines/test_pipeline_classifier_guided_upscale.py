@@ -193,3 +193,9 @@ def test_what_cannot_be_upsampled_is_refused(pipe, tiny_unet, small):
         ClassifierGuidedPipeline(tiny_unet(low_res_channels=3), ADMScheduler())([1])
     with pytest.raises(ValueError, match="class_labels must be given"):
         upscale(pipe, small)
+
+
+def test_what_callbacks_of_diffusers_ask_for(pipe, small):
+    seen = []
+    upscale(pipe, small, 1, callback_on_step_end=lambda pipeline, *_: seen.append(pipeline.guidance_scale))
+    assert seen == [None] * pipe.num_timesteps

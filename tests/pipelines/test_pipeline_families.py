@@ -281,3 +281,8 @@ def test_an_image_that_is_not_finite_is_never_a_clean_picture(family, value):
     if family == "vae":  # whose likelihood is bounded, whatever the image
         with pytest.raises(RuntimeError, match="Images 0, 1 of the batch are not finite"):
             pipe.bits_per_dim(torch.zeros(2, 3, 8, 4), torch.tensor([0, 1]))
+
+
+def test_latents_are_tensors(pipe):
+    with pytest.raises(ValueError, match="latents is a ndarray; give a"):
+        sample(pipe, 1, latents=torch.zeros(1, length_of(pipe)).numpy())
