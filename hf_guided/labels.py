@@ -170,7 +170,7 @@ def _id_of_word(word: str, id2label: Mapping[int, str], num_classes: int) -> int
 
 def _ids_of_name(name: str, id2label: Mapping[int, str]) -> list[int]:
     """The ids of the classes that a name may mean."""
-    for spell in (composed, caseless):
+    for spell in (composed, lambda name: composed(name).strip(), caseless):
         if ids := [label for label, other in id2label.items() if spell(other) == spell(name)]:
             return ids
     return [label for label, other in id2label.items() if caseless(name) in spellings(other)]

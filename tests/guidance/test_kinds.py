@@ -275,9 +275,9 @@ def test_cutouts_depend_on_the_timestep_alone(pipe, noisy, error):
     torch.manual_seed(123)
     again = steps_of(pipe, LABELS, guidance=guidance, latents=noisy, timesteps=[400, 200, 0])
     assert all(torch.equal(one["gradient"], other["gradient"]) for one, other in zip(together, again, strict=True))
-    seeds = torch.randint(2**63 - 1, (3,), generator=seeded()).tolist()
+    generator = seeded()  # gives image i alone what it gives it in the batch
     for i, label in enumerate(LABELS):
-        arguments = {"latents": noisy[i : i + 1], "timesteps": [400, 200, 0], "generator": [seeded(seeds[i])]}
+        arguments = {"latents": noisy[i : i + 1], "timesteps": [400, 200, 0], "generator": generator}
         alone = steps_of(pipe, [label], guidance=guidance, **arguments)
         for one, other in zip(alone, together, strict=True):
             assert error(one["gradient"], other["gradient"][i : i + 1]) < 1e-4
