@@ -821,7 +821,8 @@ def _wire(go: Any, cancel: Any, fn: Callable[..., Any], inputs: set[Any], output
     )
     for ended in (run.success, run.failure):
         ended(toggle(False), outputs=[go, cancel], **_QUICK)
-    cancel.click(lambda: ("Cancelled.", *toggle(False)()), outputs=[status, go, cancel], cancels=run, **_QUICK)
+    stopped = cancel.click(toggle(False), outputs=[go, cancel], cancels=run, **_QUICK)
+    stopped.then(lambda: "Cancelled.", outputs=status, **_QUICK)  # after the page has let go of the run's last preview
 
 
 def launch_demo(blocks: Any, host: str = "127.0.0.1", port: int = 7860) -> str:
