@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """Draws samples, on as many processes as were launched together."""
-    from .evaluation.sampling import check_destination, sample_to_file
+    from .generation.sampling import check_destination, sample_to_file
     from .processes import join_processes
 
     check_destination(args.output)
@@ -252,7 +252,7 @@ EVERY_CLASS = ["all"]  # where --labels are not given
 
 def labels_to_sample(pipe: Any, args: argparse.Namespace) -> Any:
     """The class of each image to sample, or the number of images without classes."""
-    from .evaluation.sampling import sample_labels
+    from .generation.sampling import sample_labels
 
     per_label = args.num_images_per_label or 8
     given = args.labels is not None and args.labels is not EVERY_CLASS
@@ -332,13 +332,14 @@ def evaluate(args: argparse.Namespace) -> None:
     """Measures samples against real images, and writes a report with pictures."""
     from .evaluation.evaluate import evaluate as evaluate_images
     from .evaluation.evaluate import what_to_know
-    from .evaluation.feature_sets import CACHE_DIR, FeatureSet, collect_features, is_saved
+    from .evaluation.features.feature_sets import CACHE_DIR, FeatureSet, collect_features, is_saved
+    from .evaluation.features.image_sets import ImageSet, SampledImages, open_images
     from .evaluation.likelihood import likelihood, likelihood_labels
     from .evaluation.memorisation import closest_pairs
-    from .evaluation.pictures import likelihood_curve, save_png
-    from .evaluation.sampling import check_destination, sample_to_file
-    from .evaluation.sources import ImageSet, SampledImages, open_images
+    from .evaluation.plots import likelihood_curve
     from .files import check_outside, check_place, check_replaceable, has_json, write_json
+    from .generation.grids import save_png
+    from .generation.sampling import check_destination, sample_to_file
     from .processes import join_processes
 
     # 1. What there is, looked at before hours are spent on it
@@ -440,14 +441,14 @@ def evaluate(args: argparse.Namespace) -> None:
 def sweep(args: argparse.Namespace) -> None:
     """Measures samples at every scale, draws fidelity against diversity, and saves the scale to keep."""
     from .evaluation.evaluate import judged_labels
-    from .evaluation.feature_sets import CACHE_DIR, FeatureSet, collect_features
-    from .evaluation.features import weights_digest
-    from .evaluation.pictures import sweep_curve
-    from .evaluation.sampling import COMPILING
-    from .evaluation.sources import ImageSet, SampledImages
+    from .evaluation.features.extractors import weights_digest
+    from .evaluation.features.feature_sets import CACHE_DIR, FeatureSet, collect_features
+    from .evaluation.features.image_sets import ImageSet, SampledImages
+    from .evaluation.plots import sweep_curve
     from .evaluation.sweep import choose_scale, guidance_at, parse_scales, save_choice
     from .evaluation.sweep import sweep as sweep_scales
     from .files import check_outside, check_place, check_replaceable, has_json, read_json, write_json
+    from .generation.sampling import COMPILING
     from .processes import join_processes
 
     # 1. What there is, looked at before hours are spent on it
@@ -542,11 +543,11 @@ def sweep(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Trains the families alike, or takes trained models, and draws them side by side."""
+    from .comparison.run import compare as compare_families
     from .evaluation.sweep import parse_scales
     from .files import check_outside, check_place
     from .processes import join_processes
     from .training.arguments import quiet_libraries
-    from .training.compare import compare as compare_families
 
     models = {}
     for model in args.models:
@@ -619,7 +620,7 @@ def is_pipeline(name: str) -> bool:
 def load_extractors(specs: Sequence[str], pipe: Any, state: Any) -> list[Any]:
     """What images are measured in, none of which guides the pipeline."""
     from .evaluation.evaluate import check_independent
-    from .evaluation.features import load_features
+    from .evaluation.features.extractors import load_features
 
     extractors = [load_features(spec, state.device) for spec in specs]
     names = [extractor.name for extractor in extractors]
@@ -634,8 +635,8 @@ def load_extractors(specs: Sequence[str], pipe: Any, state: Any) -> list[Any]:
 
 def open_real(spec: str, size: tuple[int, int], args: argparse.Namespace, state: Any) -> Any:
     """Images to measure against, brought to a size; a pipeline's samples; or statistics, of a file without images."""
-    from .evaluation.feature_sets import FeatureSet
-    from .evaluation.sources import SampledImages, has_images, open_images
+    from .evaluation.features.feature_sets import FeatureSet
+    from .evaluation.features.image_sets import SampledImages, has_images, open_images
 
     if is_pipeline(spec):
         pipe = load_guided(spec, state)
@@ -650,10 +651,10 @@ def open_real(spec: str, size: tuple[int, int], args: argparse.Namespace, state:
 def inspect_classifier(args: argparse.Namespace) -> None:
     """Measures a noisy classifier at each level of noise: a picture, numbers, and what they mean."""
     from .data import BUILT_IN, DataArguments, load_labelled_images
-    from .data.samples import read_record
     from .evaluation.classifier_inspection import inspect_classifier, noise_schedule, with_classes_of
-    from .evaluation.pictures import classifier_curves
+    from .evaluation.plots import classifier_curves
     from .files import check_outside, check_replaceable, has_json, write_json
+    from .generation.samples import read_record
     from .models.classifier_adm import image_size
     from .processes import join_processes
 
@@ -738,10 +739,11 @@ def upscale(args: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from .data.samples import read_record, read_samples, to_picture, write_samples
-    from .evaluation.pictures import labelled_grid, save_png
-    from .evaluation.sampling import to_8_bit
+    from .data.npz import read_samples
     from .files import check_replaceable
+    from .generation.grids import labelled_grid, save_png
+    from .generation.samples import read_record, to_picture, write_samples
+    from .generation.sampling import to_8_bit
     from .pipelines.pipeline_classifier_guided_upscale import ClassifierGuidedUpscalePipeline
 
     # 1. What there is, looked at before hours are spent on it
@@ -965,7 +967,7 @@ def push(args: argparse.Namespace) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     """Serves a page to play with a pipeline until it is stopped."""
-    from .demo import build_demo, launch_demo
+    from .demo.page import build_demo, launch_demo
     from .processes import join_processes
 
     stopped: list[int] = []

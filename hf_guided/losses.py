@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .schedulers.gaussian_process import Gaussian, GaussianProcess, upcast
+from .schedulers.gaussian_diffusion import Gaussian, GaussianProcess, upcast
 from .schedulers.scheduling_adm import ADMScheduler
 
 LOSS_TYPES = ("simple", "hybrid", "vlb")

@@ -21,13 +21,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..guidance import ClassifierGuidance, Guidance, guidance_from_dict
 from ..guidance.base import GradientGuidance
-from ..guidance.steering import SamplingCost, Steering
+from ..guidance.guider import SamplingCost, Steering
 from ..models.classifier_adm import ADMForImageClassification  # noqa: F401
 
 # The classes that a saved pipeline may name register themselves with diffusers when they are imported.
 from ..models.images import to_channels, to_pixel_values, upright
 from ..models.unet_adm import ADMUNet2DModel  # noqa: F401
-from ..schedulers.predictions import SPACINGS, alpha_bar_at, check_solver, correct_prediction, warn_of_overshoot
+from ..schedulers.diffusers_compat import SPACINGS, alpha_bar_at, check_solver, correct_prediction, warn_of_overshoot
 from ..schedulers.repaint import RePaint, jump_positions
 from ..schedulers.schedules import space_timesteps, whole_number, whole_numbers
 from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler  # noqa: F401
@@ -41,7 +41,7 @@ class GuidedPipelineOutput(ImagePipelineOutput):
     """
     Args:
         images (a list of PIL images, `np.ndarray` or `torch.Tensor`): As `output_type` asks.
-        cost ([`~hf_guided.guidance.steering.SamplingCost`], *optional*): What the call cost, if `return_cost` asks.
+        cost ([`~hf_guided.guidance.guider.SamplingCost`], *optional*): What the call cost, if `return_cost` asks.
     """
 
     cost: SamplingCost | None = None

@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers import CLIPModel, CLIPProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..data.samples import read_samples
+from ..data.npz import read_samples
 from ..guidance import Guidance
 from .pipeline_classifier_guided import (
     ClassifierGuidedPipeline,

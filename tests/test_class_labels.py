@@ -18,12 +18,12 @@ from hf_guided import (
 )
 from hf_guided.baselines import BigGANGenerator, ClassConditionalGlow, ClassConditionalVAE
 from hf_guided.cli import main
-from hf_guided.data.samples import read_samples
+from hf_guided.data.npz import read_samples
 from hf_guided.evaluation import bits_per_dim
 from hf_guided.evaluation.classifier_inspection import with_classes_of
 from hf_guided.evaluation.evaluate import judged_labels
-from hf_guided.evaluation.features import ModelFeatures
-from hf_guided.evaluation.sources import ArrayImages, open_images
+from hf_guided.evaluation.features.extractors import ModelFeatures
+from hf_guided.evaluation.features.image_sets import ArrayImages, open_images
 from hf_guided.guidance import ClassifierFreeGuidance
 from hf_guided.labels import match_classes, resolve_labels, unique_names
 

@@ -10,8 +10,8 @@ from PIL import Image
 from hf_guided import FlowPipeline, GANPipeline, VAEPipeline
 from hf_guided.baselines import BigGANGenerator, ClassConditionalGlow, ClassConditionalVAE
 from hf_guided.cli import main
-from hf_guided.evaluation.sampling import to_8_bit
-from hf_guided.evaluation.sources import open_images
+from hf_guided.evaluation.features.image_sets import open_images
+from hf_guided.generation.sampling import to_8_bit
 
 NAMES = {0: "cat", 1: "dog", 2: "owl"}
 KINDS = {"vae": VAEPipeline, "gan": GANPipeline, "flow": FlowPipeline}
@@ -47,7 +47,7 @@ def work(tmp_path_factory, tiny_classifier):
 @pytest.fixture(autouse=True)
 def caches(work, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(work / "hf"))
-    monkeypatch.setattr("hf_guided.evaluation.feature_sets.CACHE_DIR", work / "cache")
+    monkeypatch.setattr("hf_guided.evaluation.features.extractors.feature_sets.CACHE_DIR", work / "cache")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries where there is no network
     monkeypatch.chdir(work)
 

@@ -14,8 +14,8 @@ from PIL import Image
 from hf_guided import ADMScheduler, ClassifierGuidedPipeline
 from hf_guided.cli import main
 from hf_guided.evaluation import frechet_distance
-from hf_guided.evaluation.features import load_features
-from hf_guided.evaluation.sources import open_images
+from hf_guided.evaluation.features.extractors import load_features
+from hf_guided.evaluation.features.image_sets import open_images
 
 NAMES = {0: "cat", 1: "dog", 2: "owl"}
 
@@ -47,7 +47,7 @@ def work(tmp_path_factory, tiny_unet, tiny_classifier):
 @pytest.fixture(autouse=True)
 def caches(work, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(work / "hf"))
-    monkeypatch.setattr("hf_guided.evaluation.feature_sets.CACHE_DIR", work / "cache")
+    monkeypatch.setattr("hf_guided.evaluation.features.extractors.feature_sets.CACHE_DIR", work / "cache")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries where there is no network
     monkeypatch.chdir(work)
 
@@ -228,7 +228,7 @@ def write(command, disk):
 
 @pytest.mark.parametrize("command", ["evaluate", "evaluate a pipeline", "sweep", "sample", "statistics"])
 def test_a_full_disk_is_one_sentence_and_the_rerun_completes(command, work, small_disk, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_guided.evaluation.feature_sets.CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setattr("hf_guided.evaluation.features.extractors.feature_sets.CACHE_DIR", tmp_path / "cache")
     (small_disk / "out").mkdir()
     filler = small_disk / "filler"
     with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:

@@ -10,7 +10,7 @@ from PIL import Image
 from hf_guided import cli
 from hf_guided.credentials import FormatterWithoutCredentials, without_credentials
 from hf_guided.data import DataArguments
-from hf_guided.evaluation.sources import open_images
+from hf_guided.evaluation.features.image_sets import open_images
 from hf_guided.files import write_json
 from hf_guided.hub import write_model_card
 from hf_guided.hub.push import PushError

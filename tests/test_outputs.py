@@ -14,9 +14,9 @@ from PIL import Image
 
 from hf_guided import ADMScheduler, ClassifierGuidedUpscalePipeline
 from hf_guided.cli import main
+from hf_guided.comparison.run import compare
 from hf_guided.files import check_outside, check_replaceable, has_json
 from hf_guided.training.arguments import parse_arguments
-from hf_guided.training.compare import compare
 from hf_guided.training.train_classifier import ClassifierArguments
 from hf_guided.training.train_diffusion import DiffusionArguments
 

@@ -1,0 +1,1 @@
+"""Scripts for `accelerate launch`, their recipes, and the loop that they share."""

@@ -24,14 +24,15 @@ from transformers import AutoModelForImageClassification
 
 from hf_guided import ADMUNet2DModel, ClassifierGuidedPipeline
 from hf_guided.data import LabelledImages, load_labelled_images
-from hf_guided.evaluation import labelled_grid, save_png, trade_off_curve
+from hf_guided.evaluation import trade_off_curve
 from hf_guided.evaluation.evaluate import FEWEST_IMAGES, measure
-from hf_guided.evaluation.feature_sets import FeatureSet, collect_features
-from hf_guided.evaluation.features import ModelFeatures
+from hf_guided.evaluation.features.extractors import ModelFeatures
+from hf_guided.evaluation.features.feature_sets import FeatureSet, collect_features
+from hf_guided.evaluation.features.image_sets import ImageSet, LoadedImages, SampledImages
 from hf_guided.evaluation.memorisation import memorisation
-from hf_guided.evaluation.sources import ImageSet, LoadedImages, SampledImages
 from hf_guided.fields import NonNegativeFloat, PositiveInt, Range, flag
 from hf_guided.files import check_replaceable, has_json, read_json, write_json
+from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.hub import write_model_card
 from hf_guided.hub.push import prepare_push
 from hf_guided.training.arguments import (

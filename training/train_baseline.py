@@ -32,9 +32,9 @@ from hf_guided.baselines import (
 )
 from hf_guided.baselines.gan import hinge_losses
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
-from hf_guided.evaluation.pictures import labelled_grid, save_png
-from hf_guided.evaluation.sources import SampledImages
+from hf_guided.evaluation.features.image_sets import SampledImages
 from hf_guided.fields import Length, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Share, flag
+from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.hub import write_model_card
 from hf_guided.training.arguments import LoopArguments, parse_arguments, run_script
 from hf_guided.training.cards import describe_data, describe_images, describe_run, describe_steps

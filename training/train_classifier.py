@@ -24,7 +24,7 @@ from torch import nn
 from hf_guided import ADMClassifierConfig, ADMForImageClassification, ADMScheduler
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.classifier_inspection import inspect_classifier
-from hf_guided.evaluation.pictures import classifier_curves
+from hf_guided.evaluation.plots import classifier_curves
 from hf_guided.fields import flag
 from hf_guided.files import write_json
 from hf_guided.hub import write_model_card

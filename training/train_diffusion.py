@@ -19,9 +19,9 @@ from torch import nn
 
 from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
-from hf_guided.evaluation.pictures import labelled_grid, save_png
-from hf_guided.evaluation.sources import SampledImages
+from hf_guided.evaluation.features.image_sets import SampledImages
 from hf_guided.fields import PositiveInt, Share, flag
+from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.hub import write_model_card
 from hf_guided.losses import diffusion_loss
 from hf_guided.schedulers.scheduling_adm import model_timesteps

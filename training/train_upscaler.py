@@ -22,9 +22,9 @@ from torch import nn
 
 from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedUpscalePipeline
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
-from hf_guided.evaluation.pictures import labelled_grid, save_png
 from hf_guided.fields import NonNegativeFloat, PositiveInt, flag
 from hf_guided.files import write_json
+from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.training.arguments import parse_arguments, run_script
 from hf_guided.training.loop import Batch, publish
 from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, make_unet, train_and_save

@@ -24,6 +24,7 @@ from ..models.unet_adm import ADMUNet2DModel
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from ..pipelines.pipeline_classifier_guided_upscale import ClassifierGuidedUpscalePipeline
 from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler
+from .architecture import Architecture, infer_architecture
 from .files import in_new_folders, one_by_one, read_checkpoint, same_content, write_safetensors
 from .flags import (
     add_improved_defaults,
@@ -35,7 +36,6 @@ from .flags import (
     spell_flags,
     unet_config,
 )
-from .inference import Architecture, infer_architecture
 from .openai import check_tensors, converted_tensors, make_classifier, make_unet
 from .published import Published, find_published, kind_of
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..schedulers.schedules import make_betas
-from .inference import Architecture
+from .architecture import Architecture
 
 Flags = Mapping[str, Any]
 

@@ -1,9 +1,9 @@
 """From a dataset (Hub name, folder, built-in) to batches, and what is wrong with it."""
 
+from .batch_sampler import StepBatchSampler
 from .built_in import BUILT_IN
 from .dataset import DataArguments, LabelledImages, load_labelled_images
 from .preflight import ImageReport, check_images
-from .sampling import StepBatchSampler
 
 __all__ = [
     "BUILT_IN",

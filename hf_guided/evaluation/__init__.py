@@ -1,11 +1,14 @@
-"""How good samples and models are: distances between features, an independent judge, likelihood, pictures of it all."""
+"""How good samples and models are: metrics, the features they compare, an evaluation classifier, likelihood, plots.
+
+Nothing is trained here, and samples are drawn by `generation`.
+"""
 
 from .classifier_inspection import ClassifierInspection, inspect_classifier
-from .distances import frechet_distance, frechet_interval, inception_score, kernel_distance
 from .likelihood import bits_per_dim
-from .manifolds import ManifoldMetrics, density_coverage, manifold_metrics, nearest_distances, precision_recall
-from .pictures import labelled_grid, save_png, trade_off_curve
-from .statistics import FeatureStatistics, InceptionScoreStatistics
+from .metrics.distances import frechet_distance, frechet_interval, inception_score, kernel_distance
+from .metrics.manifolds import ManifoldMetrics, density_coverage, manifold_metrics, nearest_distances, precision_recall
+from .metrics.moments import FeatureStatistics, InceptionScoreStatistics
+from .plots import trade_off_curve
 
 __all__ = [
     "ClassifierInspection",
@@ -19,10 +22,8 @@ __all__ = [
     "inception_score",
     "inspect_classifier",
     "kernel_distance",
-    "labelled_grid",
     "manifold_metrics",
     "nearest_distances",
     "precision_recall",
-    "save_png",
     "trade_off_curve",
 ]

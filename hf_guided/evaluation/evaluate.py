@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from ..labels import composed, match_classes
-from .distances import frechet_distance, frechet_interval, kernel_distance
-from .feature_sets import FeatureSet, collect_features
-from .features import FeatureExtractor, weights_digest
-from .manifolds import manifold_metrics
+from .features.extractors import FeatureExtractor, weights_digest
+from .features.feature_sets import FeatureSet, collect_features
+from .features.image_sets import ArrayImages, ImageSet, LoadedImages
 from .memorisation import Memorisation, memorisation
-from .sources import ArrayImages, ImageSet, LoadedImages
+from .metrics.distances import frechet_distance, frechet_interval, kernel_distance
+from .metrics.manifolds import manifold_metrics
 
 PUBLISHED_NUM_IMAGES = 50_000  # that published FIDs are computed from
 K, DENSITY_K = 3, 5  # neighbours, as published, of precision and recall and of density and coverage

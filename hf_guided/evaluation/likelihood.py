@@ -11,15 +11,15 @@ from accelerate import PartialState
 from diffusers.models.modeling_utils import ModelMixin
 from tqdm.auto import tqdm
 
+from ..generation.sampling import compiled_if
 from ..guidance.base import broken_images
 from ..labels import match_classes, resolve_labels
 from ..losses import mean_over_pixels, normal_kl, variational_bound_term
-from ..schedulers.gaussian_process import upcast
+from ..schedulers.gaussian_diffusion import upcast
 from ..schedulers.schedules import space_timesteps
 from ..schedulers.scheduling_adm import ADMScheduler, model_timesteps
-from .feature_sets import gather_to_main
-from .sampling import compiled_if
-from .sources import ImageSet
+from .features.feature_sets import gather_to_main
+from .features.image_sets import ImageSet
 
 
 @dataclass

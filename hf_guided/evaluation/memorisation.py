@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .feature_sets import FeatureSet
-from .manifolds import nearest_distances
-from .pictures import labelled_grid
-from .sources import ImageSet
+from ..generation.grids import labelled_grid
+from .features.feature_sets import FeatureSet
+from .features.image_sets import ImageSet
+from .metrics.manifolds import nearest_distances
 
 COPY_QUANTILE = 0.01  # nearer to a training image than all but this share of new images: as good as a copy
 

@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from ..files import read_json, write_json
 from ..guidance import guidance_from_dict
 from .evaluate import measure
-from .feature_sets import FeatureSet, collect_features
-from .features import FeatureExtractor
-from .sources import SampledImages
+from .features.extractors import FeatureExtractor
+from .features.feature_sets import FeatureSet, collect_features
+from .features.image_sets import SampledImages
 
 Row = dict[str, Any]
 SETTING = ("num_inference_steps", "guidance_scale", "seed")  # what tells a row from another

@@ -25,20 +25,17 @@ from ..registration import register_with_diffusers
 from .image_classification_adm import ADMImageClassificationPipeline
 from .image_processing_adm import ADMImageProcessor
 from .layers import (
-    NORM_GROUPS,
     ADMAttention,
     ADMAttentionPool,
     ADMResnetBlock,
-    Conv2d,
     Downsample2D,
-    GroupNormSiLU,
-    ZeroLinear,
     check_sides,
     expand_timestep,
     level_attention,
     level_widths,
     make_encoder,
 )
+from .ops import NORM_GROUPS, Conv2d, GroupNormSiLU, ZeroLinear
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 

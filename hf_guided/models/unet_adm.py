@@ -17,17 +17,15 @@ from .layers import (
     ADMAttention,
     ADMResnetBlock,
     ADMUpBlock,
-    Conv2d,
     Downsample2D,
-    GroupNormSiLU,
     Upsample2D,
-    ZeroConv2d,
     check_sides,
     expand_timestep,
     level_attention,
     level_widths,
     make_encoder,
 )
+from .ops import Conv2d, GroupNormSiLU, ZeroConv2d
 
 
 @register_with_diffusers

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..loading import SavedConfigMixin
 from ..registration import register_with_diffusers
-from .gaussian_process import GaussianProcess, compute_dtype, upcast
+from .gaussian_diffusion import GaussianProcess, compute_dtype, upcast
 from .schedules import check_timesteps, make_betas, space_timesteps, whole_number
 
 # Steps of second order by default. 10 hold the quality of 250 published ones on digits, says

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import qmc
 
 from hf_guided.baselines import ClassConditionalGlow
-from hf_guided.evaluation.sampling import to_8_bit
+from hf_guided.generation.sampling import to_8_bit
 
 
 def make_flow(**arguments) -> ClassConditionalGlow:

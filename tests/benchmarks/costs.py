@@ -22,11 +22,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_guided import ADMForImageClassification, ADMUNet2DModel
+from hf_guided.conversion.architecture import infer_architecture
 from hf_guided.conversion.flags import classifier_config, parse_flags, unet_config
-from hf_guided.conversion.inference import infer_architecture
 from hf_guided.conversion.openai import make_classifier, make_unet
 from hf_guided.conversion.published import PUBLISHED
-from hf_guided.models.layers import UpsampleConv2d
+from hf_guided.models.ops import UpsampleConv2d
 from hf_guided.schedulers.scheduling_adm import FEW_STEPS
 
 Models = tuple[ADMUNet2DModel, ADMForImageClassification]

@@ -33,8 +33,8 @@ from hf_guided import (
     ADMUNet2DModel,
     ClassifierGuidedPipeline,
 )
-from hf_guided.demo import build_demo, launch_demo
-from hf_guided.demo_gate import SECONDS_TO_LISTEN
+from hf_guided.demo.gate import SECONDS_TO_LISTEN
+from hf_guided.demo.page import build_demo, launch_demo
 
 PATIENT, LEAVING, UNREAD, FLOODING = 12, 4, 2, 2
 SECONDS_OF_A_STEP = 0.02

@@ -13,11 +13,11 @@ from transformers import AutoModelForImageClassification
 
 from hf_guided import ADMUNet2DModel, ClassifierGuidedPipeline
 from hf_guided.evaluation.evaluate import measure
-from hf_guided.evaluation.feature_sets import collect_features
-from hf_guided.evaluation.features import ModelFeatures
-from hf_guided.evaluation.sampling import to_8_bit
-from hf_guided.evaluation.sources import ArrayImages, open_images
+from hf_guided.evaluation.features.extractors import ModelFeatures
+from hf_guided.evaluation.features.feature_sets import collect_features
+from hf_guided.evaluation.features.image_sets import ArrayImages, open_images
 from hf_guided.files import write_json
+from hf_guided.generation.sampling import to_8_bit
 
 
 def launch(module: str, *flags: str) -> None:

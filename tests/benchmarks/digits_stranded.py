@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from hf_guided import ADMForImageClassification, ClassifierGuidedPipeline
-from hf_guided.evaluation.features import ModelFeatures
-from hf_guided.evaluation.manifolds import nearest_distances
-from hf_guided.evaluation.sources import SampledImages, open_images
+from hf_guided.evaluation.features.extractors import ModelFeatures
+from hf_guided.evaluation.features.image_sets import SampledImages, open_images
+from hf_guided.evaluation.metrics.manifolds import nearest_distances
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from digits_models import Judge, Measurements, clean_classifier, main_job, spread, weak_unet
 
-from hf_guided.evaluation import labelled_grid, save_png
+from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.guidance import (
     AutoGuidance,
     ClassifierFreeGuidance,

@@ -501,7 +501,7 @@ def main() -> None:
     # Once, for all processes that are forked off: nothing here may start a thread.
     import hf_guided.cli
     import hf_guided.demo  # noqa: F401
-    from hf_guided.training import compare, train  # noqa: F401
+    from hf_guided.training import train  # noqa: F401
 
     print(f"Works in {root}", flush=True)
     shared = Shared(root, root / "template", args.trouble, {})

@@ -3,6 +3,7 @@
 import pytest
 from conversion_helpers import needed_flags, script_made, shapes_of
 
+from hf_guided.conversion.architecture import infer_architecture
 from hf_guided.conversion.flags import (
     add_improved_defaults,
     classifier_config,
@@ -12,7 +13,6 @@ from hf_guided.conversion.flags import (
     spell_flags,
     unet_config,
 )
-from hf_guided.conversion.inference import infer_architecture
 
 README = """
 MODEL_FLAGS="--image_size 64 --num_channels 192 --num_res_blocks 3 --learn_sigma True --class_cond True"

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from hf_guided.evaluation.features import FeatureBatch
+from hf_guided.evaluation.features.extractors import FeatureBatch
 
 
 class Pixels:

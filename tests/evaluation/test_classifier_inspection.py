@@ -34,7 +34,7 @@ from hf_guided.evaluation.classifier_inspection import (
     inspect_classifier,
     label_entropy,
 )
-from hf_guided.evaluation.pictures import classifier_curves
+from hf_guided.evaluation.plots import classifier_curves
 from hf_guided.guidance import ClassifierGuidance
 from hf_guided.training.arguments import parse_arguments
 from hf_guided.training.train_classifier import ClassifierArguments, train_classifier

@@ -7,11 +7,11 @@ import pytest
 from evaluation_helpers import Pixels, pixels
 
 from hf_guided.evaluation import frechet_distance, kernel_distance, precision_recall
-from hf_guided.evaluation.distances import inception_score
 from hf_guided.evaluation.evaluate import evaluate, measure, what_to_know
-from hf_guided.evaluation.feature_sets import collect_features
-from hf_guided.evaluation.manifolds import density_coverage
-from hf_guided.evaluation.sources import ArrayImages
+from hf_guided.evaluation.features.feature_sets import collect_features
+from hf_guided.evaluation.features.image_sets import ArrayImages
+from hf_guided.evaluation.metrics.distances import inception_score
+from hf_guided.evaluation.metrics.manifolds import density_coverage
 
 NAMES = {0: "dark", 1: "gray", 2: "bright"}
 

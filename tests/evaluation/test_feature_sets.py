@@ -11,10 +11,10 @@ import pytest
 import torch
 from evaluation_helpers import Pixels, pixels
 
-from hf_guided.evaluation import feature_sets
-from hf_guided.evaluation.distances import inception_score
-from hf_guided.evaluation.feature_sets import FeatureSet, collect_features
-from hf_guided.evaluation.sources import ArrayImages
+from hf_guided.evaluation.features import feature_sets
+from hf_guided.evaluation.features.feature_sets import FeatureSet, collect_features
+from hf_guided.evaluation.features.image_sets import ArrayImages
+from hf_guided.evaluation.metrics.distances import inception_score
 
 
 def directly(images, extractor):
@@ -107,7 +107,7 @@ import sys
 from accelerate import PartialState
 from evaluation_helpers import Pixels, pixels
 from hf_guided.evaluation.feature_sets import collect_features
-from hf_guided.evaluation.sources import ArrayImages
+from hf_guided.evaluation.features.image_sets import ArrayImages
 
 state = PartialState(cpu=True)
 assert state.num_processes == int(sys.argv[2])

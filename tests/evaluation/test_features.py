@@ -26,13 +26,8 @@ from transformers import (
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_guided.evaluation import features as features_module
-from hf_guided.evaluation.features import (
-    InceptionFeatures,
-    ModelFeatures,
-    load_features,
-    match_channels,
-)
+from hf_guided.evaluation.features import extractors as features_module
+from hf_guided.evaluation.features.extractors import InceptionFeatures, ModelFeatures, load_features, match_channels
 from hf_guided.models.images import resize_and_crop, to_pixel_values
 
 VIT = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}

@@ -32,8 +32,8 @@ def euclidean(a, b):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks and tiles that do not divide the sets, so that each set spans several."""
-    monkeypatch.setattr("hf_guided.evaluation.manifolds._BLOCK_ROWS", 17)
-    monkeypatch.setattr("hf_guided.evaluation.manifolds._TILE", 70)
+    monkeypatch.setattr("hf_guided.evaluation.metrics.manifolds._BLOCK_ROWS", 17)
+    monkeypatch.setattr("hf_guided.evaluation.metrics.manifolds._TILE", 70)
 
 
 def test_all_four_are_those_of_the_definition():
@@ -150,7 +150,7 @@ def test_a_tile_that_overflows_float16_is_computed_in_float32(monkeypatch):
     assert whole != manifold_metrics(generated, reference)
 
     # Only the tile that overflows: with tiles of 70, those that hold reference[70].
-    monkeypatch.setattr("hf_guided.evaluation.manifolds._TILE", 70)
+    monkeypatch.setattr("hf_guided.evaluation.metrics.manifolds._TILE", 70)
     tiled = [
         np.block([[published_distances(u, v) for v in np.split(b, [70, 140])] for u in np.split(a, [70, 140])])
         for a, b in pairs
@@ -190,8 +190,8 @@ def test_nearest_distances_tell_a_copy_from_what_is_close():
 
 
 def test_memory_does_not_grow_with_the_pairs(monkeypatch):
-    monkeypatch.setattr("hf_guided.evaluation.manifolds._BLOCK_ROWS", 64)
-    monkeypatch.setattr("hf_guided.evaluation.manifolds._TILE", 500)
+    monkeypatch.setattr("hf_guided.evaluation.metrics.manifolds._BLOCK_ROWS", 64)
+    monkeypatch.setattr("hf_guided.evaluation.metrics.manifolds._TILE", 500)
     a, b = drawn(3000, 2, 12), drawn(3000, 2, 13)
     for function, options in (
         (manifold_metrics, {}),

@@ -5,10 +5,10 @@ import pytest
 from evaluation_helpers import Pixels, pixels
 from scipy.stats import mannwhitneyu
 
-from hf_guided.evaluation.feature_sets import FeatureSet, collect_features
+from hf_guided.evaluation.features.feature_sets import FeatureSet, collect_features
+from hf_guided.evaluation.features.image_sets import ArrayImages
 from hf_guided.evaluation.memorisation import closest_pairs, memorisation
-from hf_guided.evaluation.sources import ArrayImages
-from hf_guided.evaluation.statistics import FeatureStatistics
+from hf_guided.evaluation.metrics.moments import FeatureStatistics
 
 
 def feature_set(features):

@@ -9,9 +9,9 @@ from evaluation_helpers import Pixels, pixels
 
 from hf_guided import ADMScheduler, ClassifierGuidedPipeline
 from hf_guided.evaluation.evaluate import measure
-from hf_guided.evaluation.feature_sets import collect_features
-from hf_guided.evaluation.pictures import sweep_curve
-from hf_guided.evaluation.sources import ArrayImages, SampledImages
+from hf_guided.evaluation.features.feature_sets import collect_features
+from hf_guided.evaluation.features.image_sets import ArrayImages, SampledImages
+from hf_guided.evaluation.plots import sweep_curve
 from hf_guided.evaluation.sweep import choose_scale, guidance_at, parse_scales, save_choice, sweep
 from hf_guided.guidance import ClassifierFreeGuidance, ClassifierGuidance
 

@@ -12,7 +12,7 @@ from guidance_helpers import GRADIENTS, KINDS, batches_seen, darkness, make, sam
 
 from hf_guided.guidance import ClassifierFreeGuidance, ClassifierGuidance, DenoisedClassifierGuidance, LossGuidance
 from hf_guided.guidance.base import broken_images
-from hf_guided.guidance.steering import Steering
+from hf_guided.guidance.guider import Steering
 
 LABELS = [2, 0, 4, 1, 3]
 MODELS = ("unet", "classifier", "guide_unet", "clean_classifier", "clip_model")

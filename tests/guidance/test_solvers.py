@@ -14,7 +14,7 @@ from torch import nn
 from hf_guided import ADMScheduler, ClassifierGuidedPipeline
 from hf_guided.guidance import ClassifierFreeGuidance, ClassifierGuidance, LossGuidance
 from hf_guided.guidance.base import GradientGuidance
-from hf_guided.schedulers.predictions import KNOWN_PREDICTIONS, SOLVERS, alpha_bar_at, original_of
+from hf_guided.schedulers.diffusers_compat import KNOWN_PREDICTIONS, SOLVERS, alpha_bar_at, original_of
 
 OURS = {
     "ADM ddpm": {},
@@ -340,7 +340,7 @@ def test_what_would_be_nonsense_is_refused(name, options, message, make_pipe):
     ],
 )
 def test_steps_too_wide_for_two_evaluations_are_warned_of(name, options, warned, make_pipe, caplog, monkeypatch):
-    logger = logging.getLogger("hf_guided.schedulers.predictions")
+    logger = logging.getLogger("hf_guided.schedulers.diffusers_compat")
     monkeypatch.setattr(logger, "propagate", True)
     make_pipe(scheduler=their(name, **options), sampling_defaults=None).set_timesteps(STEPS, None, None)
     assert ("and will overshoot" in caplog.text) == warned

@@ -17,7 +17,8 @@ from transformers import (
 
 from hf_guided import ADMClassifierConfig, ADMForImageClassification, ADMImageProcessor
 from hf_guided.models.images import resize_and_crop, to_pixel_values
-from hf_guided.models.layers import ADMAttentionPool, ZeroConv2d, ZeroLinear
+from hf_guided.models.layers import ADMAttentionPool
+from hf_guided.models.ops import ZeroConv2d, ZeroLinear
 
 TIMESTEPS = torch.tensor([17, 800])
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")

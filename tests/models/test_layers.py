@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_guided.models.layers import Conv2d, GroupNormSiLU, UpsampleConv2d
+from hf_guided.models.ops import Conv2d, GroupNormSiLU, UpsampleConv2d
 
 
 def randomised(layer):

@@ -10,7 +10,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import nn
 
 from hf_guided import ADMUNet2DModel
-from hf_guided.models.layers import ADMAttention, ADMResnetBlock, ZeroConv2d, ZeroLinear
+from hf_guided.models.layers import ADMAttention, ADMResnetBlock
+from hf_guided.models.ops import ZeroConv2d, ZeroLinear
 
 LABELS = torch.tensor([3, 0])
 TIMESTEPS = torch.tensor([17, 800])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_guided import ADMScheduler, ClassifierGuidedPipeline
-from hf_guided.evaluation.sampling import sample_batches
+from hf_guided.generation.sampling import sample_batches
 
 
 @pytest.fixture

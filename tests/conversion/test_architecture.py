@@ -6,8 +6,8 @@ import pytest
 from conversion_helpers import shapes_of
 from test_openai import CHECKPOINTS, CLASSIFIERS, UNETS, constructor_arguments
 
+from hf_guided.conversion.architecture import infer_architecture
 from hf_guided.conversion.flags import classifier_config, parse_flags, unet_config
-from hf_guided.conversion.inference import infer_architecture
 from hf_guided.conversion.openai import make_classifier, make_unet, published_shapes
 from hf_guided.conversion.published import PUBLISHED, kind_of
 

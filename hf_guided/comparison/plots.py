@@ -8,7 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from .pictures import INK, PAPER, empty_figure, labelled_grid, save_figure, save_png, shortened
+from ..evaluation.plots import empty_figure, save_figure
+from ..generation.grids import INK, PAPER, labelled_grid, save_png, shortened
 
 _COLORS = {"vae": "#bc4c00", "gan": "#cf222e", "flow": "#8250df", "diffusion": "#0969da", "guided": "#1a7f37"}
 _OTHER_COLORS = ("#bf3989", "#9a6700", "#1b7c83", "#57606a", "#6639ba")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .statistics import Features, feature_pair
+from .moments import Features, feature_pair
 
 # Samples of each set whose distances the published evaluator computes at once. Where float16 overflows, it computes
 # all of these again.

@@ -33,11 +33,11 @@ from hf_guided import (
     VAEPipeline,
 )
 from hf_guided.cli import main
-from hf_guided.data.samples import to_picture
-from hf_guided.demo import LATENTS_DIALS, MAX_SEED, Studio, build_demo, guidance_dial, launch_demo
-from hf_guided.demo_gate import MAX_BODY, MAX_PER_SESSION, NOT_WAITED_FOR, SECONDS_TO_LISTEN
-from hf_guided.evaluation.features import ModelFeatures
-from hf_guided.evaluation.sampling import to_8_bit
+from hf_guided.demo.gate import MAX_BODY, MAX_PER_SESSION, NOT_WAITED_FOR, SECONDS_TO_LISTEN
+from hf_guided.demo.page import LATENTS_DIALS, MAX_SEED, Studio, build_demo, guidance_dial, launch_demo
+from hf_guided.evaluation.features.extractors import ModelFeatures
+from hf_guided.generation.samples import to_picture
+from hf_guided.generation.sampling import to_8_bit
 from hf_guided.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance
 
 CHROMIUM = (Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver"))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hf_guided.evaluation.comparison import comparison_table, findings, write_comparison
-from hf_guided.evaluation.comparison_pictures import save_curves, save_grids
+from hf_guided.comparison.plots import save_curves, save_grids
+from hf_guided.comparison.report import comparison_table, findings, write_comparison
 
 SEEDS = (0, 1, 2)
 

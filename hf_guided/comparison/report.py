@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from ..evaluation.memorisation import COPY_QUANTILE
 from ..files import replacing, write_json
-from .comparison_pictures import families_of, save_curves, save_grids, values_of
-from .memorisation import COPY_QUANTILE
+from .plots import families_of, save_curves, save_grids, values_of
 
 _NOT_MEASURED = "–"
 _NO_BITS = "none"

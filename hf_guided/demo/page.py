@@ -19,19 +19,19 @@ import diffusers
 import torch
 from PIL import Image
 
-from .data.samples import to_picture
-from .evaluation.evaluate import check_independent, judged_labels
-from .evaluation.features import FeatureExtractor
-from .evaluation.pictures import labelled_grid
-from .evaluation.sampling import to_8_bit
-from .evaluation.sources import SampledImages
-from .evaluation.sweep import guidance_at
-from .guidance import ClassifierGuidance, Guidance, guidance_from_dict
-from .labels import composed, unique_names
-from .pipelines.class_conditional import ClassConditionalPipeline
-from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
-from .schedulers.predictions import check_solver, original_of
-from .schedulers.scheduling_adm import FEW_STEPS, ADMScheduler
+from ..evaluation.evaluate import check_independent, judged_labels
+from ..evaluation.features.extractors import FeatureExtractor
+from ..evaluation.features.image_sets import SampledImages
+from ..evaluation.sweep import guidance_at
+from ..generation.grids import labelled_grid
+from ..generation.samples import to_picture
+from ..generation.sampling import to_8_bit
+from ..guidance import ClassifierGuidance, Guidance, guidance_from_dict
+from ..labels import composed, unique_names
+from ..pipelines.class_conditional import ClassConditionalPipeline
+from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from ..schedulers.diffusers_compat import check_solver, original_of
+from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler
 
 try:
     import gradio as gr
@@ -39,7 +39,7 @@ except ImportError as error:
     raise ImportError('The demo needs gradio; install it with: pip install "hf-guided[demo]"') from error
 from starlette.middleware import Middleware
 
-from .demo_gate import NOT_WAITED_FOR, QUEUE, Gate, watch
+from .gate import NOT_WAITED_FOR, QUEUE, Gate, watch
 
 MAX_IMAGES, MAX_PIXELS = 16, 2**20  # at once, and of all of them together
 MAX_VALUES = 6  # of a dial, side by side

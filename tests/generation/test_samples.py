@@ -8,7 +8,8 @@ import pytest
 from datasets import ClassLabel, load_dataset
 from PIL import Image
 
-from hf_guided.data.samples import map_array, read_record, read_samples, write_samples
+from hf_guided.data.npz import map_array, read_samples
+from hf_guided.generation.samples import read_record, write_samples
 
 IMAGES = np.arange(5 * 4 * 6 * 3, dtype=np.uint8).reshape(5, 4, 6, 3)
 GREY = IMAGES[..., :1]

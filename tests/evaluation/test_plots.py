@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_guided.evaluation.pictures import labelled_grid, save_png, trade_off_curve
+from hf_guided.evaluation.plots import trade_off_curve
+from hf_guided.generation.grids import labelled_grid, save_png
 
 
 def picture(color, size=(8, 8)):

@@ -16,12 +16,12 @@ from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 
-from ..data.samples import open_npz
-from ..files import FullDiskError, replacing
-from ..processes import from_main
-from .features import FeatureExtractor
-from .sources import ImageSet
-from .statistics import FeatureStatistics, InceptionScoreStatistics
+from ...data.npz import open_npz
+from ...files import FullDiskError, replacing
+from ...processes import from_main
+from ..metrics.moments import FeatureStatistics, InceptionScoreStatistics
+from .extractors import FeatureExtractor
+from .image_sets import ImageSet
 
 logger = logging.getLogger(__name__)
 

@@ -22,17 +22,17 @@ from accelerate import PartialState
 from transformers import AutoModelForImageClassification
 
 from hf_guided import ADMScheduler
+from hf_guided.comparison.report import write_comparison
 from hf_guided.credentials import without_credentials
 from hf_guided.data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images
-from hf_guided.evaluation.comparison import write_comparison
 from hf_guided.evaluation.evaluate import FEWEST_IMAGES, check_independent, judged_labels, measure
-from hf_guided.evaluation.feature_sets import FeatureSet, collect_features
-from hf_guided.evaluation.features import FeatureExtractor, ModelFeatures, load_features
+from hf_guided.evaluation.features.extractors import FeatureExtractor, ModelFeatures, load_features
+from hf_guided.evaluation.features.feature_sets import FeatureSet, collect_features
+from hf_guided.evaluation.features.image_sets import ImageSet, LoadedImages, SampledImages
 from hf_guided.evaluation.likelihood import likelihood, likelihood_labels
 from hf_guided.evaluation.memorisation import memorisation
-from hf_guided.evaluation.sampling import sample_batches
-from hf_guided.evaluation.sources import ImageSet, LoadedImages, SampledImages
 from hf_guided.files import check_replaceable, has_json, read_json, write_json
+from hf_guided.generation.sampling import sample_batches
 from hf_guided.guidance.classifier import ClassifierGuidance
 from hf_guided.labels import match_classes
 from hf_guided.pipelines.auto_pipeline import pipeline_class

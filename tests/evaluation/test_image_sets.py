@@ -11,7 +11,7 @@ from PIL import Image
 
 from hf_guided.data import DataArguments, load_labelled_images
 from hf_guided.data.images import resize_and_crop
-from hf_guided.evaluation.sources import ArrayImages, SampledImages, open_images
+from hf_guided.evaluation.features.image_sets import ArrayImages, SampledImages, open_images
 
 
 def pixels(n, height=8, width=8, channels=3, seed=0):
@@ -178,7 +178,7 @@ def test_digest_follows_the_content_and_nothing_else(tmp_path):
 
 def test_sampled_images_are_those_of_the_pipeline(tiny_unet):
     from hf_guided import ADMScheduler, ClassifierGuidedPipeline
-    from hf_guided.evaluation.sampling import to_8_bit
+    from hf_guided.generation.sampling import to_8_bit
 
     pipe = ClassifierGuidedPipeline(tiny_unet(), ADMScheduler(), sampling_defaults={"respacing": "2"})
     pipe.set_progress_bar_config(disable=True)

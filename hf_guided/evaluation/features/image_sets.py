@@ -14,15 +14,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..credentials import without_credentials
-from ..data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images
-from ..data.folders import printable
-from ..data.images import open_record
-from ..data.samples import open_npz, read_samples, to_picture
-from ..models.images import BAD_IMAGE_ERRORS, resize_and_crop, upright_size
-from .features import weights_digest
-from .sampling import sample_batches
-from .statistics import FeatureStatistics
+from ...credentials import without_credentials
+from ...data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images
+from ...data.folders import printable
+from ...data.images import open_record
+from ...data.npz import open_npz, read_samples
+from ...generation.samples import to_picture
+from ...generation.sampling import sample_batches
+from ...models.images import BAD_IMAGE_ERRORS, resize_and_crop, upright_size
+from ..metrics.moments import FeatureStatistics
+from .extractors import weights_digest
 
 HELD_OUT, TRAIN = "held_out", "train"
 _MODES = {1: "L", 3: "RGB"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..schedulers.predictions import alpha_bar_at, original_of
+from ..schedulers.diffusers_compat import alpha_bar_at, original_of
 from ..schedulers.scheduling_adm import model_timesteps
 from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, broken_images, frozen
 

@@ -9,7 +9,7 @@ from statistics import NormalDist
 import numpy as np
 from tqdm.auto import tqdm
 
-from .statistics import Features, FeatureStatistics, InceptionScoreStatistics, feature_matrix, feature_pair
+from .moments import Features, FeatureStatistics, InceptionScoreStatistics, feature_matrix, feature_pair
 
 
 def frechet_distance(a: Features | FeatureStatistics, b: Features | FeatureStatistics) -> float:

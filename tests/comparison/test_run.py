@@ -8,9 +8,7 @@ import yaml
 
 from hf_guided import VAEPipeline
 from hf_guided.cli import main
-from hf_guided.data import DataArguments, load_labelled_images
-from hf_guided.training.arguments import parse_arguments
-from hf_guided.training.compare import (
+from hf_guided.comparison.run import (
     CLASSIFIER_SHARE,
     Budget,
     compare,
@@ -20,6 +18,8 @@ from hf_guided.training.compare import (
     widths_of,
     with_flags,
 )
+from hf_guided.data import DataArguments, load_labelled_images
+from hf_guided.training.arguments import parse_arguments
 from hf_guided.training.train_baseline import FAMILIES
 from hf_guided.training.train_classifier import ClassifierArguments
 from hf_guided.training.train_diffusion import DiffusionArguments

@@ -20,7 +20,6 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..credentials import without_credentials
-from ..data.samples import import_parquet, read_record, to_picture, write_samples
 from ..files import (
     FullDiskError,
     check_parent,
@@ -32,7 +31,8 @@ from ..files import (
     write_json,
 )
 from ..processes import from_main
-from .pictures import labelled_grid, save_png
+from .grids import labelled_grid, save_png
+from .samples import import_parquet, read_record, to_picture, write_samples
 
 COMPILING = "Compiling: the first batch takes a minute or more longer, the next runs find it in the cache."
 PLAN_FILE = "plan.json"

@@ -19,8 +19,9 @@ from PIL import Image
 
 from hf_guided import ADMScheduler, ClassifierGuidedPipeline
 from hf_guided.cli import main
-from hf_guided.data.samples import read_record, read_samples
-from hf_guided.evaluation.sampling import (
+from hf_guided.data.npz import read_samples
+from hf_guided.generation.samples import read_record
+from hf_guided.generation.sampling import (
     check_destination,
     generator_at,
     sample_batches,

@@ -18,9 +18,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
-from ..loading import check_cover, naming_damage
-from ..models.classifier_adm import ADMForImageClassification, image_size
-from ..models.image_processing_adm import ADMImageProcessor
+from ...loading import check_cover, naming_damage
+from ...models.classifier_adm import ADMForImageClassification, image_size
+from ...models.image_processing_adm import ADMImageProcessor
 
 # Parts of a path that say nothing of what lies there.
 _NAMELESS = ("model", "pipeline")

@@ -1,0 +1,94 @@
+"""`.npz` files of samples, as OpenAI's scripts write them, read without unpickling anything."""
+
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+# What numpy and zipfile raise.
+_UNREADABLE = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError),
+    *(KeyError, TypeError, ValueError, AttributeError, NotImplementedError, MemoryError),
+)
+
+
+def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
+    """Reads images and labels.
+
+    Args:
+        path (`str` or `os.PathLike`): A `.npz` file.
+
+    Returns:
+        Images of shape `(n, height, width, channels)`, uint8, and class ids of shape `(n,)` or `None`.
+
+    Raises:
+        `ValueError`: If the file is none, or holds something else.
+        `FileNotFoundError`: If there is none.
+    """
+    with open_npz(path) as file:
+        arrays = {name: map_array(path, name) for name in ("arr_0", "arr_1") if name in file}
+    if "arr_0" not in arrays:
+        raise ValueError(f"{path} has no arr_0, where a file of samples keeps its images.")
+    images, labels = arrays["arr_0"], arrays.get("arr_1")
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise ValueError(
+            f"arr_0 of {path} is {images.dtype} of shape {images.shape}; samples are uint8 of shape "
+            f"(n, height, width, channels)."
+        )
+    if len(images) == 0:
+        raise ValueError(f"{path} holds no images.")
+    if labels is None:
+        return images, None
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"arr_1 of {path} is {labels.dtype} of shape {labels.shape}; the labels of {len(images)} images are so "
+            f"many integers."
+        )
+    for wrong in (labels.min(), labels.max()):
+        if not 0 <= int(wrong) < 2**31:
+            raise ValueError(f"arr_1 of {path} has the label {wrong}, which is no class id; ids are counted from 0.")
+    return images, labels.astype(np.int64)
+
+
+@contextmanager
+def open_npz(path: str | os.PathLike) -> Iterator[Any]:
+    """Opens a `.npz` file, of which nothing is ever unpickled.
+
+    Raises:
+        `ValueError`: If it is damaged or something else, when it is opened or read.
+        `FileNotFoundError`: If there is none.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except _UNREADABLE as error:
+        raise ValueError(f"{path} is damaged or no .npz file; write or download it again.") from error
+
+
+def map_array(path: str | os.PathLike, name: str) -> np.ndarray:
+    """An array of a `.npz` file, mapped where the file holds it uncompressed, as `np.savez` writes it, else read."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{name}.npy")
+        if member.compress_type == zipfile.ZIP_STORED:
+            with archive.open(member) as stream:
+                version = np.lib.format.read_magic(stream)
+                read_header = np.lib.format.read_array_header_1_0
+                if version != (1, 0):
+                    read_header = np.lib.format.read_array_header_2_0
+                shape, is_fortran, dtype = read_header(stream)
+                header_size = stream.tell()
+            with open(path, "rb") as file:  # the local header says how long it is itself
+                file.seek(member.header_offset + 26)
+                lengths = np.frombuffer(file.read(4), "<u2").astype(int)
+            start = member.header_offset + 30 + lengths.sum() + header_size
+            if 0 not in shape and not dtype.hasobject:
+                return np.memmap(path, dtype, "r", int(start), shape, order="F" if is_fortran else "C")
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays[name]

@@ -1,0 +1,1 @@
+"""Many samples: seeded batches, resumable runs over several processes, file formats, grids. No metrics."""

@@ -1,0 +1,87 @@
+"""Pictures of samples: a grid with one row for each class, and PNGs that carry a record of how they were made."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from ..files import replacing
+from .samples import RECORD_KEY
+
+INK, PAPER = "#1f2328", "white"
+_MAX_NAME_LENGTH = 28  # characters; ImageNet names several synonyms
+
+
+def labelled_grid(
+    images: Sequence[Image.Image],
+    row_names: Sequence[str],
+    *,
+    title: str | None = None,
+    cell_size: int | None = None,
+) -> Image.Image:
+    """A grid of images with one row per class, the name of the class at its left.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`): Equally many images per row, all of the first row first: what a pipeline
+            returns for `class_labels=row_names` with `num_images_per_label`.
+        row_names (`Sequence[str]`): The class of each row.
+        title (`str`, *optional*): A line above the grid.
+        cell_size (`int`, *optional*): Pixels of the longer side of an image in the grid. The default is the smallest
+            whole multiple of the images' own size that has at least 56, so that pixels stay sharp squares.
+
+    Returns:
+        `PIL.Image.Image`: The grid, RGB on white.
+    """
+    if len(row_names) == 0 or len(images) == 0 or len(images) % len(row_names) != 0:
+        raise ValueError(f"Needs equally many images for each row, got {len(images)} for {len(row_names)} rows.")
+    columns = len(images) // len(row_names)
+
+    longer_side = max(images[0].size)
+    if cell_size is None:
+        cell_size = longer_side * -(-56 // longer_side)
+    width, height = (max(1, round(side * cell_size / longer_side)) for side in images[0].size)
+    resampling = Image.Resampling.NEAREST if cell_size >= longer_side else Image.Resampling.LANCZOS
+
+    font_size = min(22, max(14, height // 4))
+    font, title_font = ImageFont.load_default(font_size), ImageFont.load_default(font_size + 2)
+    names = [shortened(name) for name in row_names]
+    gap, margin = max(2, cell_size // 16), 16
+    left = margin + round(max(font.getlength(name) for name in names)) + 12
+    top = margin if title is None else margin + 2 * font_size
+    title_width = 0 if title is None else round(title_font.getlength(title))
+
+    grid_width, grid_height = columns * (width + gap) - gap, len(names) * (height + gap) - gap
+    size = (max(left + grid_width, margin + title_width) + margin, top + grid_height + margin)
+    grid = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(grid)
+    if title is not None:
+        draw.text((margin, margin), title, fill=INK, font=title_font, anchor="lt")
+    for row, name in enumerate(names):
+        y = top + row * (height + gap)
+        draw.text((left - 12, y + height / 2), name, fill=INK, font=font, anchor="rm")
+        for column in range(columns):
+            image = images[row * columns + column].convert("RGB").resize((width, height), resampling)
+            grid.paste(image, (left + column * (width + gap), y))
+    return grid
+
+
+def save_png(image: Image.Image, path: str | os.PathLike, record: Mapping[str, Any] | None = None) -> None:
+    """Writes a PNG under a temporary name and renames it, so that no reader ever sees half a picture.
+
+    Args:
+        image (`PIL.Image.Image`): The picture.
+        path (`str` or `os.PathLike`): Where it goes.
+        record (`Mapping`, *optional*): How it was made, which [`read_record`] gives back.
+    """
+    text = PngInfo()
+    if record is not None:
+        text.add_text(RECORD_KEY, json.dumps(record))
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", optimize=True, pnginfo=text)
+
+
+def shortened(name: str, length: int = _MAX_NAME_LENGTH) -> str:
+    return name if len(name) <= length else name[: length - 3] + "..."
