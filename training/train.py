@@ -30,6 +30,7 @@ from hf_guided.evaluation.features.extractors import ModelFeatures
 from hf_guided.evaluation.features.feature_sets import FeatureSet, collect_features
 from hf_guided.evaluation.features.image_sets import ImageSet, LoadedImages, SampledImages
 from hf_guided.evaluation.memorisation import memorisation
+from hf_guided.evaluation.metrics.table import METRICS
 from hf_guided.fields import NonNegativeFloat, PositiveInt, Range, flag
 from hf_guided.files import check_replaceable, has_json, read_json, write_json
 from hf_guided.generation.grids import labelled_grid, save_png
@@ -253,18 +254,18 @@ def describe(stages: dict[str, Any], images: tuple[LabelledImages, LabelledImage
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """The report on the screen."""
-    lines = [f"\n{'':30}{'accuracy':>10}{'FID':>9}{'precision':>11}{'recall':>8}{'copied':>8}   (by the judge)"]
+    shown = [metric for metric in METRICS.values() if any(f"{metric.name}/judge" in row for row in rows)]
+    lines = ["\n" + " " * 34 + "".join(f"  {metric.title}" for metric in shown)]
     for row in rows:
         name = row["samples"]
         if row["guidance_scale"] is not None:
             name = f"scale {row['guidance_scale']:g}, UNet {'told' if row['condition_unet'] else 'not told'} the class"
-        accuracy, fid, precision, recall = (row[f"{metric}/judge"] for metric in COLUMNS)
-        copied = f"{row['copied_share/judge']:.3f}" if "copied_share/judge" in row else ""
-        lines.append(f"{name:34}{accuracy:6.3f}{fid:9.3g}{precision:11.3f}{recall:8.3f}{copied:>8}")
+        line = f"{name:34}"
+        for metric in shown:
+            value = row.get(f"{metric.name}/judge")
+            line += f"{'' if value is None else metric.format(value):>{len(metric.title) + 2}}"
+        lines.append(line)
     logger.info("\n".join(lines))
-
-
-COLUMNS = ("accuracy", "fid", "precision", "recall")
 
 
 if __name__ == "__main__":

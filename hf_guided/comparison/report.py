@@ -5,13 +5,14 @@ import html
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
 from ..evaluation.memorisation import COPY_QUANTILE
+from ..evaluation.metrics.table import METRICS, Metric
 from ..files import replacing, write_json
 from .plots import families_of, save_curves, save_grids, values_of
 
@@ -30,54 +31,34 @@ def _count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _share(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _bits(value: float) -> str:
-    return f"{value:.2f}"
-
-
 def _memory(value: float) -> str:
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
-class _Column(NamedTuple):
-    key: str
-    title: str
-    style: Callable[[float], str]
-    higher_is_better: bool = False
-
-
-_FID = _Column("fid", "FID", _significant)
-_PRECISION = _Column("precision", "precision", _share, True)
-_RECALL = _Column("recall", "recall", _share, True)
-_ACCURACY = _Column("accuracy", "accuracy", _share, True)
-_COPIED = _Column("copied_share", "copied", _percent)
-_BITS = _Column("bits_per_dim", "bits/dim", _bits)
-_SPREAD = _Column("spread", "spread", _significant)
-_SECONDS = _Column("seconds_per_image", "s/image", _significant)
-_COLUMNS = (
-    _FID,
-    _Column("kid", "KID", _significant),
-    _PRECISION,
-    _RECALL,
-    _Column("density", "density", _share, True),
-    _Column("coverage", "coverage", _share, True),
-    _Column("inception_score", "Inception Score", _significant, True),
-    _ACCURACY,
-    _COPIED,
-    _BITS,
+_FID, _PRECISION, _RECALL, _ACCURACY, _COPIED, _BITS = (
+    METRICS[name] for name in ("fid", "precision", "recall", "accuracy", "copied_share", "bits_per_dim")
+)
+_SPREAD = Metric("spread", "spread", _significant)
+_SECONDS = Metric("seconds_per_image", "s/image", _significant)
+_COSTS = (
     _SPREAD,
     _SECONDS,
-    _Column("parameters", "parameters", _count),
-    _Column("memory_bytes", "memory", _memory),
-    _Column("steps", "steps", _count),
+    Metric("parameters", "parameters", _count),
+    Metric("memory_bytes", "memory", _memory),
+    Metric("steps", "steps", _count),
 )
+
+
+def _columns(comparison: Mapping[str, Any]) -> list[Metric]:
+    """What the table shows: every metric that was measured of somebody, then what each family costs."""
+    families = families_of(comparison).values()
+    real = {} if comparison["real"] is None else comparison["real"]["metrics"]
+    measured = [
+        metric
+        for name, metric in METRICS.items()
+        if metric is _BITS or name in real or any(values_of(runs, name) for runs in families)
+    ]
+    return [*measured, *_COSTS]
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
@@ -153,19 +134,20 @@ def write_comparison(
 
 def _table(comparison: Mapping[str, Any]) -> list[list[str]]:
     """The header and the rows, as plain text."""
-    rows = [["", *(column.title for column in _COLUMNS)]]
+    columns = _columns(comparison)
+    rows = [["", *(column.title for column in columns)]]
     if comparison["real"] is not None:
-        cells = (_cell([comparison["real"]["metrics"].get(column.key)], column) for column in _COLUMNS)
+        cells = (_cell([comparison["real"]["metrics"].get(column.name)], column) for column in columns)
         rows.append(["held-out images", *cells])
     for runs in families_of(comparison).values():
-        rows.append([_title(runs), *(_family_cell(runs, column) for column in _COLUMNS)])
+        rows.append([_title(runs), *(_family_cell(runs, column) for column in columns)])
     return rows
 
 
-def _family_cell(runs: Sequence[Mapping[str, Any]], column: _Column) -> str:
+def _family_cell(runs: Sequence[Mapping[str, Any]], column: Metric) -> str:
     if column is _SPREAD:
         return _cell([_spread(runs)], column)
-    values = values_of(runs, column.key)
+    values = values_of(runs, column.name)
     if column is _BITS:
         if not values:
             return _NO_BITS
@@ -173,13 +155,13 @@ def _family_cell(runs: Sequence[Mapping[str, Any]], column: _Column) -> str:
     return _cell(values.values(), column)
 
 
-def _cell(values: Iterable[float | None], column: _Column) -> str:
+def _cell(values: Iterable[float | None], column: Metric) -> str:
     """The mean, in brackets the lowest and the highest where they differ in the digits shown."""
     known = [value for value in values if value is not None]
     if not known:
         return _NOT_MEASURED
-    low, high = column.style(min(known)), column.style(max(known))
-    mean = column.style(_mean(known))
+    low, high = column.format(min(known)), column.format(max(known))
+    mean = column.format(_mean(known))
     return mean if low == high else f"{mean} ({low}–{high})"
 
 
@@ -197,12 +179,12 @@ def _footnotes(comparison: Mapping[str, Any]) -> list[str]:
         notes.append(
             "KID below 0: it is unbiased for samples whose classes chance draws; of as many of each class it is lower."
         )
-    if any(values_of(runs, _COPIED.key) for runs in families.values()):
+    if any(values_of(runs, _COPIED.name) for runs in families.values()):
         notes.append(
             f"copied: the share of samples nearer to a training image than all but {_COPY_LIMIT} of held-out images "
             "are."
         )
-    if any(values_of(runs, _BITS.key) and _is_bound(runs) for runs in families.values()):
+    if any(values_of(runs, _BITS.name) and _is_bound(runs) for runs in families.values()):
         notes.append("bits/dim with ≤: an upper bound, the true value may be lower.")
     for runs in families.values():
         why = _why_no_bits(runs)
@@ -233,9 +215,9 @@ def _verdict(better: Mapping[int, float], worse: Mapping[int, float], higher_is_
     return "overlap"
 
 
-def _ranked(families: Mapping[str, Sequence[Mapping[str, Any]]], column: _Column) -> list[tuple[str, dict[int, float]]]:
+def _ranked(families: Mapping[str, Sequence[Mapping[str, Any]]], column: Metric) -> list[tuple[str, dict[int, float]]]:
     """Title and values of each family that has some, the best mean first."""
-    known = [(_title(runs), values_of(runs, column.key)) for runs in families.values()]
+    known = [(_title(runs), values_of(runs, column.name)) for runs in families.values()]
     known = [(title, values) for title, values in known if values]
     return sorted(known, key=lambda item: _mean(item[1].values()), reverse=column.higher_is_better)
 
@@ -260,7 +242,7 @@ def _ahead(best: Mapping[int, float], others: Sequence[tuple[str, Mapping[int, f
     return "; ".join(clauses)
 
 
-def _best(families: Mapping[str, Sequence[Mapping[str, Any]]], column: _Column) -> str | None:
+def _best(families: Mapping[str, Sequence[Mapping[str, Any]]], column: Metric) -> str | None:
     ranked = _ranked(families, column)
     if len(ranked) < 2:
         return None
@@ -273,12 +255,12 @@ def _duel(runs: Sequence[Mapping[str, Any]], gan: Sequence[Mapping[str, Any]]) -
     """Does a family beat the GAN?"""
     answers = []
     for column in (_FID, _PRECISION, _RECALL):
-        own, rival = values_of(runs, column.key), values_of(gan, column.key)
+        own, rival = values_of(runs, column.name), values_of(gan, column.name)
         if not own or not rival:
             continue
         means = _mean(own.values()), _mean(rival.values())
         wins = means[0] > means[1] if column.higher_is_better else means[0] < means[1]
-        numbers = f"({column.style(means[0])} against {column.style(means[1])})"
+        numbers = f"({column.format(means[0])} against {column.format(means[1])})"
         leader = _title(runs) if wins else _title(gan)
         verdict = _verdict(*((own, rival) if wins else (rival, own)), column.higher_is_better)
         answer = {
@@ -295,7 +277,7 @@ def _effect_of_guidance(plain: Sequence[Mapping[str, Any]], guided: Sequence[Map
     """Compares runs of the same seed; where both were trained, guided diffusion has a UNet of its own."""
     effects, directions = [], {}
     for column in (_PRECISION, _RECALL, _FID, _ACCURACY):
-        before, after = values_of(plain, column.key), values_of(guided, column.key)
+        before, after = values_of(plain, column.name), values_of(guided, column.name)
         seeds = sorted(before.keys() & after.keys())
         if not seeds:
             continue
@@ -310,7 +292,7 @@ def _effect_of_guidance(plain: Sequence[Mapping[str, Any]], guided: Sequence[Map
         else:
             change = "stays the same with every seed"
         directions[column] = change
-        means = (column.style(_mean(values[seed] for seed in seeds)) for values in (before, after))
+        means = (column.format(_mean(values[seed] for seed in seeds)) for values in (before, after))
         effects.append(f"{column.title} {change} ({' to '.join(means)})")
     if not effects:
         return None
@@ -326,7 +308,7 @@ def _best_bits(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | Non
     if len(ranked) < 2:
         return None
     (title, values), *others = ranked
-    bounds = [_title(runs) for runs in families.values() if values_of(runs, _BITS.key) and _is_bound(runs)]
+    bounds = [_title(runs) for runs in families.values() if values_of(runs, _BITS.name) and _is_bound(runs)]
     kind = "at most " if title in bounds else ""
     sentence = f"Lowest bits/dim: {title}, {kind}{_cell(values.values(), _BITS)}, {_ahead(values, others, False)}."
     bounded_others = [other for other, _ in others if other in bounds]
@@ -366,7 +348,7 @@ def _fastest(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
 
 
 def _copies(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
-    shares = {_title(runs): values_of(runs, _COPIED.key) for runs in families.values()}
+    shares = {_title(runs): values_of(runs, _COPIED.name) for runs in families.values()}
     known = {title: values for title, values in shares.items() if values}
     if not known:
         return None
@@ -506,7 +488,7 @@ def _mean(values: Iterable[float]) -> float:
 
 def _spread(runs: Sequence[Mapping[str, Any]]) -> float | None:
     """How much the seeds differ: the highest FID over the lowest, or `None` where there are not two to divide."""
-    fids = values_of(runs, _FID.key).values()
+    fids = values_of(runs, _FID.name).values()
     return max(fids) / min(fids) if len(fids) > 1 and min(fids) > 0 else None
 
 
@@ -516,7 +498,7 @@ def _is_bound(runs: Sequence[Mapping[str, Any]]) -> bool:
 
 def _why_no_bits(runs: Sequence[Mapping[str, Any]]) -> str | None:
     """Why a family has no likelihood, or `None` if it has one or nothing is said."""
-    if values_of(runs, _BITS.key):
+    if values_of(runs, _BITS.name):
         return None
     return next((run["no_bits"].rstrip(".") for run in runs if run.get("no_bits")), None)
 

@@ -11,11 +11,10 @@ from .features.extractors import FeatureExtractor, weights_digest
 from .features.feature_sets import FeatureSet, collect_features
 from .features.image_sets import ArrayImages, ImageSet, LoadedImages
 from .memorisation import Memorisation, memorisation
-from .metrics.distances import frechet_distance, frechet_interval, kernel_distance
-from .metrics.manifolds import manifold_metrics
+from .metrics.distances import frechet_interval
+from .metrics.table import DENSITY_K, METRICS, Compared, K
 
 PUBLISHED_NUM_IMAGES = 50_000  # that published FIDs are computed from
-K, DENSITY_K = 3, 5  # neighbours, as published, of precision and recall and of density and coverage
 FEWEST_IMAGES = max(K, DENSITY_K) + 1
 
 
@@ -36,26 +35,19 @@ def measure(
             and recall, see [`precision_recall`].
 
     Returns:
-        `dict[str, float]`: `accuracy`, `fid`, `sfid`, `inception_score`, `kid`, `precision`, `recall`, `density`,
-        `coverage`, as far as they can be had, each followed by `/` and the extractor's name: `"fid/inception"`.
+        `dict[str, float]`: Those of [`METRICS`] for which all that they need is there, each name followed by `/` and
+        the extractor's: `"fid/inception"`.
 
     Raises:
         `ValueError`: If the two are of different extractors.
     """
     check_features(reference, generated.extractor, generated.fingerprint)
-    metrics: dict[str, float] = {}
-    if labels is not None and generated.predictions is not None:
-        metrics["accuracy"] = float((generated.predictions == labels).mean())
-    metrics["fid"] = frechet_distance(generated.statistics, reference.statistics)
-    if generated.spatial_statistics is not None and reference.spatial_statistics is not None:
-        metrics["sfid"] = frechet_distance(generated.spatial_statistics, reference.spatial_statistics)
-    if generated.score is not None:
-        metrics["inception_score"] = generated.score.score
-    if generated.kept is not None and reference.kept is not None:
-        metrics["kid"] = kernel_distance(generated.kept, reference.kept)
-        manifolds = manifold_metrics(generated.kept, reference.kept, K, DENSITY_K, distance_dtype)
-        metrics |= manifolds._asdict()
-    return {f"{name}/{generated.extractor}": value for name, value in metrics.items()}
+    compared = Compared(generated, reference, labels, distance_dtype)
+    return {
+        f"{metric.name}/{generated.extractor}": metric.compute(compared)
+        for metric in METRICS.values()
+        if metric.compute is not None and metric.applies_to(compared)
+    }
 
 
 @dataclass
@@ -95,12 +87,14 @@ class Evaluation:
         lines.append(f"{'features':16}" + "".join(f"{extractor:>{width}}" for extractor in extractors))
         for name in names:
             values = (self.metrics.get(f"{name}/{extractor}") for extractor in extractors)
-            cells = ("" if value is None else f"{value:.4g}" for value in values)
-            lines.append(f"{TITLES.get(name, name):16}" + "".join(f"{cell:>{width}}" for cell in cells))
+            cells = ("" if value is None else METRICS[name].format(value) for value in values)
+            lines.append(f"{METRICS[name].title:16}" + "".join(f"{cell:>{width}}" for cell in cells))
         lines.append("")
         for name, (low, high) in self.intervals.items():
             metric, _, extractor = name.partition("/")
-            lines.append(f"{TITLES[metric]} in {extractor} features: {low:.4g} to {high:.4g} with 95 % confidence.")
+            lines.append(
+                f"{METRICS[metric].title} in {extractor} features: {low:.4g} to {high:.4g} with 95 % confidence."
+            )
         for extractor, accuracies in self.class_accuracy.items():
             worst = sorted(accuracies.items(), key=lambda item: item[1])[:5]
             listed = ", ".join(f"{name} {accuracy:.2f}" for name, accuracy in worst)
@@ -108,19 +102,6 @@ class Evaluation:
         lines += [found.finding for found in self.memorisation.values()]
         lines += [f"Note: {note}" for note in self.notes]
         return "\n".join(lines).rstrip()
-
-
-TITLES = {
-    "accuracy": "Accuracy",
-    "fid": "FID",
-    "sfid": "sFID",
-    "inception_score": "Inception Score",
-    "kid": "KID",
-    "precision": "Precision",
-    "recall": "Recall",
-    "density": "Density",
-    "coverage": "Coverage",
-}
 
 
 def evaluate(

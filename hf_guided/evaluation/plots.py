@@ -11,6 +11,7 @@ from ..files import replacing
 from ..generation.grids import INK, PAPER, shortened
 from ..generation.samples import RECORD_KEY
 from .classifier_inspection import ClassifierInspection
+from .metrics.table import METRICS
 
 _MAX_CONFUSION_CLASSES = 20  # that a matrix can show
 
@@ -42,7 +43,7 @@ def trade_off_curve(rows: Sequence[Mapping[str, Any]], features: str, path: str 
                     marker=marker,
                     color=color,
                     markerfacecolor=fill or color,
-                    label=f"{'FID' if metric == 'fid' else metric}, {suffix}",
+                    label=f"{METRICS[metric].title}, {suffix}",
                 )
 
     scales = sorted({row["guidance_scale"] for row in rows})
@@ -123,7 +124,7 @@ def sweep_curve(
         suffix = "" if count is None else f", {count} steps"
         for axes, metric, color in panels:
             means, lows, highs = zip(*spread(count, metric), strict=True)
-            label = f"{'FID' if metric == 'fid' else metric}{suffix}"
+            label = f"{METRICS[metric].title}{suffix}"
             axes.plot(scales, means, line, marker="o", markersize=4, color=color, label=label)
             axes.fill_between(scales, lows, highs, color=color, alpha=0.12, linewidth=0)
         precision, recall = ([mean for mean, _, _ in spread(count, metric)] for metric in ("precision", "recall"))

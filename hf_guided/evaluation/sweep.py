@@ -17,6 +17,7 @@ from .evaluate import measure
 from .features.extractors import FeatureExtractor
 from .features.feature_sets import FeatureSet, collect_features
 from .features.image_sets import SampledImages
+from .metrics.table import METRICS
 
 Row = dict[str, Any]
 SETTING = ("num_inference_steps", "guidance_scale", "seed")  # what tells a row from another
@@ -131,7 +132,7 @@ def choose_scale(rows: Sequence[Row], metric: str) -> tuple[Row, str]:
 
     name, _, features = metric.partition("/")
     reason = (
-        f"{told(chosen).capitalize()}: {name.upper()} in {features} features {values[chosen].mean():.3g} "
+        f"{told(chosen).capitalize()}: {METRICS[name].title} in {features} features {values[chosen].mean():.3g} "
         f"({values[chosen].min():.3g} to {values[chosen].max():.3g} over {len(seeds)} seeds)"
     )
     if chosen != best:

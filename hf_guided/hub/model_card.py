@@ -10,11 +10,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..credentials import without_credentials
+from ..evaluation.metrics.table import METRICS
 from ..files import replacing
 from .card_edits import CODE, merge, sign
 from .markdown import code_span, escape, single_line
 
-_HEADINGS = {"condition_unet": "UNet told the class", "fid": "FID", "sfid": "sFID", "kid": "KID"}
+_HEADINGS = {"condition_unet": "class-conditional UNet"}
 
 _CARD = """\
 ---
@@ -210,15 +211,8 @@ def write_model_card(
         headings = [_heading(column) for column in columns]
         table = _table(headings, [[_public(row.get(column)) for column in columns] for row in results])
         notes = "In brackets are the features that a number was computed in; it compares only with others in the same."
-        if any(column.startswith("accuracy/") for column in columns):
-            notes += (
-                "\nAccuracy is the share of samples in which an independent classifier, not the one that guides, "
-                "sees the class that was asked for."
-            )
-        if any(column.startswith("copied_share/") for column in columns):
-            notes += (
-                "\nCopied share is that of samples nearer to a training image than all but 1 % of held-out images are."
-            )
+        shown = {column.partition("/")[0] for column in columns}
+        notes = "\n".join([notes, *(metric.note for name, metric in METRICS.items() if name in shown and metric.note)])
         card += _RESULTS.format(table=table, notes=notes)
     if inspection is not None:
         rows = inspection["rows"]
@@ -368,8 +362,8 @@ def _usage(model_class: str, source: str, class_names: Sequence[str], dtype: str
 
 def _heading(column: str) -> str:
     name, _, features = _public(column).partition("/")
-    words = name.replace("_", " ")
-    return _HEADINGS.get(name, words[:1].upper() + words[1:]) + (f" ({features})" if features else "")
+    words = METRICS[name].title if name in METRICS else _HEADINGS.get(name, name.replace("_", " "))
+    return (words if words[1:2].isupper() else words[:1].upper() + words[1:]) + (f" ({features})" if features else "")
 
 
 def _class_list(class_names: Sequence[str]) -> str:

@@ -57,8 +57,8 @@ def test_metadata_is_read_back(tmp_path):
     assert data.model_name == "Digits | guided"
     values = {result.metric_name: result.metric_value for result in data.eval_results}
     assert len(values) == 7  # each row's numbers under a name of their own; None is left out
-    assert values["FID (inception), Guidance scale: 0, UNet told the class: no"] == 28.123456
-    assert values["Accuracy (judge), Guidance scale: 3, UNet told the class: yes"] == 0.95
+    assert values["FID (inception), Guidance scale: 0, Class-conditional UNet: no"] == 28.123456
+    assert values["Accuracy (judge), Guidance scale: 3, Class-conditional UNet: yes"] == 0.95
     assert {result.dataset_type for result in data.eval_results} == {"ada/digits"}
 
 
@@ -85,7 +85,7 @@ def test_text_shows_what_it_was_given(tmp_path):
         "| Wall time | 61234 |",
         "| Versions | torch 2.13.0, diffusers 0.42.0 |",
         "| Options | a\\|b |",
-        "| Guidance scale | UNet told the class | Accuracy (judge) | FID (inception) "
+        "| Guidance scale | Class-conditional UNet | Accuracy (judge) | FID (inception) "
         "| Precision (judge) | Recall (judge) |",
         "| 0 | no | 0.1 | 28.12 | 0.5 | 0.9 |",
         "| 3 | yes | 0.95 | 6.2 | 0.87 | - |",
