@@ -27,9 +27,16 @@ from ..models.classifier_adm import ADMForImageClassification  # noqa: F401
 # The classes that a saved pipeline may name register themselves with diffusers when they are imported.
 from ..models.images import to_channels, to_pixel_values, upright
 from ..models.unet_adm import ADMUNet2DModel  # noqa: F401
-from ..schedulers.predictions import SPACINGS, alpha_bar_at, check_solver, correct_prediction, warn_of_overshoot
+from ..schedulers.predictions import (
+    SPACINGS,
+    alpha_bar_at,
+    check_solver,
+    check_solver_timesteps,
+    correct_prediction,
+    warn_of_overshoot,
+)
 from ..schedulers.repaint import RePaint, jump_positions
-from ..schedulers.schedules import space_timesteps, whole_number, whole_numbers
+from ..schedulers.schedules import check_timesteps, space_timesteps, whole_number
 from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler  # noqa: F401
 from .class_conditional import ClassConditionalPipeline, Labels, check_latents
 
@@ -601,13 +608,18 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         if defaulted:
             names = ("num_inference_steps", "respacing", "timesteps")
             given = {name: value for name in names if (value := self.default(name, None)) is not None}
+        total = self.scheduler.config.num_train_timesteps
         if "num_inference_steps" in given:
-            given["num_inference_steps"] = whole_number("num_inference_steps", given["num_inference_steps"])
+            steps = given["num_inference_steps"] = whole_number("num_inference_steps", given["num_inference_steps"])
+            if not 1 <= steps <= total:
+                raise ValueError(
+                    f"num_inference_steps={steps} does not lie between 1 and {total}, the number of timesteps."
+                )
         if "timesteps" in given:
-            given["timesteps"] = whole_numbers("timesteps", given["timesteps"])
+            given["timesteps"] = check_timesteps(given["timesteps"], total)
         if not self.has_adm_scheduler:
             if "respacing" in given:
-                kept = space_timesteps(self.scheduler.config.num_train_timesteps, given.pop("respacing"))
+                kept = space_timesteps(total, given.pop("respacing"))
                 given["timesteps"] = kept[::-1]
             accepted = inspect.signature(self.scheduler.set_timesteps).parameters
             spaced = any(self.scheduler.config.get(f"use_{how}", False) for how in SPACINGS)
@@ -618,10 +630,20 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                         f"of respacing or timesteps."
                     )
                 given = {"num_inference_steps": len(given["timesteps"])}
-            given = given or {"num_inference_steps": 50}
+            given = given or {"num_inference_steps": min(50, total)}
         elif not given and self.scheduler.config.solver_order == 2:
             given = {"num_inference_steps": min(FEW_STEPS, len(self.scheduler) - 1)}
-        self.scheduler.set_timesteps(**given, device=self._execution_device)
+        try:
+            self.scheduler.set_timesteps(**given, device=self._execution_device)
+        except ValueError as error:
+            if self.has_adm_scheduler:
+                raise
+            ((name, value),) = given.items()
+            raise ValueError(
+                f"{type(self.scheduler).__name__} cannot take {name}={value}; give another number of steps ({error})"
+            ) from error
+        if not self.has_adm_scheduler:
+            check_solver_timesteps(self.scheduler, given.get("num_inference_steps") or len(given["timesteps"]))
         if hasattr(self.scheduler, "set_begin_index"):  # or it would look timesteps up, some of which may be the same
             self.scheduler.set_begin_index(0)
         warn_of_overshoot(self.scheduler)
