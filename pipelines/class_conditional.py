@@ -14,6 +14,7 @@ from ..guidance.base import broken_images
 from ..labels import id_of_name, resolve_labels
 from ..loading import SavedConfigMixin, check_loaded, naming_damage
 from ..schedulers.schedules import whole_number
+from ..settings import check_names
 
 Labels = int | str | Sequence[int | str] | np.ndarray | torch.Tensor
 
@@ -50,6 +51,16 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         for name, component in components.items():
             check_loaded(name, component)
         super().register_modules(**components)
+
+    def register_names(self, id2label: Any) -> None:
+        """Keeps the class names in the config.
+
+        Raises:
+            `ValueError`: If they are not a mapping from the ids of the model's classes to texts.
+        """
+        if id2label is not None:
+            check_names(id2label, self.main_config.get("num_class_embeds"))
+        self.register_to_config(id2label=id2label)
 
     @property
     def main_config(self) -> Any:

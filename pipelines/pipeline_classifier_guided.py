@@ -3,7 +3,8 @@
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ from ..schedulers.predictions import (
     warn_of_overshoot,
 )
 from ..schedulers.repaint import RePaint, jump_positions
-from ..schedulers.schedules import check_timesteps, space_timesteps, whole_number
+from ..schedulers.schedules import check_timesteps, respacing_counts, space_timesteps, whole_number
 from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler  # noqa: F401
 from .class_conditional import ClassConditionalPipeline, Labels, check_latents
 
@@ -112,7 +113,9 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             clip_model=clip_model,
             clip_processor=clip_processor,
         )
-        self.register_to_config(id2label=id2label)
+        self.register_names(id2label)
+        if not isinstance(sampling_defaults, Mapping | None):
+            raise ValueError(f"sampling_defaults={sampling_defaults!r} is no mapping from names to values.")
         self.set_sampling_defaults(**(sampling_defaults or {}))
 
     @property
@@ -166,6 +169,20 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         if unknown:
             raise ValueError(f"sampling_defaults know no {', '.join(sorted(unknown))}.")
         check_one_guidance(defaults.get("guidance"), defaults.get("guidance_scale"))
+        asked = {name: defaults.get(name) for name in ("num_inference_steps", "respacing", "timesteps")}
+        given = [name for name, value in asked.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"sampling_defaults hold {' and '.join(given)}; give only one of them.")
+        if asked["num_inference_steps"] is not None and whole_number("num_inference_steps", asked[given[0]]) < 1:
+            raise ValueError(f"sampling_defaults hold num_inference_steps={asked[given[0]]}; give 1 or more.")
+        if asked["respacing"] is not None:
+            respacing_counts(asked["respacing"])
+        if asked["timesteps"] is not None:
+            check_timesteps(asked["timesteps"], sys.maxsize)  # the schedule may still be exchanged
+        if defaults.get("guidance_scale") is not None:
+            ClassifierGuidance(defaults["guidance_scale"])
+        if defaults.get("eta") is not None:
+            check_eta(defaults["eta"])
         if (kinds := defaults.get("guidance")) is not None:
             kinds = kinds if isinstance(kinds, list | tuple) else [kinds]
             kinds = [kind if isinstance(kind, Guidance) else guidance_from_dict(kind) for kind in kinds]
@@ -555,6 +572,8 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
     def resolve_eta(self, eta: float | None) -> float:
         """DDIM's share of noise: as given, or the saved default where the scheduler takes one."""
         takes_eta = "eta" in inspect.signature(self.scheduler.step).parameters
+        if eta is not None:
+            check_eta(eta)
         if eta and not takes_eta:
             raise ValueError(f"{type(self.scheduler).__name__} takes no eta; leave it out, or take a DDIM.")
         saved = self.default("eta", 0.0) if takes_eta else 0.0
@@ -669,6 +688,12 @@ def check_one_guidance(guidance: Any, guidance_scale: float | None) -> None:
     """Refuses two ways to say one thing, in a call or among its defaults."""
     if guidance is not None and guidance_scale is not None:
         raise ValueError("Give guidance_scale or guidance, not both: the former is short for ClassifierGuidance.")
+
+
+def check_eta(eta: Any) -> None:
+    """Refuses what is no share of noise."""
+    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta!r} is not allowed; it is DDIM's share of noise, a number from 0 to 1.")
 
 
 def match_batch(num_images_per_label: int, *parts: torch.Tensor | None) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ class GANPipeline(ClassConditionalPipeline):
     def __init__(self, generator: ModelMixin, id2label: dict | None = None):
         super().__init__()
         self.register_modules(generator=generator)
-        self.register_to_config(id2label=id2label)
+        self.register_names(id2label)
 
     @torch.no_grad()
     def __call__(
