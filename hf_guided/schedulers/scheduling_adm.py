@@ -287,6 +287,12 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         super().register_to_config(**settings)
         self._internal_dict = FrozenDict(sorted(self._internal_dict.items()))
 
+    def to_json_string(self) -> str:
+        """The config as it is saved, to which diffusers adds its version."""
+        text = super().to_json_string()
+        self.register_to_config()
+        return text
+
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         complete = {name: value for name, value in config_dict.items() if name != "_use_default_values"}

@@ -157,11 +157,10 @@ BETAS = [0.01 + 0.001 * step for step in range(50)]
         {"solver_order": 2, "rescale_timesteps": True},
         *({"trained_betas": betas} for betas in (BETAS, tuple(BETAS), np.array(BETAS), torch.tensor(BETAS))),
     ],
-    ids=str,
 )
 def test_a_config_is_equal_after_saving_and_loading(settings, tmp_path):
     scheduler = ADMScheduler(**settings)
     loaded = reload(scheduler, tmp_path)
     assert loaded.config == scheduler.config
-    assert ADMScheduler.from_config(scheduler.config).config == scheduler.config
+    assert dict(ADMScheduler.from_config(scheduler.config).config) == dict(scheduler.config)
     assert torch.equal(loaded.betas, scheduler.betas)
