@@ -69,7 +69,7 @@ def check_settings(owner: type, values: Mapping[str, Any]) -> None:
     Raises:
         `ValueError`: For the first that is not allowed, naming it, the class, and what is allowed.
     """
-    parameters = inspect.signature(owner.__init__).parameters
+    parameters = inspect.signature(owner).parameters
     for name, value in values.items():
         if name not in RULES or not (name in parameters or hasattr(owner, name)):
             continue

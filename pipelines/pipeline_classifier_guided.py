@@ -39,7 +39,8 @@ from ..schedulers.predictions import (
 from ..schedulers.repaint import RePaint, jump_positions
 from ..schedulers.schedules import check_timesteps, respacing_counts, space_timesteps, whole_number
 from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler  # noqa: F401
-from .class_conditional import ClassConditionalPipeline, Labels, check_latents
+from ..settings import is_number
+from .class_conditional import ClassConditionalPipeline, Labels, check_latents, check_num_images
 
 Images = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image | np.ndarray | torch.Tensor]
 
@@ -371,6 +372,12 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> torch.Tensor:
         """The walk: (UNet -> guidance -> scheduler step) at each timestep visited."""
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(
+                f"callback_on_step_end={callback_on_step_end!r} is no function; leave it out, or give one."
+            )
+        if variance_noise is not None and not torch.is_tensor(variance_noise):
+            raise ValueError(f"variance_noise is a {type(variance_noise).__name__}; give a torch.Tensor.")
         if variance_noise is not None and variance_noise.shape != (len(visited), *latents.shape):
             raise ValueError(
                 f"variance_noise has shape {tuple(variance_noise.shape)}; {len(visited)} steps of this batch need "
@@ -474,7 +481,10 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 f"mask_image needs a scheduler that can jump back in its walk, ADMScheduler; "
                 f"{type(self.scheduler).__name__} cannot."
             )
-        mask = images_to_tensor(mask_image, 1).to(self._execution_device) > 0
+        try:
+            mask = images_to_tensor(mask_image, 1).to(self._execution_device) > 0
+        except ValueError as error:
+            raise ValueError(f"mask_image: {error}") from error
         if mask.shape[-2:] != original.shape[-2:]:
             raise ValueError(
                 f"The mask has {mask.shape[-2]}x{mask.shape[-1]} pixels and the image {height}x{width}; resize it."
@@ -487,8 +497,8 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         """The timesteps that are left of the walk at some strength, and the images noised to the first of them."""
         timesteps, order = self.scheduler.timesteps, self.scheduler.order
         steps = -(-len(timesteps) // order)
-        if not 0 < strength <= 1:
-            raise ValueError(f"strength={strength} is no share of the walk; it lies above 0 and up to 1.")
+        if not (is_number(strength) and 0 < strength <= 1):
+            raise ValueError(f"strength={strength!r} is not allowed; give a share of the steps, above 0 and up to 1.")
         if int(steps * strength) == 0:
             raise ValueError(f"strength={strength} leaves none of {steps} steps; take more of either.")
         if strength == 1:
@@ -590,6 +600,11 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         """Refuses, before the first step, what could only fail or mislead later."""
         config = self.unet.config
         self.check_output_type(output_type)
+        if not isinstance(callback_on_step_end_tensor_inputs, list | tuple):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs!r} is not a list of names, "
+                f"such as ['latents']."
+            )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -692,7 +707,7 @@ def check_one_guidance(guidance: Any, guidance_scale: float | None) -> None:
 
 def check_eta(eta: Any) -> None:
     """Refuses what is no share of noise."""
-    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
+    if not (is_number(eta) and 0 <= eta <= 1):
         raise ValueError(f"eta={eta!r} is not allowed; it is DDIM's share of noise, a number from 0 to 1.")
 
 
@@ -709,9 +724,7 @@ def match_batch(num_images_per_label: int, *parts: torch.Tensor | None) -> tuple
     Raises:
         `ValueError`: If their numbers do not fit.
     """
-    num_images_per_label = whole_number("num_images_per_label", num_images_per_label)
-    if num_images_per_label < 1:
-        raise ValueError(f"num_images_per_label={num_images_per_label} makes no images; give 1 or more.")
+    num_images_per_label = check_num_images(num_images_per_label)
     given = [part for part in parts if part is not None]
     count = max((len(part) for part in given), default=1)
     if any(len(part) not in (1, count) for part in given):

@@ -285,7 +285,7 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
     def register_to_config(self, **settings: Any) -> None:
         """Keeps settings in the config, in one order: diffusers' configs differ if their order does."""
         super().register_to_config(**settings)
-        self._internal_dict = FrozenDict(sorted(self._internal_dict.items()))
+        self._internal_dict = FrozenDict(sorted(self.config.items()))
 
     def to_json_string(self) -> str:
         """The config as it is saved, to which diffusers adds its version."""
