@@ -13,10 +13,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .settings import check_names
+
 _CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
 _MOST_NAMES = 5  # in one message
 # What loading raises for files that are not what they should be, besides sentences
-_DAMAGED = (SafetensorError, UnpicklingError, EOFError, LookupError, TypeError, AttributeError)
+_DAMAGED = (SafetensorError, UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -44,6 +46,8 @@ class SavedConfigMixin:
             folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
             if (folder / cls.config_name).is_file():
                 config = read_config(folder / cls.config_name)
+                if config.get("id2label") is not None:
+                    check_names(config["id2label"], None)
                 for name, entry in config.items():
                     if isinstance(entry, list):  # a component, by library and class
                         check_component(folder / name)

@@ -14,6 +14,7 @@ from ..guidance.base import broken_images
 from ..labels import id_of_name, resolve_labels
 from ..loading import SavedConfigMixin, check_loaded, naming_damage
 from ..schedulers.schedules import whole_number
+from ..settings import MOST, check_names, is_number
 
 Labels = int | str | Sequence[int | str] | np.ndarray | torch.Tensor
 
@@ -50,6 +51,16 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         for name, component in components.items():
             check_loaded(name, component)
         super().register_modules(**components)
+
+    def register_names(self, id2label: Any) -> None:
+        """Keeps the class names in the config.
+
+        Raises:
+            `ValueError`: If they are not a mapping from the ids of the model's classes to texts.
+        """
+        if id2label is not None:
+            check_names(id2label, self.main_config.get("num_class_embeds"))
+        self.register_to_config(id2label=id2label)
 
     @property
     def main_config(self) -> Any:
@@ -107,9 +118,7 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         labels = self.resolve_labels(class_labels)
         if labels is None:
             raise ValueError("This model must be told the class: give class_labels, ids or names.")
-        if whole_number("num_images_per_label", num_images_per_label) < 1:
-            raise ValueError(f"num_images_per_label={num_images_per_label} makes no images; give 1 or more.")
-        return labels.repeat_interleave(num_images_per_label)
+        return labels.repeat_interleave(check_num_images(num_images_per_label))
 
     def labels_of_images(self, class_labels: Labels, num_images: int) -> torch.Tensor:
         """The class id of each of some images: of as many labels, or of one for all."""
@@ -157,8 +166,10 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
 
     def resolve_temperature(self, temperature: float | None) -> float:
         """The standard deviation of the latents, 1 where none is given."""
-        if temperature is not None and temperature < 0:
-            raise ValueError(f"temperature={temperature} is negative; give 0, the most typical image, or more.")
+        if temperature is not None and not (is_number(temperature) and temperature >= 0):
+            raise ValueError(
+                f"temperature={temperature!r} is not allowed; give a finite number from 0, the most typical image, up."
+            )
         return 1.0 if temperature is None else temperature
 
     def check_finite(self, sample: torch.Tensor) -> None:
@@ -189,3 +200,15 @@ def check_latents(latents: Any) -> None:
     """Refuses latents that are given as something else than a tensor."""
     if latents is not None and not torch.is_tensor(latents):
         raise ValueError(f"latents is a {type(latents).__name__}; give a torch.Tensor, torch.from_numpy makes one.")
+    if latents is not None and not latents.is_floating_point():
+        raise ValueError(f"latents are of {latents.dtype}; give normal noise in a floating-point type.")
+
+
+def check_num_images(num_images_per_label: Any) -> int:
+    """How often each label is repeated; refuses what makes no images, or more than a batch can hold."""
+    number = whole_number("num_images_per_label", num_images_per_label)
+    if number < 1:
+        raise ValueError(f"num_images_per_label={number} makes no images; give 1 or more.")
+    if number > MOST:
+        raise ValueError(f"num_images_per_label={number} are too many for one batch; give {MOST} or fewer.")
+    return number

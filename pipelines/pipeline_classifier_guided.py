@@ -3,7 +3,8 @@
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,19 @@ from ..models.classifier_adm import ADMForImageClassification  # noqa: F401
 # The classes that a saved pipeline may name register themselves with diffusers when they are imported.
 from ..models.images import to_channels, to_pixel_values, upright
 from ..models.unet_adm import ADMUNet2DModel  # noqa: F401
-from ..schedulers.diffusers_compat import SPACINGS, alpha_bar_at, check_solver, correct_prediction, warn_of_overshoot
+from ..schedulers.diffusers_compat import (
+    SPACINGS,
+    alpha_bar_at,
+    check_solver,
+    check_solver_timesteps,
+    correct_prediction,
+    warn_of_overshoot,
+)
 from ..schedulers.repaint import RePaint, jump_positions
-from ..schedulers.schedules import space_timesteps, whole_number, whole_numbers
+from ..schedulers.schedules import check_timesteps, respacing_counts, space_timesteps, whole_number
 from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler  # noqa: F401
-from .class_conditional import ClassConditionalPipeline, Labels, check_latents
+from ..settings import is_number
+from .class_conditional import ClassConditionalPipeline, Labels, check_latents, check_num_images
 
 Images = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image | np.ndarray | torch.Tensor]
 
@@ -105,7 +114,9 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             clip_model=clip_model,
             clip_processor=clip_processor,
         )
-        self.register_to_config(id2label=id2label)
+        self.register_names(id2label)
+        if not isinstance(sampling_defaults, Mapping | None):
+            raise ValueError(f"sampling_defaults={sampling_defaults!r} is no mapping from names to values.")
         self.set_sampling_defaults(**(sampling_defaults or {}))
 
     @property
@@ -159,6 +170,20 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         if unknown:
             raise ValueError(f"sampling_defaults know no {', '.join(sorted(unknown))}.")
         check_one_guidance(defaults.get("guidance"), defaults.get("guidance_scale"))
+        asked = {name: defaults.get(name) for name in ("num_inference_steps", "respacing", "timesteps")}
+        given = [name for name, value in asked.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"sampling_defaults hold {' and '.join(given)}; give only one of them.")
+        if asked["num_inference_steps"] is not None and whole_number("num_inference_steps", asked[given[0]]) < 1:
+            raise ValueError(f"sampling_defaults hold num_inference_steps={asked[given[0]]}; give 1 or more.")
+        if asked["respacing"] is not None:
+            respacing_counts(asked["respacing"])
+        if asked["timesteps"] is not None:
+            check_timesteps(asked["timesteps"], sys.maxsize)  # the schedule may still be exchanged
+        if defaults.get("guidance_scale") is not None:
+            ClassifierGuidance(defaults["guidance_scale"])
+        if defaults.get("eta") is not None:
+            check_eta(defaults["eta"])
         if (kinds := defaults.get("guidance")) is not None:
             kinds = kinds if isinstance(kinds, list | tuple) else [kinds]
             kinds = [kind if isinstance(kind, Guidance) else guidance_from_dict(kind) for kind in kinds]
@@ -347,6 +372,12 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> torch.Tensor:
         """The walk: (UNet -> guidance -> scheduler step) at each timestep visited."""
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(
+                f"callback_on_step_end={callback_on_step_end!r} is no function; leave it out, or give one."
+            )
+        if variance_noise is not None and not torch.is_tensor(variance_noise):
+            raise ValueError(f"variance_noise is a {type(variance_noise).__name__}; give a torch.Tensor.")
         if variance_noise is not None and variance_noise.shape != (len(visited), *latents.shape):
             raise ValueError(
                 f"variance_noise has shape {tuple(variance_noise.shape)}; {len(visited)} steps of this batch need "
@@ -450,7 +481,10 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 f"mask_image needs a scheduler that can jump back in its walk, ADMScheduler; "
                 f"{type(self.scheduler).__name__} cannot."
             )
-        mask = images_to_tensor(mask_image, 1).to(self._execution_device) > 0
+        try:
+            mask = images_to_tensor(mask_image, 1).to(self._execution_device) > 0
+        except ValueError as error:
+            raise ValueError(f"mask_image: {error}") from error
         if mask.shape[-2:] != original.shape[-2:]:
             raise ValueError(
                 f"The mask has {mask.shape[-2]}x{mask.shape[-1]} pixels and the image {height}x{width}; resize it."
@@ -463,8 +497,8 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         """The timesteps that are left of the walk at some strength, and the images noised to the first of them."""
         timesteps, order = self.scheduler.timesteps, self.scheduler.order
         steps = -(-len(timesteps) // order)
-        if not 0 < strength <= 1:
-            raise ValueError(f"strength={strength} is no share of the walk; it lies above 0 and up to 1.")
+        if not (is_number(strength) and 0 < strength <= 1):
+            raise ValueError(f"strength={strength!r} is not allowed; give a share of the steps, above 0 and up to 1.")
         if int(steps * strength) == 0:
             raise ValueError(f"strength={strength} leaves none of {steps} steps; take more of either.")
         if strength == 1:
@@ -548,6 +582,8 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
     def resolve_eta(self, eta: float | None) -> float:
         """DDIM's share of noise: as given, or the saved default where the scheduler takes one."""
         takes_eta = "eta" in inspect.signature(self.scheduler.step).parameters
+        if eta is not None:
+            check_eta(eta)
         if eta and not takes_eta:
             raise ValueError(f"{type(self.scheduler).__name__} takes no eta; leave it out, or take a DDIM.")
         saved = self.default("eta", 0.0) if takes_eta else 0.0
@@ -564,6 +600,11 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         """Refuses, before the first step, what could only fail or mislead later."""
         config = self.unet.config
         self.check_output_type(output_type)
+        if not isinstance(callback_on_step_end_tensor_inputs, list | tuple):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs!r} is not a list of names, "
+                f"such as ['latents']."
+            )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -601,13 +642,18 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         if defaulted:
             names = ("num_inference_steps", "respacing", "timesteps")
             given = {name: value for name in names if (value := self.default(name, None)) is not None}
+        total = self.scheduler.config.num_train_timesteps
         if "num_inference_steps" in given:
-            given["num_inference_steps"] = whole_number("num_inference_steps", given["num_inference_steps"])
+            steps = given["num_inference_steps"] = whole_number("num_inference_steps", given["num_inference_steps"])
+            if not 1 <= steps <= total:
+                raise ValueError(
+                    f"num_inference_steps={steps} does not lie between 1 and {total}, the number of timesteps."
+                )
         if "timesteps" in given:
-            given["timesteps"] = whole_numbers("timesteps", given["timesteps"])
+            given["timesteps"] = check_timesteps(given["timesteps"], total)
         if not self.has_adm_scheduler:
             if "respacing" in given:
-                kept = space_timesteps(self.scheduler.config.num_train_timesteps, given.pop("respacing"))
+                kept = space_timesteps(total, given.pop("respacing"))
                 given["timesteps"] = kept[::-1]
             accepted = inspect.signature(self.scheduler.set_timesteps).parameters
             spaced = any(self.scheduler.config.get(f"use_{how}", False) for how in SPACINGS)
@@ -618,10 +664,20 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                         f"of respacing or timesteps."
                     )
                 given = {"num_inference_steps": len(given["timesteps"])}
-            given = given or {"num_inference_steps": 50}
+            given = given or {"num_inference_steps": min(50, total)}
         elif not given and self.scheduler.config.solver_order == 2:
             given = {"num_inference_steps": min(FEW_STEPS, len(self.scheduler) - 1)}
-        self.scheduler.set_timesteps(**given, device=self._execution_device)
+        try:
+            self.scheduler.set_timesteps(**given, device=self._execution_device)
+        except ValueError as error:
+            if self.has_adm_scheduler:
+                raise
+            ((name, value),) = given.items()
+            raise ValueError(
+                f"{type(self.scheduler).__name__} cannot take {name}={value}; give another number of steps ({error})"
+            ) from error
+        if not self.has_adm_scheduler:
+            check_solver_timesteps(self.scheduler, given.get("num_inference_steps") or len(given["timesteps"]))
         if hasattr(self.scheduler, "set_begin_index"):  # or it would look timesteps up, some of which may be the same
             self.scheduler.set_begin_index(0)
         warn_of_overshoot(self.scheduler)
@@ -649,6 +705,12 @@ def check_one_guidance(guidance: Any, guidance_scale: float | None) -> None:
         raise ValueError("Give guidance_scale or guidance, not both: the former is short for ClassifierGuidance.")
 
 
+def check_eta(eta: Any) -> None:
+    """Refuses what is no share of noise."""
+    if not (is_number(eta) and 0 <= eta <= 1):
+        raise ValueError(f"eta={eta!r} is not allowed; it is DDIM's share of noise, a number from 0 to 1.")
+
+
 def match_batch(num_images_per_label: int, *parts: torch.Tensor | None) -> tuple[Any, ...]:
     """Brings labels, images and masks together: as many of each, or one of some for all of the others.
 
@@ -662,9 +724,7 @@ def match_batch(num_images_per_label: int, *parts: torch.Tensor | None) -> tuple
     Raises:
         `ValueError`: If their numbers do not fit.
     """
-    num_images_per_label = whole_number("num_images_per_label", num_images_per_label)
-    if num_images_per_label < 1:
-        raise ValueError(f"num_images_per_label={num_images_per_label} makes no images; give 1 or more.")
+    num_images_per_label = check_num_images(num_images_per_label)
     given = [part for part in parts if part is not None]
     count = max((len(part) for part in given), default=1)
     if any(len(part) not in (1, count) for part in given):

@@ -24,7 +24,7 @@ class FlowPipeline(ClassConditionalPipeline):
     def __init__(self, flow: ModelMixin, id2label: dict | None = None):
         super().__init__()
         self.register_modules(flow=flow)
-        self.register_to_config(id2label=id2label)
+        self.register_names(id2label)
 
     @torch.no_grad()
     def __call__(

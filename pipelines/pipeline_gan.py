@@ -6,6 +6,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 # The class that a saved pipeline may name registers itself with diffusers when it is imported.
 from ..baselines.gan import BigGANGenerator  # noqa: F401
+from ..settings import is_number
 from .class_conditional import ClassConditionalPipeline, Labels
 
 
@@ -24,7 +25,7 @@ class GANPipeline(ClassConditionalPipeline):
     def __init__(self, generator: ModelMixin, id2label: dict | None = None):
         super().__init__()
         self.register_modules(generator=generator)
-        self.register_to_config(id2label=id2label)
+        self.register_names(id2label)
 
     @torch.no_grad()
     def __call__(
@@ -88,8 +89,8 @@ def truncate(latents: torch.Tensor, threshold: float) -> torch.Tensor:
     Raises:
         `ValueError`: If it is not.
     """
-    if threshold <= 0:
-        raise ValueError(f"truncation={threshold} leaves no latents; give a positive threshold, or None.")
+    if not (is_number(threshold) and threshold > 0):
+        raise ValueError(f"truncation={threshold!r} leaves no latents; give a positive threshold, or None.")
     low, high = torch.special.ndtr(torch.tensor([-threshold, threshold], dtype=torch.float64)).tolist()
     rank = torch.special.ndtr(latents.double())
     return torch.special.ndtri(low + (high - low) * rank).to(latents.dtype)

@@ -24,7 +24,7 @@ class VAEPipeline(ClassConditionalPipeline):
     def __init__(self, vae: ModelMixin, id2label: dict | None = None):
         super().__init__()
         self.register_modules(vae=vae)
-        self.register_to_config(id2label=id2label)
+        self.register_names(id2label)
 
     @torch.no_grad()
     def __call__(

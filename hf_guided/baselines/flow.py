@@ -11,6 +11,7 @@ from torch import nn
 
 from ..loading import WholeModelMixin
 from ..registration import register_with_diffusers
+from ..settings import check_settings
 from .sizes import bottom_size
 
 _ALPHA = 0.05  # keeps the logit of 0 and 1 finite (RealNVP, arXiv 1605.08803, section 4.1)
@@ -47,6 +48,7 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
         dequantization_width: float = 1.0,
     ):
         super().__init__()
+        check_settings(type(self), self.config)
         nf = _import_normflows()
         height, width = bottom_size(sample_size, num_levels + 1)
         self.logit, self.squeeze, self.split = nf.transforms.Logit(_ALPHA), nf.flows.Squeeze(), nf.flows.Split()

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from ..loading import WholeModelMixin
 from ..registration import register_with_diffusers
+from ..settings import check_settings
 from .sizes import bottom_size
 
 
@@ -55,6 +56,7 @@ class BigGANGenerator(WholeModelMixin, ConfigMixin):
         channel_mult: Sequence[int] = (1, 2, 4),
     ):
         super().__init__()
+        check_settings(type(self), self.config)
         widths = [round(model_channels * multiple) for multiple in channel_mult]
         self.bottom_shape = (widths[-1], *bottom_size(sample_size, len(widths)))
         self.class_embedding = nn.Embedding(num_class_embeds, latent_dim)
@@ -120,6 +122,7 @@ class BigGANDiscriminator(WholeModelMixin, ConfigMixin):
         channel_mult: Sequence[int] = (1, 2, 4),
     ):
         super().__init__()
+        check_settings(type(self), self.config)
         bottom_size(sample_size, len(channel_mult))
         widths = [image_channels, *(round(model_channels * multiple) for multiple in channel_mult)]
         self.down_blocks = nn.ModuleList(

@@ -13,6 +13,7 @@ from torch import nn
 from ..loading import WholeModelMixin
 from ..losses import discretized_gaussian_log_likelihood, mean_over_pixels
 from ..registration import register_with_diffusers
+from ..settings import check_settings
 from .sizes import bottom_size
 
 _FIRST_LOG_VARIANCE = -3.0  # of a learned decoder variance: a standard deviation of 0.22, in images from -1 to 1
@@ -66,8 +67,7 @@ class ClassConditionalVAE(WholeModelMixin, ConfigMixin):
         decoder_variance: float | None = None,
     ):
         super().__init__()
-        if decoder_variance is not None and decoder_variance <= 0:
-            raise ValueError(f"decoder_variance={decoder_variance} is no variance; give a positive one, or None.")
+        check_settings(type(self), self.config)
         widths = tuple(round(model_channels * multiple) for multiple in channel_mult)
         self.bottom_shape = (widths[-1], *bottom_size(sample_size, len(widths)))
         options = {"block_out_channels": widths, "norm_num_groups": math.gcd(32, *widths)}

@@ -12,9 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..settings import is_number
+
 # A [`ClassifierGuidedPipeline`] or one like it: guidance knows nothing of it but the names of its components.
 Pipeline = Any
 Scale = float | Mapping[float, float] | Callable[[float], float]
+
+
+def is_decimal(text: Any) -> bool:
+    """Whether it is a number as text, as JSON has the keys of mappings."""
+    try:
+        return isinstance(text, str) and math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 class Guidance:
@@ -37,11 +47,13 @@ class Guidance:
     def __init__(self, scale: Scale, interval: tuple[float, float] | None = None):
         name = type(self).__name__
         if isinstance(scale, Mapping):
+            if not all(is_number(timestep) or is_decimal(timestep) for timestep in scale):
+                raise ValueError(f"The scale of {name} has keys that are no timesteps: {list(scale)}; give numbers.")
             scale = dict(sorted((float(timestep), value) for timestep, value in scale.items()))
             if not scale:
                 raise ValueError(f"The scale of {name} is an empty mapping; give at least one timestep and its scale.")
         for value in scale.values() if isinstance(scale, Mapping) else [] if callable(scale) else [scale]:
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            if not (is_number(value) and value >= 0):
                 raise ValueError(f"The scale of {name} must be a finite number from 0 up; got {value!r}.")
         if interval is not None and (
             not isinstance(interval, list | tuple) or len(interval) != 2 or not interval[0] <= interval[1]

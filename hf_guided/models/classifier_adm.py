@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..loading import check_cover, check_finite_vectors, read_config, read_shapes
 from ..registration import register_with_diffusers
+from ..settings import check_names, check_settings
 from .image_classification_adm import ADMImageClassificationPipeline
 from .image_processing_adm import ADMImageProcessor
 from .layers import (
@@ -86,6 +88,17 @@ class ADMClassifierConfig(PreTrainedConfig):
         if self.pool not in POOLS:
             raise ValueError(f"pool={self.pool!r} is not one of {', '.join(POOLS)}.")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Takes the settings as transformers does; wrong ones are a `ValueError`."""
+        check_settings(cls, config_dict)
+        if (id2label := config_dict.get("id2label")) is not None:
+            check_names(id2label, None, whole=True)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:  # several lines
+            raise ValueError(f"The config of {cls.__name__}: {' '.join(str(error).split())}.") from error
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..loading import WholeModelMixin
 from ..registration import register_with_diffusers
+from ..settings import check_settings
 from .layers import (
     ADMAttention,
     ADMResnetBlock,
@@ -88,6 +89,7 @@ class ADMUNet2DModel(WholeModelMixin, AttentionMixin, ConfigMixin):
         low_res_channels: int | None = None,
     ):
         super().__init__()
+        check_settings(type(self), self.config)
         if num_heads_upsample is not None and num_heads is None:
             raise ValueError(f"num_heads_upsample={num_heads_upsample} stands beside num_heads; give num_heads too.")
         if null_class_label and num_class_embeds is None:

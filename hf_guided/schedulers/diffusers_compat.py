@@ -90,6 +90,37 @@ def check_solver(scheduler: SchedulerMixin, shifted: bool) -> None:
         )
 
 
+def check_solver_timesteps(scheduler: SchedulerMixin, num_steps: int) -> None:
+    """Refuses timesteps, as a solver of diffusers has set them, that lie outside the schedule or repeat a noise level.
+
+    Args:
+        scheduler (`SchedulerMixin`): After its `set_timesteps`.
+        num_steps (`int`): Steps that were asked for.
+
+    Raises:
+        `ValueError`: With what to change.
+    """
+    name, total = type(scheduler).__name__, scheduler.config.num_train_timesteps
+    first, last = scheduler.timesteps.max().item(), scheduler.timesteps.min().item()
+    if first >= total or last < 0:
+        options = [
+            f"{option}={value!r}"
+            for option in ("timestep_spacing", "steps_offset")
+            if (value := scheduler.config.get(option)) is not None
+        ]
+        raise ValueError(
+            f"{name} makes timesteps from {first:g} to {last:g} of num_inference_steps={num_steps}, and the schedule "
+            f"has 0 to {total - 1}; give fewer steps, or change its {' or '.join(options) or 'settings'}."
+        )
+    sigmas = getattr(scheduler, "sigmas", None)
+    levels = scheduler.timesteps if sigmas is None else sigmas[:-1]  # the last is the image's
+    if (distinct := len(levels.unique())) < num_steps:  # solvers of higher order divide by the step between two
+        raise ValueError(
+            f"{name} makes only {distinct} different noise levels of num_inference_steps={num_steps}, of "
+            f"{total} timesteps; give fewer steps, or another timestep_spacing."
+        )
+
+
 def warn_of_overshoot(scheduler: SchedulerMixin) -> None:
     """Warns of timesteps, as set, too far apart for a solver that evaluates a step at both of its ends.
 

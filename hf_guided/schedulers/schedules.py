@@ -52,17 +52,9 @@ def space_timesteps(num_train_timesteps: int, respacing: str) -> list[int]:
     Raises:
         `ValueError`: If the notation is not one of these, or asks for more timesteps than there are.
     """
-    if not isinstance(respacing, str):
-        raise ValueError(f"respacing={respacing!r} is not a string; write respacing='25', or num_inference_steps=25.")
-    stride_count = respacing.removeprefix("ddim")
-    counts = [stride_count] if respacing.startswith("ddim") else respacing.split(",")
-    if not all(count.strip().isdecimal() and int(count) > 0 for count in counts):
-        raise ValueError(
-            f"respacing={respacing!r} is not understood; write a number of steps ('250'), one for each section "
-            f"('90,60,60,20,20'), or 'ddim' and a number ('ddim25')."
-        )
+    counts = respacing_counts(respacing)
     if respacing.startswith("ddim"):
-        wanted = int(stride_count)
+        (wanted,) = counts
         for stride in range(1, num_train_timesteps + 1):
             kept = range(0, num_train_timesteps, stride)
             if len(kept) == wanted:
@@ -75,7 +67,7 @@ def space_timesteps(num_train_timesteps: int, respacing: str) -> list[int]:
     sizes = [len(section) for section in np.array_split(np.arange(num_train_timesteps), len(counts))]
     timesteps: list[int] = []
     start = 0
-    for size, count in zip(sizes, map(int, counts), strict=True):
+    for size, count in zip(sizes, counts, strict=True):
         if count > size:
             raise ValueError(
                 f"respacing={respacing!r} asks for {count} timesteps of a section that has {size}; "
@@ -88,6 +80,19 @@ def space_timesteps(num_train_timesteps: int, respacing: str) -> list[int]:
             position += spacing
         start += size
     return sorted(set(timesteps))
+
+
+def respacing_counts(respacing: Any) -> list[int]:
+    """The numbers of steps in OpenAI's notation; anything else is an error."""
+    if not isinstance(respacing, str):
+        raise ValueError(f"respacing={respacing!r} is not a string; write respacing='25', or num_inference_steps=25.")
+    counts = respacing.removeprefix("ddim").split(",", maxsplit=0 if respacing.startswith("ddim") else -1)
+    if not all(count.strip().isdecimal() and len(count) < 20 and int(count) > 0 for count in counts):
+        raise ValueError(
+            f"respacing={respacing!r} is not understood; write a number of steps ('250'), one for each section "
+            f"('90,60,60,20,20'), or 'ddim' and a number ('ddim25')."
+        )
+    return [int(count) for count in counts]
 
 
 def check_timesteps(timesteps: Any, num_train_timesteps: int) -> list[int]:

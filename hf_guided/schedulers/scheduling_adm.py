@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..loading import SavedConfigMixin
 from ..registration import register_with_diffusers
+from ..settings import check_settings
 from .gaussian_diffusion import GaussianProcess, compute_dtype, upcast
 from .schedules import check_timesteps, make_betas, space_timesteps, whole_number
 
@@ -90,6 +91,10 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         rescale_timesteps: bool = False,
         solver_order: int = 1,
     ):
+        if trained_betas is not None:
+            trained_betas = plain_betas(trained_betas)
+            self.register_to_config(trained_betas=trained_betas)
+        check_settings(type(self), self.config)
         for name, choices in CHOICES.items():
             if (given := self.config[name]) not in choices:
                 raise ValueError(f"{name}={given!r} is not one of {', '.join(map(repr, choices))}.")
@@ -277,6 +282,17 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
+    def register_to_config(self, **settings: Any) -> None:
+        """Keeps settings in the config, in one order: diffusers' configs differ if their order does."""
+        super().register_to_config(**settings)
+        self._internal_dict = FrozenDict(sorted(self.config.items()))
+
+    def to_json_string(self) -> str:
+        """The config as it is saved, to which diffusers adds its version."""
+        text = super().to_json_string()
+        self.register_to_config()
+        return text
+
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         complete = {name: value for name, value in config_dict.items() if name != "_use_default_values"}
@@ -296,6 +312,12 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
     @classmethod
     def _get_compatibles(cls) -> list[type]:
         return [cls, *super()._get_compatibles()]
+
+
+def plain_betas(trained_betas: Any) -> Any:
+    """Betas in an array, a tensor or a tuple as a list; other things as they are."""
+    values = trained_betas.tolist() if hasattr(trained_betas, "tolist") else trained_betas
+    return list(values) if isinstance(values, tuple) else values
 
 
 def check_betas(trained_betas: Sequence[float] | None, beta_schedule: str, num_train_timesteps: int) -> np.ndarray:

@@ -225,7 +225,7 @@ def test_missing_and_unexpected_low_res(tiny_unet, unet, x):
     [
         ({"model_channels": 48}, "model_channels=48 times the entry 1 of channel_mult gives 48 channels"),
         ({"channel_mult": (0.5, 1)}, "times the entry 0.5 of channel_mult gives 16 channels"),
-        ({"channel_mult": (0, 1)}, "times the entry 0 of channel_mult gives 0 channels"),
+        ({"channel_mult": (0, 1)}, r"channel_mult=\(0, 1\) is not allowed in the config of ADMUNet2DModel"),
         ({"num_heads": 2, "attention_head_dim": 16}, "num_heads=2 and attention_head_dim=16 contradict each other"),
         ({"num_heads": 3}, "64 channels do not divide into 3 attention heads"),
         ({"attention_head_dim": 48}, "64 channels do not divide into attention heads of width 48"),

@@ -188,7 +188,7 @@ def test_what_cannot_be_edited_is_refused(pipe, tiny_unet, picture, hole):
     for arguments, message in [
         ({"strength": 0.5}, "give image="),
         ({"mask_image": hole}, "give image="),
-        ({"image": picture, "strength": 0.0}, "strength=0.0 is no share of the walk"),
+        ({"image": picture, "strength": 0.0}, "strength=0.0 is not allowed; give a share of the steps"),
         ({"image": picture, "strength": 0.05}, "leaves none"),
         ({"image": picture, "strength": 1.5}, "strength=1.5"),
         ({"image": picture.resize((8, 8))}, "8x8 pixels and this UNet makes 16x16"),

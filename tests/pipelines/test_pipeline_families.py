@@ -176,7 +176,7 @@ def test_temperature(family, pipes):
     assert torch.equal(sample(pipe, 0, 8, temperature=1.0), whole)
     latents = torch.randn(8, length_of(pipe), generator=seeded(4))
     assert torch.equal(sample(pipe, 0, 8, latents=latents, temperature=0.5), sample(pipe, 0, 8, latents=latents / 2))
-    with pytest.raises(ValueError, match=r"temperature=-0\.5 is negative; give 0, the most typical image, or more"):
+    with pytest.raises(ValueError, match=r"temperature=-0\.5 is not allowed; give a finite number from 0"):
         sample(pipe, 0, temperature=-0.5)
 
 

@@ -1,6 +1,7 @@
 """Configs that travel: saved, loaded, and handed to the schedulers of diffusers and back."""
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -142,3 +143,24 @@ def test_ours_is_among_the_compatible_ones():
     compatibles = ADMScheduler().compatibles
     assert ADMScheduler in compatibles
     assert {getattr(diffusers, name) for name in THEIRS} - {diffusers.LCMScheduler} <= set(compatibles)
+
+
+BETAS = [0.01 + 0.001 * step for step in range(50)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        OTHER,
+        {"num_train_timesteps": 100},
+        {"solver_order": 2, "rescale_timesteps": True},
+        *({"trained_betas": betas} for betas in (BETAS, tuple(BETAS), np.array(BETAS), torch.tensor(BETAS))),
+    ],
+)
+def test_a_config_is_equal_after_saving_and_loading(settings, tmp_path):
+    scheduler = ADMScheduler(**settings)
+    loaded = reload(scheduler, tmp_path)
+    assert loaded.config == scheduler.config
+    assert dict(ADMScheduler.from_config(scheduler.config).config) == dict(scheduler.config)
+    assert torch.equal(loaded.betas, scheduler.betas)

@@ -1,0 +1,120 @@
+"""What the settings of models and schedulers may be: one rule for each name, whichever class has it."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+MOST = 65_536  # of what is counted in a model; more is a damaged file, and would fill the memory
+
+
+def is_whole(value: Any, at_most: int = MOST) -> bool:
+    """Whether it is a whole number from 1 up to a bound; booleans are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and 1 <= int(value) <= at_most
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number; booleans are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_list(value: Any, fits: Callable[[Any], bool], shortest: int, longest: int) -> bool:
+    """Whether it is a list or tuple of such a length, every entry of which fits."""
+    return isinstance(value, list | tuple) and shortest <= len(value) <= longest and all(map(fits, value))
+
+
+COUNT = (f"a whole number from 1 to {MOST}", is_whole)
+REPEATS = ("a whole number from 1 to 1000", lambda value: is_whole(value, 1000))
+SWITCH = ("true or false", lambda value: isinstance(value, bool))
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "sample_size": (
+        f"the side in pixels, a whole number from 1 to {MOST}, or a pair [height, width] of such",
+        lambda value: is_whole(value) or is_list(value, is_whole, 2, 2),
+    ),
+    **dict.fromkeys(("in_channels", "out_channels", "image_channels", "low_res_channels"), COUNT),
+    **dict.fromkeys(("model_channels", "hidden_channels", "latent_dim", "low_res_size"), COUNT),
+    **dict.fromkeys(("num_heads", "num_heads_upsample", "attention_head_dim"), COUNT),
+    "channel_mult": (
+        "a list of 1 to 16 positive numbers, one for each level",
+        lambda value: is_list(value, lambda entry: is_number(entry) and 0 < entry <= 1024, 1, 16),
+    ),
+    "attention_resolutions": (
+        "a list of sides in pixels, whole numbers from 1 up",
+        lambda value: is_list(value, is_whole, 0, 1000),
+    ),
+    **dict.fromkeys(("num_res_blocks", "num_blocks"), REPEATS),
+    "num_levels": ("a whole number from 1 to 16", lambda value: is_whole(value, 16)),
+    "num_class_embeds": ("a whole number from 1 to 10,000,000", lambda value: is_whole(value, 10_000_000)),
+    "num_train_timesteps": ("a whole number from 1 to 1,000,000", lambda value: is_whole(value, 1_000_000)),
+    "dropout": ("a number from 0 to below 1", lambda value: is_number(value) and 0 <= value < 1),
+    "decoder_variance": ("a finite number above 0", lambda value: is_number(value) and value > 0),
+    "dequantization_width": ("a finite number from 0 up", lambda value: is_number(value) and value >= 0),
+    **dict.fromkeys(("conv_resample", "resblock_updown", "use_scale_shift_norm", "null_class_label"), SWITCH),
+    **dict.fromkeys(("clip_sample", "rescale_timesteps"), SWITCH),
+    "trained_betas": (
+        "a list of numbers between 0 and 1, one for each timestep",
+        lambda value: is_list(value, lambda beta: is_number(beta) and 0 < beta < 1, 1, 1_000_000),
+    ),
+}
+
+
+def check_settings(owner: type, values: Mapping[str, Any]) -> None:
+    """Refuses settings of a class that [`RULES`] do not allow; `None` is allowed where it is the default.
+
+    Args:
+        owner (`type`): The class whose settings they are.
+        values (`Mapping`): The settings by name; those without a rule are not looked at.
+
+    Raises:
+        `ValueError`: For the first that is not allowed, naming it, the class, and what is allowed.
+    """
+    parameters = inspect.signature(owner).parameters
+    for name, value in values.items():
+        if name not in RULES or not (name in parameters or hasattr(owner, name)):
+            continue
+        default = parameters[name].default if name in parameters else getattr(owner, name)
+        expected, fits = RULES[name]
+        if not (default is None if value is None else fits(value)):
+            raise ValueError(
+                f"{name}={shortened(value)} is not allowed in the config of {owner.__name__}; give {expected}"
+                f"{' or null' * (default is None)}."
+            )
+
+
+def check_names(id2label: Any, num_classes: int | None, whole: bool = False) -> None:
+    """Refuses class names that are not a mapping from ids to texts.
+
+    Args:
+        id2label: Class names by id, whole numbers or texts of such, as JSON has them.
+        num_classes (`int`, *optional*): Ids lie below it.
+        whole (`bool`, defaults to `False`): All ids from 0 up must have a name.
+
+    Raises:
+        `ValueError`: Naming the entry.
+    """
+    wanted = 'give the names of the classes by id, such as {"0": "cat", "1": "dog"}'
+    if not isinstance(id2label, Mapping):
+        raise ValueError(f"id2label={shortened(id2label)} is no mapping; {wanted}.")
+    ids = set()
+    for label, name in id2label.items():
+        text = str(label)
+        if isinstance(label, bool) or not (text.isascii() and text.isdecimal() and len(text) < 10) or int(text) in ids:
+            raise ValueError(
+                f"id2label has the id {shortened(label)}, which is no whole number or is repeated; {wanted}."
+            )
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"id2label names class {label} {shortened(name)}, which is no text; {wanted}.")
+        ids.add(int(text))
+    if num_classes is not None and ids and max(ids) >= num_classes:
+        raise ValueError(
+            f"id2label has the id {max(ids)}, and the ids of {num_classes} classes end at {num_classes - 1}."
+        )
+    if whole and ids != set(range(len(ids))):
+        raise ValueError(f"id2label must name every id from 0 to {len(ids) - 1} once; its ids are {sorted(ids)[:10]}.")
+
+
+def shortened(value: Any) -> str:
+    """A value as errors show it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
