@@ -447,8 +447,8 @@ def sweep(args: argparse.Namespace) -> None:
     from .evaluation.sources import ImageSet, SampledImages
     from .evaluation.sweep import choose_scale, guidance_at, parse_scales, save_choice
     from .evaluation.sweep import sweep as sweep_scales
-    from .files import check_outside, check_place, check_replaceable, has_json, read_json, write_json
-    from .processes import join_processes
+    from .files import check_outside, check_place, check_replaceable, differing, has_json, read_json, write_json
+    from .processes import from_main, join_processes
 
     # 1. What there is, looked at before hours are spent on it
     scales = parse_scales(args.scales)
@@ -480,14 +480,14 @@ def sweep(args: argparse.Namespace) -> None:
     settings["features"] = f"{extractor.name} {extractor.fingerprint}"
     path = output / "sweep.json"
     settings["weights"] = [weights_digest(model) for model in (pipe.unet, pipe.classifier) if model is not None]
+    settings["images"] = from_main(reference.digest)
     known: dict[str, Any] = {"settings": settings, "rows": []}
     if path.is_file():
         rows = [{"num_inference_steps": int | None, "guidance_scale": int | float, "seed": int}]
         shape = {"settings": dict, "rows": rows}
         fix = "give another --output, or remove it to measure from scratch"
         known = without_credentials(read_json(path, shape, fix))
-    if known["settings"] != settings:
-        changed = [name for name in settings if known["settings"].get(name) != settings[name]]
+    if changed := differing(known["settings"], settings, {"model": "weights", "reference": "images"}):
         raise ValueError(
             f"{path} was measured otherwise ({', '.join(changed)}); give the same flags, or another --output."
         )

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -260,6 +261,23 @@ def test_what_is_there_is_not_made_again(saved, tmp_path):
     assert sample_to_file(saved, labels, tmp_path / "samples.png", seed=1)  # pictures are made anew
     assert contents(tmp_path / "samples.png") != before
     assert not sample_to_file(saved, labels, tmp_path / "samples.png", seed=1)
+
+
+@pytest.mark.parametrize("spelling", ["./pipeline", "pipeline/", "link", "moved"])
+def test_a_pipelines_folder_is_known_by_its_content(folder, tmp_path, monkeypatch, spelling):
+    shutil.copytree(folder, tmp_path / "pipeline")
+    monkeypatch.chdir(tmp_path)
+    main(["sample", "pipeline", "--output", "samples.npz", "--num_images", "4"])
+    made = Path("samples.npz").stat().st_mtime_ns
+    if spelling == "moved":
+        os.rename("pipeline", "moved")
+    elif spelling == "link":
+        os.symlink("pipeline", "link")
+    main(["sample", spelling, "--output", "samples.npz", "--num_images", "4"])
+    assert Path("samples.npz").stat().st_mtime_ns == made
+    os.utime(Path(spelling, "model_index.json"))
+    with pytest.raises(SystemExit, match="the model's files were others"):
+        main(["sample", spelling, "--output", "samples.npz", "--num_images", "4"])
 
 
 def test_parts_of_another_plan_are_told(saved, folder, tmp_path, monkeypatch):
