@@ -282,10 +282,12 @@ def check_place(folder: str | os.PathLike, flag: str = "--output") -> Path:
 
 
 def check_parent(path: str | os.PathLike, flag: str = "--output") -> None:
-    """Refuses, before the work, a file or folder for results whose own folder is not there or cannot be written to.
+    """Refuses, before the work, a file for results whose folder is not there or cannot be written to.
+
+    Only folders for results are made with those that lead to them, see [`check_place`].
 
     Args:
-        path (`str` or `os.PathLike`): The file or folder.
+        path (`str` or `os.PathLike`): The file.
         flag (`str`, defaults to `"--output"`): What errors call it.
 
     Raises:

@@ -24,6 +24,7 @@ from ..data.samples import import_parquet, read_record, to_picture, write_sample
 from ..files import (
     FullDiskError,
     check_parent,
+    check_place,
     differing,
     full_disk,
     read_json,
@@ -140,7 +141,7 @@ def check_destination(output: str | os.PathLike) -> None:
         `ImportError`: If parquet files cannot be written.
     """
     path, kind = Path(output), _kind(output)
-    check_parent(output)
+    check_parent(output) if kind else check_place(path.absolute().parent)
     if os.path.ismount(path):
         raise ValueError(f"--output {output} is a whole disk; give a name on it.")
     if kind == ".parquet":
@@ -378,6 +379,7 @@ def _missing_batches(path: Path, kind: str, parts: _Parts, plan: dict[str, Any])
             shutil.rmtree(left) if left.is_dir() else left.unlink()  # what a kill cut off
     missing = [batch for batch in range(parts.num_batches) if batch not in finished]
     needed = sum(parts.size(batch) * parts.image_bytes + _BLOCK for batch in missing) + _largest_size(kind, parts)
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)  # of a folder
     free = shutil.disk_usage(path.absolute().parent).free
     if needed > free:
         raise ValueError(

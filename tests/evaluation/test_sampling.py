@@ -344,6 +344,7 @@ def test_bad_names_are_refused_before_the_work(saved, tmp_path):
     for name, message in [
         ("samples.jpg", "must end in .npz, .parquet or .png, or in /"),
         ("nowhere/samples.npz", "make it first"),
+        ("text.npz/samples/", "cannot be made"),
         ("text.npz/samples.npz", "make it first"),
         ("text.npz", "is there already and no file of samples"),
         ("folder", "is there already and no file of samples"),
@@ -352,7 +353,7 @@ def test_bad_names_are_refused_before_the_work(saved, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             check_destination(tmp_path / name)
-    for name in ("empty", "new.npz", "v1.5/"):
+    for name in ("empty", "new.npz", "v1.5/", "deep/new/"):
         check_destination(f"{tmp_path}/{name}")
     with pytest.raises(ValueError, match="/proc is a whole disk"):
         check_destination("/proc")
