@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -282,10 +282,12 @@ def check_place(folder: str | os.PathLike, flag: str = "--output") -> Path:
 
 
 def check_parent(path: str | os.PathLike, flag: str = "--output") -> None:
-    """Refuses, before the work, a file or folder for results whose own folder is not there or cannot be written to.
+    """Refuses, before the work, a file for results whose folder is not there or cannot be written to.
+
+    Only folders for results are made with those that lead to them, see [`check_place`].
 
     Args:
-        path (`str` or `os.PathLike`): The file or folder.
+        path (`str` or `os.PathLike`): The file.
         flag (`str`, defaults to `"--output"`): What errors call it.
 
     Raises:
@@ -300,6 +302,25 @@ def check_parent(path: str | os.PathLike, flag: str = "--output") -> None:
 def _check_writable(folder: Path, what: str) -> None:
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{what}: you may not write into {folder}; give another, or make it writable.")
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any], content_of: Mapping[str, str]) -> list[str]:
+    """The settings in which two records differ, those that only name something compared by its content.
+
+    Args:
+        old (`Mapping`), new (`Mapping`): The records.
+        content_of (`Mapping[str, str]`): Of such settings, the entry that holds a hash of what they name. Where both
+            records have that (those of older versions may not), equal hashes make the name free.
+    """
+    hashed = {entry for entry in content_of.values() if None not in (old.get(entry), new.get(entry))}
+    equal = {entry for entry in hashed if old[entry] == new[entry]}
+    return [
+        name
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+        and content_of.get(name) not in equal
+        and (name in hashed or name not in content_of.values())
+    ]
 
 
 def has_json(path: str | os.PathLike, *keys: str) -> bool:

@@ -146,7 +146,7 @@ def train(
     ema = EMAModel(parameters, decay=args.ema_decay)
     others = {"ema": ema, "lr_scheduler": lr_scheduler, "timestep_sampler": task.timestep_sampler}
 
-    current = fingerprint([args, data_args], train_images, accelerator)
+    current = fingerprint([args, data_args], (train_images, held_out_images), task.model, accelerator)
     checkpoint = from_main(lambda: find_checkpoint(output_dir, args.resume_from_checkpoint))
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "run": None, "history": []}
     if checkpoint:

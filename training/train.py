@@ -128,7 +128,7 @@ def main() -> None:
             inspection = read_json(Path(folder) / "inspection.json")
         write_model_card(
             folder,
-            title=f"Guided diffusion on {Path(data_args.source).name}",
+            title=f"Guided diffusion on {data_args.title}",
             class_names=list(pipeline.id2label.values()),
             training=describe(stages, images),
             results=report,

@@ -315,7 +315,7 @@ def train_baseline(
             task.preview(task.model, Path(folder) / "grid.png")
         write_model_card(
             folder,
-            title=f"{task.title} of {Path(data_args.source).name}",
+            title=f"{task.title} of {data_args.title}",
             class_names=list(images[0].id2label.values()),
             training={
                 "images": describe_images(images),

@@ -1,31 +1,45 @@
 """From the name of a dataset to two sets of images, one to train on and one held out."""
 
 import glob
+import hashlib
 import itertools
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from ..credentials import without_credentials
 from ..fields import CheckedFields, Length, NonNegativeInt, PositiveInt, Share, flag
 from ..labels import composed
 from .built_in import BUILT_IN, DIGITS, PHOTOGRAPHS, import_extra, load_digits, load_photographs
-from .folders import TEXT_TYPES, FolderScan, printable, read_split, scan_folder
-from .images import BAD_IMAGE_ERRORS, foreign_files, open_image, resize_and_crop, to_channels, to_pixel_values
+from .folders import TEXT_TYPES, FolderScan, ImageFiles, printable, read_split, scan_folder
+from .images import (
+    BAD_IMAGE_ERRORS,
+    foreign_files,
+    open_image,
+    resize_and_crop,
+    stored_bytes,
+    to_channels,
+    to_pixel_values,
+)
 
 logger = logging.getLogger(__name__)
 
 NUM_DIGITS_HELD_OUT = 297  # of 1,797
 PHOTOGRAPHS_HELD_OUT = 0.2  # of each one's width
 HELD_OUT_SEED = 0  # never the training seed: every run is measured on the same images
+DIGESTED_BYTES = 2**30  # of a dataset, to know it again: seconds of reading
 USUAL_IMAGE_COLUMNS = ("image", "img", "images", "picture", "photo")
 USUAL_LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category", "target")
 
@@ -72,6 +86,8 @@ class DataArguments(CheckedFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("dataset_name", "train_data_dir", "cache_dir"):  # the shell leaves --train_data_dir=~/photos alone
+            setattr(self, name, getattr(self, name) and os.path.expanduser(getattr(self, name)))
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise ValueError(
                 f"Both --dataset_name '{self.dataset_name}' and --train_data_dir '{self.train_data_dir}' are given; "
@@ -91,6 +107,12 @@ class DataArguments(CheckedFields):
     def source(self) -> str:
         """What the images are taken from: the folder, the dataset's name without credentials, or 'digits'."""
         return printable(without_credentials(self.train_data_dir or self.dataset_name or DIGITS))
+
+    @property
+    def title(self) -> str:
+        """What cards call the data: the last part of its name, of a folder however its path is spelled."""
+        folder = self.train_data_dir or self.dataset_name
+        return Path(printable(os.path.abspath(folder)) if folder and os.path.exists(folder) else self.source).name
 
     @property
     def built_in(self) -> str | None:
@@ -159,6 +181,29 @@ class LabelledImages(Dataset):
     def bad_files(self) -> list[str]:
         """The files met so far, by any loader worker, that could not be decoded and were substituted."""
         return [self.file_name(index) for index in self._is_bad.nonzero().flatten().tolist()]
+
+    @cached_property
+    def digest(self) -> str:
+        """
+        A hash of the images and their labels, in their order: equal wherever they lie and whatever their folder is
+        called. Up to 1 GiB it is of every byte; beyond, of every file's size and of the bytes of evenly spaced images.
+        """
+        digest = hashlib.sha256(b"" if self.labels is None else self.labels.tobytes())
+
+        def stored(index: int) -> bytes:
+            return stored_bytes(self.images[int(self.rows[index])]["image"])
+
+        if isinstance(self.images, ImageFiles):
+            sizes = self.images.sizes(self.rows)
+        else:  # of evenly spaced rows, for others would have to be read
+            spaced = range(0, len(self), math.ceil(len(self) / 100))
+            sizes = np.array([len(stored(index)) for index in spaced])
+        digest.update(sizes.tobytes())
+        step = max(1, math.ceil(sizes.mean() * len(self) / DIGESTED_BYTES))
+        for index in tqdm(range(0, len(self), step), desc=f"Reading {self.name}", unit="image", leave=False):
+            content = stored(index)
+            digest.update(len(content).to_bytes(8) + content)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.rows)
