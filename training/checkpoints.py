@@ -119,12 +119,8 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     """
     run = _run_of(output_dir)
     if wanted != "latest":
+        check_named(wanted, output_dir)
         folder = Path(wanted)
-        if not (folder / STATE_FILE).is_file():
-            raise ValueError(
-                f"--resume_from_checkpoint {wanted} is not a whole checkpoint ({STATE_FILE} is missing); name a folder "
-                f"such as {output_dir}/checkpoint-500, or 'latest'."
-            )
         state = read_state(folder)
         check_files(folder, state)
         newer = [path.name for path in list_checkpoints(output_dir) if step_of(path) > state["step"]]
@@ -164,6 +160,19 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         if newest is not None and step_of(path) > step_of(newest):
             logger.warning(f"{why} It is now called {move_aside(path, 'damaged').name}; {newest.name} takes its place.")
     return newest
+
+
+def check_named(wanted: str, output_dir: Path) -> None:
+    """Refuses a `--resume_from_checkpoint` that names no checkpoint.
+
+    Raises:
+        `ValueError`: Naming it.
+    """
+    if wanted != "latest" and not (Path(wanted) / STATE_FILE).is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint {wanted} is not a whole checkpoint ({STATE_FILE} is missing); name a folder "
+            f"such as {output_dir}/checkpoint-500, or 'latest'."
+        )
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

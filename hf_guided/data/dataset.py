@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..credentials import without_credentials
-from ..fields import CheckedFields, Length, NonNegativeInt, PositiveInt, Share, flag
+from ..fields import CheckedFields, Length, Range, Share, Width, flag
+from ..files import check_place
 from ..labels import composed
 from .built_in import BUILT_IN, DIGITS, PHOTOGRAPHS, import_extra, load_digits, load_photographs
 from .folders import TEXT_TYPES, FolderScan, ImageFiles, printable, read_split, scan_folder
@@ -72,14 +73,14 @@ class DataArguments(CheckedFields):
     )
     image_column: str | None = flag(None, "Column of the images. Default: found by its type or usual name.")
     label_column: str | None = flag(None, "Column of the class labels. Default: found by its type or usual name.")
-    resolution: Annotated[list[PositiveInt], Length(1, 2)] | None = flag(
+    resolution: Annotated[list[Width], Length(1, 2)] | None = flag(
         None,
         "Side of the images in pixels, or their height and width. Default: 8 for the digits, 32 for the photographs.",
     )
     image_channels: int | None = flag(None, "1 (gray) or 3 (RGB). Default: 3, and 1 for the digits.", choices=(1, 3))
     random_crop: bool = flag(False, "Crop training images at random scales and places instead of at the centre.")
     random_flip: bool = flag(False, "Mirror half of the training images left to right.")
-    dataloader_num_workers: NonNegativeInt = flag(
+    dataloader_num_workers: Annotated[int, Range(at_least=0, at_most=1024)] = flag(
         0, "Processes that load images; any number gives the same batches. 0: the main one."
     )
     cache_dir: str | None = flag(None, "Where `datasets` keeps what it downloads and prepares.")
@@ -93,6 +94,13 @@ class DataArguments(CheckedFields):
                 f"Both --dataset_name '{self.dataset_name}' and --train_data_dir '{self.train_data_dir}' are given; "
                 "give only one."
             )
+        if self.dataset_config_name is not None and (self.train_data_dir is not None or self.built_in):
+            raise ValueError(
+                f"--dataset_config_name '{self.dataset_config_name}' is of a dataset on the Hub, and "
+                f"'{self.source}' has no configurations; leave it out, or give another --dataset_name."
+            )
+        if self.cache_dir is not None:
+            check_place(self.cache_dir, "--cache_dir")
         if self.built_in and self.validation_split is not None:
             raise ValueError(
                 f"The {self.built_in} have no split '{self.validation_split}'; use --held_out_fraction instead."
