@@ -176,6 +176,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="push these too: paths in the folder, or patterns such as 'assets/*'; what is no part of the model stays "
         "behind otherwise, and is named",
     )
+    command.add_argument(
+        "--hub_license",
+        metavar="NAME",
+        help="of the model card that is added where there is none, as the Hub spells it: apache-2.0, mit ...",
+    )
     command.add_argument("--space", metavar="user/space", help="also push the page of `hf-guided demo`, as a Space")
     command.add_argument("--judge", metavar="MODEL", help="of that page: the classifier on the Hub that judges")
     command.add_argument("--hub_private", action="store_true", help="make a new repository private")
@@ -447,9 +452,9 @@ def sweep(args: argparse.Namespace) -> None:
     from .evaluation.plots import sweep_curve
     from .evaluation.sweep import choose_scale, guidance_at, parse_scales, save_choice
     from .evaluation.sweep import sweep as sweep_scales
-    from .files import check_outside, check_place, check_replaceable, has_json, read_json, write_json
+    from .files import check_outside, check_place, check_replaceable, differing, has_json, read_json, write_json
     from .generation.sampling import COMPILING
-    from .processes import join_processes
+    from .processes import from_main, join_processes
 
     # 1. What there is, looked at before hours are spent on it
     scales = parse_scales(args.scales)
@@ -481,14 +486,14 @@ def sweep(args: argparse.Namespace) -> None:
     settings["features"] = f"{extractor.name} {extractor.fingerprint}"
     path = output / "sweep.json"
     settings["weights"] = [weights_digest(model) for model in (pipe.unet, pipe.classifier) if model is not None]
+    settings["images"] = from_main(reference.digest)
     known: dict[str, Any] = {"settings": settings, "rows": []}
     if path.is_file():
         rows = [{"num_inference_steps": int | None, "guidance_scale": int | float, "seed": int}]
         shape = {"settings": dict, "rows": rows}
         fix = "give another --output, or remove it to measure from scratch"
         known = without_credentials(read_json(path, shape, fix))
-    if known["settings"] != settings:
-        changed = [name for name in settings if known["settings"].get(name) != settings[name]]
+    if changed := differing(known["settings"], settings, {"model": "weights", "reference": "images"}):
         raise ValueError(
             f"{path} was measured otherwise ({', '.join(changed)}); give the same flags, or another --output."
         )
@@ -936,6 +941,8 @@ def push(args: argparse.Namespace) -> None:
         raise ValueError("Name the repository to push to, user/name; or, for a page of a model there, --space.")
     if args.include and args.repo_id is None:
         raise ValueError("--include is for files of a folder that is pushed; name its repository, or leave it out.")
+    if args.hub_license and args.repo_id is None:
+        raise ValueError("--hub_license is for a folder that is pushed; name its repository, or leave it out.")
     if args.judge and not args.space:
         raise ValueError("--judge is for the page of --space; add that, or leave it out.")
     if args.repo_id is not None:
@@ -947,6 +954,7 @@ def push(args: argparse.Namespace) -> None:
             create_pr=args.create_pr,
             standalone=args.standalone,
             include=args.include,
+            license=args.hub_license,
             **access,
         )
         print(without_credentials(url))

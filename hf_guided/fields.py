@@ -40,8 +40,13 @@ class Length:
         return f"{self.at_least} or {self.at_most if math.isfinite(self.at_most) else 'more'}"
 
 
-PositiveInt = Annotated[int, Range(at_least=1)]
-NonNegativeInt = Annotated[int, Range(at_least=0)]
+MOST = 10**9  # of whatever is counted: more has no use, and overflows where it is computed with
+
+PositiveInt = Annotated[int, Range(at_least=1, at_most=MOST)]
+NonNegativeInt = Annotated[int, Range(at_least=0, at_most=MOST)]
+Width = Annotated[int, Range(at_least=1, at_most=2**16)]  # channels, or pixels of a side
+Depth = Annotated[int, Range(at_least=1, at_most=1000)]  # layers of one kind
+Factor = Annotated[float, Range(above=0, at_most=1024)]  # of a width
 PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeFloat = Annotated[float, Range(at_least=0)]
 Share = Annotated[float, Range(at_least=0, below=1)]

@@ -7,12 +7,17 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from .credentials import without_credentials
 
@@ -241,6 +246,22 @@ def check_replaceable(
             )
 
 
+def check_kind(paths: Iterable[str | os.PathLike], is_folder: bool) -> None:
+    """Refuses, before the work, a file where a folder of results goes, or a folder where a file goes.
+
+    Args:
+        paths (`Iterable[str]`): What will be written.
+        is_folder (`bool`): Whether these are folders.
+
+    Raises:
+        `ValueError`: Naming what is in the way.
+    """
+    for path in map(Path, paths):
+        if os.path.lexists(path) and path.is_dir() != is_folder:
+            here, wanted = ("file", "folder") if is_folder else ("folder", "file")
+            raise ValueError(f"{path} is a {here}, and a {wanted} of results goes there; remove or rename it.")
+
+
 def check_outside(output: str | os.PathLike, folders: Iterable[str | os.PathLike | None]) -> None:
     """Refuses an output that is, or lies in, a folder that the command reads, where it would become a part of it.
 
@@ -282,10 +303,12 @@ def check_place(folder: str | os.PathLike, flag: str = "--output") -> Path:
 
 
 def check_parent(path: str | os.PathLike, flag: str = "--output") -> None:
-    """Refuses, before the work, a file or folder for results whose own folder is not there or cannot be written to.
+    """Refuses, before the work, a file for results whose folder is not there or cannot be written to.
+
+    Only folders for results are made with those that lead to them, see [`check_place`].
 
     Args:
-        path (`str` or `os.PathLike`): The file or folder.
+        path (`str` or `os.PathLike`): The file.
         flag (`str`, defaults to `"--output"`): What errors call it.
 
     Raises:
@@ -300,6 +323,70 @@ def check_parent(path: str | os.PathLike, flag: str = "--output") -> None:
 def _check_writable(folder: Path, what: str) -> None:
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{what}: you may not write into {folder}; give another, or make it writable.")
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any], content_of: Mapping[str, str]) -> list[str]:
+    """The settings in which two records differ, those that only name something compared by its content.
+
+    Args:
+        old (`Mapping`), new (`Mapping`): The records.
+        content_of (`Mapping[str, str]`): Of such settings, the entry that holds a hash of what they name. Where both
+            records have that (those of older versions may not), equal hashes make the name free.
+    """
+    hashed = {entry for entry in content_of.values() if None not in (old.get(entry), new.get(entry))}
+    equal = {entry for entry in hashed if old[entry] == new[entry]}
+    return [
+        name
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+        and content_of.get(name) not in equal
+        and (name in hashed or name not in content_of.values())
+    ]
+
+
+_locks: set[int] = set()  # descriptors of folders that this process alone may write to
+
+
+@contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Keeps other processes that ask for the same out of a folder. The lock ends with the process, and leaves no file.
+
+    Where folders cannot be locked, on Windows and some network disks, nothing is refused.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder, which is there.
+
+    Raises:
+        `ValueError`: If another process has locked it.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    _locks.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Another process is writing to {folder}; wait until it has ended, or give another folder."
+            ) from None
+        except OSError:  # of a disk without locks
+            pass
+        yield
+    finally:
+        _locks.discard(descriptor)
+        os.close(descriptor)
+
+
+def _leave_locks() -> None:
+    """A loader's worker that outlives its killed parent would keep the folder locked."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_leave_locks)
 
 
 def has_json(path: str | os.PathLike, *keys: str) -> bool:

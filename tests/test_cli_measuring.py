@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -184,6 +185,15 @@ def test_a_sweep_is_gone_on_with_and_its_choice_saved(work, tmp_path, capsys):
     assert len(rows) == 4
     rows[0]["fid/judge"] = 123.0  # a mark: this is not measured again
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}))
+
+    shutil.copytree(work / "pipeline", tmp_path / "copy", copy_function=shutil.copyfile)
+    shutil.copytree(work / "real", tmp_path / "pictures", copy_function=shutil.copyfile)
+    main(["sweep", str(tmp_path / "copy"), str(tmp_path / "pictures"), *flags, "--scales", "0,2"])
+    assert json.loads(path.read_text())["rows"] == rows
+    changed = min((tmp_path / "pictures").rglob("*.png"))
+    changed.unlink()
+    with pytest.raises(SystemExit, match=r"was measured otherwise \(.*images"):
+        main(["sweep", "pipeline", str(tmp_path / "pictures"), *flags, "--scales", "0,2"])
 
     main([*command, "--scales", "0,1,2"])
     swept = json.loads(path.read_text())

@@ -28,6 +28,8 @@ from ..credentials import log_to_screen
 from ..data import BUILT_IN, DataArguments
 from ..fields import (
     CheckedFields,
+    Depth,
+    Factor,
     Length,
     NonNegativeFloat,
     NonNegativeInt,
@@ -35,15 +37,17 @@ from ..fields import (
     PositiveInt,
     Range,
     Share,
+    Width,
     as_flag,
     check_values,
     flag,
 )
-from ..files import check_outside, check_replaceable
+from ..files import check_kind, check_outside, check_place, check_replaceable
 from ..models.layers import count_heads, level_widths
 from ..processes import resumable, user_command
 from ..schedulers.schedules import make_betas, space_timesteps
 from ..schedulers.scheduling_adm import FEW_STEPS
+from .checkpoints import HISTORY, RUN_FILE, check_named
 
 RECIPES = Path(__file__).parent / "recipes"
 SECTIONS = {"data", "judge", "classifier", "diffusion", "upscaler", "vae", "gan", "flow", "report"}
@@ -124,7 +128,7 @@ class ScheduleArguments(CheckedFields):
     """The noise schedule, which classifier and UNet must share."""
 
     beta_schedule: str = flag("squaredcos_cap_v2", "Noise schedule.", choices=("linear", "squaredcos_cap_v2"))
-    num_train_timesteps: Annotated[int, Range(at_least=2)] = flag(1000, "Timesteps of the schedule.")
+    num_train_timesteps: Annotated[int, Range(at_least=2, at_most=10**6)] = flag(1000, "Timesteps of the schedule.")
     rescale_timesteps: bool = flag(False, "Tell the models timesteps scaled to [0, 1000).")
 
     def __post_init__(self) -> None:
@@ -164,11 +168,11 @@ class SamplingArguments(CheckedFields):
 class ArchitectureArguments(CheckedFields):
     """What UNet and classifier have in common; the defaults suit images of 64x64 on one GPU."""
 
-    model_channels: PositiveInt = flag(128, "Base width.")
-    channel_mult: Annotated[list[PositiveFloat], Length(1)] = flag(
+    model_channels: Width = flag(128, "Base width.")
+    channel_mult: Annotated[list[Factor], Length(1)] = flag(
         [1, 2, 3, 4], "Width of each level, as a multiple of the base."
     )
-    num_res_blocks: PositiveInt = flag(2, "Residual blocks per level.")
+    num_res_blocks: Depth = flag(2, "Residual blocks per level.")
     attention_resolutions: list[PositiveInt] = flag([32, 16, 8], "Side lengths in pixels with attention.")
     num_heads: PositiveInt | None = flag(None, "Fixed number of attention heads.")
     attention_head_dim: PositiveInt | None = flag(None, "Fixed width of attention heads; 64 if neither is given.")
@@ -251,18 +255,25 @@ def parse_arguments(
 
 
 def check_output_dir(name: str, stage: RunArguments, data: DataArguments) -> None:
-    """Refuses an `output_dir` among the images, and to replace a finished folder that is not of this training.
+    """Refuses an `output_dir` that cannot be written, lies among the images or holds something else where results go.
 
     Args:
         name (`str`): The stage's.
         stage ([`RunArguments`]), data ([`DataArguments`]): The flags.
 
     Raises:
-        `ValueError`: Naming the folder.
+        `ValueError`: Naming what is in the way.
     """
+    check_place(stage.output_dir, "--output_dir")
     folder = Path(stage.output_dir) / name
     pretrained = getattr(stage, "pretrained_model", None)
     check_outside(stage.output_dir, [data.train_data_dir, data.dataset_name])
+    if not isinstance(stage, LoopArguments):
+        return
+    check_place(folder, "--output_dir")
+    check_named(stage.resume_from_checkpoint, folder)
+    check_kind([folder / part for part in ("pipeline", "model", "logs", "snapshot")], is_folder=True)
+    check_kind([folder / HISTORY, folder / RUN_FILE, *folder.glob("preview-*.png")], is_folder=False)
     check_replaceable(
         [folder / "pipeline", folder / "model"],
         lambda path: (folder / "history.json").is_file(),
@@ -291,7 +302,8 @@ def read_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
         raise ValueError(f"The recipe {path} cannot be read{line}: {error.problem}; correct its YAML.") from None
-    except (yaml.YAMLError, ValueError) as error:  # of characters and of dates that there are not
+    # Of characters and of dates that there are not, and of a value that does not fit its tag
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"The recipe {path} cannot be read: {' '.join(str(error).split())}; correct it.") from None
     if not isinstance(recipe, dict):
         raise ValueError(

@@ -16,7 +16,7 @@ from hf_guided.training.checkpoints import list_checkpoints, read_state
 
 def describe_data(data_args: DataArguments) -> dict[str, Any]:
     """What it was trained on."""
-    return {"dataset": Path(data_args.source).name, "dataset_id": on_hub(data_args.dataset_name)}
+    return {"dataset": data_args.title, "dataset_id": on_hub(data_args.dataset_name)}
 
 
 def on_hub(name: str | None) -> str | None:

@@ -24,8 +24,10 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
 from ..credentials import without_credentials
-from ..files import partial_name, read_json, recover_folder, remove_folder, replacing_folder, write_json
+from ..evaluation.features import weights_digest
+from ..files import differing, partial_name, read_json, recover_folder, remove_folder, replacing_folder, write_json
 from ..labels import composed
+from ..processes import from_main
 
 logger = logging.getLogger(__name__)
 
@@ -64,25 +66,45 @@ FREE_FLAGS = {
     "cache_dir",
 }
 
+# Flags that name something, and the entry of the fingerprint that is a hash of it: that alone is compared.
+CONTENT_OF = {
+    **dict.fromkeys(("dataset_name", "dataset_config_name", "train_data_dir"), "images"),
+    **dict.fromkeys(("train_split", "validation_split", "held_out_fraction", "image_column", "label_column"), "images"),
+    "pretrained_model": "pretrained weights",
+}
 
-def fingerprint(arguments: list[Any], data: Any, accelerator: Accelerator) -> dict[str, Any]:
+
+def fingerprint(
+    arguments: list[Any], images: tuple[Any, Any], model: torch.nn.Module, accelerator: Accelerator
+) -> dict[str, Any]:
     """Everything that a resumed training must have in common with what it resumes, by flag or by name.
 
-    Addresses are compared and saved without their credentials, which may change.
+    Images and pretrained weights are compared by content: they may have been moved, or their path spelled otherwise.
+    Addresses are saved without their credentials, which may change.
+
+    Args:
+        arguments (`list`): The flags, as dataclasses.
+        images (a pair of [`LabelledImages`]): Trained on, and held out, if any are.
+        model (`nn.Module`): As it is before the first step.
+        accelerator (`Accelerator`): Of the training.
     """
+    train_images = images[0]
     merged: dict[str, Any] = {}
     for part in arguments:
         merged.update(dataclasses.asdict(part))
     if merged["lr_scheduler"] in ("constant", "constant_with_warmup"):
         merged.pop("max_train_steps")  # the other schedules depend on where training ends
     known = {name: value for name, value in merged.items() if name not in FREE_FLAGS}
-    names = None if data.id2label is None else [composed(name) for name in data.id2label.values()]
+    names = None if train_images.id2label is None else [composed(name) for name in train_images.id2label.values()]
+    is_pretrained = merged.get("pretrained_model") is not None
     everything = {
         **known,
         "mixed_precision": accelerator.mixed_precision,
         "number of processes": accelerator.num_processes,
-        "number of images": len(data),
+        "number of images": len(train_images),
         "classes": names,
+        "images": from_main(lambda: [None if part is None else part.digest for part in images]),
+        "pretrained weights": from_main(lambda: weights_digest(model)) if is_pretrained else None,
     }
     return without_credentials(json.loads(json.dumps(everything)))
 
@@ -97,12 +119,8 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     """
     run = _run_of(output_dir)
     if wanted != "latest":
+        check_named(wanted, output_dir)
         folder = Path(wanted)
-        if not (folder / STATE_FILE).is_file():
-            raise ValueError(
-                f"--resume_from_checkpoint {wanted} is not a whole checkpoint ({STATE_FILE} is missing); name a folder "
-                f"such as {output_dir}/checkpoint-500, or 'latest'."
-            )
         state = read_state(folder)
         check_files(folder, state)
         newer = [path.name for path in list_checkpoints(output_dir) if step_of(path) > state["step"]]
@@ -142,6 +160,19 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         if newest is not None and step_of(path) > step_of(newest):
             logger.warning(f"{why} It is now called {move_aside(path, 'damaged').name}; {newest.name} takes its place.")
     return newest
+
+
+def check_named(wanted: str, output_dir: Path) -> None:
+    """Refuses a `--resume_from_checkpoint` that names no checkpoint.
+
+    Raises:
+        `ValueError`: Naming it.
+    """
+    if wanted != "latest" and not (Path(wanted) / STATE_FILE).is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint {wanted} is not a whole checkpoint ({STATE_FILE} is missing); name a folder "
+            f"such as {output_dir}/checkpoint-500, or 'latest'."
+        )
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -267,14 +298,15 @@ def load_checkpoint(
     saved = without_credentials(state["fingerprint"])
     if saved.get("classes") is not None:
         saved["classes"] = [composed(name) for name in saved["classes"]]
-    differing = [
-        f"{name} was {saved.get(name)!r} and is now {current.get(name)!r}"
-        for name in sorted({*saved, *current})
-        if saved.get(name) != current.get(name)
+    changes = [
+        f"the {name} have changed"
+        if name in CONTENT_OF.values()
+        else f"{name} was {saved.get(name)!r} and is now {current.get(name)!r}"
+        for name in sorted(differing(saved, current, CONTENT_OF))
     ]
-    if differing:
+    if changes:
         raise ValueError(
-            f"{folder} cannot be resumed from, since it was trained with other settings: {'; '.join(differing)}. Use "
+            f"{folder} cannot be resumed from, since it was trained with other settings: {'; '.join(changes)}. Use "
             f"the same flags, or another --output_dir to start from scratch."
         )
     try:

@@ -10,6 +10,7 @@ import torch
 
 from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
 from hf_guided.labels import composed
+from hf_guided.loading import naming_damage
 from hf_guided.models.layers import level_attention
 from hf_guided.training.arguments import ArchitectureArguments
 
@@ -52,8 +53,11 @@ class Pretrained:
             raise ValueError(
                 f"--pretrained_model {name} has a {config.get('_class_name')}; only an ADMUNet2DModel is fine-tuned."
             )
-        scheduler_config = ADMScheduler.load_config(name, subfolder="scheduler") if index else None
-        id2label = index.get("id2label") and {int(label): text for label, text in index["id2label"].items()}
+        with naming_damage(name):
+            with torch.device("meta"):  # where making a model costs nothing
+                ADMUNet2DModel.from_config(config)
+            scheduler_config = ADMScheduler.load_config(name, subfolder="scheduler") if index else None
+            id2label = index.get("id2label") and {int(label): text for label, text in index["id2label"].items()}
         return cls(name, config, scheduler_config, id2label)
 
     def check(self, wanted: Mapping[str, Any], is_upsampler: bool) -> None:

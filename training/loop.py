@@ -15,10 +15,11 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
@@ -31,7 +32,7 @@ from tqdm.auto import tqdm
 
 from ..data import DataArguments, LabelledImages, StepBatchSampler, check_images
 from ..data.folders import printable
-from ..files import write_json
+from ..files import locked, write_json
 from ..hub.push import BackgroundPush, PushError, prepare_push, push_command, push_folder
 from ..processes import StoppedError, from_main, join_processes
 from .arguments import LoopArguments, RunArguments
@@ -110,9 +111,24 @@ def train(
 
     Raises:
         `StoppedError`: If a signal stopped it; its state is then saved, and the same call resumes from there.
-        `ValueError`: If a checkpoint to resume from was trained otherwise, or the loss is not finite.
+        `ValueError`: If a checkpoint to resume from was trained otherwise, the loss is not finite, or another process
+            trains in the same folder.
         `OSError`: If `output_dir` cannot be written.
     """
+    with ExitStack() as lock:
+        train_alone(task, train_images, held_out_images, args, data_args, save, lock)
+
+
+def train_alone(
+    task: Task,
+    train_images: LabelledImages,
+    held_out_images: LabelledImages | None,
+    args: LoopArguments,
+    data_args: DataArguments,
+    save: Callable[[str], Any],
+    lock: ExitStack,
+) -> None:
+    """[`train`]; `lock` takes the lock of its folder."""
     output_dir = Path(args.output_dir) / task.name
     join_processes()
     AcceleratorState._reset_state()  # an earlier stage of this process may have had another precision
@@ -122,7 +138,7 @@ def train(
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
-    preflight(task, train_images, args, accelerator, output_dir)
+    preflight(task, train_images, args, accelerator, output_dir, lock)
     if args.gradient_checkpointing:
         enable = getattr(task.model, "enable_gradient_checkpointing", None)
         (enable or task.model.activation_checkpointing_enable)()  # as diffusers and transformers call it
@@ -146,7 +162,7 @@ def train(
     ema = EMAModel(parameters, decay=args.ema_decay)
     others = {"ema": ema, "lr_scheduler": lr_scheduler, "timestep_sampler": task.timestep_sampler}
 
-    current = fingerprint([args, data_args], train_images, accelerator)
+    current = fingerprint([args, data_args], (train_images, held_out_images), task.model, accelerator)
     checkpoint = from_main(lambda: find_checkpoint(output_dir, args.resume_from_checkpoint))
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "run": None, "history": []}
     if checkpoint:
@@ -285,7 +301,8 @@ def train(
 def finish(save: Callable[[str], Any], folder: Path) -> Path:
     """Has the main process write the finished folder, whole or not at all."""
     if PartialState().is_main_process:
-        save_folder(save, folder)
+        with locked(folder.parent):
+            save_folder(save, folder)
         logger.info(f"Saved {folder}")
     return folder
 
@@ -307,22 +324,30 @@ def publish(folder: Path, args: RunArguments) -> None:
 
 
 def preflight(
-    task: Task, images: LabelledImages, args: LoopArguments, accelerator: Accelerator, output_dir: Path
+    task: Task,
+    images: LabelledImages,
+    args: LoopArguments,
+    accelerator: Accelerator,
+    output_dir: Path,
+    lock: ExitStack,
 ) -> None:
-    """Says what will happen, and finds out early what would go wrong late."""
+    """Says what will happen, and finds out early what would go wrong late; the folder is made last, and locked."""
     if accelerator.is_main_process:
+        check_batch(images, args.train_batch_size, accelerator.device)
+        report = check_once(images)
+        memory = estimate_memory(task, images, args.train_batch_size)
         make_writable(output_dir)
+        lock.enter_context(locked(output_dir))
         recover_folders(output_dir)
         if args.push_to_hub and args.hub_model_id:
             args.hub_model_id = prepare_push(args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
-        report = check_once(images)
         num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         height, width = images.resolution
         logger.info(
             f"\n== {task.name} ==\n{report}\n"
             f"model     {num_parameters:,} parameters, {height}x{width} pixels, "
-            f"about {estimate_memory(task, images, args.train_batch_size) / 2**30:.2g} GiB a process to train"
+            f"about {memory / 2**30:.2g} GiB a process to train"
             f"{', less with gradient checkpointing' if args.gradient_checkpointing else ''}\n"
             f"training  {args.max_train_steps} steps of {batch_size} images on {accelerator.num_processes} "
             f"{accelerator.device.type} process(es), {args.max_train_steps * batch_size / len(images):.1f} epochs\n"
@@ -330,6 +355,23 @@ def preflight(
             f"{f', pushed to {args.hub_model_id} at each' if args.push_to_hub else ''}"
         )
     accelerator.wait_for_everyone()
+
+
+def check_batch(images: LabelledImages, batch_size: int, device: torch.device) -> None:
+    """Refuses batches whose pixels alone no memory holds.
+
+    Raises:
+        `ValueError`: Naming the batch size.
+    """
+    size = 4 * batch_size * images.image_channels * math.prod(images.resolution)  # bytes, as float32
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
+    if size > memory:
+        raise ValueError(
+            f"--train_batch_size {batch_size}: the pixels of a batch take {size / 2**30:.3g} GiB, and there are "
+            f"{memory / 2**30:.3g}; give a smaller batch, and --gradient_accumulation_steps if it is to count as a "
+            f"large one."
+        )
 
 
 def make_writable(output_dir: Path) -> None:

@@ -31,8 +31,8 @@ from hf_guided.evaluation.features.feature_sets import FeatureSet, collect_featu
 from hf_guided.evaluation.features.image_sets import ImageSet, LoadedImages, SampledImages
 from hf_guided.evaluation.memorisation import memorisation
 from hf_guided.evaluation.metrics.table import METRICS
-from hf_guided.fields import NonNegativeFloat, PositiveInt, Range, flag
-from hf_guided.files import check_replaceable, has_json, read_json, write_json
+from hf_guided.fields import MOST, NonNegativeFloat, PositiveInt, Range, flag
+from hf_guided.files import check_kind, check_replaceable, has_json, read_json, write_json
 from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.hub import write_model_card
 from hf_guided.hub.push import prepare_push
@@ -61,7 +61,9 @@ MAX_REAL_IMAGES = 10_000  # that samples are measured against
 class ReportArguments(RunArguments, SamplingArguments):
     """What is sampled and judged at the end."""
 
-    num_images: Annotated[int, Range(at_least=FEWEST_IMAGES)] = flag(500, "Samples judged at each setting.")
+    num_images: Annotated[int, Range(at_least=FEWEST_IMAGES, at_most=MOST)] = flag(
+        500, "Samples judged at each setting."
+    )
     sampling_batch_size: PositiveInt = flag(250, "Samples made at once.")
     guidance_scales: list[NonNegativeFloat] = flag(
         [0.0, 1.0, 3.0, 10.0], "Scales at which the classifier alone guides."
@@ -83,6 +85,8 @@ def main() -> None:
     for name in ("judge", "classifier"):  # the UNet is pushed at its checkpoints, and the finished pipeline
         stages[name].push_to_hub = False
 
+    check_kind([output_dir / "pipeline"], is_folder=True)
+    check_kind([output_dir / "report.json", *output_dir.glob("grid-scale-*.png")], is_folder=False)
     check_replaceable([output_dir / "report.json"], lambda path: has_json(path, "seed", "rows"))
     check_replaceable(
         [output_dir / "pipeline"],
@@ -130,7 +134,7 @@ def main() -> None:
             inspection = read_json(Path(folder) / "inspection.json")
         write_model_card(
             folder,
-            title=f"Guided diffusion on {Path(data_args.source).name}",
+            title=f"Guided diffusion on {data_args.title}",
             class_names=list(pipeline.id2label.values()),
             training=describe(stages, images),
             results=report,

@@ -33,7 +33,7 @@ from hf_guided.baselines import (
 from hf_guided.baselines.gan import hinge_losses
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.features.image_sets import SampledImages
-from hf_guided.fields import Length, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Share, flag
+from hf_guided.fields import Depth, Length, NonNegativeFloat, NonNegativeInt, PositiveFloat, Range, Share, Width, flag
 from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.hub import write_model_card
 from hf_guided.training.arguments import LoopArguments, parse_arguments, run_script
@@ -50,12 +50,10 @@ COLLAPSED = 0.5  # of the real images' spread: below it a class has collapsed
 class VAEArguments(LoopArguments):
     """A VAE's flags."""
 
-    latent_dim: PositiveInt = flag(128, "Length of the latent vector.")
-    model_channels: PositiveInt = flag(64, "Base width.")
-    channel_mult: Annotated[list[PositiveInt], Length(1)] = flag(
-        [1, 2, 4], "Width of each level, as a multiple of the base."
-    )
-    num_res_blocks: PositiveInt = flag(2, "Residual blocks per level.")
+    latent_dim: Width = flag(128, "Length of the latent vector.")
+    model_channels: Width = flag(64, "Base width.")
+    channel_mult: Annotated[list[Depth], Length(1)] = flag([1, 2, 4], "Width of each level, as a multiple of the base.")
+    num_res_blocks: Depth = flag(2, "Residual blocks per level.")
     kl_weight: NonNegativeFloat = flag(
         1.0, "Weight of the rate, KL(q(z|x) || p(z)), in the loss; 1 is the bound itself."
     )
@@ -70,12 +68,10 @@ class GANArguments(LoopArguments):
 
     discriminator_learning_rate: PositiveFloat = flag(4e-4, "The discriminator's: two time scales (arXiv 1706.08500).")
     adam_beta1: Share = flag(0.0, "AdamW's first decay rate.")
-    latent_dim: PositiveInt = flag(120, "Length of the latent vector.")
-    model_channels: PositiveInt = flag(64, "Base width of the generator.")
-    discriminator_channels: PositiveInt = flag(64, "Base width of the discriminator.")
-    channel_mult: Annotated[list[PositiveInt], Length(1)] = flag(
-        [1, 2, 4], "Width of each level, as a multiple of the base."
-    )
+    latent_dim: Width = flag(120, "Length of the latent vector.")
+    model_channels: Width = flag(64, "Base width of the generator.")
+    discriminator_channels: Width = flag(64, "Base width of the discriminator.")
+    channel_mult: Annotated[list[Depth], Length(1)] = flag([1, 2, 4], "Width of each level, as a multiple of the base.")
     translation: NonNegativeInt = flag(
         0, "Shift what the discriminator sees by up to so many pixels, if images are few."
     )
@@ -85,9 +81,9 @@ class GANArguments(LoopArguments):
 class FlowArguments(LoopArguments):
     """A flow's flags."""
 
-    num_levels: PositiveInt = flag(3, "Levels, each of half the side length.")
-    num_blocks: PositiveInt = flag(8, "Steps of flow per level.")
-    hidden_channels: PositiveInt = flag(128, "Width of the couplings' networks.")
+    num_levels: Depth = flag(3, "Levels, each of half the side length.")
+    num_blocks: Depth = flag(8, "Steps of flow per level.")
+    hidden_channels: Width = flag(128, "Width of the couplings' networks.")
     dequantization_width: Annotated[float, Range(at_least=1, at_most=255)] = flag(
         1.0, "Steps of the 8-bit scale between the levels that the images have."
     )
@@ -315,7 +311,7 @@ def train_baseline(
             task.preview(task.model, Path(folder) / "grid.png")
         write_model_card(
             folder,
-            title=f"{task.title} of {Path(data_args.source).name}",
+            title=f"{task.title} of {data_args.title}",
             class_names=list(images[0].id2label.values()),
             training={
                 "images": describe_images(images),

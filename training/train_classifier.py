@@ -102,7 +102,7 @@ def train_classifier(
             inspection = inspect(folder, train_images, held_out_images, args)
         write_model_card(
             folder,
-            title=f"Classifier of {kind} {Path(data_args.source).name}",
+            title=f"Classifier of {kind} {data_args.title}",
             summary=f"A classifier of {kind} images",
             class_names=list(train_images.id2label.values()),
             training={

@@ -168,7 +168,7 @@ def train_and_save(
         pipeline.save_pretrained(folder)
         write_model_card(
             folder,
-            title=f"{task.kind} of {Path(data_args.source).name}",
+            title=f"{task.kind} of {data_args.title}",
             class_names=list(task.id2label.values()) if args.class_conditional else (),
             training={
                 "images": describe_images(images),

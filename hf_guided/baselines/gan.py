@@ -71,11 +71,14 @@ class BigGANGenerator(WholeModelMixin, ConfigMixin):
         self.norm_out = nn.BatchNorm2d(widths[0])
         self.conv_out = _normalised(nn.Conv2d(widths[0], image_channels, 3, padding=1))
 
-    def forward(self, latents: torch.Tensor, class_labels: torch.Tensor) -> GeneratorOutput:
+    def forward(
+        self, latents: torch.Tensor, class_labels: torch.Tensor, return_dict: bool = True
+    ) -> GeneratorOutput | tuple[torch.Tensor]:
         """
         Args:
             latents (`torch.Tensor` of shape `(batch, latent_dim)`): Standard normal.
             class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
+            return_dict (`bool`, defaults to `True`): Return an output object instead of a tuple.
         """
         conditions = torch.cat([latents, self.class_embedding(class_labels)], dim=1)
         hidden = self.from_latents(latents).unflatten(1, self.bottom_shape)
@@ -83,7 +86,8 @@ class BigGANGenerator(WholeModelMixin, ConfigMixin):
             hidden = block(hidden, conditions)
         hidden = self.conv_out(F.relu(self.norm_out(hidden)))
         # What is infinite stays broken, for tanh would make a clean image of it.
-        return GeneratorOutput(sample=torch.tanh(hidden).where(hidden.isfinite(), torch.nan))
+        sample = torch.tanh(hidden).where(hidden.isfinite(), torch.nan)
+        return GeneratorOutput(sample=sample) if return_dict else (sample,)
 
     @torch.no_grad()
     def set_standing_statistics(self, num_batches: int = 16, batch_size: int = 128, seed: int = 0) -> None:
@@ -270,8 +274,11 @@ class ConditionalBatchNorm2d(nn.BatchNorm2d):
 
 
 def _normalised(layer: Any) -> nn.Module:
-    """A layer of spectral norm 1 whose weights begin orthogonal (arXiv 1802.05957; BigGAN, section 3)."""
-    nn.init.orthogonal_(layer.weight)
+    """A layer of spectral norm 1 whose weights begin orthogonal (arXiv 1802.05957; BigGAN, section 3).
+
+    They are decomposed in float32, whatever type the weights are loaded in.
+    """
+    layer.weight.data.copy_(nn.init.orthogonal_(torch.empty_like(layer.weight, dtype=torch.float32)))
     if getattr(layer, "bias", None) is not None:
         nn.init.zeros_(layer.bias)
     return spectral_norm(layer)

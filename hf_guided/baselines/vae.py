@@ -113,12 +113,17 @@ class ClassConditionalVAE(WholeModelMixin, ConfigMixin):
         return DecoderOutput(sample=self.decoder(self._with_class(features, class_labels)))
 
     def forward(
-        self, sample: torch.Tensor, class_labels: torch.Tensor, generator: torch.Generator | None = None
-    ) -> VAEOutput:
-        """Encodes, draws latents and decodes; arguments as those of [`encode`]."""
+        self,
+        sample: torch.Tensor,
+        class_labels: torch.Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> VAEOutput | tuple:
+        """Encodes, draws latents and decodes; arguments as of [`encode`]. Without `return_dict`, gives a tuple."""
         posterior = self.encode(sample, class_labels)
         latents = posterior.sample(generator)[:, :, 0, 0]
-        return VAEOutput(sample=self.decode(latents, class_labels).sample, posterior=posterior)
+        decoded = self.decode(latents, class_labels).sample
+        return VAEOutput(sample=decoded, posterior=posterior) if return_dict else (decoded, posterior)
 
     def bound(self, images: torch.Tensor, output: VAEOutput) -> tuple[torch.Tensor, torch.Tensor]:
         r"""The two terms of the bound on the negative log-likelihood of 8-bit images (arXiv 1312.6114, equation 3).

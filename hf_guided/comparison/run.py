@@ -31,7 +31,7 @@ from hf_guided.evaluation.features.feature_sets import FeatureSet, collect_featu
 from hf_guided.evaluation.features.image_sets import ImageSet, LoadedImages, SampledImages
 from hf_guided.evaluation.likelihood import likelihood, likelihood_labels
 from hf_guided.evaluation.memorisation import memorisation
-from hf_guided.files import check_replaceable, has_json, read_json, write_json
+from hf_guided.files import check_replaceable, differing, has_json, read_json, write_json
 from hf_guided.generation.sampling import sample_batches
 from hf_guided.guidance.classifier import ClassifierGuidance
 from hf_guided.labels import match_classes
@@ -181,7 +181,8 @@ def compare(
         args.report_to, args.preview_steps, args.push_to_hub = "none", 0, False
     stages["diffusion"].label_dropout = 0.0  # it is always told the class here, and need not do without
     settings: dict[str, Any] = {
-        "data": Path(train.name).name,
+        "data": data_args.title,
+        "images": [train.digest, held_out.digest],
         "recipe": stages["judge"].recipe,
         "resolution": list(train.resolution),
         "families": list(models or families),
@@ -194,25 +195,28 @@ def compare(
         "hardware": describe_run(stages["judge"])["hardware"],
         "class_names": list(train.id2label.values())[:10],
     }
+    given_judge = None if features is None else load_features(features, PartialState().device)
+    if given_judge is not None:
+        settings["judge"] = given_judge.fingerprint
     output.mkdir(parents=True, exist_ok=True)
     plan = {"settings": settings}
     if plan_file.is_file():
         fix = f"give another --output, or remove {output} to compare from scratch"
         plan = without_credentials(read_json(plan_file, _PLAN, fix))
-    changed = [name for name in settings if plan["settings"].get(name) != settings[name] and name not in _GROWING]
+    changed = set(differing(plan["settings"], settings, {"data": "images", "features": "judge"})) - _GROWING
     if changed:
         raise ValueError(
-            f"{output} holds a comparison with other settings ({', '.join(changed)}); give the same flags, or another "
-            f"--output."
+            f"{output} holds a comparison with other settings ({', '.join(sorted(changed))}); give the same flags, or "
+            f"another --output."
         )
 
     # 2. The judge, and the real images in its features
-    if features is None:
+    if given_judge is None:
         judge_folder = train_classifier(data_args, with_flags(stages["judge"], output_dir=str(output)), images, "judge")
         judge = AutoModelForImageClassification.from_pretrained(judge_folder).to(PartialState().device)
         extractor: FeatureExtractor = ModelFeatures(judge, "judge")
     else:
-        extractor = load_features(features, PartialState().device)
+        extractor = given_judge
     measuring = Measuring(extractor, images, num_images, batch_size, guidance_scale, tuple(guidance_scales))
 
     # 3. Train, sample, measure

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
-from ..files import replacing
+from ..files import check_parent, replacing
 from ..loading import naming_damage, read_config
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.layers import level_attention, level_widths
@@ -19,7 +19,7 @@ from ..models.unet_adm import ADMUNet2DModel
 from ..schedulers.schedules import make_betas
 from ..schedulers.scheduling_adm import ADMScheduler
 from .convert import IMAGENET_CLASSES, RECORD_FILE, Tell
-from .files import in_new_folders, same_content
+from .files import same_content
 from .flags import SCHEDULES, parse_flags, scripts_channel_mult, spell_flags
 from .openai import to_openai_state_dict
 
@@ -48,8 +48,8 @@ def export_checkpoint(
 
     Args:
         source (`str` or `os.PathLike`): The folder of a pipeline, a UNet or a classifier, or its name on the Hub.
-        output (`str` or `os.PathLike`): The `.pt` file to write: the UNet, or a classifier saved alone. One that the
-            same call has written stays as it is.
+        output (`str` or `os.PathLike`): The `.pt` file to write, in a folder that is there: the UNet, or a classifier
+            saved alone. One that the same call has written stays as it is.
         classifier (`str` or `os.PathLike`, *optional*): Another `.pt` file, for the pipeline's classifier.
         token (`str`, *optional*): For private repositories of the Hub; the saved login, by default.
         tell (`Callable`, defaults to `print`): Is told the flags, and what the published scripts need beside them.
@@ -60,8 +60,11 @@ def export_checkpoint(
     """
     if classifier is not None and os.path.realpath(output) == os.path.realpath(classifier):
         raise ValueError(f"--output and --classifier both name {output}; choose a file for each.")
-    for path in (output, classifier):
-        if path is not None and os.path.lexists(path) and not _is_export(path):
+    for path, flag in ((output, "--output"), (classifier, "--classifier")):
+        if path is None:
+            continue
+        check_parent(path, flag)
+        if os.path.lexists(path) and not _is_export(path):
             raise ValueError(_TAKEN.format(path))
     folder = _find(source, token)
     record = read_config(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
@@ -89,7 +92,6 @@ def export_checkpoint(
         written[Path(path)] = (to_openai_state_dict(parts[part], new_order), part, flags, notes)
     with ExitStack() as stack:  # at whose end all of them are there, or as a rerun finds them
         for path, (state_dict, *_) in written.items():
-            stack.enter_context(in_new_folders(path))
             temporary = stack.enter_context(replacing(path))
             _save(state_dict, temporary)
             if path.exists() and not same_content(temporary, path):

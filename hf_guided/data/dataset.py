@@ -1,31 +1,46 @@
 """From the name of a dataset to two sets of images, one to train on and one held out."""
 
 import glob
+import hashlib
 import itertools
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from ..credentials import without_credentials
-from ..fields import CheckedFields, Length, NonNegativeInt, PositiveInt, Share, flag
+from ..fields import CheckedFields, Length, Range, Share, Width, flag
+from ..files import check_place
 from ..labels import composed
 from .built_in import BUILT_IN, DIGITS, PHOTOGRAPHS, import_extra, load_digits, load_photographs
-from .folders import TEXT_TYPES, FolderScan, printable, read_split, scan_folder
-from .images import BAD_IMAGE_ERRORS, foreign_files, open_image, resize_and_crop, to_channels, to_pixel_values
+from .folders import TEXT_TYPES, FolderScan, ImageFiles, printable, read_split, scan_folder
+from .images import (
+    BAD_IMAGE_ERRORS,
+    foreign_files,
+    open_image,
+    resize_and_crop,
+    stored_bytes,
+    to_channels,
+    to_pixel_values,
+)
 
 logger = logging.getLogger(__name__)
 
 NUM_DIGITS_HELD_OUT = 297  # of 1,797
 PHOTOGRAPHS_HELD_OUT = 0.2  # of each one's width
 HELD_OUT_SEED = 0  # never the training seed: every run is measured on the same images
+DIGESTED_BYTES = 2**30  # of a dataset, to know it again: seconds of reading
 USUAL_IMAGE_COLUMNS = ("image", "img", "images", "picture", "photo")
 USUAL_LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category", "target")
 
@@ -58,25 +73,34 @@ class DataArguments(CheckedFields):
     )
     image_column: str | None = flag(None, "Column of the images. Default: found by its type or usual name.")
     label_column: str | None = flag(None, "Column of the class labels. Default: found by its type or usual name.")
-    resolution: Annotated[list[PositiveInt], Length(1, 2)] | None = flag(
+    resolution: Annotated[list[Width], Length(1, 2)] | None = flag(
         None,
         "Side of the images in pixels, or their height and width. Default: 8 for the digits, 32 for the photographs.",
     )
     image_channels: int | None = flag(None, "1 (gray) or 3 (RGB). Default: 3, and 1 for the digits.", choices=(1, 3))
     random_crop: bool = flag(False, "Crop training images at random scales and places instead of at the centre.")
     random_flip: bool = flag(False, "Mirror half of the training images left to right.")
-    dataloader_num_workers: NonNegativeInt = flag(
+    dataloader_num_workers: Annotated[int, Range(at_least=0, at_most=1024)] = flag(
         0, "Processes that load images; any number gives the same batches. 0: the main one."
     )
     cache_dir: str | None = flag(None, "Where `datasets` keeps what it downloads and prepares.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("dataset_name", "train_data_dir", "cache_dir"):  # the shell leaves --train_data_dir=~/photos alone
+            setattr(self, name, getattr(self, name) and os.path.expanduser(getattr(self, name)))
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise ValueError(
                 f"Both --dataset_name '{self.dataset_name}' and --train_data_dir '{self.train_data_dir}' are given; "
                 "give only one."
             )
+        if self.dataset_config_name is not None and (self.train_data_dir is not None or self.built_in):
+            raise ValueError(
+                f"--dataset_config_name '{self.dataset_config_name}' is of a dataset on the Hub, and "
+                f"'{self.source}' has no configurations; leave it out, or give another --dataset_name."
+            )
+        if self.cache_dir is not None:
+            check_place(self.cache_dir, "--cache_dir")
         if self.built_in and self.validation_split is not None:
             raise ValueError(
                 f"The {self.built_in} have no split '{self.validation_split}'; use --held_out_fraction instead."
@@ -91,6 +115,12 @@ class DataArguments(CheckedFields):
     def source(self) -> str:
         """What the images are taken from: the folder, the dataset's name without credentials, or 'digits'."""
         return printable(without_credentials(self.train_data_dir or self.dataset_name or DIGITS))
+
+    @property
+    def title(self) -> str:
+        """What cards call the data: the last part of its name, of a folder however its path is spelled."""
+        folder = self.train_data_dir or self.dataset_name
+        return Path(printable(os.path.abspath(folder)) if folder and os.path.exists(folder) else self.source).name
 
     @property
     def built_in(self) -> str | None:
@@ -159,6 +189,29 @@ class LabelledImages(Dataset):
     def bad_files(self) -> list[str]:
         """The files met so far, by any loader worker, that could not be decoded and were substituted."""
         return [self.file_name(index) for index in self._is_bad.nonzero().flatten().tolist()]
+
+    @cached_property
+    def digest(self) -> str:
+        """
+        A hash of the images and their labels, in their order: equal wherever they lie and whatever their folder is
+        called. Up to 1 GiB it is of every byte; beyond, of every file's size and of the bytes of evenly spaced images.
+        """
+        digest = hashlib.sha256(b"" if self.labels is None else self.labels.tobytes())
+
+        def stored(index: int) -> bytes:
+            return stored_bytes(self.images[int(self.rows[index])]["image"])
+
+        if isinstance(self.images, ImageFiles):
+            sizes = self.images.sizes(self.rows)
+        else:  # of evenly spaced rows, for others would have to be read
+            spaced = range(0, len(self), math.ceil(len(self) / 100))
+            sizes = np.array([len(stored(index)) for index in spaced])
+        digest.update(sizes.tobytes())
+        step = max(1, math.ceil(sizes.mean() * len(self) / DIGESTED_BYTES))
+        for index in tqdm(range(0, len(self), step), desc=f"Reading {self.name}", unit="image", leave=False):
+            content = stored(index)
+            digest.update(len(content).to_bytes(8) + content)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.rows)

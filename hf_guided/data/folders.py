@@ -69,6 +69,17 @@ class ImageFiles(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
+    def sizes(self, rows: np.ndarray) -> np.ndarray:
+        """Bytes of the files of some rows, shape (len(rows),); 0 where there is none any more."""
+
+        def size(row: int) -> int:
+            try:
+                return os.stat(self[row]["image"]["path"]).st_size
+            except OSError:
+                return 0
+
+        return np.array([size(row) for row in rows.tolist()], dtype=np.int64)
+
     def __getitem__(self, row: Any) -> Any:
         if not 0 <= row < len(self):
             raise IndexError(f"Row {row} is not in 0 to {len(self) - 1}.")

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,15 @@ from ..models.images import (
     upright,
 )
 
-__all__ = ["BAD_IMAGE_ERRORS", "IMAGE_FORMATS", "open_image", "resize_and_crop", "to_channels", "to_pixel_values"]
+__all__ = [
+    "BAD_IMAGE_ERRORS",
+    "IMAGE_FORMATS",
+    "open_image",
+    "resize_and_crop",
+    "stored_bytes",
+    "to_channels",
+    "to_pixel_values",
+]
 
 
 def open_image(record: Any) -> Image.Image:
@@ -47,6 +56,17 @@ def open_record(record: dict[str, Any] | None) -> Image.Image:
     if record is None or (record["path"] is None and record["bytes"] is None):
         raise ValueError("the image is missing")
     return open_file(record["path"] if record["bytes"] is None else record["bytes"])
+
+
+def stored_bytes(record: Any) -> bytes:
+    """The undecoded bytes of what [`open_image`] takes, by which images are compared; none if the image is missing."""
+    if isinstance(record, Image.Image):
+        return record.mode.encode() + record.tobytes()
+    if record is None:
+        return b""
+    if record["bytes"] is not None:
+        return record["bytes"]
+    return Path(record["path"]).read_bytes() if record["path"] and os.path.isfile(record["path"]) else b""
 
 
 def foreign_files(images: Any, folders: Sequence[str | os.PathLike]) -> Iterator[tuple[int, str]]:

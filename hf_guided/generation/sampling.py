@@ -23,6 +23,8 @@ from ..credentials import without_credentials
 from ..files import (
     FullDiskError,
     check_parent,
+    check_place,
+    differing,
     full_disk,
     read_json,
     recover_folder,
@@ -37,6 +39,7 @@ from .samples import import_parquet, read_record, to_picture, write_samples
 COMPILING = "Compiling: the first batch takes a minute or more longer, the next runs find it in the cache."
 PLAN_FILE = "plan.json"
 _PLANNED = {"num_images", "size", "seed"}  # of every plan, by which a record is known as one
+_CONTENT_OF = {"model": "model_files"}  # a folder may be moved, or its path spelled otherwise
 MAX_PICTURED = 1000  # images in one picture
 _GRID_ROWS = _GRID_COLUMNS = 10  # of the picture beside a file
 _BLOCK = 4096  # bytes that even a small file takes
@@ -138,7 +141,7 @@ def check_destination(output: str | os.PathLike) -> None:
         `ImportError`: If parquet files cannot be written.
     """
     path, kind = Path(output), _kind(output)
-    check_parent(output)
+    check_parent(output) if kind else check_place(path.absolute().parent)
     if os.path.ismount(path):
         raise ValueError(f"--output {output} is a whole disk; give a name on it.")
     if kind == ".parquet":
@@ -336,12 +339,11 @@ def _stamp(model: str) -> str | None:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What two plans differ in, in words."""
+    """What two plans differ in, in words; empty if they make the same samples."""
     hashes = {"labels": "the labels were others", "model_files": "the model's files were others"}
     return "; ".join(
         hashes.get(name, f"{name} was {old.get(name)} and is now {new.get(name)}")
-        for name in dict.fromkeys([*old, *new])
-        if old.get(name) != new.get(name)
+        for name in differing(old, new, _CONTENT_OF)
     )
 
 
@@ -349,7 +351,7 @@ def _missing_batches(path: Path, kind: str, parts: _Parts, plan: dict[str, Any])
     """The batches to make, with a folder ready for them; `None` if the output is there."""
     recover_folder(parts.folder)  # removed in part, if a kill came between
     record = without_credentials(read_record(path))
-    if record == plan:
+    if record is not None and not _differences(record, plan):
         if parts.folder.is_dir():
             remove_folder(parts.folder)  # a kill may have left it
         return None
@@ -365,10 +367,10 @@ def _missing_batches(path: Path, kind: str, parts: _Parts, plan: dict[str, Any])
         old = without_credentials(
             read_json(plan_file, shape, f"remove the folder {parts.folder} to start from scratch")
         )
-        if old != plan and any(parts.folder.glob("*.raw")):
+        if (changes := _differences(old, plan)) and any(parts.folder.glob("*.raw")):
             raise ValueError(
-                f"{parts.folder} holds samples made otherwise: {_differences(old, plan)}. Give the same flags to go "
-                f"on with them, or remove the folder to start anew."
+                f"{parts.folder} holds samples made otherwise: {changes}. Give the same flags to resume, or remove the "
+                f"folder to start from scratch."
             )
     finished = set()
     if parts.folder.is_dir():
@@ -377,6 +379,7 @@ def _missing_batches(path: Path, kind: str, parts: _Parts, plan: dict[str, Any])
             shutil.rmtree(left) if left.is_dir() else left.unlink()  # what a kill cut off
     missing = [batch for batch in range(parts.num_batches) if batch not in finished]
     needed = sum(parts.size(batch) * parts.image_bytes + _BLOCK for batch in missing) + _largest_size(kind, parts)
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)  # of a folder
     free = shutil.disk_usage(path.absolute().parent).free
     if needed > free:
         raise ValueError(

@@ -53,6 +53,11 @@ from transformers import pipeline
 classify = pipeline("image-classification", model={source}{dtype})
 print(classify("picture.png"))"""
 
+_MODEL_USAGE = """\
+{imports}from hf_guided import {model_class}
+
+model = {model_class}.from_pretrained({source}{dtype})"""
+
 _GUIDED_ADVICE = """
 Steps and guidance scale are the saved defaults; `num_inference_steps=` and `guidance_scale=` change them, and
 `respacing="250"` samples as published. A higher scale gives images that are more typical of their class and less
@@ -111,7 +116,35 @@ _FAMILIES = {
 }
 
 
-def write_model_card(
+_PIPELINE_OF = {
+    "ClassConditionalVAE": "VAEPipeline",
+    "BigGANGenerator": "GANPipeline",
+    "ClassConditionalGlow": "FlowPipeline",
+}
+
+
+def write_model_card(folder: str | os.PathLike, **card: Any) -> Path:
+    """Writes the model card `README.md` of a saved pipeline or model.
+
+    Of a card that is there already, what a user edited, added or removed stays so.
+
+    Args:
+        folder (`str` or `os.PathLike`): The saved pipeline.
+        card: What it says, as for [`render_card`].
+
+    Returns:
+        `Path`: The card.
+    """
+    path = Path(folder, "README.md")
+    text = sign(render_card(folder, **card))
+    if path.is_file():
+        text = merge(path.read_text(encoding="utf-8"), text)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def render_card(
     folder: str | os.PathLike,
     *,
     title: str,
@@ -129,11 +162,9 @@ def write_model_card(
     origin: str | None = None,
     guided: bool = True,
     dtype: str | None = None,
-) -> Path:
-    """Writes the model card `README.md` of a saved pipeline or classifier.
-
-    It shows `grid.png` and `trade_off.png` where present. Of a card that is there already, what a user edited, added or
-    removed stays so.
+    defaults: Mapping[str, Any] | None = None,
+) -> str:
+    """The model card of a saved pipeline or model, which shows `grid.png` and `trade_off.png` where present.
 
     Args:
         folder (`str` or `os.PathLike`): The saved pipeline.
@@ -155,20 +186,24 @@ def write_model_card(
         license (`str`, *optional*): Identifier of the licence, such as `"apache-2.0"`.
         base_model (`str`, *optional*): What it was fine-tuned from, by its id on the Hub.
         model_class (`str`, defaults to `"ClassifierGuidedPipeline"`): What loads the folder: that or another pipeline
-            of this package, or `"ADMForImageClassification"`.
+            or model of this package.
         summary (`str`): What kind of model it is, in a few words.
         origin (`str`, *optional*): Where it comes from, as the end of the first sentence, in Markdown; by default it
             was trained on `dataset` with this library. All other words are shown as they are, whatever is in them.
         guided (`bool`, defaults to `True`): A classifier steers it.
         dtype (`str`, *optional*): `"float16"` or `"bfloat16"`, if the weights are saved in half precision.
+        defaults (`Mapping[str, Any]`, *optional*): The pipeline's saved sampling defaults, shown as a table.
 
     Returns:
-        `Path`: The card.
+        `str`: The card.
+
+    Raises:
+        `ValueError`: If its metadata are invalid.
     """
     folder, title, dataset = Path(folder), _public(title), _public(dataset)
     dataset_id = dataset_id and _public(dataset_id)
-    classifies = model_class == "ADMForImageClassification"
-    family, paper, knob = _FAMILIES.get(model_class, ("adm", _ADM, None))
+    classifies, is_pipeline = model_class == "ADMForImageClassification", model_class.endswith("Pipeline")
+    family, paper, knob = _FAMILIES.get(_PIPELINE_OF.get(model_class, model_class), ("adm", _ADM, None))
     tags = {"hf-guided": True, "diffusers": not classifies, family: True, "classifier-guidance": guided or classifies}
     tags["class-conditional-image-generation"] = bool(class_names) and not classifies
     data = ModelCardData(
@@ -195,17 +230,18 @@ def write_model_card(
         paper=paper,
         origin=without_credentials(origin) or f"trained on {escape(dataset)} with\n`hf-guided`",
         picture="\n\n".join(f"![{text}]({name})" for name, text in pictures.items() if (folder / name).is_file()),
-        extra=" normflows" if model_class == "FlowPipeline" else "",
+        extra=" normflows" if family == "normalizing-flow" else "",
         usage=_usage(model_class, json.dumps(repo_id or "."), class_names, dtype),
-        advice=("" if classifies else advice) + ("" if dtype is None else _DTYPE_ADVICE.format(dtype=dtype)),
+        advice=(advice if is_pipeline else "") + ("" if dtype is None else _DTYPE_ADVICE.format(dtype=dtype)),
     )
     if class_names:
         card += f"\n## Classes\n\n{_class_list(class_names)}\n"
     limits = _limits(folder, class_names, results, classifies)
     card += _LIMITS.format(limits="\n".join(f"- {limit}" for limit in limits))
-    if training:
-        rows = [[_heading(name), _public(value)] for name, value in training.items()]
-        card += f"\n## Training\n\n{_table(['', ''], rows)}\n"
+    for heading, values in (("Sampling defaults", defaults), ("Training", training)):
+        if values:
+            rows = [[_heading(name), _public(value)] for name, value in values.items()]
+            card += f"\n## {heading}\n\n{_table(['', ''], rows)}\n"
     if results:
         columns = list(dict.fromkeys(column for row in results for column in row))
         headings = [_heading(column) for column in columns]
@@ -227,14 +263,7 @@ def write_model_card(
             table=_table([_heading(name) for name in columns], cells),
             findings="\n".join(f"- {escape(_public(finding))}" for finding in inspection["findings"]),
         )
-
-    path = folder / "README.md"
-    card = sign(str(ModelCard(card)))  # which checks the metadata
-    if path.is_file():
-        card = merge(path.read_text(encoding="utf-8"), card)
-    with replacing(path) as temporary:
-        temporary.write_text(card, encoding="utf-8")
-    return path
+    return str(ModelCard(card))  # which checks the metadata
 
 
 def address(card: str, repo_id: str, standalone: bool = False) -> str:
@@ -253,6 +282,12 @@ def address(card: str, repo_id: str, standalone: bool = False) -> str:
             code = re.sub(
                 rf"\b(?:ClassifierGuided\w*Pipeline|{'|'.join(_FAMILIES)})\.from_pretrained\((.*?)\)\n",
                 r"DiffusionPipeline.from_pretrained(\1, trust_remote_code=True)\n",
+                code,
+            )
+            code = re.sub(r"(?m)^from hf_guided import ADMUNet2DModel$", "from diffusers import AutoModel", code)
+            code = re.sub(
+                r"\bADMUNet2DModel\.from_pretrained\((.*?)\)\n",
+                r"AutoModel.from_pretrained(\1, trust_remote_code=True)\n",
                 code,
             )
             code = re.sub(r"(?m)^from hf_guided import ADMForImageClassification  # makes it known.*\n", "", code)
@@ -344,6 +379,9 @@ def _usage(model_class: str, source: str, class_names: Sequence[str], dtype: str
     if model_class == "ADMForImageClassification":
         imports = "" if dtype is None else "import torch\n"
         return _CLASSIFIER_USAGE.format(imports=imports, source=source, dtype=chosen)
+    if not model_class.endswith("Pipeline"):
+        imports = "" if dtype is None else "import torch\n"
+        return _MODEL_USAGE.format(imports=imports, model_class=model_class, source=source, dtype=chosen)
     arguments, imports = "", ""
     if model_class == "ClassifierGuidedUpscalePipeline":
         arguments, imports = "small, ", "\nfrom PIL import Image"

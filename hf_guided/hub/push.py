@@ -1,5 +1,6 @@
 """Pushes a finished folder to the Hub in one commit, and says in one sentence what is wrong when it cannot."""
 
+import logging
 import os
 import shlex
 import threading
@@ -15,7 +16,10 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from ..credentials import without_credentials
 from .card_edits import merge, sign
 from .model_card import address
+from .saved_card import card_of_saved
 from .selection import CODE_FILES, select_files
+
+logger = logging.getLogger(__name__)
 
 _MODEL_FILES = ("model_index.json", "config.json")
 _ATTEMPTS = 3  # where others push to the same branch at the same time
@@ -64,12 +68,14 @@ def push_folder(
     standalone: bool = False,
     repo_type: str = "model",
     include: Sequence[str] | None = None,
+    license: str | None = None,
 ) -> str:
     """Pushes a saved pipeline or model to a model repository of the Hub, which is created if need be, in one commit.
 
     What goes is what a model repository is made of, see [`select_files`]; the rest stays behind and is named in the
     log. Files that the repository has already are not sent again, and those that only it has are kept, as is what was
-    edited there of the model card.
+    edited there of the model card. Where there is no card in the folder nor in the repository, one of what the configs
+    say is added.
 
     Args:
         folder (`str` or `os.PathLike`): A folder with a `model_index.json` (pipeline) or `config.json` (model).
@@ -83,6 +89,7 @@ def push_folder(
         standalone (`bool`, defaults to `False`): Let the repository carry its code, see [`write_standalone`].
         repo_type (`str`, defaults to `"model"`): `"space"` for the folder of [`write_space`].
         include (`Sequence[str]`, *optional*): What else goes: paths in the folder, or patterns such as `"assets/*"`.
+        license (`str`, *optional*): Identifier of the licence, such as `"apache-2.0"`, for a model card that is added.
 
     Returns:
         `str`: The URL of the repository, or of the pull request.
@@ -113,6 +120,7 @@ def push_folder(
                 revision=revision,
                 create_pr=create_pr,
                 include=include,
+                license=license,
             )
     paths = select_files(folder, include, repo_type)
     api = HfApi(token=token or True)  # True: a token is required
@@ -131,8 +139,14 @@ def push_folder(
             if repo_type == "model":  # the code of an earlier push does not stay beside what no longer uses it
                 stale = [path for path in there.difference(paths) if Path(path).name in CODE_FILES]
                 operations += [CommitOperationDelete(path) for path in stale]
+            card = None
             if "README.md" in paths:
                 card = (folder / "README.md").read_text(encoding="utf-8")
+            elif "README.md" not in there and repo_type == "model":
+                card = card_of_saved(folder, repo.repo_id.rpartition("/")[2], license)
+            if license is not None and ("README.md" in paths or "README.md" in there):
+                logger.warning(f"The model card that is there is kept; write the licence {license} into it.")
+            if card is not None:
                 card = sign(address(card, repo.repo_id, standalone=not CODE_FILES.isdisjoint(paths)))
                 if "README.md" in there:
                     edited = api.hf_hub_download(repo.repo_id, "README.md", revision=head.sha, repo_type=repo_type)

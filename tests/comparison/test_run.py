@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -188,6 +190,23 @@ def test_trained_models(comparison, recipe, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "trained before" in shown
     assert "| guided |" in shown
+
+
+def test_images_and_judge_are_known_by_their_content(comparison, recipe, photos, tmp_path, monkeypatch):
+    judge = shutil.copytree(comparison[0] / "judge" / "model", tmp_path / "judge")
+    shutil.copytree(photos, tmp_path / "fruits")
+    monkeypatch.chdir(tmp_path)
+    options = {"recipe": recipe, "budget": "1steps", "seeds": [0], "num_images": 40, "resolution": [8]}
+    options |= {"families": ["gan"]}
+    compare("fruits", "out", **options, features=str(judge))
+    trained = Path("out/seed-0/gan/run.json").stat().st_mtime_ns
+    shutil.copytree("fruits", "moved/other")
+    shutil.copytree(judge, "moved/judge")
+    compare("./moved/other/", "out", **options, features="moved/judge/")
+    assert Path("out/seed-0/gan/run.json").stat().st_mtime_ns == trained
+    next(Path("moved/other").rglob("*.png")).unlink()
+    with pytest.raises(ValueError, match=r"other settings \(.*images"):
+        compare("moved/other", "out", **options, features="moved/judge")
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "null", "", '{"settings": {', "\xff", '{"settings": {}, "steps": []}'])

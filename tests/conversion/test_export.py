@@ -79,6 +79,7 @@ def test_a_pipeline_gives_both_files(reference, checkpoint, convert, tmp_path):
     flags = needed_flags(reference("sampler_unet").config) + " --classifier_num_head_channels 16"
     files = ["--checkpoint", checkpoint("sampler_unet"), "--classifier", checkpoint("sampler_classifier")]
     convert(*files, "--flags", flags, "--output", tmp_path / "out")
+    (tmp_path / "deep").mkdir()
     back = ["--output", tmp_path / "deep" / "unet.pt", "--classifier", tmp_path / "deep" / "classifier.pt"]
     told = convert(tmp_path / "out", "--to", "openai", *back)
     for kind in ("unet", "classifier"):

@@ -106,7 +106,7 @@ PROGRAM = """
 import sys
 from accelerate import PartialState
 from evaluation_helpers import Pixels, pixels
-from hf_guided.evaluation.feature_sets import collect_features
+from hf_guided.evaluation.features.feature_sets import collect_features
 from hf_guided.evaluation.features.image_sets import ArrayImages
 
 state = PartialState(cpu=True)

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,6 +264,23 @@ def test_what_is_there_is_not_made_again(saved, tmp_path):
     assert not sample_to_file(saved, labels, tmp_path / "samples.png", seed=1)
 
 
+@pytest.mark.parametrize("spelling", ["./pipeline", "pipeline/", "link", "moved"])
+def test_a_pipelines_folder_is_known_by_its_content(folder, tmp_path, monkeypatch, spelling):
+    shutil.copytree(folder, tmp_path / "pipeline")
+    monkeypatch.chdir(tmp_path)
+    main(["sample", "pipeline", "--output", "samples.npz", "--num_images", "4"])
+    made = Path("samples.npz").stat().st_mtime_ns
+    if spelling == "moved":
+        os.rename("pipeline", "moved")
+    elif spelling == "link":
+        os.symlink("pipeline", "link")
+    main(["sample", spelling, "--output", "samples.npz", "--num_images", "4"])
+    assert Path("samples.npz").stat().st_mtime_ns == made
+    os.utime(Path(spelling, "model_index.json"))
+    with pytest.raises(SystemExit, match="the model's files were others"):
+        main(["sample", spelling, "--output", "samples.npz", "--num_images", "4"])
+
+
 def test_parts_of_another_plan_are_told(saved, folder, tmp_path, monkeypatch):
     path, parts = tmp_path / "samples.npz", tmp_path / "samples.npz.parts"
     labels = sample_labels("all", 12, 5)
@@ -327,6 +345,7 @@ def test_bad_names_are_refused_before_the_work(saved, tmp_path):
     for name, message in [
         ("samples.jpg", "must end in .npz, .parquet or .png, or in /"),
         ("nowhere/samples.npz", "make it first"),
+        ("text.npz/samples/", "cannot be made"),
         ("text.npz/samples.npz", "make it first"),
         ("text.npz", "is there already and no file of samples"),
         ("folder", "is there already and no file of samples"),
@@ -335,7 +354,7 @@ def test_bad_names_are_refused_before_the_work(saved, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             check_destination(tmp_path / name)
-    for name in ("empty", "new.npz", "v1.5/"):
+    for name in ("empty", "new.npz", "v1.5/", "deep/new/"):
         check_destination(f"{tmp_path}/{name}")
     with pytest.raises(ValueError, match="/proc is a whole disk"):
         check_destination("/proc")

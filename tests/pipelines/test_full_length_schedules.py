@@ -6,9 +6,9 @@ import inspect
 import diffusers
 import pytest
 import torch
-from hf_guided.schedulers.diffusers_compat import SOLVERS
 
 from hf_guided import ADMScheduler, ClassifierGuidedPipeline
+from hf_guided.schedulers.diffusers_compat import SOLVERS
 
 SPACINGS = [
     {},

@@ -286,3 +286,24 @@ def test_an_image_that_is_not_finite_is_never_a_clean_picture(family, value):
 def test_latents_are_tensors(pipe):
     with pytest.raises(ValueError, match="latents is a ndarray; give a"):
         sample(pipe, 1, latents=torch.zeros(1, length_of(pipe)).numpy())
+
+
+def test_models_give_tuples_as_diffusers_own_do():
+    labels = torch.tensor([0, 2])
+    for family, given in (("vae", torch.zeros(2, 3, 8, 4)), ("gan", torch.zeros(2, 6))):
+        pipe = make_pipeline(family)
+        model = pipe.components[pipe.main_component]
+        options = {"generator": seeded()} if family == "vae" else {}
+        outputs = model(given, labels, **options, return_dict=False)
+        options = {"generator": seeded()} if family == "vae" else {}
+        assert isinstance(outputs, tuple)
+        assert torch.equal(outputs[0], model(given, labels, **options).sample)
+
+
+@pytest.mark.parametrize("is_filled_late", [True, False])
+def test_models_load_in_half_precision_however_they_are_filled(pipe, is_filled_late, tmp_path):
+    model = pipe.components[pipe.main_component]
+    model.save_pretrained(tmp_path)
+    half = type(model).from_pretrained(tmp_path, dtype=torch.float16, low_cpu_mem_usage=is_filled_late)
+    assert half.dtype == torch.float16
+    assert torch.get_default_dtype() == torch.float32

@@ -52,7 +52,7 @@ def test_a_flag_is_for_all_stages_or_for_one():
 
 def test_every_key_is_a_flag():
     arguments = {"str": "x", "int": "3", "float": "0.5", "bool": "true"}
-    valid = {"respacing": "7", "model_channels": "96", "channel_mult": "2"}
+    valid = {"respacing": "7", "resume_from_checkpoint": "latest", "model_channels": "96", "channel_mult": "2"}
     valid |= {"num_heads": "2", "attention_head_dim": "32"}
     beside = {
         "num_heads_upsample": ["--num_heads", "4"],

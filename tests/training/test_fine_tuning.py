@@ -151,16 +151,21 @@ def test_training_starts_from_the_hub_and_goes_on_by_the_same_command(photos, pr
     weights = ADMUNet2DModel.from_pretrained(pretrained, subfolder="unet").state_dict()
     assert differing(pipe.unet, weights) == {"class_embedding.weight"}  # a step of 1e-30 moves nothing
 
-    flags += ["--pretrained_model", str(pretrained)]
-
-    def train(folder: str) -> bytes:
-        monkeypatch.setattr(sys, "argv", ["train_diffusion.py", *flags, "--output_dir", str(tmp_path / folder)])
+    def train(folder: str, source: Path = pretrained) -> bytes:
+        argv = [*flags, "--pretrained_model", str(source), "--output_dir", str(tmp_path / folder)]
+        monkeypatch.setattr(sys, "argv", ["train_diffusion.py", *argv])
         script.main()
         return (tmp_path / folder / "diffusion/pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes()
 
     whole = train("whole")
     shutil.copytree(tmp_path / "whole/diffusion/checkpoint-1", tmp_path / "resumed/diffusion/checkpoint-1")
-    assert train("resumed") == whole
+    copied = shutil.copytree(pretrained, tmp_path / "copied", copy_function=shutil.copyfile)
+    assert train("resumed", copied) == whole  # the same model, wherever it lies
+    unet = ADMUNet2DModel.from_pretrained(copied, subfolder="unet")
+    unet.conv_out.bias.data += 1
+    unet.save_pretrained(copied / "unet")
+    with pytest.raises(ValueError, match="the pretrained weights have changed"):
+        train("resumed", copied)
 
 
 def test_an_upsampler_too(photos, tiny_unet, tmp_path, caplog):

@@ -1,5 +1,6 @@
 """A training that was stopped, killed or copied ends with the same bits as one that never was."""
 
+import json
 import os
 import random
 import shutil
@@ -9,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from launching import TINY_RUN, environment, run, script
+from PIL import Image
 
 from hf_guided.training.arguments import parse_arguments
 from hf_guided.training.checkpoints import OTHERS_FILE, STATE_FILE, find_checkpoint, list_checkpoints
@@ -25,7 +28,11 @@ FLAGS = [
 
 
 def train(output_dir: Path, photos: Path, *flags: str) -> Path | None:
-    argv = [*FLAGS, "--train_data_dir", str(photos), "--output_dir", str(output_dir), *flags]
+    return go(output_dir, "--train_data_dir", str(photos), *flags)
+
+
+def go(output_dir: Path, *flags: str) -> Path | None:
+    argv = [*FLAGS, "--output_dir", str(output_dir), *flags]
     data_args, stages = parse_arguments({"diffusion": DiffusionArguments}, argv)
     return train_diffusion(data_args, stages["diffusion"])
 
@@ -73,6 +80,58 @@ def test_the_same_with_other_flags(photos, tmp_path, flags):
     copy_checkpoint(tmp_path / "whole", tmp_path / "resumed", 4)
     train(tmp_path / "resumed", photos, *flags)
     assert bits(tmp_path / "resumed") == bits(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "spelling", ["{name}/", "./{name}", "../{parent}/{name}", "~/{name}", "link", "copy", "dataset"]
+)
+def test_images_are_known_by_their_content(uninterrupted, photos, tmp_path, monkeypatch, spelling):
+    """However their folder's path is spelled, and wherever they were copied or linked to."""
+    monkeypatch.chdir(photos.parent)
+    monkeypatch.setenv("HOME", str(photos.parent))
+    copy_checkpoint(uninterrupted, tmp_path / "run", 4)
+    given = Path(tmp_path / spelling)
+    if spelling == "link":
+        given.symlink_to(photos)
+    elif spelling == "copy":
+        shutil.copytree(photos, given, copy_function=shutil.copyfile)
+    flags = [
+        "--train_data_dir",
+        str(given) if given.exists() else spelling.format(name=photos.name, parent=photos.parent.name),
+    ]
+    if spelling == "dataset":
+        flags = ["--dataset_name", str(photos)]
+    go(tmp_path / "run", *flags)
+    assert bits(tmp_path / "run") == bits(uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["apple/0.bmp", "apple/9.bmp", "pear/3.bmp"])
+def test_changed_images_are_refused(tmp_path, name):
+    """Also a pixel of one that is held out, in a file of the same name and size."""
+    colours = np.random.default_rng(0).integers(256, size=(2, 20, 8, 8, 3), dtype=np.uint8)
+    for kind, images in zip(("apple", "pear"), colours, strict=True):
+        (tmp_path / "t" / kind).mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / "t" / kind / f"{i}.bmp")
+    flags = ["--train_data_dir", str(tmp_path / "t"), "--max_train_steps", "1"]
+    go(tmp_path / "run", *flags)
+    changed = tmp_path / "t" / name
+    changed.write_bytes(changed.read_bytes()[:-1] + bytes([changed.read_bytes()[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"trained with other settings: the images have changed\. Use the same"):
+        go(tmp_path / "run", *flags)
+
+
+def test_checkpoints_of_older_versions_are_known_by_the_folders_name(uninterrupted, photos, tmp_path, monkeypatch):
+    for name in ("same", "other"):
+        copy_checkpoint(uninterrupted, tmp_path / name, 4)
+        path = tmp_path / name / "diffusion" / "checkpoint-4" / STATE_FILE
+        state = json.loads(path.read_text())
+        del state["fingerprint"]["images"], state["run"], state["digests"]
+        path.write_text(json.dumps(state))
+    train(tmp_path / "same", photos)
+    assert bits(tmp_path / "same") == bits(uninterrupted)
+    with pytest.raises(ValueError, match="train_data_dir was"):
+        train(tmp_path / "other", photos / ".." / photos.name)
 
 
 def test_another_seed_gives_other_bits(uninterrupted, photos, tmp_path):

@@ -58,6 +58,16 @@ class FeatureSet:
     score: InceptionScoreStatistics | None = None
     predictions: np.ndarray | None = None
 
+    def digest(self) -> str:
+        """A hash of the features that images are measured against, wherever their file lies."""
+        digest = hashlib.sha256(f"{self.extractor} {self.fingerprint} {self.num_images}".encode())
+        for statistics in (self.statistics, self.spatial_statistics):
+            if statistics is not None:
+                digest.update(statistics.mean.tobytes() + statistics.covariance.tobytes())
+        if self.kept is not None:
+            digest.update(self.kept.tobytes())
+        return digest.hexdigest()
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes an `.npz` file under a temporary name and renames it. `mu`, `sigma` and, where there are spatial
         features, `mu_s` and `sigma_s` stand in it as in published reference files."""

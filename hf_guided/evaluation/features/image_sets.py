@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ...credentials import without_credentials
 from ...data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images
 from ...data.folders import printable
-from ...data.images import open_record
+from ...data.images import open_record, stored_bytes
 from ...data.npz import open_npz, read_samples
 from ...generation.samples import to_picture
 from ...generation.sampling import sample_batches
@@ -153,13 +153,7 @@ class LoadedImages(ImageSet):
 
     def contents(self) -> Iterator[bytes]:
         for row in tqdm(self.images.rows.tolist(), desc=f"reading {self.name}", unit="image", leave=False):
-            record = self.images.images[row]["image"]
-            if isinstance(record, Image.Image):
-                yield record.mode.encode() + record.tobytes()
-            elif record is not None and record["bytes"] is not None:
-                yield record["bytes"]
-            elif record is not None:
-                yield Path(record["path"]).read_bytes() if Path(record["path"]).is_file() else b""
+            yield stored_bytes(self.images.images[row]["image"])
 
 
 class SampledImages(ImageSet):

@@ -1,0 +1,84 @@
+"""The model card of a folder that only `save_pretrained` wrote, of what its configs say."""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..loading import read_config
+from .model_card import render_card
+
+# The component that makes the images, and what it is called in a sentence.
+_PIPELINES = {
+    "ClassifierGuidedPipeline": ("unet", "diffusion model"),
+    "ClassifierGuidedUpscalePipeline": ("unet", "upsampler"),
+    "VAEPipeline": ("vae", "VAE"),
+    "GANPipeline": ("generator", "GAN"),
+    "FlowPipeline": ("flow", "normalizing flow"),
+}
+_MODELS = {
+    "ADMUNet2DModel": "UNet of a diffusion model",
+    "ClassConditionalVAE": "VAE",
+    "BigGANGenerator": "generator of a GAN",
+    "ClassConditionalGlow": "normalizing flow",
+}
+
+
+def card_of_saved(folder: Path, title: str, license: str | None = None) -> str | None:
+    """A model card for a saved pipeline or model of this package: library, tags, usage, classes, sampling defaults.
+
+    Args:
+        folder (`Path`): What `save_pretrained` wrote; nothing is written into it.
+        title (`str`): Heading of the card.
+        license (`str`, *optional*): Identifier of the licence.
+
+    Returns:
+        `str`: The card; `None` for a class of another package, or a damaged config.
+    """
+    index, config = _config(folder / "model_index.json"), _config(folder / "config.json")
+    name = index.get("_class_name") or config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+    name = name[-1] if isinstance(name, list) else name  # a repository that carries its code names its module too
+    guided = isinstance(index.get("classifier"), list) and None not in index["classifier"]
+    if index and name in _PIPELINES:
+        part, kind = _PIPELINES[name]
+        config = _config(folder / part / "config.json")
+        names = index.get("id2label")
+        if names is None and guided:
+            names = _config(folder / "classifier" / "config.json").get("id2label")
+        summary = f"{_conditional(config)} {kind}{' with classifier guidance' if guided else ''}"
+    elif name in _MODELS and not index:
+        names, summary = {}, f"{_conditional(config)} {_MODELS[name]}"
+    elif name == "ADMForImageClassification" and not index:
+        names, summary = config.get("id2label"), "A classifier of noisy images"
+    else:
+        return None
+    defaults = index.get("sampling_defaults")
+    return render_card(
+        folder,
+        title=title,
+        dataset="",
+        class_names=_class_names(names),
+        defaults=defaults if isinstance(defaults, dict) else None,
+        license=license,
+        model_class=name,
+        summary=summary,
+        origin="saved with `hf-guided`",
+        guided=guided,
+    )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):  # of one that is damaged nothing is said
+        return read_config(path)
+    return {}
+
+
+def _conditional(config: dict[str, Any]) -> str:
+    return "An unconditional" if config.get("num_class_embeds") is None else "A class-conditional"
+
+
+def _class_names(id2label: Any) -> list[str]:
+    """Names in the order of their ids; none if they are those that transformers gives to nameless classes."""
+    names = id2label if isinstance(id2label, dict) else {}
+    ordered = [str(names[label]) for label in sorted(names, key=lambda label: (len(label), label))]
+    return [] if all(re.fullmatch(r"LABEL_\d+", name) for name in ordered) else ordered
