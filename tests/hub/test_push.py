@@ -329,7 +329,7 @@ def test_the_page_comes_beside_the_model(hub, folder, tmp_path):
     assert space.sdk == "gradio"
     assert [commit.message for commit in space.history()] == ["Upload with hf-guided", "initial commit"]
     assert b'"ada/digits", "--judge", "ada/judge"' in space.head().files["app.py"]
-    assert {"README.md", "requirements.txt", "hf_guided/demo.py"} <= set(space.head().files)
+    assert {"README.md", "requirements.txt", "hf_guided/demo/page.py"} <= set(space.head().files)
 
     again = cli(hub, tmp_path / "home", WRITE, "ada/digits", "--space", "page")  # of a model that is there
     assert again.returncode == 0, again.stderr
