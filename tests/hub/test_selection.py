@@ -160,7 +160,8 @@ def test_a_snapshot_of_the_cache_is_links_and_goes(tmp_path):
 
 
 def test_a_space_takes_its_page_and_the_package(tmp_path):
-    for path in ("README.md", "app.py", "requirements.txt", "hf_guided/demo/page.py", "hf_guided/x/y.py", ".env", "me.json"):
+    pushed = ("README.md", "app.py", "requirements.txt", "hf_guided/demo/page.py", "hf_guided/x/y.py")
+    for path in (*pushed, ".env", "me.json"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     assert set(select_files(tmp_path, repo_type="space")) == {
