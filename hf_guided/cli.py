@@ -1,5 +1,10 @@
 """`hf-guided …`: parses, calls, prints. What is heavy is imported by the command that needs it."""
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from hf_guided.interrupts import stop_at_once
+
+    stop_at_once()
+
 import argparse
 import inspect
 import logging

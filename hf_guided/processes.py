@@ -11,10 +11,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .credentials import without_credentials
 from .files import naming_full_disk
+from .interrupts import is_importing, leave, set_handlers
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -47,17 +49,30 @@ def user_command() -> Iterator[None]:
     Raises:
         `SystemExit`: With the exit status of the module's docstring.
     """
-    previous = signal.signal(signal.SIGTERM, _stop)
-    use_processor()
+    requested: list[int] = []
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if is_importing(frame):
+            leave(signum)
+        requested.append(signum)
+        raise StoppedError(signum)
+
+    previous = set_handlers(stop)
     is_done = False
     try:
+        use_processor()
         with naming_full_disk():
-            yield
+            try:
+                yield
+            except Exception:
+                if requested:  # a library has made another exception of it
+                    raise StoppedError(requested[0]) from None
+                raise
         is_done = True
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":
-            print(str(stop) or "Stopped.", file=sys.stderr)
-        raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
+            print(str(interrupt) or "Stopped.", file=sys.stderr)
+        raise SystemExit(128 + getattr(interrupt, "signum", signal.SIGINT)) from None
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise SystemExit(f"error: {without_credentials(_lost_process(error) or str(error))}") from None
     except MemoryError as error:
@@ -68,12 +83,9 @@ def user_command() -> Iterator[None]:
             "error: This is a mistake of hf-guided. Please report it to the project, with the above."
         ) from None
     finally:
-        signal.signal(signal.SIGTERM, previous)
         leave_processes(is_done)
-
-
-def _stop(signum: int, frame: Any) -> None:
-    raise StoppedError(signum)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 @contextmanager

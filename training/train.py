@@ -10,6 +10,11 @@ with `pipeline/` (for `ClassifierGuidedPipeline.from_pretrained`), grids, curves
 stop or a kill, rerun the same command to resume. Exit statuses: see `hf_guided/processes.py`.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from hf_guided.interrupts import stop_at_once
+
+    stop_at_once()
+
 import logging
 import os
 import shutil

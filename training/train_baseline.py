@@ -8,6 +8,11 @@ The data, the loop and their flags are those of diffusion; `--family vae --help`
 pipeline is `<output_dir>/<family>/pipeline`, for `VAEPipeline`, `GANPipeline` or `FlowPipeline`.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from hf_guided.interrupts import stop_at_once
+
+    stop_at_once()
+
 import argparse
 import logging
 import sys

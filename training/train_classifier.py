@@ -10,6 +10,11 @@ drawn timesteps. The finished classifier is `<output_dir>/classifier/model`, wit
 each level of noise, and where to guide with it.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from hf_guided.interrupts import stop_at_once
+
+    stop_at_once()
+
 import logging
 from dataclasses import dataclass
 from functools import partial

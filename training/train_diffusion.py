@@ -9,6 +9,11 @@ arXiv 2105.05233, sections 2 and 3: the hybrid objective with a learned variance
 scheduler without a classifier, is `<output_dir>/diffusion/pipeline`. `--pretrained_model` fine-tunes one that is there.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from hf_guided.interrupts import stop_at_once
+
+    stop_at_once()
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

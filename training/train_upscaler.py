@@ -10,6 +10,11 @@ arXiv 2105.05233, section 5.2: trained like the diffusion model, on images that 
 pipeline is `<output_dir>/upscaler/pipeline`; in it, `grid.png` and `report.json` show held-out images upsampled.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from hf_guided.interrupts import stop_at_once
+
+    stop_at_once()
+
 import logging
 from dataclasses import dataclass
 from pathlib import Path

@@ -119,7 +119,7 @@ class ClassConditionalVAE(WholeModelMixin, ConfigMixin):
         generator: torch.Generator | None = None,
         return_dict: bool = True,
     ) -> VAEOutput | tuple:
-        """Encodes, draws latents and decodes; arguments as of [`encode`]. Without `return_dict`, gives a tuple."""
+        """Encodes, draws latents and decodes; arguments as those of [`encode`]. A tuple without `return_dict`."""
         posterior = self.encode(sample, class_labels)
         latents = posterior.sample(generator)[:, :, 0, 0]
         decoded = self.decode(latents, class_labels).sample

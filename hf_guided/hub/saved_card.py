@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..loading import read_config
+from ..files import read_json
 from .model_card import render_card
 
 # The component that makes the images, and what it is called in a sentence.
@@ -69,7 +69,7 @@ def card_of_saved(folder: Path, title: str, license: str | None = None) -> str |
 
 def _config(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):  # of one that is damaged nothing is said
-        return read_config(path)
+        return read_json(path)
     return {}
 
 
