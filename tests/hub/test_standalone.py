@@ -299,6 +299,8 @@ def test_the_repository_is_the_folder_with_code(saved, found):
         "classifier_processor/image_processing_adm.py",
     }
     files = {path: content for path, content in found.repos["ada/composed"].items() if path != ".gitattributes"}
+    card = files.pop("README.md").decode()  # which the folder lacks
+    assert 'DiffusionPipeline.from_pretrained("ada/composed", trust_remote_code=True)' in card
     assert files == contents(saved.folder / "standalone/composed")
     assert set(files) == set(contents(saved.folder / "plain/composed")) | code
     written = contents(saved.folder / "standalone/guided")
