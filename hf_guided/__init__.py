@@ -6,6 +6,8 @@ Everything at the front door is imported on first use (PEP 562), so that `import
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .families import BASELINES
+
 __version__ = "0.1.0"
 
 _MODULE_OF = {
@@ -16,13 +18,8 @@ _MODULE_OF = {
     "ADMScheduler": "schedulers.scheduling_adm",
     "ClassifierGuidedPipeline": "pipelines.pipeline_classifier_guided",
     "ClassifierGuidedUpscalePipeline": "pipelines.pipeline_classifier_guided_upscale",
-    "BigGANDiscriminator": "baselines.gan",
-    "BigGANGenerator": "baselines.gan",
-    "ClassConditionalGlow": "baselines.flow",
-    "ClassConditionalVAE": "baselines.vae",
-    "FlowPipeline": "pipelines.pipeline_flow",
-    "GANPipeline": "pipelines.pipeline_gan",
-    "VAEPipeline": "pipelines.pipeline_vae",
+    **{model: f"baselines.{family.name}" for family in BASELINES.values() for model in family.models},
+    **{family.pipeline: f"pipelines.pipeline_{family.name}" for family in BASELINES.values()},
 }
 
 __all__ = [*_MODULE_OF, "__version__"]

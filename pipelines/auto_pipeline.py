@@ -5,13 +5,10 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from ..loading import read_config
-from .pipeline_classifier_guided import ClassifierGuidedPipeline
-from .pipeline_flow import FlowPipeline
-from .pipeline_gan import GANPipeline
-from .pipeline_vae import VAEPipeline
+import hf_guided
 
-_OTHER_FAMILIES = {kind.__name__: kind for kind in (FlowPipeline, GANPipeline, VAEPipeline)}
+from ..families import BASELINES
+from ..loading import read_config
 
 
 def pipeline_class(model: str, token: str | None = None) -> Any:
@@ -33,4 +30,5 @@ def pipeline_class(model: str, token: str | None = None) -> Any:
     )
     name: Any = read_config(path).get("_class_name")
     name = name[-1] if isinstance(name, list) else name  # a repository that carries its code names its module too
-    return _OTHER_FAMILIES.get(name, ClassifierGuidedPipeline)
+    is_baseline = name in [family.pipeline for family in BASELINES.values()]
+    return getattr(hf_guided, name) if is_baseline else hf_guided.ClassifierGuidedPipeline

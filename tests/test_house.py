@@ -13,7 +13,7 @@ import hf_guided
 ROOT = Path(hf_guided.__file__).parent
 # Each line uses what stands above it, and its own.
 ORDER = [
-    {"files", "credentials", "fields", "settings", "loading", "processes", "registration"},
+    {"families", "files", "credentials", "fields", "settings", "loading", "processes", "registration"},
     {"models", "schedulers"},
     {"guidance", "losses", "labels", "data"},
     {"pipelines", "baselines"},

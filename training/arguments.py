@@ -26,6 +26,7 @@ from transformers import HfArgumentParser
 
 from ..credentials import log_to_screen
 from ..data import BUILT_IN, DataArguments
+from ..families import BASELINES
 from ..fields import (
     CheckedFields,
     Depth,
@@ -50,7 +51,7 @@ from ..schedulers.scheduling_adm import FEW_STEPS
 from .checkpoints import HISTORY, RUN_FILE, check_named
 
 RECIPES = Path(__file__).parent / "recipes"
-SECTIONS = {"data", "judge", "classifier", "diffusion", "upscaler", "vae", "gan", "flow", "report"}
+SECTIONS = {"data", "judge", "classifier", "diffusion", "upscaler", *BASELINES, "report"}
 # Without the one that needs rules for its steps, which no flag gives
 LR_SCHEDULERS = [schedule.value for schedule in SchedulerType if schedule is not SchedulerType.PIECEWISE_CONSTANT]
 TRACKERS = [*(tracker.value for tracker in LoggerType), "none"]

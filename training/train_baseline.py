@@ -38,6 +38,7 @@ from hf_guided.baselines import (
 from hf_guided.baselines.gan import hinge_losses
 from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation.features.image_sets import SampledImages
+from hf_guided.families import BASELINES
 from hf_guided.fields import Depth, Length, NonNegativeFloat, NonNegativeInt, PositiveFloat, Range, Share, Width, flag
 from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.hub import write_model_card
@@ -102,7 +103,7 @@ class BaselineTask(Task):
         images ([`LabelledImages`]): What it is trained on.
     """
 
-    title: str
+    widths: tuple[str, ...]  # flags that make the model larger
     summary: str
 
     def __init__(self, args: Any, images: LabelledImages):
@@ -141,7 +142,7 @@ class BaselineTask(Task):
 class VAETask(BaselineTask):
     """The bound: distortion and rate."""
 
-    name, title = "vae", "VAE"
+    name, widths = "vae", ("model_channels",)
     summary = "A class-conditional variational autoencoder"
 
     def make_model(self) -> ClassConditionalVAE:
@@ -161,7 +162,7 @@ class VAETask(BaselineTask):
 class FlowTask(BaselineTask):
     """The exact likelihood of dequantised images."""
 
-    name, title = "flow", "Flow"
+    name, widths = "flow", ("hidden_channels",)
     summary = "A class-conditional normalizing flow"
 
     def __init__(self, args: FlowArguments, images: LabelledImages):
@@ -202,7 +203,7 @@ class FlowTask(BaselineTask):
 class GANTask(BaselineTask):
     """Generator and discriminator against each other, each with its own learning rate; collapse is watched for."""
 
-    name, title = "gan", "GAN"
+    name, widths = "gan", ("model_channels", "discriminator_channels")
     summary = "A class-conditional GAN, a small BigGAN"
 
     @cached_property
@@ -282,7 +283,7 @@ def spread(images: torch.Tensor) -> float:
     return distances.mean().item() if len(distances) else 0.0
 
 
-FAMILIES: dict[str, tuple[type[LoopArguments], type[BaselineTask]]] = {
+TRAINERS: dict[str, tuple[type[LoopArguments], type[BaselineTask]]] = {
     "vae": (VAEArguments, VAETask),
     "gan": (GANArguments, GANTask),
     "flow": (FlowArguments, FlowTask),
@@ -307,7 +308,7 @@ def train_baseline(
     """
     images = images or load_labelled_images(data_args, seed=args.seed)
     torch.manual_seed(args.seed)
-    task = FAMILIES[family][1](args, images[0])
+    task = TRAINERS[family][1](args, images[0])
 
     def save(folder: str, is_finished: bool = False) -> None:
         pipeline = task.pipeline()
@@ -316,7 +317,7 @@ def train_baseline(
             task.preview(task.model, Path(folder) / "grid.png")
         write_model_card(
             folder,
-            title=f"{task.title} of {data_args.title}",
+            title=f"{BASELINES[family].title} of {data_args.title}",
             class_names=list(images[0].id2label.values()),
             training={
                 "images": describe_images(images),
@@ -338,10 +339,10 @@ def train_baseline(
 
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--family", choices=FAMILIES, required=not {"-h", "--help"} & set(sys.argv[1:]))
+    parser.add_argument("--family", choices=TRAINERS, required=not {"-h", "--help"} & set(sys.argv[1:]))
     given, others = parser.parse_known_args()
     family = given.family or "vae"
-    data_args, stages = parse_arguments({family: FAMILIES[family][0]}, others, description=__doc__)
+    data_args, stages = parse_arguments({family: TRAINERS[family][0]}, others, description=__doc__)
     publish(train_baseline(family, data_args, stages[family]), stages[family])
 
 

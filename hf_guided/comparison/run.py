@@ -31,6 +31,7 @@ from hf_guided.evaluation.features.feature_sets import FeatureSet, collect_featu
 from hf_guided.evaluation.features.image_sets import ImageSet, LoadedImages, SampledImages
 from hf_guided.evaluation.likelihood import likelihood, likelihood_labels
 from hf_guided.evaluation.memorisation import memorisation
+from hf_guided.families import BASELINES, DIFFUSION, family_of
 from hf_guided.files import check_replaceable, differing, has_json, read_json, write_json
 from hf_guided.generation.sampling import sample_batches
 from hf_guided.guidance.classifier import ClassifierGuidance
@@ -41,7 +42,7 @@ from hf_guided.training.arguments import LoopArguments, parse_arguments
 from hf_guided.training.cards import describe_run
 from hf_guided.training.checkpoints import read_history, save_folder
 from hf_guided.training.loop import DivergedError, Task, estimate_memory
-from hf_guided.training.train_baseline import COLLAPSED, FAMILIES, train_baseline
+from hf_guided.training.train_baseline import COLLAPSED, TRAINERS, train_baseline
 from hf_guided.training.train_classifier import ClassifierArguments, ClassifierTask, make_classifier, train_classifier
 from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, make_unet, train_diffusion
 
@@ -49,15 +50,15 @@ logger = logging.getLogger(__name__)
 
 Images = tuple[LabelledImages, LabelledImages | None]
 
-TITLES = {"vae": "VAE", "gan": "GAN", "flow": "Flow", "diffusion": "Diffusion", "guided": "Guided diffusion"}
+TITLES = {name: family.title for name, family in [*BASELINES.items(), ("diffusion", DIFFUSION)]}
+TITLES["guided"] = "Guided diffusion"
 CLASSIFIER_SHARE = 1 / 3  # of the budget of guided diffusion
-TRUNCATIONS = (0.5, 1.0, 2.0)  # of the GAN's latents, for its curve
 
 _STAGES = {
     "judge": ClassifierArguments,
     "classifier": ClassifierArguments,
     "diffusion": DiffusionArguments,
-    **{family: arguments for family, (arguments, _) in FAMILIES.items()},
+    **{family: arguments for family, (arguments, _) in TRAINERS.items()},
 }
 _CALIBRATION = (10, 30)  # steps between which the speed is measured
 _UNITS = {"s": ("seconds", 1), "m": ("seconds", 60), "h": ("seconds", 3600),
@@ -250,13 +251,11 @@ def compare(
 
 # What each family trains, and its share of the budget.
 PARTS = {
-    **{family: {family: 1.0} for family in (*FAMILIES, "diffusion")},
+    **{family: {family: 1.0} for family in (*TRAINERS, "diffusion")},
     "guided": {"diffusion": 1 - CLASSIFIER_SHARE, "classifier": CLASSIFIER_SHARE},
 }
 _WIDTHS = {
-    "vae": ("model_channels",),
-    "gan": ("model_channels", "discriminator_channels"),
-    "flow": ("hidden_channels",),
+    **{family: task.widths for family, (_, task) in TRAINERS.items()},
     "diffusion": ("model_channels",),
     "classifier": ("model_channels",),
 }
@@ -271,8 +270,8 @@ def with_flags(args: Any, **flags: Any) -> Any:
 
 def make_task(stage: str, args: Any, images: LabelledImages) -> Task:
     """A fresh model of a stage, as it is trained."""
-    if stage in FAMILIES:
-        return FAMILIES[stage][1](args, images)
+    if stage in TRAINERS:
+        return TRAINERS[stage][1](args, images)
     if stage == "classifier":
         return ClassifierTask(stage, make_classifier(args, images), ADMScheduler(**args.schedule()), args.noisy)
     return DiffusionTask(make_unet(args, images), ADMScheduler(**args.reverse_process()), args, images.id2label)
@@ -280,7 +279,7 @@ def make_task(stage: str, args: Any, images: LabelledImages) -> Task:
 
 def train_stage(stage: str, data_args: DataArguments, args: Any, images: Images) -> Path:
     """Trains a stage and returns the finished folder."""
-    if stage in FAMILIES:
+    if stage in TRAINERS:
         return train_baseline(stage, data_args, args, images)
     train = train_classifier if stage == "classifier" else train_diffusion
     return train(data_args, args, images)
@@ -497,8 +496,7 @@ class Measuring:
             name, argument, values = dial
             points = [{"value": value, "metrics": sampled(**{argument: value})[1]} for value in values]
             curve = {"name": name, "points": points}
-        flow = getattr(pipeline, "flow", None)
-        if flow is not None and (width := flow.config.dequantization_width) > 1:
+        if (width := pipeline.main_config.get("dequantization_width", 1)) > 1:
             notes.append(
                 f"its values are dequantised over {width:g} steps of the 8-bit scale, which costs "
                 f"{math.log2(width):.2f} of its bits/dim"
@@ -523,9 +521,8 @@ class Measuring:
         """What trades variety for fidelity: its name, the argument of the pipeline's call, and values."""
         if getattr(pipeline, "classifier", None) is not None:
             return "guidance scale", "guidance_scale", self.guidance_scales
-        if hasattr(pipeline, "generator"):
-            return "truncation", "truncation", TRUNCATIONS
-        return None
+        family = family_of(type(pipeline).__name__)
+        return (family.trade_off, family.trade_off, family.curve) if family.curve else None
 
     def bits(self, pipeline: Any) -> dict[str, Any]:
         """Bits per dimension of held-out images, or why there are none."""

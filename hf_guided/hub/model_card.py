@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..credentials import without_credentials
-from ..evaluation.metrics.table import METRICS
+from ..families import BASELINES, DIFFUSION, family_of
 from ..files import replacing
 from .card_edits import CODE, merge, sign
 from .markdown import code_span, escape, single_line
@@ -65,7 +65,8 @@ varied.
 """
 
 _LATENTS_ADVICE = """
-`{knob}=` trades variety for typical images: the lower, the more typical of their class and the less varied they are.
+`{trade_off}=` trades variety for typical images: the lower it is, the more typical of their class they are, and the
+less varied.
 """
 
 _UNGUIDED_ADVICE = """
@@ -105,22 +106,6 @@ of its norm.
 _INSPECTION_COLUMNS = (
     "timestep", "accuracy", "train_accuracy", "confidence", "calibration_error", "cross_entropy", "epsilon_shift"
 )  # fmt: skip
-
-
-_ADM = "ADM,\n[Diffusion Models Beat GANs on Image Synthesis](https://arxiv.org/abs/2105.05233)"
-# By the pipeline of another family: its tag, its paper, and what its call takes to trade variety for fidelity.
-_FAMILIES = {
-    "VAEPipeline": ("vae", "[Auto-Encoding Variational Bayes](https://arxiv.org/abs/1312.6114)", "temperature"),
-    "GANPipeline": ("gan", "[Large Scale GAN Training](https://arxiv.org/abs/1809.11096)", "truncation"),
-    "FlowPipeline": ("normalizing-flow", "[Glow](https://arxiv.org/abs/1807.03039)", "temperature"),
-}
-
-
-_PIPELINE_OF = {
-    "ClassConditionalVAE": "VAEPipeline",
-    "BigGANGenerator": "GANPipeline",
-    "ClassConditionalGlow": "FlowPipeline",
-}
 
 
 def write_model_card(folder: str | os.PathLike, **card: Any) -> Path:
@@ -203,8 +188,13 @@ def render_card(
     folder, title, dataset = Path(folder), _public(title), _public(dataset)
     dataset_id = dataset_id and _public(dataset_id)
     classifies, is_pipeline = model_class == "ADMForImageClassification", model_class.endswith("Pipeline")
-    family, paper, knob = _FAMILIES.get(_PIPELINE_OF.get(model_class, model_class), ("adm", _ADM, None))
-    tags = {"hf-guided": True, "diffusers": not classifies, family: True, "classifier-guidance": guided or classifies}
+    family = family_of(model_class)
+    tags = {
+        "hf-guided": True,
+        "diffusers": not classifies,
+        family.tag: True,
+        "classifier-guidance": guided or classifies,
+    }
     tags["class-conditional-image-generation"] = bool(class_names) and not classifies
     data = ModelCardData(
         library_name="transformers" if classifies else "diffusers",
@@ -222,15 +212,21 @@ def render_card(
         "grid.png": "Images made large" if upscales else "Samples, one row per class",
         "trade_off.png": "Precision, recall and FID by guidance scale",
     }
-    advice = _GUIDED_ADVICE if guided else _LATENTS_ADVICE.format(knob=knob) if knob else _UNGUIDED_ADVICE
+    advice = (
+        _GUIDED_ADVICE
+        if guided
+        else _UNGUIDED_ADVICE
+        if family is DIFFUSION
+        else _LATENTS_ADVICE.format(trade_off=family.trade_off)
+    )
     card = _CARD.format(
         data=data.to_yaml(),
         title=escape(title),
         summary=escape(_public(summary)),
-        paper=paper,
+        paper=family.paper,
         origin=without_credentials(origin) or f"trained on {escape(dataset)} with\n`hf-guided`",
         picture="\n\n".join(f"![{text}]({name})" for name, text in pictures.items() if (folder / name).is_file()),
-        extra=" normflows" if family == "normalizing-flow" else "",
+        extra="".join(f" {package}" for package in family.requirements),
         usage=_usage(model_class, json.dumps(repo_id or "."), class_names, dtype),
         advice=(advice if is_pipeline else "") + ("" if dtype is None else _DTYPE_ADVICE.format(dtype=dtype)),
     )
@@ -248,6 +244,8 @@ def render_card(
         table = _table(headings, [[_public(row.get(column)) for column in columns] for row in results])
         notes = "In brackets are the features that a number was computed in; it compares only with others in the same."
         shown = {column.partition("/")[0] for column in columns}
+        from ..evaluation.metrics.table import METRICS  # imports torch, which a card without results does without
+
         notes = "\n".join([notes, *(metric.note for name, metric in METRICS.items() if name in shown and metric.note)])
         card += _RESULTS.format(table=table, notes=notes)
     if inspection is not None:
@@ -275,12 +273,14 @@ def address(card: str, repo_id: str, standalone: bool = False) -> str:
         standalone (`bool`, defaults to `False`): It carries its code, and needs no package but diffusers' own.
     """
 
+    pipelines = "|".join(family.pipeline for family in BASELINES.values())
+
     def addressed(block: re.Match) -> str:
         code = re.sub(r'(from_pretrained\(|model=)"\."', lambda match: f"{match[1]}{json.dumps(repo_id)}", block[0])
         if standalone:
             code = re.sub(r"(?m)^from hf_guided import \w*Pipeline", "from diffusers import DiffusionPipeline", code)
             code = re.sub(
-                rf"\b(?:ClassifierGuided\w*Pipeline|{'|'.join(_FAMILIES)})\.from_pretrained\((.*?)\)\n",
+                rf"\b(?:ClassifierGuided\w*Pipeline|{pipelines})\.from_pretrained\((.*?)\)\n",
                 r"DiffusionPipeline.from_pretrained(\1, trust_remote_code=True)\n",
                 code,
             )
@@ -347,7 +347,8 @@ def _limits(
     folder: Path, class_names: Sequence[str], results: Sequence[Mapping[str, Any]], classifies: bool
 ) -> list[str]:
     """What to expect, and what not."""
-    configs = [folder / part / "config.json" for part in ("", "unet", "vae", "generator", "flow")]
+    components = [family.component for family in (DIFFUSION, *BASELINES.values())]
+    configs = [folder / part / "config.json" for part in ("", *components)]
     sizes = (json.loads(config.read_text()).get("sample_size") for config in configs if config.is_file())
     size = next(sizes, None)
     height, width = size if isinstance(size, list) else (size, size)
@@ -400,8 +401,12 @@ def _usage(model_class: str, source: str, class_names: Sequence[str], dtype: str
 
 def _heading(column: str) -> str:
     name, _, features = _public(column).partition("/")
-    words = METRICS[name].title if name in METRICS else _HEADINGS.get(name, name.replace("_", " "))
-    return (words if words[1:2].isupper() else words[:1].upper() + words[1:]) + (f" ({features})" if features else "")
+    words = _HEADINGS.get(name, name.replace("_", " "))
+    if features:
+        from ..evaluation.metrics.table import METRICS  # imports torch, which a card without results does without
+
+        words = f"{METRICS[name].title if name in METRICS else words} ({features})"
+    return words if words[1:2].isupper() else words[:1].upper() + words[1:]
 
 
 def _class_list(class_names: Sequence[str]) -> str:

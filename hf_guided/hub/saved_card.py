@@ -5,22 +5,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..families import BASELINES, family_of
 from ..files import read_json
 from .model_card import render_card
 
-# The component that makes the images, and what it is called in a sentence.
-_PIPELINES = {
-    "ClassifierGuidedPipeline": ("unet", "diffusion model"),
-    "ClassifierGuidedUpscalePipeline": ("unet", "upsampler"),
-    "VAEPipeline": ("vae", "VAE"),
-    "GANPipeline": ("generator", "GAN"),
-    "FlowPipeline": ("flow", "normalizing flow"),
-}
+# Models alone, and what they are called in a sentence.
 _MODELS = {
     "ADMUNet2DModel": "UNet of a diffusion model",
-    "ClassConditionalVAE": "VAE",
     "BigGANGenerator": "generator of a GAN",
-    "ClassConditionalGlow": "normalizing flow",
+    **{family.models[0]: family.noun for family in BASELINES.values() if family.name != "gan"},
 }
 
 
@@ -37,10 +30,12 @@ def card_of_saved(folder: Path, title: str, license: str | None = None) -> str |
     """
     index, config = _config(folder / "model_index.json"), _config(folder / "config.json")
     name = index.get("_class_name") or config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
-    name = name[-1] if isinstance(name, list) else name  # a repository that carries its code names its module too
+    name = str(name[-1] if isinstance(name, list) else name)  # a repository that carries its code names its module too
     guided = isinstance(index.get("classifier"), list) and None not in index["classifier"]
-    if index and name in _PIPELINES:
-        part, kind = _PIPELINES[name]
+    family = family_of(name)
+    upscales = name == "ClassifierGuidedUpscalePipeline"
+    if index and (upscales or name == family.pipeline):
+        part, kind = family.component, "upsampler" if upscales else family.noun
         config = _config(folder / part / "config.json")
         names = index.get("id2label")
         if names is None and guided:

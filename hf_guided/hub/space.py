@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import metadata_save
 
+from ..families import DIFFUSION, family_of
 from .markdown import link_to_hub, single_line
 
 _PACKAGE = Path(__file__).parents[1]
@@ -17,12 +18,7 @@ _DIFFUSION = (
     "Classifier-guided diffusion: samples of {model} as they are denoised, and the same noise at several guidance "
     "scales, side by side."
 )
-# By the pipeline of another family: what its page shows.
-_FAMILIES = {
-    "VAEPipeline": "A variational autoencoder: samples of {model}, and the same noise at several temperatures.",
-    "GANPipeline": "A GAN: samples of {model}, and the same noise at several truncations.",
-    "FlowPipeline": "A normalizing flow: samples of {model}, and the same noise at several temperatures.",
-}
+_BASELINE = "A {noun}: samples of {model}, and the same noise at several {trade_off}s."
 
 _APP = '''\
 """The page of `hf-guided demo`; locally: python app.py --host 127.0.0.1"""
@@ -83,7 +79,10 @@ def write_space(
     (folder / "requirements.txt").write_text("\n".join(_requirements(model_class)) + "\n", encoding="utf-8")
     judge = "" if judge_id is None else f" {link_to_hub(judge_id)} judges them."
     readme = folder / "README.md"
-    shown = _FAMILIES.get(model_class, _DIFFUSION).format(model=link_to_hub(model_id))
+    family = family_of(model_class)
+    shown = (_DIFFUSION if family is DIFFUSION else _BASELINE).format(
+        model=link_to_hub(model_id), noun=family.noun, trade_off=family.trade_off
+    )
     readme.write_text(_README.format(shown=shown, judge=judge), encoding="utf-8")
     header = {
         "title": single_line(title or model_id.rpartition("/")[2]),
@@ -96,7 +95,7 @@ def write_space(
         "pinned": False,
         "license": license,
         "models": models,
-        "tags": ["hf-guided", "diffusers", *([] if model_class in _FAMILIES else ["classifier-guidance"])],
+        "tags": ["hf-guided", "diffusers", *(["classifier-guidance"] if family is DIFFUSION else [])],
     }
     metadata_save(readme, header)
     _copy_package(folder / "hf_guided")
@@ -104,12 +103,13 @@ def write_space(
 
 
 def _requirements(model_class: str) -> list[str]:
-    """What the package needs for the demo, and a flow for its network, as the package's own metadata says."""
+    """What the package needs for the demo, and the family for its model, as the package's own metadata says."""
     needed = []
     for requirement in requires("hf-guided") or []:
         package, _, marker = (part.strip() for part in requirement.partition(";"))
-        is_of_flow = model_class == "FlowPipeline" and re.match(r"normflows\b", package) and "train" in marker
-        if not marker or marker.replace("'", '"') == 'extra == "demo"' or is_of_flow:
+        name = re.match(r"[\w.-]+", package)
+        is_of_family = name is not None and name[0] in family_of(model_class).requirements and "train" in marker
+        if not marker or marker.replace("'", '"') == 'extra == "demo"' or is_of_family:
             needed.append(package)
     return needed
 

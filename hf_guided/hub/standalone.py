@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import _MODULE_OF, __version__
+from ..families import BASELINES
 from .selection import select_files
 
 _GUIDED_PIPELINES = ("ClassifierGuidedPipeline", "ClassifierGuidedUpscalePipeline")
-_PIPELINES = (*_GUIDED_PIPELINES, "VAEPipeline", "GANPipeline", "FlowPipeline")
+_PIPELINES = (*_GUIDED_PIPELINES, *(family.pipeline for family in BASELINES.values()))
 # By which auto classes a model is found, and in which of its files that is written.
 _AUTO_CLASSES = {
     "ADMUNet2DModel": {"config.json": {"AutoModel": "ADMUNet2DModel"}},

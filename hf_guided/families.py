@@ -1,0 +1,101 @@
+"""The families of generative models, each declared once; commands, reports, cards and Spaces read it here.
+
+It imports nothing heavy, so that a push reads it without torch. To add a family, declare it here, write its model
+`baselines/<name>.py`, its pipeline `pipelines/pipeline_<name>.py`, and its task in `training/train_baseline.py`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of generative models.
+
+    Attributes:
+        name (`str`): In commands, recipes and reports.
+        title (`str`): In tables and plots.
+        noun (`str`): What one of its models is called in a sentence.
+        pipeline (`str`): The class that samples.
+        models (`tuple[str, ...]`): The classes of its models.
+        component (`str`): The pipeline's component that makes the images.
+        paper (`str`): A Markdown link.
+        tag (`str`): On the Hub.
+        trade_off (`str`): The argument of the pipeline's call that trades variety for fidelity.
+        curve (`tuple[float, ...]`): Values of it that a comparison draws.
+        requirements (`tuple[str, ...]`): Packages that its models need beside this package's own.
+    """
+
+    name: str
+    title: str
+    noun: str
+    pipeline: str
+    models: tuple[str, ...]
+    component: str
+    paper: str
+    tag: str
+    trade_off: str
+    curve: tuple[float, ...] = ()
+    requirements: tuple[str, ...] = ()
+
+
+DIFFUSION = Family(
+    name="diffusion",
+    title="Diffusion",
+    noun="diffusion model",
+    pipeline="ClassifierGuidedPipeline",
+    models=("ADMUNet2DModel",),
+    component="unet",
+    paper="ADM,\n[Diffusion Models Beat GANs on Image Synthesis](https://arxiv.org/abs/2105.05233)",
+    tag="adm",
+    trade_off="guidance_scale",
+)
+
+# What diffusion is compared with.
+BASELINES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family(
+            name="vae",
+            title="VAE",
+            noun="VAE",
+            pipeline="VAEPipeline",
+            models=("ClassConditionalVAE",),
+            component="vae",
+            paper="[Auto-Encoding Variational Bayes](https://arxiv.org/abs/1312.6114)",
+            tag="vae",
+            trade_off="temperature",
+        ),
+        Family(
+            name="gan",
+            title="GAN",
+            noun="GAN",
+            pipeline="GANPipeline",
+            models=("BigGANGenerator", "BigGANDiscriminator"),
+            component="generator",
+            paper="[Large Scale GAN Training](https://arxiv.org/abs/1809.11096)",
+            tag="gan",
+            trade_off="truncation",
+            curve=(0.5, 1.0, 2.0),
+        ),
+        Family(
+            name="flow",
+            title="Flow",
+            noun="normalizing flow",
+            pipeline="FlowPipeline",
+            models=("ClassConditionalGlow",),
+            component="flow",
+            paper="[Glow](https://arxiv.org/abs/1807.03039)",
+            tag="normalizing-flow",
+            trade_off="temperature",
+            requirements=("normflows",),
+        ),
+    )
+}
+
+
+def family_of(class_name: str) -> Family:
+    """The family of a pipeline or model by the name of its class; diffusion, if no other claims it."""
+    for family in BASELINES.values():
+        if class_name in (family.pipeline, *family.models):
+            return family
+    return DIFFUSION
