@@ -5,7 +5,7 @@ import torch
 from .base import Pipeline, PredictionGuidance, Scale
 
 
-class AutoGuidance(PredictionGuidance):
+class AutoGuidance(PredictionGuidance, source="arXiv 2406.02507, equation 3"):
     r"""Compares what the UNet predicts with what a weaker one does, the pipeline's `guide_unet`.
 
     prediction = weak + scale * (strong - weak). The weaker UNet is a smaller one, or one trained for a shorter time, on

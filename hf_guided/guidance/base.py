@@ -27,6 +27,10 @@ def is_decimal(text: Any) -> bool:
         return False
 
 
+# Those that a pipeline's folder can hold, by name.
+KINDS: dict[str, type["Guidance"]] = {}
+
+
 class Guidance:
     r"""Steers samples. Kinds compose in a list, in any order.
 
@@ -43,6 +47,14 @@ class Guidance:
 
     neutral_scale = 0.0  # which is exactly no guidance
     needs_labels = True
+    source: str | None = None
+
+    def __init_subclass__(cls, source: str | None = None, **kwargs: Any):
+        """A kind that names the source of its formula registers itself: pipelines save it and load it again."""
+        super().__init_subclass__(**kwargs)
+        if source is not None:
+            cls.source = source
+            KINDS[cls.__name__] = cls
 
     def __init__(self, scale: Scale, interval: tuple[float, float] | None = None):
         name = type(self).__name__

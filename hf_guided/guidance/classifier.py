@@ -11,7 +11,7 @@ from .base import GradientGuidance, Objective, Pipeline, Scale
 from .entropy_scaling import EntropyScaling, as_entropy_scaling
 
 
-class ClassifierGuidance(GradientGuidance):
+class ClassifierGuidance(GradientGuidance, source="arXiv 2105.05233, equations 8 to 14"):
     r"""Steers samples towards their class by a noisy-image classifier's gradient, scale * d log p(y | x_t) / d x_t.
 
     `guidance_scale=` of a pipeline is its short form.

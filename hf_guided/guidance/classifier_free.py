@@ -5,7 +5,7 @@ import torch
 from .base import Pipeline, PredictionGuidance, Scale
 
 
-class ClassifierFreeGuidance(PredictionGuidance):
+class ClassifierFreeGuidance(PredictionGuidance, source="arXiv 2207.12598, equation 6"):
     r"""Compares what the UNet predicts for the class with what it predicts for none, in one doubled batch.
 
     prediction = uncond + scale * (cond - uncond): the scale is diffusers', the paper's w + 1. Needs a UNet with a null

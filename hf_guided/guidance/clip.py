@@ -7,7 +7,7 @@ from .base import DenoisedGuidance, Objective, Pipeline, Scale
 from .preprocessing import preprocessing
 
 
-class CLIPGuidance(DenoisedGuidance):
+class CLIPGuidance(DenoisedGuidance, source="arXiv 2112.10741, section 2.4"):
     r"""Steers the predicted clean image towards a text: it climbs CLIP's logit, exp(logit_scale) cos(image, text).
 
     The mean is taken over random square cutouts, at the same places for all images of a batch, anew at each timestep;

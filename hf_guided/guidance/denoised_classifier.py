@@ -17,7 +17,7 @@ from .entropy_scaling import EntropyScaling, as_entropy_scaling
 from .preprocessing import preprocessing
 
 
-class DenoisedClassifierGuidance(DenoisedGuidance):
+class DenoisedClassifierGuidance(DenoisedGuidance, source="arXiv 2310.11311, section 4"):
     r"""Steers by any `AutoModelForImageClassification`, which looks at the predicted clean image.
 
     The classifier is the pipeline's `clean_classifier` or, without one, its `classifier`; the images reach it resized
