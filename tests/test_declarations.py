@@ -34,13 +34,15 @@ def toy_metric(monkeypatch):
     def compute(compared):
         return float((compared.generated.kept > compared.reference.kept.max()).mean())
 
-    metric = Metric("beyond", "beyond reality", lambda value: f"{value:.1%}", needs=("generated.kept",), compute=compute)
+    metric = Metric("beyond", "beyond reality", "{:.1%}".format, needs=("generated.kept",), compute=compute)
     monkeypatch.setitem(METRICS, metric.name, metric)
 
 
 def features(seed: int) -> FeatureSet:
     kept = np.random.default_rng(seed).normal(size=(40, 3)).astype(np.float32)
-    return FeatureSet("toy", "", len(kept), FeatureStatistics.of(kept), kept=kept)
+    return FeatureSet(
+        "toy", "", len(kept), FeatureStatistics.from_moments(kept.mean(axis=0), np.cov(kept.T), len(kept)), kept=kept
+    )
 
 
 def test_a_metric(toy_metric, tmp_path):
@@ -55,14 +57,9 @@ def test_a_metric(toy_metric, tmp_path):
     assert row[header.index("beyond reality")] == f"{value:.1%}"
 
 
-def test_a_kind_of_guidance(monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_guided.guidance.base.KINDS", KINDS)
-
+def test_a_kind_of_guidance(tmp_path):
     class OppositeGuidance(PredictionGuidance, source="nowhere, equation 0"):
-        needs_labels = False
-
-        def weaker(self, pipeline, labels):
-            return None
+        component = "unet"
 
     try:
         sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 2, "model_channels": 32, "channel_mult": [1]}
