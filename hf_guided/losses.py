@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .schedulers.gaussian_diffusion import Gaussian, GaussianProcess, upcast
+from .schedulers.gaussian_diffusion import Gaussian, GaussianDiffusion, upcast
 from .schedulers.scheduling_adm import ADMScheduler
 
 LOSS_TYPES = ("simple", "hybrid", "vlb")
@@ -89,7 +89,7 @@ def diffusion_loss(
 
 
 def variational_bound_term(
-    process: GaussianProcess, predicted: Gaussian, clean: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor
+    process: GaussianDiffusion, predicted: Gaussian, clean: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
     """One term of the bound on the negative log-likelihood, in bits per dimension, of shape `(batch,)`.
 

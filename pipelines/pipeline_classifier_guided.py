@@ -22,7 +22,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..guidance import ClassifierGuidance, Guidance, guidance_from_dict
 from ..guidance.base import GradientGuidance
-from ..guidance.guider import SamplingCost, Steering
+from ..guidance.guider import Guider, SamplingCost
 from ..models.classifier_adm import ADMForImageClassification  # noqa: F401
 
 # The classes that a saved pipeline may name register themselves with diffusers when they are imported.
@@ -191,7 +191,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         self.register_to_config(sampling_defaults=defaults or None)
 
     def compile(self, **options: Any) -> None:
-        """Compiles the models that predict and steer, region by region; the first step after it takes a minute or more.
+        """Compiles the models that predict and guide, block by block. The first step after it takes a minute or more.
 
         What is compiled is kept on disk (`TORCHINDUCTOR_CACHE_DIR`) for other processes. Batches of another size are
         compiled again, unless they are run under `torch.compiler.set_stance("force_eager")`.
@@ -330,26 +330,26 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         self.set_timesteps(num_inference_steps, respacing, timesteps)
         generators = self.prepare_generators(generator, batch_size)
         latents = self.prepare_latents(latents, batch_size, generators)
-        visited, repaint = self.scheduler.timesteps, None
+        loop_timesteps, repaint = self.scheduler.timesteps, None
         if original is not None:
             if strength is None:
                 strength = 0.8 if mask is None else 1.0
-            visited, latents = self.start_from(original, latents, strength)
+            loop_timesteps, latents = self.start_from(original, latents, strength)
         if original is not None and mask is not None:
-            jump_length = max(1, round(len(visited) / 25)) if jump_length is None else jump_length
-            visited = visited[jump_positions(len(visited), jump_length, jump_n_sample)]
+            jump_length = max(1, round(len(loop_timesteps) / 25)) if jump_length is None else jump_length
+            loop_timesteps = loop_timesteps[jump_positions(len(loop_timesteps), jump_length, jump_n_sample)]
             repaint = RePaint(self.scheduler, original, mask)
 
         # 3. noise -> (UNet -> guidance -> scheduler step) x N -> image
         conditions = self.unet_conditions(labels if condition_unet else None)
         asked = guidance is not None or guidance_scale is not None
-        steer = self.prepare_steering(
-            kinds, asked, labels, conditions, visited, gradient_batch_size, nonfinite_gradient, return_cost
+        guider = self.prepare_guider(
+            kinds, asked, labels, conditions, loop_timesteps, gradient_batch_size, nonfinite_gradient, return_cost
         )
         latents = self.denoise(
             latents,
-            visited,
-            steer,
+            loop_timesteps,
+            guider,
             eta,
             generators,
             variance_noise,
@@ -357,13 +357,13 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
-        return self.finish(latents, output_type, return_dict, steer.cost if return_cost else None)
+        return self.finish(latents, output_type, return_dict, guider.cost if return_cost else None)
 
     def denoise(
         self,
         latents: torch.Tensor,
-        visited: torch.Tensor,
-        steer: Steering,
+        timesteps: torch.Tensor,
+        guider: Guider,
         eta: float,
         generators: list[torch.Generator],
         variance_noise: torch.Tensor | None = None,
@@ -371,25 +371,25 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> torch.Tensor:
-        """The walk: (UNet -> guidance -> scheduler step) at each timestep visited."""
+        """The walk: (UNet -> guidance -> scheduler step) at each timestep."""
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(
                 f"callback_on_step_end={callback_on_step_end!r} is no function; leave it out, or give one."
             )
         if variance_noise is not None and not torch.is_tensor(variance_noise):
             raise ValueError(f"variance_noise is a {type(variance_noise).__name__}; give a torch.Tensor.")
-        if variance_noise is not None and variance_noise.shape != (len(visited), *latents.shape):
+        if variance_noise is not None and variance_noise.shape != (len(timesteps), *latents.shape):
             raise ValueError(
-                f"variance_noise has shape {tuple(variance_noise.shape)}; {len(visited)} steps of this batch need "
-                f"{(len(visited), *latents.shape)}."
+                f"variance_noise has shape {tuple(variance_noise.shape)}; {len(timesteps)} steps of this batch need "
+                f"{(len(timesteps), *latents.shape)}."
             )
-        schedule = visited.tolist()  # on the host once, not step by step
+        schedule = timesteps.tolist()  # on the host once, not step by step
         following = [*schedule[1:], None]
         self._num_timesteps = len(schedule)
         previous = None
-        for i, t in enumerate(self.progress_bar(visited)):
+        for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = self.scheduler.scale_model_input(latents, t)
-            model_output, gradient = steer(model_input, t, schedule[i], i)
+            model_output, gradient = guider(model_input, t, schedule[i], i)
             noise = None if variance_noise is None else variance_noise[i].to(latents)
             latents, original = self.step(
                 model_output, t, schedule[i], model_input, latents, gradient, eta, generators, noise, previous
@@ -412,7 +412,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 replaced = (returned or {}).pop("latents", latents)
                 previous = previous if replaced is latents else None
                 latents = replaced
-        steer.look()
+        guider.look()
         return latents
 
     def finish(
@@ -424,34 +424,34 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             return GuidedPipelineOutput(images=images, cost=cost)
         return (images,) if cost is None else (images, cost)
 
-    def prepare_steering(
+    def prepare_guider(
         self,
         kinds: list[Guidance],
         asked: bool,
         labels: torch.Tensor | None,
         conditions: dict[str, torch.Tensor],
-        visited: torch.Tensor,
+        timesteps: torch.Tensor,
         gradient_batch_size: int | None,
         nonfinite_gradient: str,
         return_cost: bool,
-    ) -> Steering:
+    ) -> Guider:
         """The kinds made ready for these components, labels and timesteps; `asked` for, or a saved default."""
         if torch.is_inference_mode_enabled() and any(isinstance(kind, GradientGuidance) for kind in kinds):
             raise ValueError("Gradients cannot be taken under torch.inference_mode(); call the pipeline without it.")
         self._guidance_scale = next((kind.scale for kind in kinds if isinstance(kind, ClassifierGuidance)), None)
-        schedule = visited.tolist()
+        schedule = timesteps.tolist()
         acting = [kind for kind in kinds if sum(kind.acts_at(t) for t in schedule)]  # asks at all: a scale may be bad
         for kind in kinds:
             if asked and kind not in acting:
                 raise ValueError(
-                    f"{kind!r} acts at none of the {len(schedule)} timesteps that are visited, from {schedule[0]:g} to "
+                    f"{kind!r} acts at none of the {len(schedule)} timesteps of this call, from {schedule[0]:g} to "
                     f"{schedule[-1]:g}; give another interval, more steps, or a higher strength."
                 )
         if gradient_batch_size is not None and whole_number("gradient_batch_size", gradient_batch_size) < 1:
             raise ValueError(f"gradient_batch_size={gradient_batch_size} is too small; give 1 or more.")
         if nonfinite_gradient not in ("raise", "skip"):
             raise ValueError(f"nonfinite_gradient={nonfinite_gradient!r} is not one of 'raise', 'skip'.")
-        return Steering(self, acting, labels, conditions, gradient_batch_size, nonfinite_gradient, timed=return_cost)
+        return Guider(self, acting, labels, conditions, gradient_batch_size, nonfinite_gradient, timed=return_cost)
 
     def unet_conditions(self, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """What the UNet is told beside sample and timestep: the labels, if it is class-conditional."""

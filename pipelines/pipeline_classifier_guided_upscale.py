@@ -142,22 +142,22 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
 
         # 3. noise -> (UNet beside the small image -> guidance -> scheduler step) x N -> large image
         conditions = {**self.unet_conditions(labels if condition_unet else None), "low_res": low_res}
-        visited = self.scheduler.timesteps
+        loop_timesteps = self.scheduler.timesteps
         asked = guidance is not None or guidance_scale is not None
-        steer = self.prepare_steering(
-            kinds, asked, labels, conditions, visited, gradient_batch_size, nonfinite_gradient, return_cost
+        guider = self.prepare_guider(
+            kinds, asked, labels, conditions, loop_timesteps, gradient_batch_size, nonfinite_gradient, return_cost
         )
         latents = self.denoise(
             latents,
-            visited,
-            steer,
+            loop_timesteps,
+            guider,
             eta,
             generators,
             variance_noise,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        return self.finish(latents, output_type, return_dict, steer.cost if return_cost else None)
+        return self.finish(latents, output_type, return_dict, guider.cost if return_cost else None)
 
     def prepare_low_res(self, image: Images) -> torch.Tensor:
         """The small images in [-1, 1], `(batch, low_res_channels, height, width)`."""

@@ -37,8 +37,8 @@ class AutoGuidance(PredictionGuidance):
                     f"The guide_unet's {name} is {other} and the UNet's {one}; autoguidance compares models of the "
                     f"same images and classes."
                 )
-        untold = labels is None or not condition_unet
-        if untold and theirs.num_class_embeds is not None and not theirs.get("null_class_label", False):
+        unconditional = labels is None or not condition_unet
+        if unconditional and theirs.num_class_embeds is not None and not theirs.get("null_class_label", False):
             raise ValueError(
                 "The guide_unet must be told a class, for it has no null label, and the UNet is told none; give "
                 "class_labels without condition_unet=False, or another guide_unet."

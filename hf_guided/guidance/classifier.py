@@ -68,8 +68,8 @@ class ClassifierGuidance(GradientGuidance):
         targets = match_labels(pipeline, classifier, labels)
 
         def log_probability(images: torch.Tensor, timestep: float, rows: torch.Tensor) -> torch.Tensor:
-            told = model_timesteps(pipeline.scheduler, torch.tensor(timestep, device=images.device))
-            logits = classifier(images.to(classifier.dtype), told).logits.float()
+            model_timestep = model_timesteps(pipeline.scheduler, torch.tensor(timestep, device=images.device))
+            logits = classifier(images.to(classifier.dtype), model_timestep).logits.float()
             log_p = logits.log_softmax(dim=-1).gather(1, targets[rows, None])[:, 0]
             return log_p if self.entropy_scaling is None else self.entropy_scaling.factor(logits) * log_p
 

@@ -87,9 +87,9 @@ class DenoisedClassifierGuidance(DenoisedGuidance):
                 logits = classifier(prepare(images).to(classifier.dtype)).logits.float()
             growth = 1 + self.sine * math.sin(math.pi * timestep / total)
             chosen = self.joint_temperature * logits.gather(1, targets[rows, None])[:, 0]
-            climbed = chosen - (self.marginal_temperature * logits).logsumexp(dim=-1)
+            log_p = chosen - (self.marginal_temperature * logits).logsumexp(dim=-1)
             factor = 1.0 if self.entropy_scaling is None else self.entropy_scaling.factor(logits)
-            return growth * factor * climbed
+            return growth * factor * log_p
 
         return Objective(component, classifier, log_probability)
 

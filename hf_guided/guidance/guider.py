@@ -32,11 +32,11 @@ class SamplingCost:
     skipped_gradients: int = 0
 
 
-class Steering:
+class Guider:
     r"""Gives the UNet's guided prediction and the sum of the gradients at one timestep after another of a walk.
 
     Args:
-        pipeline ([`ClassifierGuidedPipeline`]): Whose components predict and steer.
+        pipeline ([`ClassifierGuidedPipeline`]): Whose components predict and guide.
         kinds (`Sequence[Guidance]`): Which have been checked.
         labels (`torch.Tensor` of shape `(batch,)`, *optional*): What the gradients climb towards.
         conditions (`dict[str, torch.Tensor]`): What the UNets are told beside sample and timestep.
@@ -79,7 +79,7 @@ class Steering:
             timestep (`torch.Tensor` of shape `()`): Of the training schedule; `value`: the same on the host.
             step (`int`): Its place in the walk.
         """
-        told = model_timesteps(self.pipeline.scheduler, timestep)
+        model_timestep = model_timesteps(self.pipeline.scheduler, timestep)
         comparisons = [kind for kind in self.comparisons if kind.acts_at(value)]
         acting = [gradient for gradient in self.gradients if gradient.kind.acts_at(value)]
         due = [gradient for gradient in acting if gradient.takes_turn()]
@@ -91,11 +91,11 @@ class Steering:
         for rows in self.parts(sample, all_at_once=not through_unet):
             with torch.set_grad_enabled(through_unet), frozen(*unets):
                 noisy = sample[rows].detach().float().requires_grad_(through_unet)
-                output = self.predict(noisy, told, value, rows, comparisons)
+                output = self.predict(noisy, model_timestep, value, rows, comparisons)
                 denoised = any(gradient.kind.denoised for gradient in due)
                 original = self.predicted_original(output, noisy, value) if denoised else noisy
             for place, (kind, objective) in enumerate((gradient.kind, gradient.objective) for gradient in due):
-                term = self.climb(objective, original if kind.denoised else noisy, value, rows)
+                term = self.gradient_of(objective, original if kind.denoised else noisy, value, rows)
                 if kind.through_unet:
                     broken = broken_images(term)
                     with self.measured("unet", calls=0):
@@ -120,7 +120,7 @@ class Steering:
     def predict(
         self,
         sample: torch.Tensor,
-        told: torch.Tensor,
+        model_timestep: torch.Tensor,
         timestep: float,
         rows: torch.Tensor,
         comparisons: list[PredictionGuidance],
@@ -135,15 +135,15 @@ class Steering:
             if guide_unet.config.num_class_embeds is None:
                 known.pop("class_labels", None)
             with self.measured("guide_unet"):
-                others["guide_unet"] = guide_unet(sample.to(guide_unet.dtype), told, **known).sample.float()
+                others["guide_unet"] = guide_unet(sample.to(guide_unet.dtype), model_timestep, **known).sample.float()
         unet_input = sample
         if "unet" in components:  # with the class and without, in one doubled batch
             null_label = torch.full_like(rows, unet.config.num_class_embeds)
-            told_none = {**conditions, "class_labels": null_label}
-            conditions = {name: torch.cat([known, told_none[name]]) for name, known in conditions.items()}
+            unconditional = {**conditions, "class_labels": null_label}
+            conditions = {name: torch.cat([known, unconditional[name]]) for name, known in conditions.items()}
             unet_input = torch.cat([sample, sample])
         with self.measured("unet"):
-            output = unet(unet_input.to(unet.dtype), told, **conditions).sample.float()
+            output = unet(unet_input.to(unet.dtype), model_timestep, **conditions).sample.float()
         if "unet" in components:
             output, others["unet"] = output.chunk(2)
 
@@ -161,18 +161,20 @@ class Steering:
         original = original_of(output[:, : sample.shape[1]], sample, alpha_bar, config.prediction_type)
         return original.clamp(-1, 1) if config.get("clip_sample", False) else original
 
-    def climb(self, objective: Objective, images: torch.Tensor, timestep: float, rows: torch.Tensor) -> torch.Tensor:
+    def gradient_of(
+        self, objective: Objective, images: torch.Tensor, timestep: float, rows: torch.Tensor
+    ) -> torch.Tensor:
         """The gradient of a log-probability at images, float32 whatever its model's dtype."""
         gradients = []
         for part in self.parts(images):
             with torch.enable_grad(), frozen(objective.model), self.measured(objective.component):
                 leaf = images[part].detach().requires_grad_()
-                climbed = objective.log_probability(leaf, timestep, rows[part]).sum()
-                if not climbed.requires_grad:
+                log_p = objective.log_probability(leaf, timestep, rows[part]).sum()
+                if not log_p.requires_grad:
                     raise ValueError("The loss of LossGuidance has no gradient: compute it from the images with torch.")
                 # Half precision would lose what is small on its way back.
                 headroom = 2.0**10 if getattr(objective.model, "dtype", None) == torch.float16 else 1.0
-                gradients.append(torch.autograd.grad(climbed * headroom, leaf)[0] / headroom)
+                gradients.append(torch.autograd.grad(log_p * headroom, leaf)[0] / headroom)
         return torch.cat(gradients)
 
     def finite(self, gradient: torch.Tensor, name: str, timestep: float, step: int) -> torch.Tensor:
@@ -230,7 +232,7 @@ class Steering:
         self.cost.seconds[component] = self.cost.seconds.get(component, 0.0) + self.now() - started
 
     def now(self) -> float:
-        """Seconds, when the device has done what it was told; 0 if nobody asks."""
+        """Seconds, when the device has done what it was asked; 0 if nobody asks."""
         if not self.timed:
             return 0.0
         if torch.cuda.is_available():

@@ -27,7 +27,7 @@ class Gaussian:
     pred_original_sample: torch.Tensor
 
 
-class GaussianProcess:
+class GaussianDiffusion:
     """A diffusion that visits some of the timesteps of a training schedule.
 
     Args:

@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..loading import SavedConfigMixin
 from ..registration import register_with_diffusers
 from ..settings import check_settings
-from .gaussian_diffusion import GaussianProcess, compute_dtype, upcast
+from .gaussian_diffusion import GaussianDiffusion, compute_dtype, upcast
 from .schedules import check_timesteps, make_betas, space_timesteps, whole_number
 
 # Steps of second order by default. 10 hold the quality of 250 published ones on digits, says
@@ -115,10 +115,10 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         self.training_process = self.process_of(range(num_train_timesteps))
         self.set_timesteps()
 
-    def process_of(self, timesteps: Sequence[int]) -> GaussianProcess:
+    def process_of(self, timesteps: Sequence[int]) -> GaussianDiffusion:
         """The diffusion over some of the training timesteps, ascending; leaves the scheduler as it is."""
         alphas_cumprod = np.cumprod(1 - np.asarray(self.config.trained_betas))
-        return GaussianProcess(alphas_cumprod, timesteps, self.config.prediction_type, self.config.variance_type)
+        return GaussianDiffusion(alphas_cumprod, timesteps, self.config.prediction_type, self.config.variance_type)
 
     def set_timesteps(
         self,
