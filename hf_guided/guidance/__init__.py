@@ -1,4 +1,4 @@
-"""How a sample is steered: one small class for each kind, all with a scale and an interval."""
+"""Kinds of guidance: one small class each, all with a scale and an interval."""
 
 import inspect
 from collections.abc import Mapping
@@ -20,18 +20,18 @@ KINDS = {
 
 
 def guidance_from_dict(numbers: Mapping[str, Any]) -> Guidance:
-    """A kind of guidance from what [`Guidance.to_dict`] gave.
+    """A guidance object from the output of [`Guidance.to_dict`].
 
     Raises:
-        `ValueError`: For an unknown kind, or a number that it does not know.
+        `ValueError`: For an unknown kind, or an argument that it does not support.
     """
     name = numbers.get("kind") if isinstance(numbers, Mapping) else numbers
     if not isinstance(name, str) or name not in KINDS:
-        raise ValueError(f"{name!r} is no kind of guidance that can be saved: {', '.join(KINDS)}.")
+        raise ValueError(f"{name!r} is not a kind of guidance that can be saved; those are {', '.join(KINDS)}.")
     arguments = {name: value for name, value in numbers.items() if name != "kind"}
     known = inspect.signature(KINDS[name]).parameters
     if unknown := set(arguments) - set(known):
-        raise ValueError(f"{name} knows no {', '.join(sorted(unknown))}; it knows {', '.join(known)}.")
+        raise ValueError(f"{name} does not support {', '.join(sorted(unknown))}; it takes {', '.join(known)}.")
     return KINDS[name](**arguments)
 
 
