@@ -26,8 +26,8 @@ class AutoGuidance(PredictionGuidance):
         super().check(pipeline, labels, condition_unet)
         if pipeline.guide_unet is None:
             raise ValueError(
-                "AutoGuidance needs a second, weaker UNet, and this pipeline has none: load it with guide_unet=, or set "
-                "the scale to 1."
+                "AutoGuidance needs a second, weaker UNet, and this pipeline has none: load it with guide_unet=, or "
+                "set the scale to 1."
             )
         ours, theirs = pipeline.unet.config, pipeline.guide_unet.config
         for name in ("in_channels", "num_class_embeds", "low_res_channels"):

@@ -34,10 +34,11 @@ class ClassifierGuidance(GradientGuidance):
         self.entropy_scaling = as_entropy_scaling(entropy_scaling)
 
     def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
-        """Raises `ValueError` without labels, or for a classifier that does not fit the images or the noise schedule."""
+        """Raises `ValueError` without labels, or for a classifier that does not fit images or noise schedule."""
         if pipeline.classifier is None:
-            raise ValueError("Guidance needs a classifier, and this pipeline has none; load one, or set the scale to
-            0.")
+            raise ValueError(
+                "Guidance needs a classifier, and this pipeline has none; load one, or set the scale to 0."
+            )
         super().check(pipeline, labels, condition_unet)
         config = pipeline.classifier.config
         model = getattr(pipeline.classifier, "_orig_mod", pipeline.classifier)  # of torch.compile

@@ -29,6 +29,6 @@ class ClassifierFreeGuidance(PredictionGuidance):
             )
         if not condition_unet:
             raise ValueError(
-                "ClassifierFreeGuidance needs the conditional prediction, and condition_unet=False leaves it out; leave "
+                "ClassifierFreeGuidance needs the conditional prediction, which condition_unet=False turns off; leave "
                 "one of them out."
             )

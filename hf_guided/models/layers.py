@@ -248,7 +248,7 @@ class ADMMidBlock(ADMBlock):
 
 
 class ADMUpBlock(ADMBlock):
-    """A level of the decoder; each residual block takes one skip connection, last first. Also returns the other ones."""
+    """A level of the decoder; each residual block takes one skip connection, last first. Also returns the rest."""
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor, skips: tuple) -> tuple[torch.Tensor, tuple]:
         for i, resnet in enumerate(self.resnets):
