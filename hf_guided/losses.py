@@ -1,4 +1,4 @@
-"""What training minimises: the simple objective, the variational bound, and their hybrid.
+"""The training objectives: the simple loss, the variational lower bound (VLB), and their hybrid.
 
 DDPM (arXiv 2006.11239), equations 5, 13 and 14; Improved DDPM (arXiv 2102.09672), equation 16, which ADM trains with.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .schedulers.gaussian_diffusion import Gaussian, GaussianProcess, upcast
+from .schedulers.gaussian_diffusion import Gaussian, GaussianDiffusion, upcast
 from .schedulers.scheduling_adm import ADMScheduler
 
 LOSS_TYPES = ("simple", "hybrid", "vlb")
@@ -16,9 +16,10 @@ LOSS_TYPES = ("simple", "hybrid", "vlb")
 
 @dataclass
 class DiffusionLoss:
-    """
+    """Losses of a batch, one value per image.
+
     Attributes:
-        loss (`torch.Tensor` of shape `(batch,)`): What to minimise.
+        loss (`torch.Tensor` of shape `(batch,)`): The value to minimise.
         mse (`torch.Tensor` of shape `(batch,)`): Mean squared error of the model's prediction.
         vb (`torch.Tensor` of shape `(batch,)`): Term of the variational bound at the timestep, in bits per dimension;
             times T / 1000 with the hybrid loss, as published.
@@ -84,12 +85,12 @@ def diffusion_loss(
         return DiffusionLoss(loss=mse, mse=mse, vb=vb)
     if loss_type == "vlb":
         return DiffusionLoss(loss=vb * total, mse=mse, vb=vb)
-    vb = vb * (total / 1000)  # without the factor it would drown the mse of other numbers of timesteps
+    vb = vb * (total / 1000)  # without the factor vb would dominate the mse at other numbers of timesteps
     return DiffusionLoss(loss=mse + vb, mse=mse, vb=vb)
 
 
 def variational_bound_term(
-    process: GaussianProcess, predicted: Gaussian, clean: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor
+    process: GaussianDiffusion, predicted: Gaussian, clean: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
     """One term of the bound on the negative log-likelihood, in bits per dimension, of shape `(batch,)`.
 

@@ -1,4 +1,4 @@
-"""Finds which of this package's pipelines a folder or a repository holds."""
+"""The pipeline class of a saved folder or a Hub repository."""
 
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from ..loading import read_config
 
 
 def pipeline_class(model: str, token: str | None = None) -> Any:
-    """The class that a pipeline's `model_index.json` names, if it is of another family than diffusion; else ours.
+    """The pipeline class that `model_index.json` names, if it is of another family than diffusion; else a guided one.
 
     Args:
         model (`str`): A folder, or a name on the Hub.
-        token (`str`, *optional*): To read it with; the saved login, by default.
+        token (`str`, *optional*): Token to read it with. Default: the saved login.
 
     Raises:
         `OSError`: If there is no such pipeline.

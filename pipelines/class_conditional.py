@@ -1,4 +1,4 @@
-"""What all pipelines of this package share: labels by id or name, one generator for each image, images as asked for."""
+"""The base class of all pipelines: labels by id or name, one generator per image, output types."""
 
 import os
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ Labels = int | str | Sequence[int | str] | np.ndarray | torch.Tensor
 
 
 class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
-    """Makes images of given classes.
+    """Base class of pipelines that sample images of given classes.
 
-    A subclass registers its components and `id2label`, and says in `main_component` which of them makes the images: its
-    config knows their size, channels and classes.
+    A subclass registers its components and `id2label`, and names in `main_component` the one that makes the images. Its
+    config has their size, channels and classes.
     """
 
     main_component: str
@@ -43,17 +43,17 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def register_modules(self, **components: Any) -> None:
-        """Takes the components, as [`~diffusers.DiffusionPipeline.register_modules`] does.
+        """Registers the components, as [`~diffusers.DiffusionPipeline.register_modules`] does.
 
         Raises:
-            `ValueError`: For one whose weights were not all loaded.
+            `ValueError`: For a component whose weights were not all loaded.
         """
         for name, component in components.items():
             check_loaded(name, component)
         super().register_modules(**components)
 
     def register_names(self, id2label: Any) -> None:
-        """Keeps the class names in the config.
+        """Saves the class names in the config.
 
         Raises:
             `ValueError`: If they are not a mapping from the ids of the model's classes to texts.
@@ -64,12 +64,12 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
 
     @property
     def main_config(self) -> Any:
-        """The config of what makes the images."""
+        """The config of the component that makes the images."""
         return getattr(self, self.main_component).config
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Class names by id; empty where nobody named them."""
+        """Class names by id; empty if they have none."""
         return {int(label): name for label, name in (self.config.id2label or {}).items()}
 
     @property
@@ -89,7 +89,7 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         return self.main_config.image_channels
 
     def resolve_labels(self, class_labels: Labels | None) -> torch.Tensor | None:
-        """Ids and names as a tensor of ids, see [`~hf_guided.labels.resolve_labels`]; `None` stays `None`."""
+        """A tensor of class ids from ids and names, see [`~hf_guided.labels.resolve_labels`]; `None` stays `None`."""
         if class_labels is None:
             return None
         if self.num_classes is None:
@@ -105,7 +105,7 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         return id_of_name(name, self.id2label)
 
     def check_output_type(self, output_type: str) -> None:
-        """Refuses what images cannot be given as."""
+        """Refuses unknown output types, and PIL for other than 1 or 3 channels."""
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} is not one of 'pil', 'np', 'pt', 'latent'.")
         if output_type == "pil" and self.image_channels not in (1, 3):
@@ -114,14 +114,14 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
             )
 
     def prepare_labels(self, class_labels: Labels, num_images_per_label: int) -> torch.Tensor:
-        """The class id of each image, those of a label side by side, for a model that must be told."""
+        """The class id of each image, `(batch,)`, images of a label consecutive; for class-conditional models."""
         labels = self.resolve_labels(class_labels)
         if labels is None:
-            raise ValueError("This model must be told the class: give class_labels, ids or names.")
+            raise ValueError("This model is class-conditional: give class_labels, ids or names.")
         return labels.repeat_interleave(check_num_images(num_images_per_label))
 
     def labels_of_images(self, class_labels: Labels, num_images: int) -> torch.Tensor:
-        """The class id of each of some images: of as many labels, or of one for all."""
+        """The class id of each image, `(num_images,)`, from one label per image or one for all."""
         labels = self.prepare_labels(class_labels, 1)
         if len(labels) not in (1, num_images):
             raise ValueError(f"{len(labels)} class_labels were given for {num_images} images; give one, or one each.")
@@ -130,9 +130,10 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
     def prepare_generators(
         self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int
     ) -> list[torch.Generator]:
-        """One generator for each image, so that an image does not depend on the batch that it is made in.
+        """One generator for each image, so that an image does not depend on its batch.
 
-        Its seed is an integer drawn: the i-th from a single generator, the first from each in a list.
+        The seed of image i is the i-th integer drawn from a single generator, or the first drawn from the i-th of a
+        list.
         """
         given: list[Any] = list(generator) if isinstance(generator, list | tuple) else [generator] * batch_size
         if len(given) != batch_size:
@@ -140,9 +141,9 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         for one in given:
             if one is not None and not isinstance(one, torch.Generator):
                 raise ValueError(
-                    f"generator is a {type(one).__name__}; give torch.Generator().manual_seed(0), or a list of such."
+                    f"generator is a {type(one).__name__}; give torch.Generator().manual_seed(0), or a list of them."
                 )
-        # one by one: a generator on a GPU draws other numbers when it is asked for several at once
+        # one by one: a generator on a GPU draws other numbers when it draws several at once
         seeds = [
             torch.randint(2**63 - 1, (), generator=one, device="cpu" if one is None else one.device).item()
             for one in given
@@ -155,7 +156,7 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         shape: tuple[int, int],
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """Latent vectors `(batch, length)`: those given, or standard normal ones."""
+        """Latent vectors `(batch, length)`: the given ones, or standard normal ones."""
         check_latents(latents)
         if latents is None:
             generators = self.prepare_generators(generator, shape[0])
@@ -165,15 +166,15 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         return latents.to(self._execution_device, getattr(self, self.main_component).dtype)
 
     def resolve_temperature(self, temperature: float | None) -> float:
-        """The standard deviation of the latents, 1 where none is given."""
+        """The standard deviation of the latents; 1 if none is given."""
         if temperature is not None and not (is_number(temperature) and temperature >= 0):
             raise ValueError(
-                f"temperature={temperature!r} is not allowed; give a finite number from 0, the most typical image, up."
+                f"temperature={temperature!r} is not allowed; give a finite number from 0 (the most typical image) up."
             )
         return 1.0 if temperature is None else temperature
 
     def check_finite(self, sample: torch.Tensor) -> None:
-        """Refuses images `(batch, channels, height, width)` that are not finite, which clipping would hide.
+        """Checks that images `(batch, channels, height, width)` are finite; clipping would hide it.
 
         Raises:
             `RuntimeError`: Naming the images of the batch.
@@ -182,12 +183,12 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         if broken:
             raise RuntimeError(
                 f"Images {', '.join(map(str, broken[:5]))}{' …' if len(broken) > 5 else ''} of the batch are not "
-                f"finite: the weights of the model hold infinite values or NaN, or it overflowed. Load the pipeline in "
+                f"finite: the weights of the model have infinite values or NaN, or it overflowed. Load the pipeline in "
                 f"float32 or bfloat16; if that does not help, its training diverged or its file is damaged."
             )
 
     def finish(self, sample: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
-        """The images as they were asked for."""
+        """The images in the requested output type."""
         self.check_finite(sample)
         images: Any = sample
         if output_type != "latent":
@@ -197,7 +198,7 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
 
 
 def check_latents(latents: Any) -> None:
-    """Refuses latents that are given as something else than a tensor."""
+    """Refuses latents that are not a floating-point tensor."""
     if latents is not None and not torch.is_tensor(latents):
         raise ValueError(f"latents is a {type(latents).__name__}; give a torch.Tensor, torch.from_numpy makes one.")
     if latents is not None and not latents.is_floating_point():
@@ -205,7 +206,7 @@ def check_latents(latents: Any) -> None:
 
 
 def check_num_images(num_images_per_label: Any) -> int:
-    """How often each label is repeated; refuses what makes no images, or more than a batch can hold."""
+    """Images per label as an `int`; refuses less than 1, and more than a batch can hold."""
     number = whole_number("num_images_per_label", num_images_per_label)
     if number < 1:
         raise ValueError(f"num_images_per_label={number} makes no images; give 1 or more.")

@@ -22,10 +22,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..guidance import ClassifierGuidance, Guidance, guidance_from_dict
 from ..guidance.base import GradientGuidance
-from ..guidance.guider import SamplingCost, Steering
+from ..guidance.guider import Guider, SamplingCost
 from ..models.classifier_adm import ADMForImageClassification  # noqa: F401
 
-# The classes that a saved pipeline may name register themselves with diffusers when they are imported.
+# Imported to register these classes with diffusers, since a saved pipeline may name them.
 from ..models.images import to_channels, to_pixel_values, upright
 from ..models.unet_adm import ADMUNet2DModel  # noqa: F401
 from ..schedulers.diffusers_compat import (
@@ -47,31 +47,32 @@ Images = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image | np.nda
 
 @dataclass
 class GuidedPipelineOutput(ImagePipelineOutput):
-    """
+    """Output of the guided pipelines.
+
     Args:
-        images (a list of PIL images, `np.ndarray` or `torch.Tensor`): As `output_type` asks.
-        cost ([`~hf_guided.guidance.guider.SamplingCost`], *optional*): What the call cost, if `return_cost` asks.
+        images (a list of PIL images, `np.ndarray` or `torch.Tensor`): In the type of `output_type`.
+        cost ([`~hf_guided.guidance.guider.SamplingCost`], *optional*): Model calls and seconds, with `return_cost`.
     """
 
     cost: SamplingCost | None = None
 
 
 class ClassifierGuidedPipeline(ClassConditionalPipeline):
-    r"""Makes images of given classes: a diffusion model, steered by a classifier of noisy images or in other ways.
+    r"""Samples images of given classes with a diffusion model, guided by a noisy-image classifier or in other ways.
 
     Args:
         unet ([`ADMUNet2DModel`] or [`~diffusers.UNet2DModel`]): Predicts the noise, class-conditional or not.
-        scheduler ([`ADMScheduler`], or one of diffusers): Takes the noise away.
-        classifier ([`ADMForImageClassification`] or any image classifier of transformers, *optional*): Steers. Without
-            it the UNet alone makes the images.
-        classifier_processor (`BaseImageProcessor`, *optional*): Says what [`DenoisedClassifierGuidance`] does to clean
-            images for a classifier that wants them otherwise than in [-1, 1].
+        scheduler ([`ADMScheduler`], or one of diffusers): Denoises step by step.
+        classifier ([`ADMForImageClassification`] or any image classifier of transformers, *optional*): Guides.
+            Without it sampling is not classifier-guided.
+        classifier_processor (`BaseImageProcessor`, *optional*): The preprocessing of
+            [`DenoisedClassifierGuidance`], for a classifier whose input is not in [-1, 1].
         guide_unet ([`ADMUNet2DModel`], *optional*): The second, weaker UNet of [`AutoGuidance`].
-        id2label (`dict[int, str]`, *optional*): Class names; the classifier's, by default.
-        sampling_defaults (`dict`, *optional*): What `None` means for `num_inference_steps`, `respacing`, `timesteps`,
-            `guidance_scale`, `guidance` and `eta` when the pipeline is called.
-        clean_classifier (`PreTrainedModel`, *optional*): The classifier of [`DenoisedClassifierGuidance`], where it is
-            another than `classifier`.
+        id2label (`dict[int, str]`, *optional*): Class names. Default: the classifier's.
+        sampling_defaults (`dict`, *optional*): Defaults of the call for `num_inference_steps`, `respacing`,
+            `timesteps`, `guidance_scale`, `guidance` and `eta`.
+        clean_classifier (`PreTrainedModel`, *optional*): The classifier of [`DenoisedClassifierGuidance`], if it is not
+            `classifier`.
         clip_model (`CLIPModel`, *optional*), clip_processor (`CLIPProcessor`, *optional*): For [`CLIPGuidance`].
 
     Raises:
@@ -116,7 +117,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         )
         self.register_names(id2label)
         if not isinstance(sampling_defaults, Mapping | None):
-            raise ValueError(f"sampling_defaults={sampling_defaults!r} is no mapping from names to values.")
+            raise ValueError(f"sampling_defaults={sampling_defaults!r} is not a mapping from names to values.")
         self.set_sampling_defaults(**(sampling_defaults or {}))
 
     @property
@@ -124,7 +125,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         """Class names by id; empty if there are no classes."""
         names, classifier = self.config.id2label, self.classifier
         if classifier is None and self.unet.config.num_class_embeds is None:
-            classifier = self.clean_classifier  # whose classes are then the only ones
+            classifier = self.clean_classifier  # the only classes there are
         if names is None and classifier is not None:
             names = classifier.config.id2label
         return {int(label): name for label, name in (names or {}).items()}
@@ -143,43 +144,43 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
 
     @property
     def has_adm_scheduler(self) -> bool:
-        """Whether the scheduler is an [`ADMScheduler`], this package's or one of a repository that has its code."""
+        """Whether the scheduler is an [`ADMScheduler`], this package's or one of a repository with its own code."""
         return getattr(self.scheduler, "takes_gradient", False)
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of the call under way, or of the last one, as callbacks of diffusers expect."""
+        """Number of steps of the current or last call, as callbacks of diffusers expect."""
         return self._num_timesteps
 
     @property
     def guidance_scale(self) -> Any:
-        """Scale of the classifier's guidance in the call under way, or in the last one; `None` without it."""
+        """Scale of classifier guidance in the current or last call; `None` without it."""
         return self._guidance_scale
 
     def set_sampling_defaults(self, **defaults: Any) -> None:
-        """Replaces the defaults that `save_pretrained` writes beside the components.
+        """Replaces the saved defaults of the call.
 
         Args:
-            num_inference_steps, respacing, timesteps, guidance_scale, guidance, eta: As the pipeline's call takes them;
-                what is left out is as if the pipeline had never had it.
+            num_inference_steps, respacing, timesteps, guidance_scale, guidance, eta: As in the call. Those left out
+                have no saved default any more.
 
         Raises:
             `ValueError`: For another name, and for a guidance that holds a function.
         """
         unknown = set(defaults) - {"num_inference_steps", "respacing", "timesteps", "guidance_scale", "guidance", "eta"}
         if unknown:
-            raise ValueError(f"sampling_defaults know no {', '.join(sorted(unknown))}.")
+            raise ValueError(f"sampling_defaults does not support {', '.join(sorted(unknown))}.")
         check_one_guidance(defaults.get("guidance"), defaults.get("guidance_scale"))
         asked = {name: defaults.get(name) for name in ("num_inference_steps", "respacing", "timesteps")}
         given = [name for name, value in asked.items() if value is not None]
         if len(given) > 1:
-            raise ValueError(f"sampling_defaults hold {' and '.join(given)}; give only one of them.")
+            raise ValueError(f"sampling_defaults has {' and '.join(given)}; give only one of them.")
         if asked["num_inference_steps"] is not None and whole_number("num_inference_steps", asked[given[0]]) < 1:
-            raise ValueError(f"sampling_defaults hold num_inference_steps={asked[given[0]]}; give 1 or more.")
+            raise ValueError(f"sampling_defaults has num_inference_steps={asked[given[0]]}; give 1 or more.")
         if asked["respacing"] is not None:
             respacing_counts(asked["respacing"])
         if asked["timesteps"] is not None:
-            check_timesteps(asked["timesteps"], sys.maxsize)  # the schedule may still be exchanged
+            check_timesteps(asked["timesteps"], sys.maxsize)  # the scheduler may be exchanged later
         if defaults.get("guidance_scale") is not None:
             ClassifierGuidance(defaults["guidance_scale"])
         if defaults.get("eta") is not None:
@@ -191,24 +192,24 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         self.register_to_config(sampling_defaults=defaults or None)
 
     def compile(self, **options: Any) -> None:
-        """Compiles the models that predict and steer, region by region; the first step after it takes a minute or more.
+        """Compiles the UNets and the classifier in place, block by block. The next step then takes a minute or more.
 
-        What is compiled is kept on disk (`TORCHINDUCTOR_CACHE_DIR`) for other processes. Batches of another size are
-        compiled again, unless they are run under `torch.compiler.set_stance("force_eager")`.
+        Compiled code is cached on disk (`TORCHINDUCTOR_CACHE_DIR`) for other processes. Another batch size compiles
+        again, unless it runs under `torch.compiler.set_stance("force_eager")`.
 
         Args:
-            options: For `torch.compile`. By default `dynamic=False`, and on the processor, unless a backend, mode or
-                options are given, `options={"layout_optimization": False}`: in the layout that the compiler would
-                choose there, norms lose more time than convolutions gain, and sums over channels are rounded more.
+            options: For `torch.compile`. Default: `dynamic=False`, and on the CPU, unless a backend, mode or options
+                are given, `options={"layout_optimization": False}`: in the layout that the compiler would choose there,
+                norms lose more time than convolutions gain, and sums over channels are rounded more.
 
         Raises:
-            `ValueError`: If there is no C++ compiler, which the processor's code needs.
+            `ValueError`: If there is no C++ compiler, which the CPU needs.
         """
         options = {"dynamic": False, **options}
         if self._execution_device.type == "cpu":
             if not any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++"])):
                 raise ValueError(
-                    "Compiling for the processor needs a C++ compiler: install g++ or clang++, or do without."
+                    "Compiling for the CPU needs a C++ compiler: install g++ or clang++, or do not compile."
                 )
             if options.keys().isdisjoint(("backend", "mode", "options")):
                 options["options"] = {"layout_optimization": False}
@@ -253,19 +254,20 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
 
         Args:
             class_labels (`int`, `str`, a list, array or tensor of them, *optional*): Classes by id or by name from
-                `id2label`; floats and booleans are refused. `None` samples without a class and without guidance.
-            num_images_per_label (`int`, defaults to 1): Images of each label, side by side; without labels, of all.
-            num_inference_steps (`int`, *optional*): Number of steps. This, `respacing` or `timesteps` may be given;
-                with none of them the saved default holds, or else the scheduler's.
+                `id2label`; floats and booleans are refused. `None`: unconditional, without guidance by class.
+            num_images_per_label (`int`, defaults to 1): Images of each label, consecutive in the batch; without labels,
+                the batch size.
+            num_inference_steps (`int`, *optional*): Number of steps. Give at most one of this, `respacing` and
+                `timesteps`. Default: the saved one, or else the scheduler's.
             respacing (`str`, *optional*): OpenAI's notation: `"250"`, `"ddim25"`, `"90,60,60,20,20"`.
             timesteps (`Sequence[int]`, *optional*): The timesteps themselves, descending.
-            guidance_scale (`float`, *optional*): Scale of classifier guidance; 0 is none. The default is the saved
-                one, or else 1, if there are labels and a classifier.
+            guidance_scale (`float`, *optional*): Scale of classifier guidance; 0 is none. Default: the saved one, or
+                else 1, if there are labels and a classifier.
             guidance (an object of `hf_guided.guidance` or a list, *optional*): Instead of `guidance_scale`, which is
-                short for [`ClassifierGuidance`]. A list composes, in any order.
-            condition_unet (`bool`, defaults to `True`): Tell a class-conditional UNet the labels. `False` tells it the
-                null label, so that the classifier alone steers.
-            eta (`float`, *optional*): DDIM's share of noise, 0 to 1; 0 by default.
+                short for [`ClassifierGuidance`]. The kinds of a list compose, in any order.
+            condition_unet (`bool`, defaults to `True`): Condition a class-conditional UNet on the labels. `False` gives
+                it the null label, so that the classifier alone guides.
+            eta (`float`, *optional*): DDIM's share of noise, 0 to 1. Default: the saved one, or else 0.
             generator (`torch.Generator` or a list, *optional*): A single one gives image i the i-th integer drawn from
                 it as its own seed, so that images do not depend on the batch; in a list, each gives one.
             latents (`torch.Tensor` of shape `(batch, channels, height, width)`, *optional*): The initial noise, of
@@ -273,36 +275,36 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             variance_noise (`torch.Tensor` of shape `(steps, batch, channels, height, width)`, *optional*): The noise
                 of each step.
             output_type (`str`, defaults to `"pil"`): `"pil"`; `"np"` `(batch, height, width, channels)` in [0, 1];
-                `"pt"` `(batch, channels, height, width)` in [0, 1]; `"latent"`, the same in [-1, 1], as sampled.
+                `"pt"` `(batch, channels, height, width)` in [0, 1]; `"latent"`, the same in [-1, 1], not clipped.
             return_dict (`bool`, defaults to `True`): Return an output object instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `(pipeline, step, timestep, tensors)` after each
-                step; what it returns for `"latents"` replaces them, `None` replaces nothing.
-            callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`): Tensors that the callback
-                is given, of `latents`, `model_output` and `gradient`.
-            image (PIL image, array, tensor or a list of them, *optional*): What to start from, of the UNet's size, see
+                step; the `"latents"` of a returned dict replace them.
+            callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`): Tensors passed to the
+                callback, of `latents`, `model_output` and `gradient`.
+            image (PIL image, array, tensor or a list of them, *optional*): The image to edit, of the UNet's size, see
                 [`images_to_tensor`]; one for all labels, or one for each.
-            strength (`float`, *optional*): How much of the walk is gone, in (0, 1]: the image is noised to that share
-                of the timesteps and made anew from there (SDEdit, arXiv 2108.01073). 1 starts from noise alone. The
-                default is 0.8, with a mask 1.
-            mask_image (PIL image, array, tensor or a list of them, *optional*): White where `image` is to be made anew,
-                black where it is kept, to the pixel (RePaint, arXiv 2201.09865); one for all, or one for each.
+            strength (`float`, *optional*): Share of the denoising steps that are run, in (0, 1]: the image is noised to
+                that timestep and denoised from there (SDEdit, arXiv 2108.01073). 1 starts from pure noise. Default:
+                0.8, or 1 with a mask.
+            mask_image (PIL image, array, tensor or a list of them, *optional*): White where `image` is inpainted, black
+                where its pixels are kept exactly (RePaint, arXiv 2201.09865); one for all, or one for each.
             jump_length (`int`, *optional*), jump_n_sample (`int`, defaults to 10): RePaint's resampling: after every
-                `jump_length` steps, by default a 25th of them as in the paper, as many are undone by noise and walked
-                again, until they were walked `jump_n_sample` times. `jump_n_sample=1` walks each step once: far fewer
-                UNet calls, a less coherent filling.
-            gradient_batch_size (`int`, *optional*): Images for which a gradient is computed at once, which bounds the
-                memory that guidance takes; all of them, by default.
-            nonfinite_gradient (`str`, defaults to `"raise"`): What to do with an image's gradient that is infinite or
-                not a number: `"raise"`, or `"skip"` it and count it in the cost.
-            return_cost (`bool`, defaults to `False`): Also return what the call cost.
+                `jump_length` steps (default: a 25th of them, as in the paper) the sample is noised back by as many
+                steps and denoised again, until this was done `jump_n_sample` times. `jump_n_sample=1` is no resampling:
+                far fewer UNet calls, a less coherent result.
+            gradient_batch_size (`int`, *optional*): Images per gradient computation, which bounds the memory of
+                guidance. Default: all.
+            nonfinite_gradient (`str`, defaults to `"raise"`): What to do with an infinite or NaN gradient of an image:
+                `"raise"`, or `"skip"` it and count it in the cost.
+            return_cost (`bool`, defaults to `False`): Also return the number and time of model calls.
 
         Returns:
-            [`GuidedPipelineOutput`]: `.images`, and `.cost` if asked.
+            [`GuidedPipelineOutput`]: `.images`, and `.cost` with `return_cost`.
 
         Raises:
-            `ValueError`: For unknown labels, guidance that cannot work with these components, contradicting arguments
-                or tensors of the wrong shape.
-            `RuntimeError`: For a gradient or images that are not finite.
+            `ValueError`: For unknown labels, guidance that these components do not support, contradicting arguments or
+                tensors of the wrong shape.
+            `RuntimeError`: If a gradient or the images are not finite.
 
         Examples:
             ```py
@@ -313,7 +315,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             >>> images = pipe(["3", "7"], guidance_scale=3.0, generator=torch.Generator().manual_seed(0)).images
             ```
         """
-        # 1. What is asked for
+        # 1. Arguments
         if self.unet.config.get("low_res_channels") is not None:
             raise ValueError(
                 "This UNet is an upsampler: load it with ClassifierGuidedUpscalePipeline, or use hf-guided upscale."
@@ -330,26 +332,26 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         self.set_timesteps(num_inference_steps, respacing, timesteps)
         generators = self.prepare_generators(generator, batch_size)
         latents = self.prepare_latents(latents, batch_size, generators)
-        visited, repaint = self.scheduler.timesteps, None
+        loop_timesteps, repaint = self.scheduler.timesteps, None
         if original is not None:
             if strength is None:
                 strength = 0.8 if mask is None else 1.0
-            visited, latents = self.start_from(original, latents, strength)
+            loop_timesteps, latents = self.start_from(original, latents, strength)
         if original is not None and mask is not None:
-            jump_length = max(1, round(len(visited) / 25)) if jump_length is None else jump_length
-            visited = visited[jump_positions(len(visited), jump_length, jump_n_sample)]
+            jump_length = max(1, round(len(loop_timesteps) / 25)) if jump_length is None else jump_length
+            loop_timesteps = loop_timesteps[jump_positions(len(loop_timesteps), jump_length, jump_n_sample)]
             repaint = RePaint(self.scheduler, original, mask)
 
         # 3. noise -> (UNet -> guidance -> scheduler step) x N -> image
         conditions = self.unet_conditions(labels if condition_unet else None)
         asked = guidance is not None or guidance_scale is not None
-        steer = self.prepare_steering(
-            kinds, asked, labels, conditions, visited, gradient_batch_size, nonfinite_gradient, return_cost
+        guider = self.prepare_guider(
+            kinds, asked, labels, conditions, loop_timesteps, gradient_batch_size, nonfinite_gradient, return_cost
         )
         latents = self.denoise(
             latents,
-            visited,
-            steer,
+            loop_timesteps,
+            guider,
             eta,
             generators,
             variance_noise,
@@ -357,13 +359,13 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
-        return self.finish(latents, output_type, return_dict, steer.cost if return_cost else None)
+        return self.finish(latents, output_type, return_dict, guider.cost if return_cost else None)
 
     def denoise(
         self,
         latents: torch.Tensor,
-        visited: torch.Tensor,
-        steer: Steering,
+        timesteps: torch.Tensor,
+        guider: Guider,
         eta: float,
         generators: list[torch.Generator],
         variance_noise: torch.Tensor | None = None,
@@ -371,25 +373,25 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> torch.Tensor:
-        """The walk: (UNet -> guidance -> scheduler step) at each timestep visited."""
+        """The denoising loop: (UNet -> guidance -> scheduler step) at each timestep; returns x_0."""
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(
-                f"callback_on_step_end={callback_on_step_end!r} is no function; leave it out, or give one."
+                f"callback_on_step_end={callback_on_step_end!r} is not a function; leave it out, or give one."
             )
         if variance_noise is not None and not torch.is_tensor(variance_noise):
             raise ValueError(f"variance_noise is a {type(variance_noise).__name__}; give a torch.Tensor.")
-        if variance_noise is not None and variance_noise.shape != (len(visited), *latents.shape):
+        if variance_noise is not None and variance_noise.shape != (len(timesteps), *latents.shape):
             raise ValueError(
-                f"variance_noise has shape {tuple(variance_noise.shape)}; {len(visited)} steps of this batch need "
-                f"{(len(visited), *latents.shape)}."
+                f"variance_noise has shape {tuple(variance_noise.shape)}; {len(timesteps)} steps of this batch need "
+                f"{(len(timesteps), *latents.shape)}."
             )
-        schedule = visited.tolist()  # on the host once, not step by step
+        schedule = timesteps.tolist()  # one transfer to the host, not one per step
         following = [*schedule[1:], None]
         self._num_timesteps = len(schedule)
         previous = None
-        for i, t in enumerate(self.progress_bar(visited)):
+        for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = self.scheduler.scale_model_input(latents, t)
-            model_output, gradient = steer(model_input, t, schedule[i], i)
+            model_output, gradient = guider(model_input, t, schedule[i], i)
             noise = None if variance_noise is None else variance_noise[i].to(latents)
             latents, original = self.step(
                 model_output, t, schedule[i], model_input, latents, gradient, eta, generators, noise, previous
@@ -397,7 +399,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             previous = (t, original)
             if repaint is not None:
                 latents = repaint(latents, schedule[i], following[i], generators)
-                previous = None  # the known part was put in anew
+                previous = None  # the known pixels have changed
 
             if callback_on_step_end is not None:
                 callback_kwargs = {}
@@ -412,58 +414,58 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 replaced = (returned or {}).pop("latents", latents)
                 previous = previous if replaced is latents else None
                 latents = replaced
-        steer.look()
+        guider.look()
         return latents
 
     def finish(
         self, sample: torch.Tensor, output_type: str, return_dict: bool, cost: SamplingCost | None = None
     ) -> GuidedPipelineOutput | tuple:
-        """The images as they were asked for, and what they cost."""
+        """The images in the requested output type, and their cost."""
         (images,) = super().finish(sample, output_type, return_dict=False)
         if return_dict:
             return GuidedPipelineOutput(images=images, cost=cost)
         return (images,) if cost is None else (images, cost)
 
-    def prepare_steering(
+    def prepare_guider(
         self,
         kinds: list[Guidance],
         asked: bool,
         labels: torch.Tensor | None,
         conditions: dict[str, torch.Tensor],
-        visited: torch.Tensor,
+        timesteps: torch.Tensor,
         gradient_batch_size: int | None,
         nonfinite_gradient: str,
         return_cost: bool,
-    ) -> Steering:
-        """The kinds made ready for these components, labels and timesteps; `asked` for, or a saved default."""
+    ) -> Guider:
+        """The guider for these components, labels and timesteps; `asked` if the kinds are not saved defaults."""
         if torch.is_inference_mode_enabled() and any(isinstance(kind, GradientGuidance) for kind in kinds):
             raise ValueError("Gradients cannot be taken under torch.inference_mode(); call the pipeline without it.")
         self._guidance_scale = next((kind.scale for kind in kinds if isinstance(kind, ClassifierGuidance)), None)
-        schedule = visited.tolist()
-        acting = [kind for kind in kinds if sum(kind.acts_at(t) for t in schedule)]  # asks at all: a scale may be bad
+        schedule = timesteps.tolist()
+        acting = [kind for kind in kinds if sum(kind.acts_at(t) for t in schedule)]  # checks the scale at all of them
         for kind in kinds:
             if asked and kind not in acting:
                 raise ValueError(
-                    f"{kind!r} acts at none of the {len(schedule)} timesteps that are visited, from {schedule[0]:g} to "
+                    f"{kind!r} acts at none of the {len(schedule)} timesteps of this call, from {schedule[0]:g} to "
                     f"{schedule[-1]:g}; give another interval, more steps, or a higher strength."
                 )
         if gradient_batch_size is not None and whole_number("gradient_batch_size", gradient_batch_size) < 1:
             raise ValueError(f"gradient_batch_size={gradient_batch_size} is too small; give 1 or more.")
         if nonfinite_gradient not in ("raise", "skip"):
             raise ValueError(f"nonfinite_gradient={nonfinite_gradient!r} is not one of 'raise', 'skip'.")
-        return Steering(self, acting, labels, conditions, gradient_batch_size, nonfinite_gradient, timed=return_cost)
+        return Guider(self, acting, labels, conditions, gradient_batch_size, nonfinite_gradient, timed=return_cost)
 
     def unet_conditions(self, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """What the UNet is told beside sample and timestep: the labels, if it is class-conditional."""
+        """Inputs of the UNet besides sample and timestep: the labels, if it is class-conditional."""
         return {} if labels is None or self.unet.config.num_class_embeds is None else {"class_labels": labels}
 
     def prepare_edit(
         self, image: Images | None, mask_image: Images | None, strength: float | None, latents: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The images to start from in [-1, 1], of the size that will be sampled, and where they are made anew."""
+        """The images to edit in [-1, 1], of the size that is sampled, and the mask of pixels to inpaint."""
         if image is None:
             if strength is not None or mask_image is not None:
-                raise ValueError("strength and mask_image say what to do with an image: give image= too.")
+                raise ValueError("strength and mask_image need an image: give image= too.")
             return None, None
         if not hasattr(self.scheduler, "add_noise"):
             raise ValueError(f"{type(self.scheduler).__name__} cannot start from an image; take another scheduler.")
@@ -478,7 +480,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             return original, None
         if not self.has_adm_scheduler:
             raise ValueError(
-                f"mask_image needs a scheduler that can jump back in its walk, ADMScheduler; "
+                f"mask_image needs a scheduler that can jump back to earlier timesteps, ADMScheduler; "
                 f"{type(self.scheduler).__name__} cannot."
             )
         try:
@@ -494,25 +496,25 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
     def start_from(
         self, original: torch.Tensor, noise: torch.Tensor, strength: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The timesteps that are left of the walk at some strength, and the images noised to the first of them."""
+        """The remaining timesteps at a strength, and the images noised to the first of them."""
         timesteps, order = self.scheduler.timesteps, self.scheduler.order
         steps = -(-len(timesteps) // order)
         if not (is_number(strength) and 0 < strength <= 1):
             raise ValueError(f"strength={strength!r} is not allowed; give a share of the steps, above 0 and up to 1.")
         if int(steps * strength) == 0:
-            raise ValueError(f"strength={strength} leaves none of {steps} steps; take more of either.")
+            raise ValueError(f"strength={strength} leaves none of {steps} steps; give a higher strength or more steps.")
         if strength == 1:
             return timesteps, noise
         if isinstance(self.scheduler, LMSDiscreteScheduler | PNDMScheduler):
             raise ValueError(
-                f"{type(self.scheduler).__name__} counts on the steps from the first on and cannot begin at "
+                f"{type(self.scheduler).__name__} needs all steps from the first and cannot start at "
                 f"strength={strength}; take another scheduler, or strength=1."
             )
         skipped = (steps - int(steps * strength)) * order
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(skipped)
         first = timesteps[skipped].repeat(len(original))
-        noise = noise / self.scheduler.init_noise_sigma  # which add_noise brings to the right strength itself
+        noise = noise / self.scheduler.init_noise_sigma  # add_noise scales it itself
         return timesteps[skipped:], self.scheduler.add_noise(original, noise, first)
 
     def step(
@@ -528,9 +530,9 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         variance_noise: torch.Tensor | None,
         previous: tuple[torch.Tensor, torch.Tensor | None] | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One step of the scheduler; for one of diffusers the gradient corrects the prediction (Algorithm 2)."""
+        """The next sample, and x_0 if known; for schedulers of diffusers the gradient shifts epsilon (Algorithm 2)."""
         options: dict[str, Any] = {"eta": eta, "generator": generators}
-        if variance_noise is not None:  # beside which DDIM of diffusers takes no generator
+        if variance_noise is not None:  # DDIM of diffusers then takes no generator
             options = {"eta": eta, "variance_noise": variance_noise}
         if self.has_adm_scheduler:
             output = self.scheduler.step(
@@ -538,7 +540,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             )
             return output.prev_sample, output.pred_original_sample
 
-        prediction = model_output[:, : latents.shape[1]]  # these schedulers have no use for a learned variance
+        prediction = model_output[:, : latents.shape[1]]  # these schedulers take no learned variance
         config = self.scheduler.config
         clip_sample = config.get("clip_sample", False)
         if gradient is not None or clip_sample:
@@ -548,12 +550,12 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             )
         accepted = inspect.signature(self.scheduler.step).parameters
         if variance_noise is not None and "variance_noise" not in accepted:
-            raise ValueError(f"{type(self.scheduler).__name__} takes no variance_noise; leave it out.")
+            raise ValueError(f"{type(self.scheduler).__name__} does not support variance_noise; leave it out.")
         options = {name: value for name, value in options.items() if name in accepted}
         return self.scheduler.step(prediction, timestep, latents, **options).prev_sample, None
 
     def default(self, name: str, otherwise: Any) -> Any:
-        """A saved default of the call, or `otherwise`."""
+        """The saved default of an argument, or `otherwise`."""
         saved = (self.config.sampling_defaults or {}).get(name)
         return otherwise if saved is None else saved
 
@@ -563,7 +565,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         guidance_scale: float | None,
         labels: torch.Tensor | None,
     ) -> list[Guidance]:
-        """What steers, without what a neutral scale turns off."""
+        """The kinds of guidance, without those of a neutral scale."""
         check_one_guidance(guidance, guidance_scale)
         if guidance_scale is not None:
             guidance = ClassifierGuidance(guidance_scale)
@@ -580,12 +582,12 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         return [kind for kind in kinds if not kind.is_neutral]
 
     def resolve_eta(self, eta: float | None) -> float:
-        """DDIM's share of noise: as given, or the saved default where the scheduler takes one."""
+        """DDIM's share of noise: as given, or the saved default if the scheduler supports it."""
         takes_eta = "eta" in inspect.signature(self.scheduler.step).parameters
         if eta is not None:
             check_eta(eta)
         if eta and not takes_eta:
-            raise ValueError(f"{type(self.scheduler).__name__} takes no eta; leave it out, or take a DDIM.")
+            raise ValueError(f"{type(self.scheduler).__name__} does not support eta; leave it out, or take DDIM.")
         saved = self.default("eta", 0.0) if takes_eta else 0.0
         return saved if eta is None else eta
 
@@ -597,7 +599,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
-        """Refuses, before the first step, what could only fail or mislead later."""
+        """Raises `ValueError`, before the first step, for arguments that would fail or mislead later."""
         config = self.unet.config
         self.check_output_type(output_type)
         if not isinstance(callback_on_step_end_tensor_inputs, list | tuple):
@@ -613,13 +615,13 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         if config.num_class_embeds is not None and not config.get("null_class_label", False):
             if labels is None:
                 raise ValueError(
-                    f"This UNet knows no null label, so class_labels must be given: ids from 0 to "
+                    f"This UNet has no null label, so class_labels must be given: ids from 0 to "
                     f"{config.num_class_embeds - 1}, or names."
                 )
             if not condition_unet:
                 raise ValueError(
                     "condition_unet=False needs a UNet with a null label (null_class_label=True), trained with label "
-                    "dropout; this one must be told the classes."
+                    "dropout; this one is always class-conditional."
                 )
         if not self.has_adm_scheduler:
             check_solver(self.scheduler, shifted=any(isinstance(kind, GradientGuidance) for kind in kinds))
@@ -629,7 +631,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
     def set_timesteps(
         self, num_inference_steps: int | None, respacing: str | None, timesteps: Sequence[int] | None
     ) -> None:
-        """Sets the scheduler's timesteps from the one argument given, or from the saved default."""
+        """Sets the scheduler's timesteps from the given argument, or from the saved default."""
         given: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
             "respacing": respacing,
@@ -678,16 +680,16 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             ) from error
         if not self.has_adm_scheduler:
             check_solver_timesteps(self.scheduler, given.get("num_inference_steps") or len(given["timesteps"]))
-        if hasattr(self.scheduler, "set_begin_index"):  # or it would look timesteps up, some of which may be the same
+        if hasattr(self.scheduler, "set_begin_index"):  # it would search for timesteps, which may repeat
             self.scheduler.set_begin_index(0)
         warn_of_overshoot(self.scheduler)
 
     def prepare_latents(
         self, latents: torch.Tensor | None, batch_size: int, generators: list[torch.Generator]
     ) -> torch.Tensor:
-        """The initial noise in float32, `(batch, channels, height, width)`, as strong as the scheduler wants it."""
+        """The initial noise in float32, `(batch, channels, height, width)`, scaled for the scheduler."""
         check_latents(latents)
-        channels, device = self.unet.config.in_channels, self._execution_device  # which diffusers searches models for
+        channels, device = self.unet.config.in_channels, self._execution_device  # a slow search through the models
         if latents is None:
             shape = (batch_size, channels, *self.sample_size)
             latents = randn_tensor(shape, generators, device, torch.float32)
@@ -700,26 +702,26 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
 
 
 def check_one_guidance(guidance: Any, guidance_scale: float | None) -> None:
-    """Refuses two ways to say one thing, in a call or among its defaults."""
+    """Refuses guidance together with guidance_scale, in a call or among its defaults."""
     if guidance is not None and guidance_scale is not None:
         raise ValueError("Give guidance_scale or guidance, not both: the former is short for ClassifierGuidance.")
 
 
 def check_eta(eta: Any) -> None:
-    """Refuses what is no share of noise."""
+    """Refuses an eta outside [0, 1]."""
     if not (is_number(eta) and 0 <= eta <= 1):
         raise ValueError(f"eta={eta!r} is not allowed; it is DDIM's share of noise, a number from 0 to 1.")
 
 
 def match_batch(num_images_per_label: int, *parts: torch.Tensor | None) -> tuple[Any, ...]:
-    """Brings labels, images and masks together: as many of each, or one of some for all of the others.
+    """The batch size, and labels, images and masks expanded to it; one of a kind serves for all.
 
     Args:
-        num_images_per_label (`int`): How often each of them is repeated, side by side.
-        parts (`torch.Tensor` of shape `(n or 1, ...)`, *optional*): Those that were given.
+        num_images_per_label (`int`): How often each is repeated, consecutive in the batch.
+        parts (`torch.Tensor` of shape `(n or 1, ...)`, *optional*): Labels, images or masks.
 
     Returns:
-        The size of the batch and the parts, each of that length or `None`.
+        The batch size and the parts, each of that length or `None`.
 
     Raises:
         `ValueError`: If their numbers do not fit.
@@ -730,8 +732,7 @@ def match_batch(num_images_per_label: int, *parts: torch.Tensor | None) -> tuple
     if any(len(part) not in (1, count) for part in given):
         numbers = ", ".join(str(len(part)) for part in given)
         raise ValueError(
-            f"class_labels, images and masks do not fit together ({numbers} were given): give as many of each, or one "
-            f"for all."
+            f"class_labels, images and masks do not match ({numbers} were given): give as many of each, or one for all."
         )
     matched = (
         None if part is None else part.expand(count, *part.shape[1:]).repeat_interleave(num_images_per_label, dim=0)
@@ -741,14 +742,14 @@ def match_batch(num_images_per_label: int, *parts: torch.Tensor | None) -> tuple
 
 
 def images_to_tensor(images: Images, channels: int) -> torch.Tensor:
-    """Images of every kind as a tensor of shape `(batch, channels, height, width)` in [-1, 1].
+    """Images of any type as a tensor of shape `(batch, channels, height, width)` in [-1, 1].
 
     Args:
         images: PIL images; arrays `(height, width)`, `(height, width, C)` or `(batch, height, width, C)`; tensors
             `(height, width)`, `(C, height, width)` or `(batch, C, height, width)`; or a list of one kind. 8-bit
             integers run from 0 to 255, as in the published `.npz` files; booleans and floats from 0 to 1 or, if some
             are clearly negative, from -1 to 1.
-        channels (`int`): 1 or 3, as the model wants them. Grey stands for three equal channels.
+        channels (`int`): Channels of the model, 1 or 3. Grey images are expanded to three equal channels.
 
     Raises:
         `ValueError`: For other shapes or values, and images that differ in size.
@@ -770,7 +771,7 @@ def images_to_tensor(images: Images, channels: int) -> torch.Tensor:
         return batch / 127.5 - 1
     batch = batch.float()
     low, high = batch.min().item(), batch.max().item()
-    if low < -2 or -0.1 < low < 0 or not high <= 2:  # samples may overshoot a little; the last is true of NaN too
+    if low < -2 or -0.1 < low < 0 or not high <= 2:  # samples may overshoot a little; the last also holds for NaN
         raise ValueError(
             f"The images have values from {low:g} to {high:g}; give 8-bit integers, or floats in [0, 1] or [-1, 1]."
         )

@@ -23,19 +23,19 @@ from .pipeline_classifier_guided import (
 
 
 class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
-    r"""Makes large images of small ones: a diffusion model that is shown the small image at each step, guided or not.
+    r"""Upsamples images: a diffusion model conditioned on the small image, with or without guidance.
 
     Args:
         unet ([`ADMUNet2DModel`]): An upsampler, with `low_res_channels`; class-conditional or not.
-        scheduler ([`ADMScheduler`], or one of diffusers): Takes the noise away.
-        classifier ([`ADMForImageClassification`], *optional*): Steers the large images.
+        scheduler ([`ADMScheduler`], or one of diffusers): Denoises step by step.
+        classifier ([`ADMForImageClassification`], *optional*): Guides the large images.
         classifier_processor, guide_unet, id2label, sampling_defaults: As for [`ClassifierGuidedPipeline`].
         clean_classifier, clip_model, clip_processor: As for [`ClassifierGuidedPipeline`].
         low_res_size (`int`, *optional*): Height in pixels of the small images that the UNet was trained on; others are
-            then refused.
+            refused.
 
     Raises:
-        `ValueError`: If the UNet is no upsampler.
+        `ValueError`: If the UNet is not an upsampler.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         self.register_to_config(low_res_size=low_res_size)
         if unet.config.get("low_res_channels") is None:
             raise ValueError(
-                "This UNet is no upsampler (its low_res_channels is None): load it with ClassifierGuidedPipeline, "
+                "This UNet is not an upsampler (its low_res_channels is None): load it with ClassifierGuidedPipeline, "
                 "or use hf-guided sample."
             )
 
@@ -96,7 +96,7 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         nonfinite_gradient: str = "raise",
         return_cost: bool = False,
     ) -> GuidedPipelineOutput | tuple:
-        r"""Upsamples images: noise -> (UNet beside the small image -> guidance -> scheduler step) x N -> large image.
+        r"""Samples large images: noise -> (UNet given the small image -> guidance -> scheduler step) x N -> large image.
 
         Args:
             image (PIL image, array, tensor or a list of them, or a path): The small images, one or one for each label,
@@ -104,8 +104,8 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
                 file of samples, whose labels are taken where none are given.
             class_labels (`int`, `str`, a list, array or tensor of them, *optional*): Their classes by id or name; one
                 for all images, or one for each.
-            num_images_per_label (`int`, defaults to 1): Large images of each small one, side by side.
-            num_inference_steps and all that follows: As for [`ClassifierGuidedPipeline`].
+            num_images_per_label (`int`, defaults to 1): Large images of each small one, consecutive in the batch.
+            num_inference_steps and the following: As for [`ClassifierGuidedPipeline`].
 
         Returns:
             [`GuidedPipelineOutput`]: `.images`, of the UNet's `sample_size`, and `.cost` if asked.
@@ -123,7 +123,7 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
             >>> image = upscale(base(207, output_type="pt").images, 207).images[0]
             ```
         """
-        # 1. What is asked for
+        # 1. Arguments
         if isinstance(image, str | os.PathLike):
             image, labels_of_file = read_samples(image)
             if class_labels is None and labels_of_file is not None and self.num_classes is not None:
@@ -140,24 +140,24 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         generators = self.prepare_generators(generator, batch_size)
         latents = self.prepare_latents(latents, batch_size, generators)
 
-        # 3. noise -> (UNet beside the small image -> guidance -> scheduler step) x N -> large image
+        # 3. noise -> (UNet conditioned on the small image -> guidance -> scheduler step) x N -> large image
         conditions = {**self.unet_conditions(labels if condition_unet else None), "low_res": low_res}
-        visited = self.scheduler.timesteps
+        loop_timesteps = self.scheduler.timesteps
         asked = guidance is not None or guidance_scale is not None
-        steer = self.prepare_steering(
-            kinds, asked, labels, conditions, visited, gradient_batch_size, nonfinite_gradient, return_cost
+        guider = self.prepare_guider(
+            kinds, asked, labels, conditions, loop_timesteps, gradient_batch_size, nonfinite_gradient, return_cost
         )
         latents = self.denoise(
             latents,
-            visited,
-            steer,
+            loop_timesteps,
+            guider,
             eta,
             generators,
             variance_noise,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        return self.finish(latents, output_type, return_dict, steer.cost if return_cost else None)
+        return self.finish(latents, output_type, return_dict, guider.cost if return_cost else None)
 
     def prepare_low_res(self, image: Images) -> torch.Tensor:
         """The small images in [-1, 1], `(batch, low_res_channels, height, width)`."""

@@ -4,13 +4,13 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-# The class that a saved pipeline may name registers itself with diffusers when it is imported.
+# Imported to register the class with diffusers, since a saved pipeline may name it.
 from ..baselines.flow import ClassConditionalGlow  # noqa: F401
 from .class_conditional import ClassConditionalPipeline, Labels
 
 
 class FlowPipeline(ClassConditionalPipeline):
-    r"""Makes images of given classes: random latents, taken back through an invertible network.
+    r"""Samples images of given classes: random latents through the inverse of a normalizing flow.
 
     Args:
         flow ([`ClassConditionalGlow`]): The network.
@@ -84,7 +84,7 @@ class FlowPipeline(ClassConditionalPipeline):
         Args:
             images (`torch.Tensor` of shape `(batch, channels, height, width)`): 8-bit images, scaled to [-1, 1].
             class_labels (`int`, `str`, a list, array or tensor of them): The class of each image, by id or name.
-            generator (`torch.Generator`, *optional*): Of the dequantisation.
+            generator (`torch.Generator`, *optional*): Draws the dequantisation noise.
 
         Returns:
             `torch.Tensor` of shape `(batch,)`
@@ -93,7 +93,7 @@ class FlowPipeline(ClassConditionalPipeline):
             `ValueError`: In half precision.
         """
         if self.flow.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError("Half precision is too coarse for a likelihood; load the pipeline in float32.")
+            raise ValueError("The likelihood needs more than half precision; load the pipeline in float32.")
         labels = self.labels_of_images(class_labels, len(images))
         noise = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype) - 0.5
         return self.flow(images, labels, noise)

@@ -4,14 +4,14 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-# The class that a saved pipeline may name registers itself with diffusers when it is imported.
+# Imported to register the class with diffusers, since a saved pipeline may name it.
 from ..baselines.gan import BigGANGenerator  # noqa: F401
 from ..settings import is_number
 from .class_conditional import ClassConditionalPipeline, Labels
 
 
 class GANPipeline(ClassConditionalPipeline):
-    r"""Makes images of given classes: the generator at random latents.
+    r"""Samples images of given classes: the generator's output for random latents.
 
     Args:
         generator ([`BigGANGenerator`]): The network.
@@ -44,8 +44,9 @@ class GANPipeline(ClassConditionalPipeline):
         Args:
             class_labels (`int`, `str`, a list, array or tensor of them): Classes by id or by name from `id2label`.
             num_images_per_label (`int`, defaults to 1): Images of each label, side by side.
-            truncation (`float`, *optional*): The latents are normal between minus and plus this: the lower, the more
-                typical and the less varied the images (BigGAN, section 3.1). By default they lie anywhere.
+            truncation (`float`, *optional*): The latents are truncated normal, between minus and plus this: the
+                lower, the more typical and the less varied the images (BigGAN, section 3.1). By default they are not
+                truncated.
             generator (`torch.Generator` or a list, *optional*): A single one gives image i the i-th integer drawn from
                 it as its own seed, so that images do not depend on the batch; in a list, each gives one.
             latents (`torch.Tensor` of shape `(batch, latent_dim)`, *optional*): Standard normal.
@@ -78,9 +79,9 @@ class GANPipeline(ClassConditionalPipeline):
 
 
 def truncate(latents: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Standard normal numbers as ones of the normal distribution between minus and plus a threshold, in the same order.
+    """Truncated normal numbers between minus and plus a threshold, a monotonic function of standard normal ones.
 
-    So the samples of every threshold belong to the same noise, as those of every guidance scale do.
+    So samples at different thresholds share their noise, as they do at different guidance scales.
 
     Args:
         latents (`torch.Tensor`): Standard normal.

@@ -4,16 +4,16 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-# The class that a saved pipeline may name registers itself with diffusers when it is imported.
+# Imported to register the class with diffusers, since a saved pipeline may name it.
 from ..baselines.vae import ClassConditionalVAE  # noqa: F401
 from .class_conditional import ClassConditionalPipeline, Labels
 
 
 class VAEPipeline(ClassConditionalPipeline):
-    r"""Makes images of given classes: the decoder's mean at random latents.
+    r"""Samples images of given classes: the decoder's mean for random latents.
 
     Args:
-        vae ([`ClassConditionalVAE`]): Decodes.
+        vae ([`ClassConditionalVAE`]): The network.
         id2label (`dict[int, str]`, *optional*): Class names.
     """
 
@@ -78,12 +78,12 @@ class VAEPipeline(ClassConditionalPipeline):
     def bits_per_dim(
         self, images: torch.Tensor, class_labels: Labels, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """The bound on the negative log-likelihood, in bits per dimension: distortion and rate.
+        """The upper bound (negative ELBO) on the negative log-likelihood, in bits per dimension: distortion and rate.
 
         Args:
             images (`torch.Tensor` of shape `(batch, channels, height, width)`): 8-bit images, scaled to [-1, 1].
             class_labels (`int`, `str`, a list, array or tensor of them): The class of each image, by id or name.
-            generator (`torch.Generator`, *optional*): Of the draw from the posterior.
+            generator (`torch.Generator`, *optional*): Draws from the posterior.
 
         Returns:
             `torch.Tensor` of shape `(batch,)`
@@ -93,6 +93,6 @@ class VAEPipeline(ClassConditionalPipeline):
         """
         labels = self.labels_of_images(class_labels, len(images))
         output = self.vae(images.to(self.vae.dtype), labels, generator)
-        self.check_finite(output.sample)  # whose likelihood is bounded, whatever it is
+        self.check_finite(output.sample)  # the likelihood would be finite nevertheless
         distortion, rate = self.vae.bound(images, output)
         return distortion + rate

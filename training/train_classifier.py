@@ -67,11 +67,11 @@ class ClassifierTask(Task):
         self.timestep_sampler = TimestepSampler(scheduler.config.num_train_timesteps)
 
     def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        images, told = batch["pixel_values"], None
+        images, model_timestep = batch["pixel_values"], None
         if self.noisy:
             images = self.scheduler.add_noise(images, torch.randn_like(images), timesteps)
-            told = model_timesteps(self.scheduler, timesteps)
-        logits = model(images, told).logits.float()
+            model_timestep = model_timesteps(self.scheduler, timesteps)
+        logits = model(images, model_timestep).logits.float()
         accuracy = (logits.argmax(dim=-1) == batch["labels"]).float()
         return F.cross_entropy(logits, batch["labels"], reduction="none"), {"accuracy": accuracy}
 

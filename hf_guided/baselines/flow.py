@@ -110,13 +110,13 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
             Latents of shape `(batch, image_channels * height * width)`, and the logarithm of the map's Jacobian
             determinant, of shape `(batch,)`.
         """
-        told = self.class_embedding(class_labels)
+        embedding = self.class_embedding(class_labels)
         hidden, log_det = self.logit.inverse(values)
         latents = []
         for level, (steps, base) in enumerate(self._levels()):
             hidden, _ = self.squeeze.inverse(hidden)
             for step in steps:
-                hidden, change = step.encode(hidden, told)
+                hidden, change = step.encode(hidden, embedding)
                 log_det = log_det + change
             part = hidden
             if level < len(self.levels) - 1:
@@ -137,7 +137,7 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
             `DecoderOutput`: `.sample` of shape `(batch, image_channels, height, width)` in [-1, 1], half a step of the
             8-bit scale higher, for those who cut off to 8 bits.
         """
-        told = self.class_embedding(class_labels)
+        embedding = self.class_embedding(class_labels)
         parts = latents.split([math.prod(base.shape) for _, base in self._levels()], dim=1)
         hidden: Any = None
         for (steps, base), part in reversed(list(zip(self._levels(), parts, strict=True))):
@@ -145,7 +145,7 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
             part = mean + torch.exp(log_scale) * part.unflatten(1, base.shape)
             hidden = part if hidden is None else self.split.inverse([hidden, part])[0]
             for step in reversed(steps):
-                hidden = step.decode(hidden, told)
+                hidden = step.decode(hidden, embedding)
             hidden, _ = self.squeeze(hidden)
         values, _ = self.logit(hidden)
         values = values.where(hidden.isfinite(), torch.nan)  # which the sigmoid would make a clean image of
@@ -178,26 +178,26 @@ class GlowStep(nn.Module):
         widths = (channels // 2 + told_channels, hidden_channels, hidden_channels, channels)
         self.coupling = nf.nets.ConvNet2d(widths, (3, 1, 3), init_zeros=True)
 
-    def encode(self, hidden: torch.Tensor, told: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, hidden: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """From the image towards the latents, with the logarithm of the Jacobian determinant."""
         hidden, of_norm = self.norm.inverse(hidden)
         hidden, of_conv = self.conv.inverse(hidden)
         kept, changed = hidden.chunk(2, dim=1)
-        shift, log_scale = self._affine(kept, told)
+        shift, log_scale = self._affine(kept, embedding)
         hidden = torch.cat([kept, (changed + shift) * torch.exp(log_scale)], dim=1)
         return hidden, log_scale.flatten(1).sum(dim=1) + of_norm + of_conv
 
-    def decode(self, hidden: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+    def decode(self, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         """Back."""
         kept, changed = hidden.chunk(2, dim=1)
-        shift, log_scale = self._affine(kept, told)
+        shift, log_scale = self._affine(kept, embedding)
         hidden = torch.cat([kept, changed * torch.exp(-log_scale) - shift], dim=1)
         hidden, _ = self.conv(hidden)
         hidden, _ = self.norm(hidden)
         return hidden
 
-    def _affine(self, kept: torch.Tensor, told: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        planes = told[:, :, None, None].expand(-1, -1, *kept.shape[2:])
+    def _affine(self, kept: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        planes = embedding[:, :, None, None].expand(-1, -1, *kept.shape[2:])
         shift, log_scale = self.coupling(torch.cat([kept, planes], dim=1)).chunk(2, dim=1)
         return shift, 2 * torch.tanh(log_scale / 2)  # bounded, or unusual latents end in infinite images
 

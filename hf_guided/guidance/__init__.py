@@ -18,18 +18,18 @@ from .loss import LossGuidance
 
 
 def guidance_from_dict(numbers: Mapping[str, Any]) -> Guidance:
-    """A kind of guidance from what [`Guidance.to_dict`] gave.
+    """A guidance object from the output of [`Guidance.to_dict`].
 
     Raises:
-        `ValueError`: For an unknown kind, or a number that it does not know.
+        `ValueError`: For an unknown kind, or an argument that it does not support.
     """
     name = numbers.get("kind") if isinstance(numbers, Mapping) else numbers
     if not isinstance(name, str) or name not in KINDS:
-        raise ValueError(f"{name!r} is no kind of guidance that can be saved: {', '.join(KINDS)}.")
+        raise ValueError(f"{name!r} is not a kind of guidance that can be saved; those are {', '.join(KINDS)}.")
     arguments = {name: value for name, value in numbers.items() if name != "kind"}
     known = inspect.signature(KINDS[name]).parameters
     if unknown := set(arguments) - set(known):
-        raise ValueError(f"{name} knows no {', '.join(sorted(unknown))}; it knows {', '.join(known)}.")
+        raise ValueError(f"{name} does not support {', '.join(sorted(unknown))}; it takes {', '.join(known)}.")
     return KINDS[name](**arguments)
 
 

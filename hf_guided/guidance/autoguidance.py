@@ -6,11 +6,11 @@ from .base import Pipeline, PredictionGuidance, Scale
 
 
 class AutoGuidance(PredictionGuidance, source="arXiv 2406.02507, equation 3"):
-    r"""Compares what the UNet predicts with what a weaker one does, the pipeline's `guide_unet`.
+    r"""Guides by the difference to the prediction of a weaker UNet, the pipeline's `guide_unet`.
 
-    prediction = weak + scale * (strong - weak). The weaker UNet is a smaller one, or one trained for a shorter time, on
-    the same data and noise schedule, and is told what the UNet is told. Beside other kinds it adds (scale - 1) *
-    (strong - weak).
+    prediction = weak + scale * (strong - weak). The weaker UNet is smaller or trained for a shorter time, on the same
+    data and noise schedule, with the same conditioning. Combined with other kinds it adds (scale - 1) * (strong -
+    weak).
 
     Args:
         scale, interval: As for every [`Guidance`]; 1 is exactly no guidance.
@@ -26,8 +26,8 @@ class AutoGuidance(PredictionGuidance, source="arXiv 2406.02507, equation 3"):
         super().check(pipeline, labels, condition_unet)
         if pipeline.guide_unet is None:
             raise ValueError(
-                "AutoGuidance needs a second, weaker UNet and this pipeline has none: load it with guide_unet=, or set "
-                "the scale to 1."
+                "AutoGuidance needs a second, weaker UNet, and this pipeline has none: load it with guide_unet=, or "
+                "set the scale to 1."
             )
         ours, theirs = pipeline.unet.config, pipeline.guide_unet.config
         for name in ("in_channels", "num_class_embeds", "low_res_channels"):
@@ -37,9 +37,9 @@ class AutoGuidance(PredictionGuidance, source="arXiv 2406.02507, equation 3"):
                     f"The guide_unet's {name} is {other} and the UNet's {one}; autoguidance compares models of the "
                     f"same images and classes."
                 )
-        untold = labels is None or not condition_unet
-        if untold and theirs.num_class_embeds is not None and not theirs.get("null_class_label", False):
+        unconditional = labels is None or not condition_unet
+        if unconditional and theirs.num_class_embeds is not None and not theirs.get("null_class_label", False):
             raise ValueError(
-                "The guide_unet must be told a class, for it has no null label, and the UNet is told none; give "
-                "class_labels without condition_unet=False, or another guide_unet."
+                "The guide_unet is class-conditional without a null label, and the UNet is sampled unconditionally; "
+                "give class_labels without condition_unet=False, or another guide_unet."
             )

@@ -1,4 +1,4 @@
-"""What every kind of guidance has in common: how strong it is and where it acts."""
+"""The base classes of guidance: the scale, and the timesteps at which a kind acts."""
 
 import inspect
 import math
@@ -14,13 +14,13 @@ from torch import nn
 
 from ..settings import is_number
 
-# A [`ClassifierGuidedPipeline`] or one like it: guidance knows nothing of it but the names of its components.
+# A [`ClassifierGuidedPipeline`] or one like it: guidance uses only the names of its components.
 Pipeline = Any
 Scale = float | Mapping[float, float] | Callable[[float], float]
 
 
 def is_decimal(text: Any) -> bool:
-    """Whether it is a number as text, as JSON has the keys of mappings."""
+    """Whether it is a number as text, as the keys of a JSON object are."""
     try:
         return isinstance(text, str) and math.isfinite(float(text))
     except ValueError:
@@ -32,20 +32,20 @@ KINDS: dict[str, type["Guidance"]] = {}
 
 
 class Guidance:
-    r"""Steers samples. Kinds compose in a list, in any order.
+    r"""Base of all kinds of guidance. They compose in a list, in any order.
 
     Args:
-        scale (`float`, a mapping or a function): How strongly, from 0 up. A mapping from timesteps to scales is joined
-            by straight lines, `{0: 0.0, 500: 4.0, 999: 0.0}`; a function is given the timestep. Timesteps are those of
-            the training schedule, 0 the least noisy.
+        scale (`float`, a mapping or a function): Strength of the guidance, 0 or more. A mapping from timesteps to
+            scales is interpolated linearly, `{0: 0.0, 500: 4.0, 999: 0.0}`; a function takes the timestep.
+            Timesteps are those of the training schedule, 0 the least noisy.
         interval (`tuple[int, int]`, *optional*): Lowest and highest timestep at which it acts, both included (arXiv
-            2404.07724); outside it costs nothing.
+            2404.07724); outside it is not computed.
 
     Raises:
         `ValueError`: For a negative or non-finite scale, or an empty interval.
     """
 
-    neutral_scale = 0.0  # which is exactly no guidance
+    neutral_scale = 0.0  # exactly no guidance
     needs_labels = True
     source: str | None = None
 
@@ -60,7 +60,7 @@ class Guidance:
         name = type(self).__name__
         if isinstance(scale, Mapping):
             if not all(is_number(timestep) or is_decimal(timestep) for timestep in scale):
-                raise ValueError(f"The scale of {name} has keys that are no timesteps: {list(scale)}; give numbers.")
+                raise ValueError(f"The scale of {name} has keys that are not timesteps: {list(scale)}; give numbers.")
             scale = dict(sorted((float(timestep), value) for timestep, value in scale.items()))
             if not scale:
                 raise ValueError(f"The scale of {name} is an empty mapping; give at least one timestep and its scale.")
@@ -95,28 +95,27 @@ class Guidance:
         return points[0][1] if timestep < points[0][0] else points[-1][1]
 
     def acts_at(self, timestep: float) -> bool:
-        """Whether it does anything at this timestep of the training schedule."""
+        """Whether it has an effect at this timestep of the training schedule."""
         inside = self.interval is None or self.interval[0] <= timestep <= self.interval[1]
         return inside and self.scale_at(timestep) != self.neutral_scale
 
     @property
     def is_neutral(self) -> bool:
-        """Whether it is none at all, whatever the timestep."""
+        """Whether it has no effect at any timestep."""
         if callable(self.scale):
             return False
         scales = self.scale.values() if isinstance(self.scale, Mapping) else [self.scale]
         return all(value == self.neutral_scale for value in scales)
 
     def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
-        """Refuses, before the first step, what could not work with these components and labels."""
+        """Raises `ValueError`, before the first step, if it cannot work with these components and labels."""
         if self.needs_labels and labels is None:
             raise ValueError(
-                f"{type(self).__name__} needs class_labels to steer towards; give them, or set the scale to "
-                f"{self.neutral_scale:g}."
+                f"{type(self).__name__} needs class_labels; give them, or set the scale to {self.neutral_scale:g}."
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Its kind and its numbers, as `sampling_defaults` of a pipeline hold them; [`guidance_from_dict`] reads them.
+        """Its kind and arguments, as saved in a pipeline's `sampling_defaults`; [`guidance_from_dict`] reads them.
 
         Raises:
             `ValueError`: If it holds a function.
@@ -144,29 +143,29 @@ class Guidance:
 
 
 class PredictionGuidance(Guidance):
-    r"""Compares the UNet's prediction with a worse one and goes on beyond it, prediction + (scale - 1) * (prediction -
-    other). Several in a list each add their difference; 1 is exactly no guidance. The learned variance stays the
-    UNet's own. What is combined is whatever the UNet predicts, for epsilon, v and the clean image are linear in each
-    other at one `x_t`.
+    r"""Base of guidance that extrapolates from a worse prediction: prediction + (scale - 1) * (prediction - other).
+
+    Several in a list each add their difference; 1 is exactly no guidance. The learned variance stays the UNet's own.
+    It applies to every prediction type, since epsilon, v and the clean image are linear in each other at one `x_t`.
     """
 
     neutral_scale = 1.0
-    component: str  # that makes the other prediction
+    component: str  # makes the other prediction
 
     def difference(self, prediction: torch.Tensor, other: torch.Tensor, timestep: float) -> torch.Tensor:
-        """What is added to the prediction."""
+        """The term added to the prediction, of its shape."""
         return (self.scale_at(timestep) - 1) * (prediction - other)
 
 
 @dataclass
 class Objective:
-    """What a gradient kind climbs, ready for the components and labels of one call.
+    """The log-probability whose gradient guides, for the components and labels of one call.
 
     Attributes:
-        component (`str`): Whose calls it costs.
-        model (`nn.Module`, *optional*): The component itself, which takes no gradient with respect to its parameters.
+        component (`str`): The component that is called, for the cost.
+        model (`nn.Module`, *optional*): The component itself; its parameters are frozen.
         log_probability (`Callable`): Takes images `(n, channels, height, width)` in float32, the timestep of the
-            training schedule, and a tensor of the rows of the batch that these are; returns `(n,)`, or the sum.
+            training schedule, and a tensor of their indices in the batch; returns `(n,)` in nats, or the sum.
     """
 
     component: str
@@ -175,16 +174,16 @@ class Objective:
 
 
 class GradientGuidance(Guidance, ABC):
-    r"""Climbs a log-probability: adds scale * d log p / d x_t to the score. Several in a list add up.
+    r"""Base of guidance by a gradient: adds scale * d log p / d x_t to the score. Several in a list add up.
 
     [`ADMScheduler`] moves DDPM's mean by variance * gradient (arXiv 2105.05233, Algorithm 1) and DDIM's epsilon by
-    -sqrt(1 - alpha_bar) * gradient (Algorithm 2), as are the predictions of all other solvers.
+    -sqrt(1 - alpha_bar) * gradient (Algorithm 2), which also holds for all other solvers.
 
     Args:
         scale, interval: As for every [`Guidance`]; 0 is exactly no guidance.
-        every (`int`, defaults to 1): Computes the gradient at every so many of the steps where it acts, beginning with
-            the first (arXiv 2408.11194).
-        reuse (`bool`, defaults to `False`): Between those, go on with the last gradient instead of with none.
+        every (`int`, defaults to 1): Computes the gradient at every n-th of the steps where it acts, starting with the
+            first (arXiv 2408.11194).
+        reuse (`bool`, defaults to `False`): Reuse the last gradient at the steps between, instead of none.
     """
 
     denoised = False  # whether the log-probability is that of the predicted clean image instead of the noisy sample
@@ -194,26 +193,26 @@ class GradientGuidance(Guidance, ABC):
         super().__init__(scale, interval)
         if not isinstance(every, int) or every < 1:
             raise ValueError(
-                f"every={every} of {type(self).__name__} is no whole number from 1 up; 1 is each gradient."
+                f"every={every} of {type(self).__name__} must be a whole number from 1 up; 1 is every step."
             )
         self.every = every
         self.reuse = reuse
 
     @abstractmethod
     def objective(self, pipeline: Pipeline, labels: torch.Tensor | None) -> Objective:
-        """What is climbed in this call."""
+        """The log-probability whose gradient guides this call."""
 
 
 class DenoisedGuidance(GradientGuidance):
-    r"""Climbs the log-probability of the predicted clean image, for which no model need know noise.
+    r"""Base of guidance by the predicted clean image x_0, with models trained on clean images.
 
-    The image is the one that the UNet predicts after guidance by comparison, clipped if the scheduler clips.
+    x_0 follows from the prediction after [`PredictionGuidance`], and is clipped if the scheduler clips.
 
     Args:
         scale, interval, every, reuse: As for every [`GradientGuidance`].
         through_unet (`bool`): Take the gradient through the UNet, to x_t itself (arXiv 2209.14687, equation 10; arXiv
-            2302.07121, equation 6), which costs its backward pass. Otherwise it stops at the predicted image (arXiv
-            2310.11311) and stands for the gradient at x_t.
+            2302.07121, equation 6), at the cost of its backward pass. Otherwise the gradient with respect to x_0 is
+            used in its place (arXiv 2310.11311).
     """
 
     denoised = True
@@ -232,7 +231,7 @@ class DenoisedGuidance(GradientGuidance):
 
 @contextmanager
 def frozen(*models: nn.Module | None) -> Iterator[None]:
-    """Takes no gradient with respect to the parameters, so that no activation is kept for it."""
+    """Freezes the parameters, so that no activations are kept for their gradients."""
     trainable = [p for model in models if model is not None for p in model.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -244,6 +243,6 @@ def frozen(*models: nn.Module | None) -> Iterator[None]:
 
 
 def broken_images(images: torch.Tensor) -> torch.Tensor:
-    """Which images of a batch hold something that is not finite, booleans of shape `(batch,)`."""
-    # A sum is finite if all of its terms are, and takes a hundredth of the time of asking each of them.
+    """Which images of a batch have NaN or infinite values, booleans of shape `(batch,)`."""
+    # A sum is finite if all of its terms are, and takes a hundredth of the time of an elementwise check.
     return ~images.flatten(1).sum(dim=1, dtype=torch.promote_types(images.dtype, torch.float32)).isfinite()

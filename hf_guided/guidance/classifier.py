@@ -12,14 +12,14 @@ from .entropy_scaling import EntropyScaling, as_entropy_scaling
 
 
 class ClassifierGuidance(GradientGuidance, source="arXiv 2105.05233, equations 8 to 14"):
-    r"""Steers samples towards their class by a noisy-image classifier's gradient, scale * d log p(y | x_t) / d x_t.
+    r"""Guides by the gradient of a noisy-image classifier, scale * d log p(y | x_t) / d x_t.
 
     `guidance_scale=` of a pipeline is its short form.
 
     Args:
         scale (`float`, a mapping or a function, defaults to 1.0): The paper's `s`; 0 is exactly no guidance.
         interval, every, reuse: As for every [`GradientGuidance`].
-        entropy_scaling ([`EntropyScaling`], *optional*): Keeps the gradient up where the classifier is sure.
+        entropy_scaling ([`EntropyScaling`], *optional*): Strengthens the gradient where the classifier is confident.
     """
 
     def __init__(
@@ -34,15 +34,17 @@ class ClassifierGuidance(GradientGuidance, source="arXiv 2105.05233, equations 8
         self.entropy_scaling = as_entropy_scaling(entropy_scaling)
 
     def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
-        """Refuses to steer without labels, or with a classifier that does not belong to this diffusion."""
+        """Raises `ValueError` without labels, or for a classifier that does not fit images or noise schedule."""
         if pipeline.classifier is None:
-            raise ValueError("Guidance needs a classifier and this pipeline has none; load one, or set the scale to 0.")
+            raise ValueError(
+                "Guidance needs a classifier, and this pipeline has none; load one, or set the scale to 0."
+            )
         super().check(pipeline, labels, condition_unet)
         config = pipeline.classifier.config
         model = getattr(pipeline.classifier, "_orig_mod", pipeline.classifier)  # of torch.compile
         if "timestep" not in inspect.signature(model.forward).parameters:
             raise ValueError(
-                f"{type(model).__name__} takes no timestep: it knows clean images only. Guide by it with "
+                f"{type(model).__name__} takes no timestep: it is for clean images. Guide with "
                 f"guidance=DenoisedClassifierGuidance(...), or take a classifier trained on noisy images, such as "
                 f"ADMForImageClassification (see training/train_classifier.py)."
             )
@@ -68,8 +70,8 @@ class ClassifierGuidance(GradientGuidance, source="arXiv 2105.05233, equations 8
         targets = match_labels(pipeline, classifier, labels)
 
         def log_probability(images: torch.Tensor, timestep: float, rows: torch.Tensor) -> torch.Tensor:
-            told = model_timesteps(pipeline.scheduler, torch.tensor(timestep, device=images.device))
-            logits = classifier(images.to(classifier.dtype), told).logits.float()
+            model_timestep = model_timesteps(pipeline.scheduler, torch.tensor(timestep, device=images.device))
+            logits = classifier(images.to(classifier.dtype), model_timestep).logits.float()
             log_p = logits.log_softmax(dim=-1).gather(1, targets[rows, None])[:, 0]
             return log_p if self.entropy_scaling is None else self.entropy_scaling.factor(logits) * log_p
 
@@ -77,7 +79,7 @@ class ClassifierGuidance(GradientGuidance, source="arXiv 2105.05233, equations 8
 
 
 def check_channels(pipeline: Pipeline, classifier: PreTrainedModel) -> None:
-    """Refuses a classifier of images of another number of channels."""
+    """Refuses a classifier for images with another number of channels."""
     channels = getattr(classifier.config, "in_channels", getattr(classifier.config, "num_channels", None))
     if channels not in (None, pipeline.unet.config.in_channels):
         raise ValueError(

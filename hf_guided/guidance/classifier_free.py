@@ -6,10 +6,10 @@ from .base import Pipeline, PredictionGuidance, Scale
 
 
 class ClassifierFreeGuidance(PredictionGuidance, source="arXiv 2207.12598, equation 6"):
-    r"""Compares what the UNet predicts for the class with what it predicts for none, in one doubled batch.
+    r"""Guides by the difference of the conditional and the unconditional prediction, in one doubled batch.
 
-    prediction = uncond + scale * (cond - uncond): the scale is diffusers', the paper's w + 1. Needs a UNet with a null
-    label, trained with label dropout. Beside other kinds it adds (scale - 1) * (cond - uncond).
+    prediction = uncond + scale * (cond - uncond): the scale is that of diffusers, the paper's w + 1. Needs a UNet with
+    a null label, trained with label dropout. Combined with other kinds it adds (scale - 1) * (cond - uncond).
 
     Args:
         scale, interval: As for every [`Guidance`]; 1 is exactly no guidance.
@@ -29,6 +29,6 @@ class ClassifierFreeGuidance(PredictionGuidance, source="arXiv 2207.12598, equat
             )
         if not condition_unet:
             raise ValueError(
-                "ClassifierFreeGuidance compares the class with none, and condition_unet=False tells the UNet none; "
-                "leave one of them out."
+                "ClassifierFreeGuidance needs the conditional prediction, which condition_unet=False turns off; leave "
+                "one of them out."
             )

@@ -8,11 +8,11 @@ from .preprocessing import preprocessing
 
 
 class CLIPGuidance(DenoisedGuidance, source="arXiv 2112.10741, section 2.4"):
-    r"""Steers the predicted clean image towards a text: it climbs CLIP's logit, exp(logit_scale) cos(image, text).
+    r"""Guides towards a text by the gradient of CLIP's logit, exp(logit_scale) cos(image, text), of the predicted x_0.
 
-    The mean is taken over random square cutouts, at the same places for all images of a batch, anew at each timestep;
-    places depend on the timestep alone, so an image does not depend on its batch. Needs the pipeline's `clip_model` and
-    `clip_processor`; no labels.
+    The logit is the mean over random square cutouts, drawn again at each timestep. Their positions depend on the
+    timestep alone, so an image does not depend on its batch. Needs the pipeline's `clip_model` and `clip_processor`; no
+    labels.
 
     Args:
         prompt (`str`): The text.
@@ -38,7 +38,7 @@ class CLIPGuidance(DenoisedGuidance, source="arXiv 2112.10741, section 2.4"):
     ):
         super().__init__(scale, interval, every, reuse, through_unet)
         if not prompt or not isinstance(prompt, str):
-            raise ValueError(f"The prompt of CLIPGuidance is a text; got {prompt!r}.")
+            raise ValueError(f"The prompt of CLIPGuidance must be a text; got {prompt!r}.")
         if num_cutouts < 1 or not 0 < min_cutout <= 1:
             raise ValueError(
                 f"num_cutouts={num_cutouts} and min_cutout={min_cutout} of CLIPGuidance: give at least 1 cutout, and a "
@@ -58,7 +58,7 @@ class CLIPGuidance(DenoisedGuidance, source="arXiv 2112.10741, section 2.4"):
             )
         channels = pipeline.unet.config.in_channels
         if channels not in (1, 3):
-            raise ValueError(f"CLIP sees RGB and grey images, and this UNet makes images of {channels} channels.")
+            raise ValueError(f"CLIP takes RGB and grey images, and this UNet makes images of {channels} channels.")
 
     def objective(self, pipeline: Pipeline, labels: torch.Tensor | None) -> Objective:
         clip, processor = pipeline.clip_model, pipeline.clip_processor

@@ -1,4 +1,4 @@
-"""Guidance by a classifier of clean images, off the shelf: Ma et al. (EluCD), arXiv 2310.11311, section 4."""
+"""Guidance by an off-the-shelf classifier of clean images: Ma et al. (EluCD), arXiv 2310.11311, section 4."""
 
 import math
 from collections.abc import Iterator
@@ -18,24 +18,25 @@ from .preprocessing import preprocessing
 
 
 class DenoisedClassifierGuidance(DenoisedGuidance, source="arXiv 2310.11311, section 4"):
-    r"""Steers by any `AutoModelForImageClassification`, which looks at the predicted clean image.
+    r"""Guides by any `AutoModelForImageClassification`, applied to the predicted clean image x_0.
 
-    The classifier is the pipeline's `clean_classifier` or, without one, its `classifier`; the images reach it resized
-    and normalised as its `classifier_processor` would, differentiably, or else as they are, in [-1, 1]. Its classes
-    are matched with the pipeline's by name. It climbs tau_1 f_y(x) - log sum_i exp(tau_2 f_i(x)), f being the logits.
+    The classifier is the pipeline's `clean_classifier` or, without one, its `classifier`; its input is resized and
+    normalised as its `classifier_processor` does, differentiably, or else is in [-1, 1]. Its classes are matched with
+    the pipeline's by name. The gradient is that of tau_1 f_y(x) - log sum_i exp(tau_2 f_i(x)), where f are the logits.
 
     Args:
         scale, interval, every, reuse: As for every [`GradientGuidance`].
         through_unet (`bool`, defaults to `False`): Take the gradient through the UNet instead of stopping at the
             predicted image, see [`DenoisedGuidance`].
         joint_temperature (`float`, defaults to 1.0), marginal_temperature (`float`, defaults to 0.5): The paper's
-            tau_1 and tau_2. Both 1 climb log p(y | x); a smaller tau_2 weighs the joint probability of class and image.
-        softplus_beta (`float`, *optional*, defaults to 3.0): Sharpness of the softplus that takes the place of each
+            tau_1 and tau_2. With both 1 it is log p(y | x); a smaller tau_2 weights the joint probability of class and
+            image.
+        softplus_beta (`float`, *optional*, defaults to 3.0): Sharpness of the softplus that replaces each
             `nn.ReLU` of the classifier during the call, for a smoother gradient. `None` keeps the ReLUs.
         sine (`float`, defaults to 0.3): The sine schedule: the scale is multiplied by 1 + sine * sin(pi t / T). The
-            paper's code adds the sine to DDPM's variance instead, which other solvers do not have: its 0.3 is as much
-            as a factor of 14 at low noise. A `scale` that is a mapping can say that too.
-        entropy_scaling ([`EntropyScaling`], *optional*): Keeps the gradient up where the classifier is sure.
+            paper's code adds the sine to DDPM's variance instead, which other solvers do not have: there its 0.3 is a
+            factor of up to 14 at low noise. A `scale` that is a mapping can express that too.
+        entropy_scaling ([`EntropyScaling`], *optional*): Strengthens the gradient where the classifier is confident.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class DenoisedClassifierGuidance(DenoisedGuidance, source="arXiv 2310.11311, sec
         classifier = pipeline.clean_classifier or pipeline.classifier
         if classifier is None:
             raise ValueError(
-                "DenoisedClassifierGuidance needs a classifier and this pipeline has none; load one, or set the scale "
+                "DenoisedClassifierGuidance needs a classifier, and this pipeline has none; load one, or set the scale "
                 "to 0."
             )
         super().check(pipeline, labels, condition_unet)
@@ -87,17 +88,16 @@ class DenoisedClassifierGuidance(DenoisedGuidance, source="arXiv 2310.11311, sec
                 logits = classifier(prepare(images).to(classifier.dtype)).logits.float()
             growth = 1 + self.sine * math.sin(math.pi * timestep / total)
             chosen = self.joint_temperature * logits.gather(1, targets[rows, None])[:, 0]
-            climbed = chosen - (self.marginal_temperature * logits).logsumexp(dim=-1)
+            log_p = chosen - (self.marginal_temperature * logits).logsumexp(dim=-1)
             factor = 1.0 if self.entropy_scaling is None else self.entropy_scaling.factor(logits)
-            return growth * factor * climbed
+            return growth * factor * log_p
 
         return Objective(component, classifier, log_probability)
 
 
 @contextmanager
 def smoothed(model: nn.Module, beta: float | None) -> Iterator[None]:
-    """Puts a softplus in the place of every `nn.ReLU`, by handing softplus(x) to it, which is positive already."""
-
+    """Replaces every `nn.ReLU` by a softplus, by giving it softplus(x), which is positive already."""
     hooks = []
     for module in model.modules():
         if beta is not None and isinstance(module, nn.ReLU):

@@ -8,13 +8,13 @@ import torch
 
 @dataclass(frozen=True)
 class EntropyScaling:
-    r"""Scales each image's gradient by the entropy of a uniform guess over that of the classifier's: log C / H(p).
+    r"""Scales each image's gradient by log C / H(p): the entropy of the uniform distribution over the classifier's.
 
-    A classifier that is sure gives hardly any gradient, long before the image is done; this keeps it going.
+    A confident classifier has a vanishing gradient long before sampling ends; this compensates for it.
 
     Args:
-        max_factor (`float`, defaults to 20.0): The factor's upper end. The paper has none, but a classifier that is
-            certain has no entropy at all, and on digits an end was better than none.
+        max_factor (`float`, defaults to 20.0): Upper bound of the factor. The paper has none, but the entropy of
+            a certain classifier is 0, and on digits a bound was better than none.
     """
 
     max_factor: float = 20.0
@@ -24,11 +24,11 @@ class EntropyScaling:
             raise ValueError(f"max_factor={self.max_factor} of EntropyScaling must be a finite number from 1 up.")
 
     def factor(self, logits: torch.Tensor) -> torch.Tensor:
-        """The factors, shape `(batch,)`, for logits `(batch, classes)`; no gradient flows through them."""
+        """The factors of shape `(batch,)`, for logits of shape `(batch, classes)`; constants to the gradient."""
         log_probabilities = logits.detach().log_softmax(dim=-1)
         entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
         uniform = math.log(logits.shape[-1])
-        return uniform / entropy.clamp(min=uniform / self.max_factor)  # which may be 0, or below by rounding
+        return uniform / entropy.clamp(min=uniform / self.max_factor)  # the entropy may be 0, or negative by rounding
 
     def to_dict(self) -> dict[str, float]:
         """Its numbers."""
@@ -36,7 +36,7 @@ class EntropyScaling:
 
 
 def as_entropy_scaling(value: EntropyScaling | dict | bool | None) -> EntropyScaling | None:
-    """An option of a classifier's guidance, as given or as saved; `True` is the default one."""
+    """The `entropy_scaling` argument as an object, from an object, a saved dict or `True` (the defaults)."""
     if isinstance(value, dict):
         return EntropyScaling(**value)
     if not isinstance(value, EntropyScaling | bool | None):

@@ -1,4 +1,4 @@
-"""One walk's guidance: the UNet, what its prediction is compared with, and the gradients, at each timestep."""
+"""The guidance of one denoising loop: guided predictions and gradients of log p at each timestep."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -12,19 +12,19 @@ from ..schedulers.scheduling_adm import model_timesteps
 from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, broken_images, frozen
 
 _UNET = "unet"
-# Outputs and gradients between two looks at whether they were finite, where each look would wait for an accelerator
+# Outputs and gradients between two checks that they are finite; each check waits for an accelerator
 _LOOK_EVERY = 32
 
 
 @dataclass
 class SamplingCost:
-    """What a call of a pipeline cost.
+    """Forward passes and seconds that a call of a pipeline took.
 
     Attributes:
         calls (`dict[str, int]`): Forward passes by component: `"unet"`, `"classifier"`, `"guide_unet"` …; a doubled
-            batch is one.
-        seconds (`dict[str, float]`): Time of them by component, with their backward passes.
-        skipped_gradients (`int`): Gradients of single images that were not finite and left out.
+            batch counts as one.
+        seconds (`dict[str, float]`): Their time by component, backward passes included.
+        skipped_gradients (`int`): Number of gradients, one per image, skipped because they were not finite.
     """
 
     calls: dict[str, int] = field(default_factory=lambda: {"unet": 0, "classifier": 0})
@@ -32,17 +32,17 @@ class SamplingCost:
     skipped_gradients: int = 0
 
 
-class Steering:
-    r"""Gives the UNet's guided prediction and the sum of the gradients at one timestep after another of a walk.
+class Guider:
+    r"""The UNet's guided output and the summed gradient of log p, called at each timestep of a denoising loop.
 
     Args:
-        pipeline ([`ClassifierGuidedPipeline`]): Whose components predict and steer.
-        kinds (`Sequence[Guidance]`): Which have been checked.
-        labels (`torch.Tensor` of shape `(batch,)`, *optional*): What the gradients climb towards.
-        conditions (`dict[str, torch.Tensor]`): What the UNets are told beside sample and timestep.
+        pipeline ([`ClassifierGuidedPipeline`]): Its components predict and guide.
+        kinds (`Sequence[Guidance]`): Kinds of guidance, already checked.
+        labels (`torch.Tensor` of shape `(batch,)`, *optional*): Classes to guide to.
+        conditions (`dict[str, torch.Tensor]`): Inputs of the UNets besides sample and timestep.
         gradient_batch_size (`int`, *optional*): Images for which a gradient is computed at once; all, by default.
         nonfinite_gradient (`str`): `"raise"` or `"skip"`.
-        timed (`bool`): Measure seconds, for which a GPU has to be waited for.
+        timed (`bool`): Measure seconds, which synchronises with the GPU.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class Steering:
         self.nonfinite_gradient = nonfinite_gradient
         self.timed = timed
         self.cost = SamplingCost()
-        self.unseen: list[tuple[torch.Tensor, str, float, int]] = []  # which images were broken by what, and where
-        # In one order, whatever the list's: floating-point sums depend on it.
+        self.unseen: list[tuple[torch.Tensor, str, float, int]] = []  # flags of images not finite, of what, where
+        # Sorted, since floating-point sums depend on the order.
         kinds = sorted(kinds, key=lambda kind: (type(kind).__name__, repr(kind)))
         self.comparisons = [kind for kind in kinds if isinstance(kind, PredictionGuidance)]
         self.gradients = [
@@ -72,14 +72,14 @@ class Steering:
     def __call__(
         self, sample: torch.Tensor, timestep: torch.Tensor, value: float, step: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The UNet's output, its prediction guided, and the scaled gradient, if there is one.
+        """The UNet's output with its prediction guided, and the scaled gradient of log p, if any.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t, as the UNet takes it.
+            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t, scaled for the UNet.
             timestep (`torch.Tensor` of shape `()`): Of the training schedule; `value`: the same on the host.
-            step (`int`): Its place in the walk.
+            step (`int`): Index of the step.
         """
-        told = model_timesteps(self.pipeline.scheduler, timestep)
+        model_timestep = model_timesteps(self.pipeline.scheduler, timestep)
         comparisons = [kind for kind in self.comparisons if kind.acts_at(value)]
         acting = [gradient for gradient in self.gradients if gradient.kind.acts_at(value)]
         due = [gradient for gradient in acting if gradient.takes_turn()]
@@ -91,19 +91,19 @@ class Steering:
         for rows in self.parts(sample, all_at_once=not through_unet):
             with torch.set_grad_enabled(through_unet), frozen(*unets):
                 noisy = sample[rows].detach().float().requires_grad_(through_unet)
-                output = self.predict(noisy, told, value, rows, comparisons)
+                output = self.predict(noisy, model_timestep, value, rows, comparisons)
                 denoised = any(gradient.kind.denoised for gradient in due)
                 original = self.predicted_original(output, noisy, value) if denoised else noisy
             for place, (kind, objective) in enumerate((gradient.kind, gradient.objective) for gradient in due):
-                term = self.climb(objective, original if kind.denoised else noisy, value, rows)
+                term = self.gradient_of(objective, original if kind.denoised else noisy, value, rows)
                 if kind.through_unet:
                     broken = broken_images(term)
                     with self.measured("unet", calls=0):
                         (term,) = torch.autograd.grad(original, noisy, term, retain_graph=True)
-                    term[broken] = torch.nan  # which clipping may have hidden
+                    term[broken] = torch.nan  # clipping may have hidden it
                 found[place].append(term)
             outputs.append(output.detach())
-            del output, original  # and the graph of this part, before the next makes its own
+            del output, original  # frees the graph of this part before the next one
 
         output = torch.cat(outputs)
         self.watch(broken_images(output), _UNET, value, step)
@@ -120,12 +120,12 @@ class Steering:
     def predict(
         self,
         sample: torch.Tensor,
-        told: torch.Tensor,
+        model_timestep: torch.Tensor,
         timestep: float,
         rows: torch.Tensor,
         comparisons: list[PredictionGuidance],
     ) -> torch.Tensor:
-        """The UNet's output, its prediction moved away from those that it is compared with."""
+        """The UNet's output, its prediction extrapolated from those of weaker models."""
         unet, guide_unet = self.pipeline.unet, self.pipeline.guide_unet
         components = {kind.component for kind in comparisons}
         conditions = {name: condition[rows] for name, condition in self.conditions.items()}
@@ -135,15 +135,15 @@ class Steering:
             if guide_unet.config.num_class_embeds is None:
                 known.pop("class_labels", None)
             with self.measured("guide_unet"):
-                others["guide_unet"] = guide_unet(sample.to(guide_unet.dtype), told, **known).sample.float()
+                others["guide_unet"] = guide_unet(sample.to(guide_unet.dtype), model_timestep, **known).sample.float()
         unet_input = sample
-        if "unet" in components:  # with the class and without, in one doubled batch
+        if "unet" in components:  # conditional and unconditional, in one doubled batch
             null_label = torch.full_like(rows, unet.config.num_class_embeds)
-            told_none = {**conditions, "class_labels": null_label}
-            conditions = {name: torch.cat([known, told_none[name]]) for name, known in conditions.items()}
+            unconditional = {**conditions, "class_labels": null_label}
+            conditions = {name: torch.cat([known, unconditional[name]]) for name, known in conditions.items()}
             unet_input = torch.cat([sample, sample])
         with self.measured("unet"):
-            output = unet(unet_input.to(unet.dtype), told, **conditions).sample.float()
+            output = unet(unet_input.to(unet.dtype), model_timestep, **conditions).sample.float()
         if "unet" in components:
             output, others["unet"] = output.chunk(2)
 
@@ -155,43 +155,45 @@ class Steering:
         return torch.cat([guided, variance], dim=1) if comparisons else output
 
     def predicted_original(self, output: torch.Tensor, sample: torch.Tensor, timestep: float) -> torch.Tensor:
-        """The clean image that the UNet predicts, clipped if the scheduler clips."""
+        """The predicted clean image x_0, clipped if the scheduler clips."""
         config = self.pipeline.scheduler.config
         alpha_bar = alpha_bar_at(self.pipeline.scheduler, timestep)
         original = original_of(output[:, : sample.shape[1]], sample, alpha_bar, config.prediction_type)
         return original.clamp(-1, 1) if config.get("clip_sample", False) else original
 
-    def climb(self, objective: Objective, images: torch.Tensor, timestep: float, rows: torch.Tensor) -> torch.Tensor:
-        """The gradient of a log-probability at images, float32 whatever its model's dtype."""
+    def gradient_of(
+        self, objective: Objective, images: torch.Tensor, timestep: float, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """The gradient of log p with respect to images, in float32 for a model of any dtype."""
         gradients = []
         for part in self.parts(images):
             with torch.enable_grad(), frozen(objective.model), self.measured(objective.component):
                 leaf = images[part].detach().requires_grad_()
-                climbed = objective.log_probability(leaf, timestep, rows[part]).sum()
-                if not climbed.requires_grad:
+                log_p = objective.log_probability(leaf, timestep, rows[part]).sum()
+                if not log_p.requires_grad:
                     raise ValueError("The loss of LossGuidance has no gradient: compute it from the images with torch.")
-                # Half precision would lose what is small on its way back.
+                # Loss scaling: small gradients would underflow in half precision.
                 headroom = 2.0**10 if getattr(objective.model, "dtype", None) == torch.float16 else 1.0
-                gradients.append(torch.autograd.grad(climbed * headroom, leaf)[0] / headroom)
+                gradients.append(torch.autograd.grad(log_p * headroom, leaf)[0] / headroom)
         return torch.cat(gradients)
 
     def finite(self, gradient: torch.Tensor, name: str, timestep: float, step: int) -> torch.Tensor:
-        """The gradient, without what is not finite; an accelerator is asked for such only now and then."""
+        """The gradient, zero for images where it is not finite; on an accelerator these are reported with a delay."""
         is_broken = broken_images(gradient)
         self.watch(is_broken, name, timestep, step)
         return gradient.masked_fill(is_broken.view(-1, 1, 1, 1), 0.0)
 
     def watch(self, is_broken: torch.Tensor, name: str, timestep: float, step: int) -> None:
-        """Keeps in mind which images' gradient or output is not finite, until the next look."""
+        """Records which images' gradient or output is not finite, until the next check."""
         self.unseen.append((is_broken, name, timestep, step))
         if is_broken.device.type == "cpu" or len(self.unseen) >= _LOOK_EVERY:
             self.look()
 
     def look(self) -> None:
-        """Finds out whether an output or a gradient was not finite since the last look. A walk ends with it.
+        """Checks that outputs and gradients since the last check were finite; called at the end of the loop too.
 
         Raises:
-            `RuntimeError`: If so, unless it is a gradient and such are skipped and counted.
+            `RuntimeError`: If one was not, unless it is a gradient and these are skipped and counted.
         """
         unseen, self.unseen = self.unseen, []
         if not unseen:
@@ -202,10 +204,10 @@ class Steering:
             broken = [image for image, is_broken in enumerate(flags) if is_broken]
             images = f"image{'s' * (len(broken) > 1)} {', '.join(map(str, broken[:5]))}{' …' * (len(broken) > 5)}"
             where = f"at step {step} (timestep {timestep:g}) for {images} of the batch"
-            if broken and name == _UNET:  # which clipping would hide as a clean image
+            if broken and name == _UNET:  # clipping would turn it into a valid image
                 guides = any(kind.component == "guide_unet" for kind in self.comparisons)
                 raise RuntimeError(
-                    f"The output of the UNet{' or of guide_unet' * guides} is not finite {where}: its weights hold "
+                    f"The output of the UNet{' or of guide_unet' * guides} is not finite {where}: its weights have "
                     f"infinite values or NaN, or it overflowed. Load it in float32 or bfloat16; if that does not help, "
                     f"its training diverged or its file is damaged."
                 )
@@ -217,20 +219,20 @@ class Steering:
             self.cost.skipped_gradients += len(broken)
 
     def parts(self, images: torch.Tensor, all_at_once: bool = False) -> list[torch.Tensor]:
-        """The rows of a batch, no more at once than gradients may be computed for."""
+        """Indices of the batch in parts of at most `gradient_batch_size` images."""
         rows = torch.arange(len(images), device=images.device)
         return [rows] if all_at_once or self.gradient_batch_size is None else list(rows.split(self.gradient_batch_size))
 
     @contextmanager
     def measured(self, component: str, calls: int = 1) -> Iterator[None]:
-        """Counts calls of a component, and measures their time if asked."""
+        """Counts calls of a component, and measures their time if `timed`."""
         self.cost.calls[component] = self.cost.calls.get(component, 0) + calls
         started = self.now()
         yield
         self.cost.seconds[component] = self.cost.seconds.get(component, 0.0) + self.now() - started
 
     def now(self) -> float:
-        """Seconds, when the device has done what it was told; 0 if nobody asks."""
+        """Seconds, after synchronising with the device; 0 unless `timed`."""
         if not self.timed:
             return 0.0
         if torch.cuda.is_available():
@@ -240,7 +242,7 @@ class Steering:
 
 @dataclass(eq=False)
 class _Gradient:
-    """A gradient kind in one walk: what it climbs, and the gradient that it found last."""
+    """The state of one kind of gradient guidance in a denoising loop: its objective and its last gradient."""
 
     kind: GradientGuidance
     objective: Objective
@@ -248,6 +250,6 @@ class _Gradient:
     last: torch.Tensor | None = None
 
     def takes_turn(self) -> bool:
-        """Counts the steps where it acts, and says whether the gradient is computed at this one."""
+        """Whether the gradient is computed at this step where it acts; counts these steps."""
         self.steps += 1
         return (self.steps - 1) % self.kind.every == 0

@@ -9,14 +9,14 @@ from .base import DenoisedGuidance, Objective, Pipeline, Scale
 
 
 class LossGuidance(DenoisedGuidance):
-    r"""Steers the predicted clean image down a loss: the gradient is that of -loss.
+    r"""Guides by the gradient of -loss of the predicted clean image x_0.
 
     Args:
-        fn (`Callable`): Takes images `(n, channels, height, width)`, float32 in [-1, 1] (beyond, if the scheduler does
-            not clip), and returns the loss of each, `(n,)`, or their sum. For an inverse problem y = A(x) + noise of
-            standard deviation sigma it is `((A(x) - y) ** 2).sum((1, 2, 3)) / (2 * sigma**2)`; DPS takes the root of
-            that sum instead, which is milder. Few steps overshoot where the scale is high. If it has a parameter
-            `rows`, it is told which of the batch these are, for `gradient_batch_size` hands it a part at a time.
+        fn (`Callable`): Takes images `(n, channels, height, width)`, float32 in [-1, 1] (outside it, if the scheduler
+            does not clip), and returns the loss of each, `(n,)`, or their sum. For an inverse problem y = A(x) + noise
+            of standard deviation sigma it is `((A(x) - y) ** 2).sum((1, 2, 3)) / (2 * sigma**2)`; DPS takes the root of
+            that sum instead, which is weaker. A high scale overshoots with few steps. If it has a parameter `rows`, it
+            gets the indices of the images in the batch, which `gradient_batch_size` splits.
         scale, interval, every, reuse: As for every [`GradientGuidance`].
         through_unet (`bool`, defaults to `True`): Take the gradient through the UNet, see [`DenoisedGuidance`].
     """
@@ -40,7 +40,7 @@ class LossGuidance(DenoisedGuidance):
     def objective(self, pipeline: Pipeline, labels: torch.Tensor | None) -> Objective:
         try:
             takes_rows = "rows" in inspect.signature(self.fn).parameters
-        except ValueError:  # a builtin that does not tell
+        except ValueError:  # a builtin without a signature
             takes_rows = False
 
         def log_probability(images: torch.Tensor, timestep: float, rows: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ class LossGuidance(DenoisedGuidance):
             if not torch.is_tensor(loss) or loss.shape not in ((), (len(images),)):
                 got = f"the shape {tuple(loss.shape)}" if torch.is_tensor(loss) else repr(loss)
                 raise ValueError(
-                    f"The function of LossGuidance returned {got}; it returns a tensor, one loss for each of the "
+                    f"The function of LossGuidance returned {got}; return a tensor, one loss for each of the "
                     f"{len(images)} images, or their sum."
                 )
             return -loss

@@ -1,4 +1,4 @@
-"""What an image processor does to clean images, differentiably."""
+"""Differentiable versions of image processors, for clean images."""
 
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -13,16 +13,16 @@ RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
 def preprocessing(processor: Any | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A differentiable function of images `(n, channels, height, width)` in [-1, 1] that does as a processor does.
+    """A differentiable function of images `(n, channels, height, width)` in [-1, 1] that matches an image processor.
 
-    All but one thing: what a bicubic overshoots is not cut off at black and white, where the gradient would end.
+    One difference: the overshoot of a bicubic filter is not clipped, which would stop the gradient.
 
     Args:
         processor (`BaseImageProcessor`, *optional*): Its sizes, crop, rescaling and normalisation are read, and the
-            reading is tried on a picture. Without one, the images stay as they are.
+            result is compared with its own on a test image. `None` leaves images unchanged.
 
     Raises:
-        `ValueError`: For a processor that does something else.
+        `ValueError`: For a processor that cannot be matched.
     """
     if processor is None:
         return lambda images: images
@@ -55,7 +55,7 @@ def preprocessing(processor: Any | None) -> Callable[[torch.Tensor], torch.Tenso
     spread = expected.max() - expected.min()
     if prepared.shape != expected.shape or (prepared - expected).abs().max() > 0.04 * spread:
         raise ValueError(
-            f"{type(processor).__name__} does more to pictures than its size, crop, rescaling and normalisation say, "
+            f"{type(processor).__name__} does more to images than its size, crop, rescaling and normalisation say, "
             f"which cannot be done differentiably here; give a processor such as ViTImageProcessor."
         )
     return prepare
@@ -65,12 +65,12 @@ Size = tuple[int, int]  # height and width
 
 
 def resizing(processor: Any, height: int, width: int) -> tuple[Iterable[tuple[Size, int]], Size]:
-    """The sizes that a processor resizes to one after the other, each with PIL's number of the filter, and the size of
-    the middle that it then cuts out."""
+    """Sizes in pixels of the resizing steps of a processor, each with PIL's filter number, and of the centre crop after
+    them."""
     size, resample = dict(processor.size), int(processor.resample)
     if size.get("height") and size.get("width"):
         target = (size["height"], size["width"])
-        if hasattr(processor, "resizing_steps"):  # ADMImageProcessor, whichever copy of its code a repository carries
+        if hasattr(processor, "resizing_steps"):  # ADMImageProcessor, or a copy of it in a repository with its own code
             return processor.resizing_steps(height, width), target
         return [(target, resample)], target
     edge = size.get("shortest_edge")
@@ -80,7 +80,7 @@ def resizing(processor: Any, height: int, width: int) -> tuple[Iterable[tuple[Si
             f"whose size has height and width, or shortest_edge."
         )
     cut = None
-    if getattr(processor, "crop_pct", None) is not None:  # as ConvNeXt's: large sizes are warped, small ones cut
+    if getattr(processor, "crop_pct", None) is not None:  # as ConvNeXt's: large sizes are warped, small ones cropped
         if edge >= 384:
             return [((edge, edge), resample)], (edge, edge)
         cut, edge = (edge, edge), int(edge / processor.crop_pct)
@@ -91,7 +91,7 @@ def resizing(processor: Any, height: int, width: int) -> tuple[Iterable[tuple[Si
 
 
 def resize(images: torch.Tensor, size: Size, resample: int) -> torch.Tensor:
-    """Images `(n, channels, height, width)` at another size, by one of PIL's filters."""
+    """Images `(n, channels, height, width)` resized with one of PIL's filters."""
     if size == images.shape[-2:]:
         return images
     if resample == Image.Resampling.BOX:
@@ -103,12 +103,12 @@ def resize(images: torch.Tensor, size: Size, resample: int) -> torch.Tensor:
 
 @cache
 def box_weights(before: int, after: int) -> torch.Tensor:
-    """What each pixel of a row contributes to each of the row that PIL's BOX makes of it, `(after, before)`."""
+    """Weights of PIL's BOX filter from a row of `before` pixels to one of `after`, `(after, before)`."""
     pixels = Image.fromarray(np.eye(before, dtype=np.float32))
     return torch.from_numpy(np.array(pixels.resize((before, after), Image.Resampling.BOX)))
 
 
 def center_crop(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Cuts out the middle; what is missing is black."""
+    """The centre of images; missing pixels are black."""
     top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
     return F.pad(images, (-left, width + left - images.shape[-1], -top, height + top - images.shape[-2]))

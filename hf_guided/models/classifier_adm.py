@@ -44,7 +44,8 @@ POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 
 @strict
 class ADMClassifierConfig(PreTrainedConfig):
-    r"""
+    r"""Configuration of [`ADMForImageClassification`].
+
     Args:
         sample_size (`int` or pair, defaults to 64): Side length in pixels, or `[height, width]`.
         in_channels (`int`, defaults to 3): Channels of the image.
@@ -55,7 +56,7 @@ class ADMClassifierConfig(PreTrainedConfig):
         num_heads (`int`, *optional*): A fixed number of attention heads.
         attention_head_dim (`int`, *optional*): A fixed width of a head instead; 64 if neither is given.
         dropout (`float`, defaults to 0.0): Rate of dropout in residual blocks.
-        conv_resample (`bool`, defaults to `True`): Downsample with learned convolutions; plain otherwise.
+        conv_resample (`bool`, defaults to `True`): Downsample with strided convolutions, or else average pooling.
         resblock_updown (`bool`, defaults to `True`): Downsample with residual blocks instead of both.
         use_scale_shift_norm (`bool`, defaults to `True`): Adaptive group normalisation instead of addition.
         pool (`str`, defaults to `"attention"`): The head: `"adaptive"` (mean, linear), `"attention"` (attention from
@@ -91,7 +92,7 @@ class ADMClassifierConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Takes the settings as transformers does; wrong ones are a `ValueError`."""
+        """The config of a dict of settings; a wrong setting raises `ValueError`."""
         check_settings(cls, config_dict)
         if (id2label := config_dict.get("id2label")) is not None:
             check_names(id2label, None, whole=True)
@@ -102,7 +103,7 @@ class ADMClassifierConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """Reads the config as transformers does; a damaged file is a `ValueError`."""
+        """The settings in a saved config; a damaged file raises `ValueError`."""
         path = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "", "config.json")
         if path.is_file():
             read_config(path)
@@ -110,7 +111,7 @@ class ADMClassifierConfig(PreTrainedConfig):
 
 
 class TransformersAttnProcessor:
-    """Attention through the implementations of transformers, as `set_attn_implementation` chooses them."""
+    """Attention by the backends of transformers, chosen with `set_attn_implementation`."""
 
     def __init__(self, config: PreTrainedConfig):
         self.config = config
@@ -136,13 +137,13 @@ def eager_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out; arguments are `(batch, heads, tokens, head_dim)`, the softmax is in float32."""
+    """Attention without a fused kernel; arguments are `(batch, heads, tokens, head_dim)`, the softmax is in float32."""
     weights = torch.softmax((query * scaling) @ key.transpose(-2, -1), dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
 
 
 class PooledHead(nn.Module):
-    """Heads that look at the last feature map: `"adaptive"` takes its mean, `"attention"` attends from it."""
+    """Logits from the last feature map: by average pooling (`"adaptive"`) or attention pooling (`"attention"`)."""
 
     def __init__(self, config: ADMClassifierConfig, channels: int, num_tokens: int, processor: Callable):
         super().__init__()
@@ -162,7 +163,7 @@ class PooledHead(nn.Module):
 
 
 class SpatialHead(nn.Module):
-    """Heads that look at the mean of every layer's feature map (`"spatial"`, `"spatial_v2"`)."""
+    """Logits from the spatial means of every layer's feature map (`"spatial"`, `"spatial_v2"`)."""
 
     def __init__(self, config: ADMClassifierConfig, channels: int, hidden_size: int = 2048):
         super().__init__()
@@ -183,8 +184,8 @@ class SpatialHead(nn.Module):
 class ADMForImageClassification(PreTrainedModel):
     r"""Classifies images at every level of noise: `p(y | x_t, t)`, whose gradient guides sampling (Algorithm 1).
 
-    Without a timestep it takes the image for a clean one, so `AutoModelForImageClassification` and
-    `pipeline("image-classification")` accept it; its image processor is saved beside it.
+    Without a timestep the image is taken to be clean (timestep 0). Therefore `AutoModelForImageClassification`
+    and `pipeline("image-classification")` accept it. Its image processor is saved with it.
     """
 
     config: ADMClassifierConfig
@@ -260,14 +261,14 @@ class ADMForImageClassification(PreTrainedModel):
             labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class ids; with them `.loss`, the mean cross
                 entropy in nats, is returned.
             output_hidden_states (`bool`, *optional*): Also return the feature maps of every layer, `(batch, channels,
-                h, w)`, the middle block's last; as the config says by default.
-            return_dict (`bool`, *optional*): Return an output object instead of a tuple; as the config says by default.
+                h, w)`, the middle block's last. Default: as in the config.
+            return_dict (`bool`, *optional*): Return an output object instead of a tuple. Default: as in the config.
 
         Returns:
             [`~transformers.modeling_outputs.ImageClassifierOutput`]: `.logits` of shape `(batch, num_labels)`.
 
         Raises:
-            `ValueError`: If the sides do not divide, or do not fit the attention pool.
+            `ValueError`: If height or width cannot be halved evenly, or do not fit the attention pool.
         """
         height, width = pixel_values.shape[-2:]
         check_sides(height, width, num_levels=len(self.down_blocks))
@@ -302,7 +303,7 @@ class ADMForImageClassification(PreTrainedModel):
     def _load_pretrained_model(
         model: PreTrainedModel, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *args: Any
     ) -> Any:
-        """Refuses weights that do not cover the model, which transformers would fill with random numbers."""
+        """Refuses incomplete weights; transformers would initialise the missing ones at random."""
         if state_dict is None:
             for file in checkpoint_files or []:
                 read_shapes(file)
@@ -315,7 +316,7 @@ class ADMForImageClassification(PreTrainedModel):
 
     @wraps(PreTrainedModel.save_pretrained, assigned=())  # pipelines look for "variant" among the arguments
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Saves config, safetensors and the image processor of clean images. Takes what transformers' models take."""
+        """Saves config, safetensors and image processor; arguments as for any model of transformers."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             self._save_image_processor(save_directory)
@@ -326,7 +327,7 @@ class ADMForImageClassification(PreTrainedModel):
         ADMImageProcessor(size=size, num_channels=self.config.in_channels).save_pretrained(folder)
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        """Pushes, which `save_pretrained(push_to_hub=True)` does before it is back here: so the processor is saved."""
+        """Saves the image processor first: `save_pretrained(push_to_hub=True)` pushes before it returns."""
         self._save_image_processor(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Clean pictures as the classifier of ADM wants them; needs PIL only, not torchvision."""
+"""Image preprocessing of the ADM classifier; needs PIL only, not torchvision."""
 
 import base64
 import binascii
@@ -19,7 +19,7 @@ from .images import covering_steps, open_file, resize_and_crop, to_channels, to_
 
 
 class ADMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """What [`ADMImageProcessor`] takes beside the usual.
+    """Additional keyword arguments of [`ADMImageProcessor`].
 
     Attributes:
         num_channels (`int`): Channels of the images that the classifier takes, 3 or 1.
@@ -30,19 +30,20 @@ class ADMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-a
 
 @register_with_diffusers
 class ADMImageProcessor(PilBackend):
-    r"""Turns pictures into what training makes of their files, to the bit: upright, transparent parts on white, 16 bits
-    and floats at their depth, scaled until they cover the classifier's size, cropped at the centre, in [-1, 1].
+    r"""Pixel values in [-1, 1], bit-identical to those of training.
 
-    Pictures are PIL images, or paths, URLs and base64 texts of files in one of `IMAGE_FORMATS`. 8-bit arrays and
-    tensors of 1, 3 or 4 channels are taken as such pictures; those of floats keep their values and channels.
+    EXIF orientation is applied, transparent parts become white, 16-bit and float depth is kept. Images are resized
+    until they cover the classifier's size, and the centre is cropped. Images are PIL images, or paths, URLs and base64
+    strings of files in one of `IMAGE_FORMATS`. 8-bit arrays and tensors of 1, 3 or 4 channels are treated alike; float
+    arrays keep their values and channels.
 
     Args:
         size (`dict`, defaults to `{"height": 64, "width": 64}`): Height and width in pixels.
-        num_channels (`int`, defaults to 3): 3, or 1 for a classifier of gray images, whatever mode a picture has.
-        resample: Recorded for other programs; pictures are scaled as in training.
+        num_channels (`int`, defaults to 3): 3, or 1 for a classifier of grey images, whatever the mode of an image.
+        resample: Recorded for other programs; images are resized as in training.
 
     Raises:
-        One of `BAD_IMAGE_ERRORS`: for pictures that training would not use either.
+        One of `BAD_IMAGE_ERRORS`: For images that training would not use either.
     """
 
     valid_kwargs = ADMImageProcessorKwargs
@@ -56,7 +57,7 @@ class ADMImageProcessor(PilBackend):
     do_normalize = True
 
     def fetch_images(self, image_url_or_urls: Any, timeout: float | None = None) -> Any:
-        """Opens pictures that are named by a path, URL or base64 text, in the mode of their file."""
+        """PIL images opened from a path, URL or base64 string, in the mode of their file."""
         source = image_url_or_urls
         if isinstance(source, list | tuple):
             return [self.fetch_images(one, timeout) for one in source]
@@ -75,7 +76,7 @@ class ADMImageProcessor(PilBackend):
             return upright(picture)
 
     def process_image(self, image: Any, **kwargs: Any) -> np.ndarray:
-        """A picture at its final size, `(num_channels, height, width)` in 0..255."""
+        """An image at its final size, `(num_channels, height, width)` in 0..255."""
         channels = kwargs.get("num_channels") or self.num_channels
         size, do_resize = kwargs.get("size", self.size), kwargs.get("do_resize", self.do_resize)
         if do_resize and not (size and size.height and size.width):
@@ -105,8 +106,8 @@ class ADMImageProcessor(PilBackend):
         return values if values.dtype == np.uint8 else values.astype(np.float64) * 255
 
     def _preprocess(self, images: list[np.ndarray], do_resize: bool, **kwargs: Any) -> BatchFeature:
-        return super()._preprocess(images, do_resize=False, **kwargs)  # they have their size
+        return super()._preprocess(images, do_resize=False, **kwargs)  # already resized
 
     def resizing_steps(self, height: int, width: int) -> Iterator[tuple[tuple[int, int], int]]:
-        """Heights and widths that a picture is scaled to one after the other, each with its filter."""
+        """Height and width in pixels after each resizing step, each with its filter."""
         return covering_steps(height, width, self.size["height"], self.size["width"])

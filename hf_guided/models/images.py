@@ -1,4 +1,4 @@
-"""One picture: from the file to an array of the model's size, channels and range, for training and inference alike."""
+"""One image, from its file to an array of the model's size, channels and range: for training and inference alike."""
 
 import io
 import math
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-# What Pillow decodes by itself. Others are not tried, whatever a file is called: EPS starts Ghostscript, and IPTC opens
-# what is inside of it as any format.
+# What Pillow decodes by itself. Other formats are not tried, whatever the file name: EPS starts Ghostscript, and IPTC
+# opens its contents as any format.
 IMAGE_FORMATS = (
     *("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"),
     *("ICO", "QOI", "SGI", "SUN", "PCX", "PSD", "TGA"),
@@ -20,27 +20,26 @@ BAD_IMAGE_ERRORS = (
     *(OSError, EOFError, SyntaxError, ValueError, IndexError, OverflowError, RuntimeError),
     Image.DecompressionBombError,
 )
-MAX_ELONGATION = 32  # times the target's length that a picture which covers it may have
+MAX_ELONGATION = 32  # largest length of a resized image, in units of the target's
 
 
 def open_file(source: Any) -> Image.Image:
-    """
-    Opens the file of a picture, of which the header alone is read.
+    """The opened image of a file, of which only the header has been read.
 
     Args:
-        source (`str`, `os.PathLike`, `bytes` or a binary file): A path to a regular file, or what is in one.
+        source (`str`, `os.PathLike`, `bytes` or a binary file): A path to a regular file, or the contents of one.
 
     Returns:
-        `PIL.Image.Image`: the first frame, not decoded yet; a context manager.
+        `PIL.Image.Image`: The first frame, not decoded yet; a context manager.
 
     Raises:
-        One of `BAD_IMAGE_ERRORS`: if it is no picture in one of `IMAGE_FORMATS`, has no pixels, or has more than
+        One of `BAD_IMAGE_ERRORS`: If it is no image in one of `IMAGE_FORMATS`, has no pixels, or has more than
             twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million in all; Pillow warns of more than half of them).
     """
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     elif isinstance(source, str | os.PathLike) and os.path.exists(source) and not os.path.isfile(source):
-        raise ValueError(f"{os.fspath(source)} is not a regular file")  # a pipe would be waited for without end
+        raise ValueError(f"{os.fspath(source)} is not a regular file")  # reading a pipe would wait forever
     image = Image.open(source, formats=IMAGE_FORMATS)
     if 0 in image.size:
         raise ValueError("the image has no pixels")
@@ -48,12 +47,12 @@ def open_file(source: Any) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A decoded copy of a picture, turned as its EXIF orientation says."""
+    """A decoded copy of an image, with its EXIF orientation applied."""
     return ImageOps.exif_transpose(image)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width in pixels that an opened picture has once it is `upright`, mostly without decoding it."""
+    """Height and width in pixels of an opened image once it is `upright`, in most cases without decoding it."""
     lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
     if lies_on_its_side and image.format != "TIFF":  # whose size Pillow gives upright
         return image.width, image.height
@@ -61,20 +60,19 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """
-    Reduces the many modes of image files to three, without losing depth or revealing what is transparent.
+    """An image of mode "L", "RGB" or "F", of the same depth, transparent parts on white.
 
     Args:
         image (`PIL.Image.Image`): An image in any mode that Pillow can convert. Floats must lie in 0..1, and integers
             of more than 8 bits in 0..65535.
-        channels (`int`): 1 or 3, the channels that the model sees.
+        channels (`int`): Input channels of the model, 1 or 3.
 
     Returns:
-        `PIL.Image.Image`: mode "L" or "RGB" (0..255), or "F" (0..1) for 16-bit and float images. For three channels,
+        `PIL.Image.Image`: Mode "L" or "RGB" (0..255), or "F" (0..1) for 16-bit and float images. For three channels,
         "L" and "F" stand for three equal ones.
 
     Raises:
-        `ValueError`: if the values are out of range, or Pillow cannot convert from the mode.
+        `ValueError`: If the values are out of range, or Pillow cannot convert from the mode.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         values, top = np.asarray(image), 1 if image.mode == "F" else 65535
@@ -97,9 +95,9 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
 def resize_and_crop(
     image: Image.Image, resolution: tuple[int, int], crop_rng: np.random.Generator | None = None
 ) -> Image.Image:
-    """
-    Scales an image until it covers the resolution and crops the rest, as ADM was trained. Only the middle is scaled of
-    an image that is far longer than the resolution (`MAX_ELONGATION`), so that this takes little memory.
+    """An image resized until it covers the resolution and then cropped, as ADM was trained.
+
+    Of an image much longer than the resolution (`MAX_ELONGATION`) only the middle is resized, which bounds the memory.
 
     Args:
         image (`PIL.Image.Image`): Mode "L", "RGB" or "F".
@@ -108,7 +106,7 @@ def resize_and_crop(
             side) and the place of the crop. None crops the centre at full scale.
 
     Returns:
-        `PIL.Image.Image`: the crop, of that height and width, in the same mode.
+        `PIL.Image.Image`: The crop, of that height and width, in the same mode.
     """
     height, width = resolution
     cover_height, cover_width = float(height), float(width)
@@ -134,13 +132,13 @@ def resize_and_crop(
 def covering_steps(
     height: int, width: int, cover_height: float, cover_width: float
 ) -> Iterator[tuple[tuple[int, int], Image.Resampling]]:
-    """
-    The sizes through which an image is scaled until it just covers another: halvings by BOX for as long as twice the
-    target is left, then BICUBIC to the target.
+    """The sizes in pixels of an image that is resized step by step until it just covers a target.
+
+    It is halved with BOX while it is at least twice the target, and then resized to the target with BICUBIC.
 
     Args:
         height, width (`int`): The image's size in pixels.
-        cover_height, cover_width (`float`): What is to be covered, in pixels.
+        cover_height, cover_width (`float`): The target, in pixels.
 
     Returns:
         Height and width after each step, and its filter.
@@ -159,9 +157,10 @@ def cut_middle(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def to_planes(image: Image.Image, channels: int) -> np.ndarray:
-    """
+    """Pixel values in the depth of the image.
+
     Args:
-        image (`PIL.Image.Image`): What `to_channels` gave for the same `channels`, resized or not.
+        image (`PIL.Image.Image`): From `to_channels` with the same `channels`, resized or not.
         channels (`int`): 1 or 3.
 
     Returns:
@@ -175,9 +174,10 @@ def to_planes(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def to_pixel_values(image: Image.Image, channels: int) -> np.ndarray:
-    """
+    """Pixel values in [-1, 1].
+
     Args:
-        image (`PIL.Image.Image`): What `to_channels` gave for the same `channels`, resized or not.
+        image (`PIL.Image.Image`): From `to_channels` with the same `channels`, resized or not.
         channels (`int`): 1 or 3.
 
     Returns:

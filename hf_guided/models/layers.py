@@ -49,7 +49,7 @@ class ADMResnetBlock(nn.Module):
         dropout (`float`): Rate of dropout before the second convolution.
         use_scale_shift_norm (`bool`): Adaptive group normalisation, `AdaGN(h, y) = y_s GroupNorm(h) + y_b`
             (section 3.1); otherwise the projected embedding is added to the hidden states.
-        resample (`"up"`, `"down"` or `None`): Resample both branches by two in front of their convolutions.
+        resample (`"up"`, `"down"` or `None`): Resample both branches by two before their convolutions.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class ADMResnetBlock(nn.Module):
 
 
 class ADMAttnProcessor:
-    """Attention through the backends of diffusers, as `set_attention_backend` chooses them."""
+    """Attention by the backends of diffusers, chosen with `set_attention_backend`."""
 
     _attention_backend = None
     _parallel_config = None
@@ -122,7 +122,7 @@ class ADMAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = ADMAttnProcessor
     _available_processors = [ADMAttnProcessor]
-    to_qkv: nn.Linear  # in place of the three projections after `fuse_projections`
+    to_qkv: nn.Linear  # replaces the three projections after `fuse_projections`
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class ADMAttention(nn.Module, AttentionModuleMixin):
         self.processor: Callable = processor or self._default_processor_cls()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        tokens = self.group_norm(hidden_states).flatten(2).transpose(1, 2).contiguous()  # products are faster so
+        tokens = self.group_norm(hidden_states).flatten(2).transpose(1, 2).contiguous()  # for faster matrix products
         if self.fused_projections:
             projected = self.to_qkv(tokens).chunk(3, dim=-1)
         else:
@@ -188,19 +188,20 @@ class ADMAttentionPool(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.flatten(2).transpose(1, 2)
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.position_embedding
-        # Only the mean asks: the answers to the other tokens would be thrown away.
+        # Only the mean is a query: the output at the other tokens would not be used.
         projected = self.to_q(tokens[:, :1]), self.to_k(tokens), self.to_v(tokens)
         attended = self.processor(self, *(x.unflatten(-1, (self.heads, -1)) for x in projected))
         return self.to_out(attended.flatten(1))
 
 
 class ADMBlock(nn.Module):
-    """One side length of the UNet: residual blocks, each with its attention, then a change of the side length.
+    """One level of the UNet: residual blocks, each with its attention, then up- or downsampling.
 
     Args:
         resnets (`Sequence[nn.Module]`): Residual blocks, called with `(hidden_states, temb)`.
         attentions (`Sequence[nn.Module]`): As many attention layers, or none.
-        resampler (`nn.Module`, *optional*): What ends the level, called with `(hidden_states, temb)`.
+        resampler (`nn.Module`, *optional*): Up- or downsampling at the end of the level, called with `(hidden_states,
+            temb)`.
     """
 
     _gradient_checkpointing_func: Callable  # set by both libraries' models when they enable gradient checkpointing
@@ -215,14 +216,14 @@ class ADMBlock(nn.Module):
         self.gradient_checkpointing = False
 
     def call(self, layer: nn.Module, *args: torch.Tensor) -> torch.Tensor:
-        """Calls a layer, keeping its activations or, with gradient checkpointing, computing them again."""
+        """The output of a layer; with gradient checkpointing its activations are recomputed in the backward pass."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(layer, *args)
         return layer(*args)
 
 
 class ADMDownBlock(ADMBlock):
-    """A level of the encoder; also returns what the decoder is given on the same level."""
+    """A level of the encoder; also returns the skip connections to the decoder."""
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, tuple]:
         skips: tuple[torch.Tensor, ...] = ()
@@ -247,8 +248,7 @@ class ADMMidBlock(ADMBlock):
 
 
 class ADMUpBlock(ADMBlock):
-    """A level of the decoder; takes one of the encoder's outputs, last first, into each residual block, and also
-    returns those that are left."""
+    """A level of the decoder; each residual block takes one skip connection, last first. Also returns the rest."""
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor, skips: tuple) -> tuple[torch.Tensor, tuple]:
         for i, resnet in enumerate(self.resnets):
@@ -269,7 +269,7 @@ def make_encoder(
     attention: Callable[[int], nn.Module],
     downsample: Callable[[int], nn.Module],
 ) -> tuple[nn.ModuleList, ADMMidBlock, list[int]]:
-    """The half that the UNet and the classifier share.
+    """The encoder that the UNet and the classifier share.
 
     Args:
         widths (`Sequence[int]`): Channels of each level, from the full resolution down.
@@ -297,7 +297,7 @@ def make_encoder(
 
 
 def level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[int]:
-    """Channels of each level; a width that group normalisation cannot split is an error."""
+    """Channels of each level; `ValueError` if group normalisation cannot split them."""
     widths = [int(mult * model_channels) for mult in channel_mult]
     for mult, width in zip(channel_mult, widths, strict=True):
         if width == 0 or width % NORM_GROUPS:
@@ -317,8 +317,11 @@ def level_attention(
 
 
 def count_heads(channels: int, num_heads: int | None, head_dim: int | None) -> int:
-    """How many heads `channels` are split into: a fixed number, or heads of a fixed width (64, if neither is given,
-    the paper's choice; section 3, table 2). Both at once, and an uneven split, are errors."""
+    """Number of attention heads: fixed, or from their width (64 if neither is given; section 3, table 2).
+
+    Raises:
+        `ValueError`: If both are given, or the channels do not divide evenly.
+    """
     if num_heads is not None and head_dim is not None:
         raise ValueError(
             f"num_heads={num_heads} and attention_head_dim={head_dim} contradict each other; give a fixed number of "
@@ -340,7 +343,7 @@ def count_heads(channels: int, num_heads: int | None, head_dim: int | None) -> i
 
 
 def check_sides(height: int, width: int, num_levels: int) -> None:
-    """Both sides must halve evenly on the way down."""
+    """Refuses images whose height or width cannot be halved at every level."""
     divisor = 2 ** (num_levels - 1)
     if height % divisor or width % divisor:
         raise ValueError(
@@ -350,9 +353,9 @@ def check_sides(height: int, width: int, num_levels: int) -> None:
 
 
 def expand_timestep(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
-    """A number, a 0-d tensor or one timestep per image, as a tensor of shape `(batch,)` beside `sample`.
+    """Timesteps of shape `(batch,)` on the device of `sample`, from a number, a 0-d tensor or one timestep per image.
 
-    One row for all would save next to nothing, and products of a single row depend on where weights lie in memory.
+    One row for all would save next to nothing, and products of a single row depend on the memory layout of weights.
     """
     if not torch.is_tensor(timestep):
         timestep = torch.tensor(timestep, device=sample.device)

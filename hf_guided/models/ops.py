@@ -1,4 +1,4 @@
-"""Operations that compute what torch's own do, in less time and memory: what `layers.py` is built on."""
+"""Faster, smaller equivalents of operations of torch, on which `layers.py` builds."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ NORM_GROUPS = 32
 
 
 class _FrozenConvolution(torch.autograd.Function):
-    """A convolution whose parameters take no gradient. torch's own would keep its input all the same."""
+    """A convolution with frozen parameters. torch's own would keep its input nevertheless."""
 
     @staticmethod
     def forward(
@@ -35,7 +35,7 @@ class _FrozenConvolution(torch.autograd.Function):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution that keeps nothing but its weight for a gradient with respect to the image alone."""
+    """A convolution that keeps only its weight where the gradient is with respect to the input alone."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled() or any(parameter.requires_grad for parameter in self.parameters()):
@@ -62,10 +62,10 @@ class ZeroLinear(nn.Linear):
 
 
 class _NormSiLU(torch.autograd.Function):
-    """What [`GroupNormSiLU`] computes, with a gain and an offset `(batch, channels)` of each image's own.
+    """GroupNorm and SiLU with a gain and an offset per image, of shape `(batch, channels)`.
 
-    Images are laid side by side as channels of one, so that torch's kernels of one pass take all gains and offsets. Of
-    the activations the input alone is kept; what the SiLU was given follows from it in one pass.
+    The batch is folded into the channels, so that torch's kernels apply all gains and offsets in one pass. Only the
+    input is kept for the backward pass, which recomputes the normalised activations.
     """
 
     @staticmethod
@@ -91,7 +91,7 @@ class _NormSiLU(torch.autograd.Function):
         before = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
         grad = torch.ops.aten.silu_backward.grad_input(grad, before, grad_input=before)
         d_x, d_gain, d_offset = torch.ops.aten.native_group_norm_backward(
-            grad.reshape(1, batch * channels, -1).contiguous(),  # as the kernel of the backward pass takes for granted
+            grad.reshape(1, batch * channels, -1).contiguous(),  # required by the backward kernel
             x.reshape(1, batch * channels, -1).contiguous(),
             mean,
             rstd,
@@ -107,7 +107,7 @@ class GroupNormSiLU(nn.GroupNorm):
     """Group normalisation, adaptive if `scale` and `shift` are given, and then SiLU.
 
     AdaGN(h, y) = y_s GroupNorm(h) + y_b (section 3.1), with y_s = 1 + `scale` and y_b = `shift`, of shape `(batch,
-    channels)`. Two passes over the pixels forward and three backward, which keeps nothing but the input.
+    channels)`. Two passes over the pixels forward and three backward; only the input is kept.
     """
 
     def __init__(self, channels: int):
@@ -128,10 +128,10 @@ class GroupNormSiLU(nn.GroupNorm):
 
 
 class UpsampleConv2d(nn.Conv2d):
-    """Nearest-neighbour upsampling by two and then a 3x3 convolution, in 4/9 of the products.
+    """Nearest-neighbour upsampling by two and a 3x3 convolution, with 4/9 of the multiplications.
 
-    Of the nine pixels under the kernel at most four differ, so that weights which meet the same pixel are added first:
-    a transposed convolution of stride two, whose 4x4 kernel is the 3x3 one blurred by upsampling's 2x2 box.
+    At most four of the nine pixels under the kernel differ, so weights of equal pixels are added first. The result is a
+    transposed convolution of stride two; its 4x4 kernel is the 3x3 one convolved with upsampling's 2x2 box.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -139,6 +139,6 @@ class UpsampleConv2d(nn.Conv2d):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         flipped = torch.eye(3, dtype=self.weight.dtype, device=self.weight.device).flip(0)
-        box = F.pad(flipped, (0, 0, 0, 1)) + F.pad(flipped, (0, 0, 1, 0))  # (4, 3): of each side of the kernel
+        box = F.pad(flipped, (0, 0, 0, 1)) + F.pad(flipped, (0, 0, 1, 0))  # (4, 3), for each axis of the kernel
         kernel = (self.weight.flatten(2) @ torch.kron(box, box).T).unflatten(2, (4, 4))
         return F.conv_transpose2d(hidden_states, kernel.transpose(0, 1), self.bias, stride=2, padding=1)

@@ -35,7 +35,7 @@ class ADMUNet2DModel(WholeModelMixin, AttentionMixin, ConfigMixin):
 
     Args:
         sample_size (`int` or `tuple[int, int]`, defaults to 64): Side length in pixels, or `(height, width)`, that the
-            model is made for. It fixes where attention sits; other sizes whose sides divide may be sampled too.
+            model is trained for. It fixes where attention sits; other sizes that halve evenly can be sampled too.
         in_channels (`int`, defaults to 3): Channels of the noisy image.
         out_channels (`int`, defaults to 6): Channels of the output: `in_channels`, or twice that when the variance is
             learned (Improved DDPM, section 3.1).
@@ -47,15 +47,17 @@ class ADMUNet2DModel(WholeModelMixin, AttentionMixin, ConfigMixin):
         num_heads (`int`, *optional*): A fixed number of attention heads.
         attention_head_dim (`int`, *optional*): A fixed width of a head instead; 64, as in the paper, if neither is
             given.
-        num_heads_upsample (`int`, *optional*): Another number of heads in the decoder, beside `num_heads`.
+        num_heads_upsample (`int`, *optional*): Number of heads in the decoder, if it differs from `num_heads`.
         dropout (`float`, defaults to 0.0): Rate of dropout in residual blocks.
-        conv_resample (`bool`, defaults to `True`): Resample with learned convolutions; plain otherwise.
+        conv_resample (`bool`, defaults to `True`): Resample with learned convolutions, or else nearest-neighbour
+            upsampling and average pooling.
         resblock_updown (`bool`, defaults to `True`): Resample with residual blocks (BigGAN) instead of both.
         use_scale_shift_norm (`bool`, defaults to `True`): Adaptive group normalisation instead of addition.
         num_class_embeds (`int`, *optional*): Number of classes; `None` for an unconditional model.
-        null_class_label (`bool`, defaults to `False`): One more row in the embedding, id `num_class_embeds`, that
-            means "no class"; it is used where no labels are given.
-        low_res_channels (`int`, *optional*): Channels of the low-resolution image that an upsampler is given.
+        null_class_label (`bool`, defaults to `False`): One more row in the class embedding, id `num_class_embeds`: the
+            null label ("no class"), used where no labels are given.
+        low_res_channels (`int`, *optional*): Channels of the low-resolution image that an upsampler is
+            conditioned on.
 
     Raises:
         `ValueError`: For widths that do not divide into 32 groups or into heads, and for contradicting options.
@@ -63,7 +65,7 @@ class ADMUNet2DModel(WholeModelMixin, AttentionMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ADMResnetBlock", "ADMAttention"]
-    # What `compile_repeated_blocks` compiles: levels, for residual blocks differ in shape too often to do so one by one
+    # Regions for `compile_repeated_blocks`: whole levels, since residual blocks differ in shape too often
     _repeated_blocks = ["ADMDownBlock", "ADMMidBlock", "ADMUpBlock"]
     _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding", "conv_in", "conv_out"]
 
@@ -91,7 +93,7 @@ class ADMUNet2DModel(WholeModelMixin, AttentionMixin, ConfigMixin):
         super().__init__()
         check_settings(type(self), self.config)
         if num_heads_upsample is not None and num_heads is None:
-            raise ValueError(f"num_heads_upsample={num_heads_upsample} stands beside num_heads; give num_heads too.")
+            raise ValueError(f"num_heads_upsample={num_heads_upsample} needs num_heads too, for the encoder.")
         if null_class_label and num_class_embeds is None:
             raise ValueError("null_class_label=True needs num_class_embeds, the number of classes.")
 
@@ -110,7 +112,7 @@ class ADMUNet2DModel(WholeModelMixin, AttentionMixin, ConfigMixin):
                 return resnet(channels, channels, resample=direction)
             return (Upsample2D if direction == "up" else Downsample2D)(channels, use_conv=conv_resample)
 
-        # 1. What the model is told: timestep and class
+        # 1. Conditioning: timestep and class
         self.time_proj = Timesteps(model_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(model_channels, temb_channels)
         self.class_embedding = (
@@ -157,8 +159,8 @@ class ADMUNet2DModel(WholeModelMixin, AttentionMixin, ConfigMixin):
             sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Noisy images; clean ones are
                 in [-1, 1].
             timestep (`torch.Tensor` of shape `()` or `(batch,)`, or a number): Timesteps; fractions are allowed.
-            class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class ids. `None` means no class, for
-                unconditional models and for those with a null label.
+            class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class ids. `None` is the null label, or no
+                label for an unconditional model.
             low_res (`torch.Tensor` of shape `(batch, low_res_channels, h, w)`, *optional*): The image to upsample.
             return_dict (`bool`, defaults to `True`): Return an output object instead of a tuple.
 
@@ -167,7 +169,7 @@ class ADMUNet2DModel(WholeModelMixin, AttentionMixin, ConfigMixin):
             width)`.
 
         Raises:
-            `ValueError`: If sides do not divide, or if labels or `low_res` are missing or not expected.
+            `ValueError`: If height or width cannot be halved evenly, or labels or `low_res` are missing or unexpected.
         """
         height, width = sample.shape[-2:]
         check_sides(height, width, num_levels=len(self.down_blocks))

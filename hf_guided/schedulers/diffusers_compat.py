@@ -1,4 +1,4 @@
-"""What a model predicts, for the schedulers of diffusers, which know `alphas_cumprod` and perhaps sigmas."""
+"""Guided predictions for the schedulers of diffusers, and checks that a scheduler fits this diffusion process."""
 
 import inspect
 
@@ -8,8 +8,8 @@ from diffusers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Of diffusers, those that walk this process on pixels, from noise to image, with no randomness but the generator's.
-# Others have `alphas_cumprod` too, but go the other way, ask for more than a prediction, or shift the schedule.
+# The schedulers of diffusers that sample this process, with no randomness but the generator's. Others have
+# `alphas_cumprod` too, but invert the process, need more than a prediction, or shift the schedule.
 SOLVERS = (
     "DDIMParallelScheduler",
     "DDIMScheduler",
@@ -30,30 +30,30 @@ SOLVERS = (
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
-# What some of these can be handed; all others take "epsilon", "v_prediction" and "sample". (PNDM averages predictions
-# of several timesteps, and takes an average of v for the v of one.)
+# The prediction types that some of these support; all others take "epsilon", "v_prediction" and "sample". (PNDM
+# averages predictions over timesteps, and treats an average of v as the v of one timestep.)
 KNOWN_PREDICTIONS = {
     "EulerAncestralDiscreteScheduler": ("epsilon", "v_prediction"),
     "KDPM2AncestralDiscreteScheduler": ("epsilon", "v_prediction"),
     "KDPM2DiscreteScheduler": ("epsilon", "v_prediction"),
     "PNDMScheduler": ("epsilon",),
 }
-# By how much a step of Heun or KDPM2 may multiply a change of the clean image. Measured on digits: at 18 and below the
-# FID is 1 to 28 and falls with the number of steps, from 30 on it is 39 to 330.
+# Largest factor by which a step of Heun or KDPM2 may amplify a change of the predicted clean image. On digits the FID
+# is 1 to 28 at factors up to 18 and falls with the number of steps; from 30 on it is 39 to 330.
 MAX_GROWTH = 20
-# Options of theirs by which a solver chooses its own timesteps.
+# Options with which a solver of diffusers chooses its own timesteps.
 SPACINGS = ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas")
 
 
 def check_solver(scheduler: SchedulerMixin, shifted: bool) -> None:
-    """Refuses a scheduler, one of diffusers or another's, that would make nonsense of a prediction handed over.
+    """Refuses a scheduler of diffusers or of a third party that would misinterpret the prediction.
 
     Args:
         scheduler (`SchedulerMixin`): Other than [`ADMScheduler`].
         shifted (`bool`): Whether gradients will correct the prediction.
 
     Raises:
-        `ValueError`: With what to take instead.
+        `ValueError`: Naming what to take instead.
     """
     name, config = type(scheduler).__name__, scheduler.config
     prediction_type = config.get("prediction_type", "epsilon")
@@ -67,38 +67,38 @@ def check_solver(scheduler: SchedulerMixin, shifted: bool) -> None:
         )
     if config.get("use_flow_sigmas", False) or config.get("timestep_type") == "continuous":
         raise ValueError(
-            f"{name} with use_flow_sigmas=True or timestep_type='continuous' walks another process than this UNet "
-            f"was trained on; leave both out."
+            f"{name} with use_flow_sigmas=True or timestep_type='continuous' follows another process than the one "
+            f"this UNet was trained on; leave both out."
         )
     known = KNOWN_PREDICTIONS.get(name, ("epsilon", "v_prediction", "sample"))
     if prediction_type not in known:
         raise ValueError(
-            f"{name} has prediction_type={prediction_type!r}, of which only {', '.join(map(repr, known))} can be "
-            f"handed over to it; take another scheduler, such as DPMSolverMultistepScheduler."
+            f"{name} has prediction_type={prediction_type!r}, but supports only {', '.join(map(repr, known))} "
+            f"here; take another scheduler, such as DPMSolverMultistepScheduler."
         )
     reads_it = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
     if reads_it and str(config.get("variance_type")).startswith("learned"):
         raise ValueError(
-            f"{name} has variance_type={config.variance_type!r}, and is handed no variance: no scheduler of diffusers "
-            f"reads a learned one rightly at every number of channels and steps. Make it with "
+            f"{name} has variance_type={config.variance_type!r}, which is not supported: no scheduler of diffusers "
+            f"reads a learned variance correctly for every number of channels and steps. Make it with "
             f"from_config(…, variance_type='fixed_small'), or take an ADMScheduler, which does."
         )
     if scheduler.alphas_cumprod[-1] == 0 and (shifted or prediction_type == "epsilon"):
         raise ValueError(
-            f"The last timestep of {name} holds no signal at all (rescale_betas_zero_snr=True), where no epsilon says "
-            f"what the image is and no gradient can shift it; leave that out."
+            f"The last timestep of {name} is pure noise (rescale_betas_zero_snr=True): there epsilon does not "
+            f"determine the image and no gradient can shift it; leave rescale_betas_zero_snr out."
         )
 
 
 def check_solver_timesteps(scheduler: SchedulerMixin, num_steps: int) -> None:
-    """Refuses timesteps, as a solver of diffusers has set them, that lie outside the schedule or repeat a noise level.
+    """Refuses timesteps of a solver of diffusers that lie outside the schedule or repeat a noise level.
 
     Args:
         scheduler (`SchedulerMixin`): After its `set_timesteps`.
-        num_steps (`int`): Steps that were asked for.
+        num_steps (`int`): Number of steps requested.
 
     Raises:
-        `ValueError`: With what to change.
+        `ValueError`: Naming what to change.
     """
     name, total = type(scheduler).__name__, scheduler.config.num_train_timesteps
     first, last = scheduler.timesteps.max().item(), scheduler.timesteps.min().item()
@@ -122,10 +122,11 @@ def check_solver_timesteps(scheduler: SchedulerMixin, num_steps: int) -> None:
 
 
 def warn_of_overshoot(scheduler: SchedulerMixin) -> None:
-    """Warns of timesteps, as set, too far apart for a solver that evaluates a step at both of its ends.
+    """Warns of timesteps too far apart for a solver that evaluates the model at both ends of a step (Heun, KDPM2).
 
-    From sigma to sigma', such a step goes on by about sigma / sigma' times what changed between the two clean images,
-    which is up to 1, or sigma if that is less. A cosine schedule begins with sigma = 20,291, and 12 at the next of 20.
+    From sigma to sigma', such a step extrapolates by about sigma / sigma' times the change of the predicted clean
+    image, which is up to 1, or sigma if that is less. A cosine schedule starts at sigma = 20,291; the next of 20 steps
+    is 12.
     """
     if not hasattr(scheduler, "state_in_first_order"):
         return
@@ -141,10 +142,10 @@ def warn_of_overshoot(scheduler: SchedulerMixin) -> None:
 
 
 def alpha_bar_at(scheduler: SchedulerMixin, timestep: float) -> float:
-    """`alpha_bar` of the samples that a model is shown at the timestep that is due, as the scheduler reckons with it.
+    """`alpha_bar` of the model's input at the current timestep, as the scheduler uses it.
 
-    Schedulers with sigmas are asked for that of their step, 1 / (1 + sigma^2). Their timesteps are interpolated, and
-    with Karras' sigmas some of them round to integers, off by up to 7 in the logarithm of the signal-to-noise ratio.
+    For schedulers with sigmas it is 1 / (1 + sigma^2) of their current step. Their timesteps are interpolated, and with
+    Karras' sigmas some round them to integers, off by up to 7 in the logarithm of the signal-to-noise ratio.
     """
     if getattr(scheduler, "sigmas", None) is None:
         return scheduler.alphas_cumprod[int(timestep)].item()
@@ -155,7 +156,7 @@ def alpha_bar_at(scheduler: SchedulerMixin, timestep: float) -> float:
 
 
 def original_of(prediction: torch.Tensor, sample: torch.Tensor, alpha_bar: float, prediction_type: str) -> torch.Tensor:
-    """The clean image that a prediction stands for (arXiv 2006.11239, equation 15; arXiv 2202.00512, appendix D)."""
+    """The clean image x_0 that a prediction implies (arXiv 2006.11239, equation 15; arXiv 2202.00512, appendix D)."""
     signal, noise_scale = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     if prediction_type == "epsilon":
         return (sample - noise_scale * prediction) / signal
@@ -172,10 +173,10 @@ def correct_prediction(
     prediction_type: str,
     clip_sample: bool,
 ) -> torch.Tensor:
-    """Algorithm 2 in whatever a model predicts: epsilon - sqrt(1 - alpha_bar) * gradient, its clean image clipped.
+    """The guided prediction of any type: epsilon - sqrt(1 - alpha_bar) * gradient (Algorithm 2), with x_0 clipped.
 
-    Solvers that clip nothing explode where hardly any signal is left (cosine schedule, last timesteps); and DDIM of
-    diffusers clips the clean image but goes on with a noise that no longer belongs to it.
+    Solvers that do not clip diverge where hardly any signal is left (cosine schedule, last timesteps). DDIM of
+    diffusers clips x_0, but continues with an epsilon that no longer matches it.
     """
     signal, noise_scale = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     original = original_of(prediction, sample, alpha_bar, prediction_type)

@@ -1,7 +1,7 @@
-"""The forward process q, its posterior, and the model p, on all timesteps or on those that a respacing keeps.
+"""The forward process q, its posterior, and the model p, on all timesteps or on a respaced subset.
 
 Equation numbers are those of DDPM (arXiv 2006.11239) unless another paper is named. Tables are computed in float64 and
-used in float32 or better; they are indexed by the timestep of the training schedule, so nothing here has a state.
+used in float32 or better. They are indexed by the timestep of the training schedule; nothing here has a state.
 """
 
 from collections.abc import Sequence
@@ -27,12 +27,12 @@ class Gaussian:
     pred_original_sample: torch.Tensor
 
 
-class GaussianProcess:
-    """A diffusion that visits some of the timesteps of a training schedule.
+class GaussianDiffusion:
+    """A Gaussian diffusion on a subset of the timesteps of a training schedule.
 
     Args:
         alphas_cumprod (`np.ndarray` of shape `(num_train_timesteps,)`): Of the training schedule, float64.
-        timesteps (`Sequence[int]`): The timesteps visited, ascending. Their betas follow from `alphas_cumprod`
+        timesteps (`Sequence[int]`): Timesteps of the subset, ascending. Their betas follow from `alphas_cumprod`
             (Improved DDPM, arXiv 2102.09672, equation 19).
         prediction_type (`str`): What the model predicts: `"epsilon"`, `"sample"` or `"v_prediction"`.
         variance_type (`str`): `"learned_range"` (Improved DDPM, equation 15), `"fixed_small"` or `"fixed_large"`.
@@ -70,14 +70,14 @@ class GaussianProcess:
             "half_log_snr": half_log_snr,
             "half_log_snr_prev": np.append(half_log_snr[0], half_log_snr[:-1]),  # of the last step: no step
         }
-        # One row a table, one column a training timestep; NaN at timesteps that are not visited.
+        # One row per table, one column per training timestep; NaN at timesteps outside the subset.
         self._rows = {name: row for row, name in enumerate(tables)}
         self._tables = torch.full((len(tables), len(alphas_cumprod)), torch.nan, dtype=torch.float64)
         self._tables[:, self.timesteps] = torch.from_numpy(np.stack([np.float64(t) for t in tables.values()]))
         self._on_device: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
     def at(self, timestep: torch.Tensor | int, sample: torch.Tensor, *names: str) -> tuple[torch.Tensor, ...]:
-        """The named constants at a timestep (a number, or one per image), as tensors that broadcast over `sample`."""
+        """The named constants at a timestep (a number, or one per image), broadcastable to `sample`."""
         key = (sample.device, compute_dtype(sample))
         if key not in self._on_device:
             self._on_device[key] = self._tables.to(*key)
@@ -95,8 +95,8 @@ class GaussianProcess:
             or self._tables[0, timestep].isnan().any()
         ):
             raise ValueError(
-                f"timestep {timestep.flatten().tolist()} is not among the {len(self.timesteps)} timesteps that are "
-                f"visited ({self.timesteps[0]} … {self.timesteps[-1]}); call set_timesteps for others."
+                f"timestep {timestep.flatten().tolist()} is not among the {len(self.timesteps)} timesteps of the "
+                f"schedule ({self.timesteps[0]} … {self.timesteps[-1]}); call set_timesteps for others."
             )
 
     def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor | int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Filling holes with an unconditional walk: RePaint (arXiv 2201.09865)."""
+"""Inpainting by resampling: RePaint (arXiv 2201.09865)."""
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -6,23 +6,23 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .schedules import whole_number
 
-MOST_STEPS = 1_000_000  # in one walk
+MOST_STEPS = 1_000_000  # in one denoising loop
 
 
 def jump_positions(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
-    """The steps of a walk in the order in which RePaint takes them (section 4.2 and appendix B).
+    """Indices of the denoising steps in the order in which RePaint takes them (section 4.2 and appendix B).
 
     Args:
         num_steps (`int`): Steps from noise to image, numbered from 0.
-        jump_length (`int`): So many steps are undone at once. The walk is cut into stretches of that length, counted
-            from the image.
-        jump_n_sample (`int`): So often each stretch is walked; 1 is the plain walk.
+        jump_length (`int`): Number of steps that a jump goes back. The steps are divided into sections of that length,
+            counted from the image.
+        jump_n_sample (`int`): How often each section is denoised; 1 is sampling without jumps.
 
     Returns:
-        `list[int]`: Numbers of steps, each stretch repeated.
+        `list[int]`: Indices of steps, each section repeated.
 
     Raises:
-        `ValueError`: If either is less than 1, or the walk longer than `MOST_STEPS`.
+        `ValueError`: If either is less than 1, or there are more steps than `MOST_STEPS`.
     """
     jump_length = whole_number("jump_length", jump_length)
     jump_n_sample = whole_number("jump_n_sample", jump_n_sample)
@@ -45,12 +45,12 @@ def jump_positions(num_steps: int, jump_length: int, jump_n_sample: int) -> list
 
 
 class RePaint:
-    """Keeps the known pixels of a walk, at the noise of each step (Algorithm 1), and undoes steps by noise.
+    """Puts the known pixels, noised to each timestep, into the sample (Algorithm 1); jumps back by adding noise.
 
     Args:
         scheduler ([`ADMScheduler`]): Takes the steps.
         original (`torch.Tensor` of shape `(batch, channels, height, width)`): Images in [-1, 1].
-        mask (`torch.Tensor` of shape `(1 or batch, 1, height, width)`, bool): Where they are to be made anew.
+        mask (`torch.Tensor` of shape `(1 or batch, 1, height, width)`, bool): True where pixels are inpainted.
     """
 
     def __init__(self, scheduler: SchedulerMixin, original: torch.Tensor, mask: torch.Tensor):
@@ -65,11 +65,12 @@ class RePaint:
         next_timestep: int | None,
         generators: list[torch.Generator],
     ) -> torch.Tensor:
-        """
+        """The sample with its known pixels replaced, noised to the next timestep.
+
         Args:
-            sample (`torch.Tensor` like `original`): What the step at `timestep` made.
-            timestep (`int`): The step that was taken.
-            next_timestep (`int`, *optional*): The step that comes next; not below `timestep` if the walk jumps back.
+            sample (`torch.Tensor` like `original`): The sample after the step at `timestep`.
+            timestep (`int`): Timestep of that step.
+            next_timestep (`int`, *optional*): Timestep of the next step; not below `timestep` for a jump back.
                 `None` at the end, where the known pixels become the original's exactly.
             generators (`list[torch.Generator]`): Draw the noise, one per image.
 

@@ -1,4 +1,4 @@
-"""How much noise each timestep holds, and which timesteps sampling visits."""
+"""Noise schedules, and the timesteps that sampling uses."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def make_betas(beta_schedule: str, num_train_timesteps: int) -> np.ndarray:
-    """The variances that each step of the forward process adds.
+    """Betas: the variance of the noise that each step of the forward process adds.
 
     Args:
         beta_schedule (`str`): `"linear"`, from 1e-4 to 0.02 at 1,000 steps (DDPM, arXiv 2006.11239, section 4) and
@@ -42,9 +42,9 @@ def space_timesteps(num_train_timesteps: int, respacing: str) -> list[int]:
 
     Args:
         num_train_timesteps (`int`): Number of timesteps of the training schedule.
-        respacing (`str`): `"250"`: so many, evenly spaced from first to last. `"90,60,60,20,20"`: the schedule in
-            sections of equal length (the least noisy first), so many evenly spaced in each. `"ddim25"`: so many at a
-            constant integer stride from 0 (DDIM).
+        respacing (`str`): `"250"`: that many, evenly spaced from first to last. `"90,60,60,20,20"`: the schedule in
+            sections of equal length (the least noisy first), that many evenly spaced in each. `"ddim25"`: that many at
+            a constant integer stride from 0 (DDIM).
 
     Returns:
         `list[int]`: Timesteps in ascending order.
@@ -83,7 +83,7 @@ def space_timesteps(num_train_timesteps: int, respacing: str) -> list[int]:
 
 
 def respacing_counts(respacing: Any) -> list[int]:
-    """The numbers of steps in OpenAI's notation; anything else is an error."""
+    """Numbers of steps in OpenAI's notation; anything else is a `ValueError`."""
     if not isinstance(respacing, str):
         raise ValueError(f"respacing={respacing!r} is not a string; write respacing='25', or num_inference_steps=25.")
     counts = respacing.removeprefix("ddim").split(",", maxsplit=0 if respacing.startswith("ddim") else -1)
@@ -96,7 +96,7 @@ def respacing_counts(respacing: Any) -> list[int]:
 
 
 def check_timesteps(timesteps: Any, num_train_timesteps: int) -> list[int]:
-    """Explicit timesteps in descending order, as sampling visits them; anything else is an error."""
+    """Explicit timesteps in descending order, as sampling uses them; anything else is a `ValueError`."""
     timesteps = whole_numbers("timesteps", timesteps)
     if not timesteps or any(a <= b for a, b in pairwise(timesteps)):
         raise ValueError(f"timesteps must be given in descending order without repeats; got {timesteps}.")
@@ -108,7 +108,7 @@ def check_timesteps(timesteps: Any, num_train_timesteps: int) -> list[int]:
 
 
 def whole_numbers(name: str, values: Any) -> list[int]:
-    """Whole numbers of any integer type in a list, array or tensor, as Python's own; anything else is an error."""
+    """Whole numbers of any integer type in a list, array or tensor, as Python's `int`; else a `ValueError`."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise ValueError(f"{name}: {values!r} ({type(values).__name__}) is not a list of whole numbers.")
@@ -116,7 +116,7 @@ def whole_numbers(name: str, values: Any) -> list[int]:
 
 
 def whole_number(name: str, value: Any, wanted: str = "a whole number") -> int:
-    """A whole number of any integer type as Python's own.
+    """A whole number of any integer type as Python's `int`.
 
     Args:
         name (`str`): What it is called in errors.

@@ -1,6 +1,6 @@
 """The samplers of ADM (arXiv 2105.05233): DDPM with Algorithm 1's guidance, DDIM with Algorithm 2's.
 
-Both are the first order of a family, DPM-Solver++ (arXiv 2211.01095), whose second order needs far fewer steps.
+Both are first-order cases of DPM-Solver++ (arXiv 2211.01095); its second order needs far fewer steps.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..loading import SavedConfigMixin
 from ..registration import register_with_diffusers
 from ..settings import check_settings
-from .gaussian_diffusion import GaussianProcess, compute_dtype, upcast
+from .gaussian_diffusion import GaussianDiffusion, compute_dtype, upcast
 from .schedules import check_timesteps, make_betas, space_timesteps, whole_number
 
-# Steps of second order by default. 10 hold the quality of 250 published ones on digits, says
-# tests/benchmarks/guidance_solvers.py; arXiv 2211.01095 takes 15 to 20 on ImageNet, which was not measured here.
+# Default number of second-order steps. On digits 10 are as good as 250 published ones
+# (tests/benchmarks/guidance_solvers.py); arXiv 2211.01095 takes 15 to 20 on ImageNet, which was not measured here.
 FEW_STEPS = 20
 
 CHOICES = {
@@ -35,7 +35,8 @@ SAMPLER = ("algorithm_type", "variance_type", "solver_order")
 
 @dataclass
 class ADMSchedulerOutput(BaseOutput):
-    """
+    """Output of a step.
+
     Args:
         prev_sample (`torch.Tensor` of shape `(batch, channels, height, width)`): The sample one step less noisy, in
             the dtype of the sample given.
@@ -48,24 +49,24 @@ class ADMSchedulerOutput(BaseOutput):
 
 @register_with_diffusers
 class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
-    r"""Adds noise and takes it away. Without hidden state: any visited timestep may be stepped at any time.
+    r"""The forward process and its samplers. It has no hidden state: `step` may be called at any timestep at any time.
 
     Its config carries its betas (`trained_betas`), so that `DDIMScheduler.from_config(scheduler.config)` and the like
-    run on the same schedule; a config with other betas under the same name cannot be meant.
+    use the same schedule. A config whose betas contradict `beta_schedule` is refused.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000): Number of timesteps of training.
         beta_schedule (`str`, defaults to `"linear"`): `"linear"` (scaled with `1000 / num_train_timesteps`) or
             `"squaredcos_cap_v2"`, the cosine schedule.
-        trained_betas (`Sequence[float]`, *optional*): Betas of another schedule, one per timestep; their number counts
-            where `num_train_timesteps` is left at its default.
+        trained_betas (`Sequence[float]`, *optional*): Betas of another schedule, one per timestep; their number
+            replaces `num_train_timesteps` where that is left at its default.
         variance_type (`str`, defaults to `"learned_range"`): `"learned_range"` (Improved DDPM, equation 15),
             `"fixed_small"` (the posterior's) or `"fixed_large"` (beta).
         prediction_type (`str`, defaults to `"epsilon"`): `"epsilon"`, `"sample"` or `"v_prediction"`.
         algorithm_type (`str`, defaults to `"ddpm"`): `"ddpm"` (Algorithm 1) or `"ddim"` (Algorithm 2).
-        solver_order (`int`, defaults to 1): What `set_timesteps(num_inference_steps)` sets up: with 1 the published
-            samplers, with 2 SDE-DPM-Solver++(2M) for `"ddpm"` and DPM-Solver++(2M) for `"ddim"`, for few steps.
-            `respacing` and `timesteps` set up the published samplers in either case.
+        solver_order (`int`, defaults to 1): The sampler for `set_timesteps(num_inference_steps)`: with 1 the published
+            ones, with 2 SDE-DPM-Solver++(2M) for `"ddpm"` and DPM-Solver++(2M) for `"ddim"`, for few steps.
+            `respacing` and `timesteps` use the published samplers in either case.
         clip_sample (`bool`, defaults to `True`): Clip predicted clean images to [-1, 1].
         rescale_timesteps (`bool`, defaults to `False`): The model was trained on timesteps scaled to [0, 1000), see
             [`model_timesteps`].
@@ -98,12 +99,12 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         for name, choices in CHOICES.items():
             if (given := self.config[name]) not in choices:
                 raise ValueError(f"{name}={given!r} is not one of {', '.join(map(repr, choices))}.")
-        if trained_betas is not None and num_train_timesteps == 1000:  # the default, which says nothing
+        if trained_betas is not None and num_train_timesteps == 1000:  # the default
             num_train_timesteps = len(trained_betas)
             self.register_to_config(num_train_timesteps=num_train_timesteps)
         betas = check_betas(trained_betas, beta_schedule, num_train_timesteps)
-        # Schedulers of diffusers leave what is listed here at their own defaults, for they mean something else by it,
-        # and only carry ours along for the way back.
+        # These names mean something else in schedulers of diffusers, which keep their own defaults and carry ours only
+        # for the conversion back.
         private = [*SAMPLER, *["rescale_timesteps"] * (not rescale_timesteps)]
         sampler = {name: self.config[name] for name in SAMPLER}
         self.register_to_config(trained_betas=betas.tolist(), _adm_sampler=sampler, _use_default_values=private)
@@ -115,10 +116,10 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         self.training_process = self.process_of(range(num_train_timesteps))
         self.set_timesteps()
 
-    def process_of(self, timesteps: Sequence[int]) -> GaussianProcess:
-        """The diffusion over some of the training timesteps, ascending; leaves the scheduler as it is."""
+    def process_of(self, timesteps: Sequence[int]) -> GaussianDiffusion:
+        """The Gaussian diffusion on some of the training timesteps, ascending; the scheduler is not changed."""
         alphas_cumprod = np.cumprod(1 - np.asarray(self.config.trained_betas))
-        return GaussianProcess(alphas_cumprod, timesteps, self.config.prediction_type, self.config.variance_type)
+        return GaussianDiffusion(alphas_cumprod, timesteps, self.config.prediction_type, self.config.variance_type)
 
     def set_timesteps(
         self,
@@ -128,11 +129,12 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         timesteps: Sequence[int] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Chooses the timesteps that sampling visits; all of them, if nothing is given.
+        """Sets the timesteps of sampling; all of them, if nothing is given.
 
         Args:
-            num_inference_steps (`int`, *optional*): So many, evenly spaced. With `solver_order` 1 it is the same as
-                `respacing` of that number; with 2 the last of them is an interval before timestep 0, as in diffusers.
+            num_inference_steps (`int`, *optional*): Number of steps, evenly spaced. With `solver_order` 1 it is the
+                same as `respacing` of that number; with 2 the last one is an interval before timestep 0, as in
+                diffusers.
             respacing (`str`, *optional*): OpenAI's notation: `"250"`, `"ddim25"`, `"90,60,60,20,20"`.
             timesteps (`Sequence[int]`, *optional*): The timesteps themselves, descending.
             device (`torch.device`, *optional*): Where `scheduler.timesteps` goes.
@@ -152,8 +154,8 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
             self.is_second_order = True
             if not 1 <= num_inference_steps < total:
                 raise ValueError(
-                    f"num_inference_steps={num_inference_steps} does not lie between 1 and {total - 1}, as many as "
-                    f"solver_order=2 can make of {total} timesteps; respacing='{total}' visits them all."
+                    f"num_inference_steps={num_inference_steps} does not lie between 1 and {total - 1}, the most "
+                    f"that solver_order=2 allows with {total} timesteps; respacing='{total}' uses all of them."
                 )
             descending = np.linspace(0, total - 1, num_inference_steps + 1).round()[:0:-1].astype(int).tolist()
         else:
@@ -179,7 +181,7 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         previous: tuple[torch.Tensor | int, torch.Tensor] | None = None,
         return_dict: bool = True,
     ) -> ADMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        r"""Goes from `sample` at `timestep` to the sample at the next timestep of `scheduler.timesteps`.
+        r"""The sample at the next timestep of `scheduler.timesteps`, from `sample` at `timestep`.
 
         Args:
             model_output (`torch.Tensor` of shape `(batch, C or 2C, height, width)`): The UNet's output.
@@ -193,16 +195,16 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
                 equation 16).
             generator (`torch.Generator` or a list, *optional*): Draws the noise; a list has one per image.
             variance_noise (`torch.Tensor` like `sample`, *optional*): The noise itself.
-            previous (a timestep and a `torch.Tensor` like `sample`, *optional*): The noisier timestep from which the
-                walk came here, and its `pred_original_sample`; without it a step of second order is one of first.
+            previous (a timestep and a `torch.Tensor` like `sample`, *optional*): The preceding (noisier) timestep
+                and its `pred_original_sample`; without it a second-order step is one of first order.
             return_dict (`bool`, defaults to `True`): Return an output object instead of a tuple.
 
         Returns:
             [`ADMSchedulerOutput`]: `.prev_sample` and `.pred_original_sample`.
 
         Raises:
-            `ValueError`: For a timestep that is not visited, channels that do not fit `variance_type`, or an `eta`
-                outside [0, 1] or beside DDPM.
+            `ValueError`: For a timestep that is not in `scheduler.timesteps`, channels that do not fit `variance_type`,
+                or an `eta` outside [0, 1] or with DDPM.
         """
         if not 0 <= eta <= 1 or (eta and self.config.algorithm_type != "ddim"):
             raise ValueError(
@@ -235,12 +237,12 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
             target = original
             if self.is_second_order:
                 if self.config.algorithm_type == "ddpm":
-                    eta = 1.0  # is DDPM of the posterior's variance
+                    eta = 1.0  # equals DDPM with the posterior's variance
                 if self.config.clip_sample:
                     original = original.clamp(-1, 1)
                 target = self.extrapolate(original, timestep, previous)
                 epsilon = self.process.epsilon_of(target, timestep, sample)
-            # arXiv 2010.02502, equations 12 and 16; rounding may take the direction's square below 0
+            # arXiv 2010.02502, equations 12 and 16; by rounding the direction's square may be below 0
             sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_prev).sqrt()
             direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt()
             prev_sample = alpha_bar_prev.sqrt() * target + direction * epsilon
@@ -258,7 +260,7 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         timestep: torch.Tensor | int,
         previous: tuple[torch.Tensor | int, torch.Tensor] | None,
     ) -> torch.Tensor:
-        """The clean image half a step ahead, by what changed since the step before (arXiv 2211.01095, Algorithm 2)."""
+        """The clean image extrapolated by half a step from the preceding one (arXiv 2211.01095, Algorithm 2)."""
         if previous is None:
             return original
         here, ahead = self.process.at(timestep, original, "half_log_snr", "half_log_snr_prev")
@@ -266,7 +268,7 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         return original + (ahead - here) / (2 * (here - before)) * (original - upcast(previous[1]))
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Noises clean images to training timesteps of shape `(batch,)`: draws from q(x_t | x_0) (DDPM, eq. 4)."""
+        """Samples of q(x_t | x_0) at training timesteps of shape `(batch,)` (DDPM, eq. 4)."""
         return self.training_process.add_noise(original_samples, noise, timesteps).to(original_samples.dtype)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -283,12 +285,12 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         return self.config.num_train_timesteps
 
     def register_to_config(self, **settings: Any) -> None:
-        """Keeps settings in the config, in one order: diffusers' configs differ if their order does."""
+        """Records settings in the config in sorted order: diffusers' configs differ if their order does."""
         super().register_to_config(**settings)
         self._internal_dict = FrozenDict(sorted(self.config.items()))
 
     def to_json_string(self) -> str:
-        """The config as it is saved, to which diffusers adds its version."""
+        """The saved config as JSON; diffusers adds its version."""
         text = super().to_json_string()
         self.register_to_config()
         return text
@@ -303,7 +305,7 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
                 known = theirs["variance_type"] in CHOICES["variance_type"]
                 complete["variance_type"] = theirs["variance_type"] if known else "fixed_small"
             complete.update(carried)
-            # A linear schedule of diffusers is known by its ends, which do not scale with its length as ours do.
+            # diffusers defines a linear schedule by its end points, which do not scale with its length as ours do.
             if complete["beta_schedule"] == "linear" and complete["trained_betas"] is None:
                 ends = complete["beta_start"], complete["beta_end"]
                 complete["trained_betas"] = np.linspace(*ends, complete["num_train_timesteps"]).tolist()
@@ -315,7 +317,7 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
 
 
 def plain_betas(trained_betas: Any) -> Any:
-    """Betas in an array, a tensor or a tuple as a list; other things as they are."""
+    """Betas in an array, a tensor or a tuple as a list; other values unchanged."""
     values = trained_betas.tolist() if hasattr(trained_betas, "tolist") else trained_betas
     return list(values) if isinstance(values, tuple) else values
 
@@ -328,20 +330,20 @@ def check_betas(trained_betas: Sequence[float] | None, beta_schedule: str, num_t
     if betas.shape != (num_train_timesteps,) or not ((betas > 0) & (betas < 1)).all():
         raise ValueError(
             f"trained_betas must be {num_train_timesteps} numbers between 0 and 1, one per timestep; got {betas.size}. "
-            f"To choose another num_train_timesteps, give trained_betas=None beside it."
+            f"To choose another num_train_timesteps, give trained_betas=None with it."
         )
     if trained_betas is not None:
         for name in {"linear", "squaredcos_cap_v2"} - {beta_schedule}:
             if num_train_timesteps > 20 and np.array_equal(betas, make_betas(name, num_train_timesteps)):
                 raise ValueError(
                     f"trained_betas are those of beta_schedule={name!r}, and beta_schedule={beta_schedule!r} was asked "
-                    f"for; to change the schedule, give trained_betas=None beside it."
+                    f"for; to change the schedule, give trained_betas=None with it."
                 )
     return betas
 
 
 def model_timesteps(scheduler: SchedulerMixin, timesteps: torch.Tensor) -> torch.Tensor:
-    """Timesteps as a model is told them: scaled to [0, 1000) if it was trained so (`rescale_timesteps`).
+    """Timesteps as a model takes them: scaled to [0, 1000) if it was trained that way (`rescale_timesteps`).
 
     Args:
         scheduler (`SchedulerMixin`): An [`ADMScheduler`], or one of diffusers made from its config.

@@ -117,13 +117,13 @@ def test_classes_that_do_not_match(kind, refused, make_classifier, make_resnet):
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("interval", [(1000, 2000), (800, 900), (-5, -1)])
 def test_an_interval_in_which_no_timestep_lies(interval, name, refused):
-    message = "acts at none of the 5 timesteps that are visited, from 999 to 0; give another interval, more steps"
+    message = "acts at none of the 5 timesteps .*, from 999 to 0; give another interval, more steps"
     refused(message, guide([make(name, interval=interval)]))
 
 
 def test_an_interval_that_the_rest_of_a_walk_does_not_reach(refused):
     arguments = {**guide(ClassifierGuidance(interval=(700, 999))), "image": torch.zeros(1, 3, 8, 8), "strength": 0.6}
-    refused("acts at none of the 3 timesteps that are visited, from 500 to 0", arguments)
+    refused("acts at none of the 3 timesteps .*, from 500 to 0", arguments)
 
 
 @pytest.mark.parametrize("name", KINDS)

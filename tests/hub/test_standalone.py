@@ -355,7 +355,7 @@ def test_each_file_has_what_its_class_needs_and_no_more(code):
         "scheduling_adm.py": {"ADMUNet2DModel", "Guidance", "RePaint"},
         "classifier_adm.py": {"ADMUNet2DModel", "ADMScheduler", "Guidance"},
         "image_processing_adm.py": {"ADMForImageClassification"},
-        "vae.py": {"VAEPipeline", "ADMScheduler", "GaussianProcess"},
+        "vae.py": {"VAEPipeline", "ADMScheduler", "GaussianDiffusion"},
         "gan.py": {"GANPipeline", "BigGANDiscriminator", "AdversarialPair"},
         "flow.py": {"FlowPipeline", "ClassConditionalVAE"},
         "pipeline_vae.py": {"ADMScheduler", "Guidance", "BigGANGenerator"},

@@ -140,8 +140,8 @@ def test_timestep_forms_agree_and_mix(inputs, algorithm):
 
 
 @pytest.mark.parametrize("timestep", [1, 1000, -1, torch.tensor([444, 443]), 444.0])
-def test_timesteps_that_are_not_visited(inputs, timestep):
-    with pytest.raises(ValueError, match=r"not among the 10 timesteps that are visited \(0 … 999\)"):
+def test_timesteps_outside_the_schedule(inputs, timestep):
+    with pytest.raises(ValueError, match=r"not among the 10 timesteps of the schedule \(0 … 999\)"):
         make().step(inputs["output"], timestep, inputs["sample"])
 
 

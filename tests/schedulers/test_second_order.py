@@ -323,7 +323,7 @@ def test_arguments_are_checked(inputs):
     with pytest.raises(ValueError, match="belongs to 'ddim'"):
         make(10).step(inputs["output"], 999, inputs["sample"], eta=0.5)
     scheduler = make(10)
-    with pytest.raises(ValueError, match="not among the 10 timesteps that are visited"):
+    with pytest.raises(ValueError, match="not among the 10 timesteps of the schedule"):
         scheduler.step(inputs["output"], 0, inputs["sample"])
     with pytest.raises(ValueError, match=r"timestep \[998\] is not among the 10 timesteps"):
         scheduler.step(inputs["output"], scheduler.timesteps[1], inputs["sample"], previous=(998, inputs["before"]))

@@ -17,7 +17,7 @@ def x(randn):
 
 
 def closed_form(schedule, respacing=None):
-    """Timesteps, alpha_bar, alpha_bar of the timestep before, and beta, of the timesteps that are visited."""
+    """Timesteps, alpha_bar, alpha_bar of the timestep before, and beta, of the timesteps of the schedule."""
     scheduler = ADMScheduler(T, schedule)
     scheduler.set_timesteps(respacing=respacing)
     timesteps = scheduler.timesteps.tolist()[::-1]
@@ -102,7 +102,7 @@ def test_clipping(x):
         assert torch.equal(clipped.mean, process.posterior(free.clamp(-1, 1), t, 9 * sample).mean)
 
 
-def test_single_visited_timestep(x):
+def test_a_schedule_of_a_single_timestep(x):
     """Nothing to take the clipped variance from but beta itself."""
     _, sample = x
     scheduler = scheduler_of("linear", "fixed_large")
