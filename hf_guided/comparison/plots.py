@@ -102,7 +102,7 @@ def save_curves(comparison: Mapping[str, Any], path: str | os.PathLike) -> None:
 
 
 def _draw_plane(axes: Any, families: Mapping[str, Any], colors: Mapping[str, str], real: Mapping[str, float]) -> list:
-    """Families as points with their seeds' range, curves through the values of a dial.
+    """Families as points with their seeds' range, curves through the values of a trade-off setting.
 
     Returns:
         `list[tuple[float, float, str, str]]`: What to write beside the curves: recall, precision, text, colour.
@@ -121,10 +121,10 @@ def _draw_plane(axes: Any, families: Mapping[str, Any], colors: Mapping[str, str
                 [x], [y], xerr=x_range, yerr=y_range, fmt=marker, markersize=10, color=colors[family], capsize=3,
                 label=runs[0]["title"], zorder=3,
             )  # fmt: skip
-        dial, points = _dial(runs)
+        trade_off, points = _trade_off(runs)
         if points:
             recalls, precisions = ([point[j] for point in points] for j in (1, 2))
-            label = f"{runs[0]['title']}, by {dial}"
+            label = f"{runs[0]['title']}, by {trade_off}"
             axes.plot(
                 recalls, precisions, "-o", markersize=4, linewidth=1, color=colors[family], alpha=0.7, label=label
             )
@@ -142,7 +142,7 @@ def _draw_plane(axes: Any, families: Mapping[str, Any], colors: Mapping[str, str
     return annotations
 
 
-def _dial(runs: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[float, float, float]]]:
+def _trade_off(runs: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[float, float, float]]]:
     """The name of what was turned, and its values with mean recall and precision over the runs that tried them."""
     name = ""
     found: dict[float, list[tuple[float, float]]] = {}

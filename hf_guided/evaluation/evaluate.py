@@ -137,7 +137,7 @@ def evaluate(
     Raises:
         `ValueError`: For too few images, classes that an extractor does not know, or features that are not finite.
     """
-    notes = what_to_know(generated, reference, held_out)
+    notes = find_warnings(generated, reference, held_out)
     for extractor in extractors:
         if isinstance(reference, FeatureSet):
             check_features(reference, extractor.name, extractor.fingerprint)
@@ -167,7 +167,7 @@ def evaluate(
                 f"{extractor.name}, so the FID says little; KID does not suffer from that."
             )
         if interval and ours.kept is not None:
-            strata = dealt_labels(generated)
+            strata = balanced_labels(generated)
             strata = None if strata is None else strata[ours.kept_indices]
             result.intervals[f"fid/{extractor.name}"] = frechet_interval(ours.kept, real.statistics, strata=strata)
         if (asked := labels[extractor.name]) is not None and ours.predictions is not None:
@@ -184,7 +184,7 @@ def evaluate(
     return result
 
 
-def what_to_know(generated: ImageSet, reference: ImageSet | FeatureSet, held_out: ImageSet | None = None) -> list[str]:
+def find_warnings(generated: ImageSet, reference: ImageSet | FeatureSet, held_out: ImageSet | None = None) -> list[str]:
     """What is found out before the work and tells in the numbers; refuses what cannot be measured at all."""
     for images in (generated, reference):
         if isinstance(images, ImageSet) and len(images) < FEWEST_IMAGES:
@@ -197,7 +197,7 @@ def what_to_know(generated: ImageSet, reference: ImageSet | FeatureSet, held_out
             f"FID falls with the number of samples: compare this one, of {len(generated):,}, only with others of as "
             f"many; published ones are of {PUBLISHED_NUM_IMAGES:,}."
         )
-    if dealt_labels(generated) is not None:
+    if balanced_labels(generated) is not None:
         notes.append(
             "the samples have as many of each class, which chance would not give: FID and KID are lower than of "
             "samples whose classes are drawn (KID, which is unbiased for these, below 0)."
@@ -254,7 +254,7 @@ def check_independent(pipeline: Any, extractor: FeatureExtractor) -> None:
             )
 
 
-def dealt_labels(generated: ImageSet) -> np.ndarray | None:
+def balanced_labels(generated: ImageSet) -> np.ndarray | None:
     """The samples' labels if all classes have as many, which no chance makes; `None` otherwise."""
     if generated.labels is None:
         return None

@@ -175,7 +175,7 @@ def sample_to_file(
         labels (`torch.Tensor` of shape `(n,)`, or `int`): The class of each image; or so many images without a class.
         output (`str` or `os.PathLike`): By its ending `.npz` as published, `.parquet`, or without one a folder of PNGs,
             see [`write_samples`]; or `.png`, a picture of all images, a row for each class.
-        batch_size (`int`, defaults to 64): Images at once. Whole batches are dealt to the processes in turn.
+        batch_size (`int`, defaults to 64): Images at once. Whole batches are assigned to the processes in turn.
         seed (`int`, defaults to 0): Seed of all images together.
         compile (`bool`, defaults to `False`): Compile the pipeline's models first, see
             [`ClassifierGuidedPipeline.compile`]: worth it for many batches.
@@ -214,8 +214,8 @@ def sample_to_file(
         pipeline.compile()
         if state.is_main_process:
             tqdm.write(COMPILING)
-    dealt = missing[state.process_index :: state.num_processes]
-    batches = sample_batches(pipeline, labels, batch_size, seed, batches=dealt, **arguments)
+    own = missing[state.process_index :: state.num_processes]
+    batches = sample_batches(pipeline, labels, batch_size, seed, batches=own, **arguments)
     try:
         if state.is_main_process:
             _put_together(path, kind, _every_batch(batches, parts), parts, labels, pipeline.id2label, plan)

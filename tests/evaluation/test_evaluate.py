@@ -7,7 +7,7 @@ import pytest
 from evaluation_helpers import Pixels, pixels
 
 from hf_guided.evaluation import frechet_distance, kernel_distance, precision_recall
-from hf_guided.evaluation.evaluate import evaluate, measure, what_to_know
+from hf_guided.evaluation.evaluate import evaluate, find_warnings, measure
 from hf_guided.evaluation.features.feature_sets import collect_features
 from hf_guided.evaluation.features.image_sets import ArrayImages
 from hf_guided.evaluation.metrics.distances import inception_score
@@ -80,7 +80,7 @@ def test_evaluation_of_several_features_with_held_out_images(tmp_path):
     assert not any("fewer" in note for note in result.notes)
     assert any("as many of each class" in note for note in result.notes)
     drawn = ArrayImages(generated.images, np.random.default_rng(0).integers(0, 3, 120), NAMES)
-    assert not any("as many of each class" in note for note in what_to_know(drawn, generated))
+    assert not any("as many of each class" in note for note in find_warnings(drawn, generated))
 
 
 def test_accuracy_is_of_names_and_not_of_ids():

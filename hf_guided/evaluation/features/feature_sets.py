@@ -136,7 +136,7 @@ def collect_features(
 ) -> FeatureSet | None:
     """Computes the features of a set of images, over all processes that run this call.
 
-    Whole batches are dealt to the processes by their index, so that features do not depend on how many there are, and
+    Whole batches are assigned to the processes by index, so that features do not depend on how many there are, and
     each image counts once.
 
     Args:
