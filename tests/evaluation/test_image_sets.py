@@ -239,7 +239,7 @@ def test_every_image_of_a_folder_counts_whatever_it_is_called(tmp_path, names):
     opened = open_images(folder)
     assert [opened.id2label[label] for label in opened.labels.tolist()] == [n for n in sorted(names) for _ in range(6)]
     assert opened.notes == [
-        f"{folder}: left out: files that are not images in a supported format (1; .toml 1): task.toml."
+        f"{folder}: skipped: files that are not images in a supported format (1; .toml 1): task.toml."
     ]
     train, held_out = (open_images(f"{folder}:{part}") for part in ("train", "held_out"))
     assert len(train) + len(held_out) == 18
