@@ -1,4 +1,4 @@
-"""Registration with diffusers, which then saves and loads classes as `["hf_guided", "ClassName"]` in `model_index.json`.
+"""Registration with diffusers, which then saves classes as `["hf_guided", "ClassName"]` in `model_index.json`.
 
 Without it, diffusers writes the full module path, which loads from a folder but not from the Hub.
 """

@@ -47,7 +47,7 @@ USUAL_LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category", "ta
 
 @dataclass
 class DataArguments(CheckedFields):
-    """Which images to train on, and how they are resized to the model's resolution; each field is a command-line flag."""
+    """Which images to train on, and how they are resized; each field is a command-line flag."""
 
     dataset_name: str | None = flag(
         None,
@@ -68,8 +68,8 @@ class DataArguments(CheckedFields):
     held_out_fraction: Share | None = flag(
         None,
         "Fraction of the training split to hold out if there is no --validation_split, the same fraction of each "
-        "class and the same images for every seed. Default: 0.1, 297 images of the digits, and 0.2 of the width of each photograph. "
-        "0: none.",
+        "class and the same images for every seed. Default: 0.1, 297 images of the digits, and 0.2 of the width of "
+        "each photograph. 0: none.",
     )
     image_column: str | None = flag(None, "Column of the images. Default: found by its type or usual name.")
     label_column: str | None = flag(None, "Column of the class labels. Default: found by its type or usual name.")
@@ -87,11 +87,7 @@ class DataArguments(CheckedFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (
-            "dataset_name",
-            "train_data_dir",
-            "cache_dir",
-        ):  # the shell does not expand --train_data_dir=~/photos
+        for name in ("dataset_name", "train_data_dir", "cache_dir"):  # shells keep the ~ of --train_data_dir=~/photos
             setattr(self, name, getattr(self, name) and os.path.expanduser(getattr(self, name)))
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise ValueError(
@@ -507,9 +503,9 @@ def _refuse_foreign_files(images: Any, args: DataArguments, builder: str | None,
         if is_local and builder == "imagefolder" and not any(metadata):
             return  # found in the folder, not listed in a file: the links are the user's own
         raise ValueError(
-            f"Row {row} of {where} names '{path}', which is not a file below {folder if is_local else caches[0]}. Put the "
-            "images there, with a metadata.csv that lists them in a column file_name, or store them in the rows as "
-            "bytes."
+            f"Row {row} of {where} names '{path}', which is not a file below {folder if is_local else caches[0]}. Put "
+            "the images there, with a metadata.csv that lists them in a column file_name, or store them in the rows "
+            "as bytes."
         )
 
 

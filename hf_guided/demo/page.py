@@ -1,4 +1,4 @@
-"""A page to play with a pipeline: samples as they are made, and the same noise at several values of its trade-off setting."""
+"""The demo's page: samples while they are denoised, and the same noise at several values of a trade-off."""
 
 import base64
 import html

@@ -40,8 +40,8 @@ def write_samples(
     The same samples give the same file, byte for byte. PNGs are encoded while `batches` makes the next batch.
 
     Args:
-        path (`str` or `os.PathLike`): A `.npz` file; a `.parquet` file with the columns `image` and `label`; otherwise a
-            folder of `000000.png` and so on with a `metadata.jsonl`.
+        path (`str` or `os.PathLike`): A `.npz` file; a `.parquet` file with the columns `image` and `label`; otherwise
+            a folder of `000000.png` and so on with a `metadata.jsonl`.
         batches (`Iterable[np.ndarray]`): Images of shape `(n, height, width, channels)`, uint8.
         shape (`tuple[int, int, int, int]`): The shape of all batches together.
         labels (`np.ndarray` of shape `(n,)`, *optional*): Class ids.

@@ -1,4 +1,4 @@
-"""Many samples: the label and the noise of each image, and a resumable run of several processes that writes one file."""
+"""Many samples: the label and noise of each image, and a resumable run of several processes into one file."""
 
 import hashlib
 import json
@@ -103,7 +103,8 @@ def sample_batches(
 
     Args:
         pipeline ([`ClassifierGuidedPipeline`] or one called like it): Makes the images.
-        labels (`torch.Tensor` of shape `(n,)`, or `int`): The class of each image, or the number of images without a class.
+        labels (`torch.Tensor` of shape `(n,)`, or `int`): The class of each image, or the number of images without a
+            class.
         batch_size (`int`): Images at once.
         seed (`int`, defaults to 0): Seed of all images together.
         batches (`Iterable[int]`, *optional*): The batches to make, all by default. Batch b starts at image
@@ -174,9 +175,10 @@ def sample_to_file(
 
     Args:
         pipeline ([`ClassifierGuidedPipeline`] or one called like it): Makes the images, of 1 or 3 channels.
-        labels (`torch.Tensor` of shape `(n,)`, or `int`): The class of each image, or the number of images without a class.
-        output (`str` or `os.PathLike`): The format follows the extension: `.npz` as published, `.parquet`, a folder of PNGs
-            without one, see [`write_samples`]; or `.png`, a grid of all images with one row per class.
+        labels (`torch.Tensor` of shape `(n,)`, or `int`): The class of each image, or the number of images without a
+            class.
+        output (`str` or `os.PathLike`): The format follows the extension: `.npz` as published, `.parquet`, a folder of
+            PNGs without one, see [`write_samples`]; or `.png`, a grid of all images with one row per class.
         batch_size (`int`, defaults to 64): Images at once. Whole batches are assigned to the processes in turn.
         seed (`int`, defaults to 0): Seed of all images together.
         compile (`bool`, defaults to `False`): Compile the pipeline's models first, see
@@ -201,7 +203,8 @@ def sample_to_file(
         )
     if kind == ".png" and num_images > MAX_PICTURED:
         raise ValueError(
-            f"{num_images} images are too many for one grid of at most {MAX_PICTURED}; give an --output of .npz, .parquet or a folder."
+            f"{num_images} images are too many for one grid of at most {MAX_PICTURED}; give an --output of .npz, "
+            f".parquet or a folder."
         )
     shape = (num_images, *pipeline.sample_size, channels)
     parts = _Parts(_parts_folder(path), shape, batch_size)

@@ -662,7 +662,7 @@ def serve(monkeypatch):
     ("leaving", "name"), [("stream of a call", "sample"), ("stream of a session", "compare"), ("cancel", "sample")]
 )
 def test_who_leaves_is_not_computed_for(make_pipe, serve, monkeypatch, leaving, name):
-    monkeypatch.setattr("hf_guided.demo._SECONDS_BETWEEN", 60)  # the next preview is six steps away
+    monkeypatch.setattr("hf_guided.demo.page._SECONDS_BETWEEN", 60)  # the next preview is six steps away
     pipe = make_pipe()
     steps = []
 
@@ -768,6 +768,7 @@ def test_what_cannot_be_shown_is_refused(make_pipe, judge, tiny_unet, tiny_class
         Session(make_pipe(classifier=False, num_class_embeds=None, null_class_label=False, names=None), judge)
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "hf_guided.demo")
+    monkeypatch.delitem(sys.modules, "hf_guided.demo.page")
     with pytest.raises(SystemExit, match=re.escape('install it with: pip install "hf-guided[demo]"')):
         main(["demo", "anything"])
 

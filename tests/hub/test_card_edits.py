@@ -102,5 +102,5 @@ def test_broken_metadata_are_told(tmp_path):
     edit(path, ("library_name: diffusers", "library_name: [diffusers"))
     with pytest.raises(ValueError, match=r"README.md has metadata that are not valid YAML"):
         write(tmp_path)
-    with pytest.raises(ValueError, match="no mapping"):
+    with pytest.raises(ValueError, match="not a mapping"):
         merge("---\n- a\n---\n", sign("# A\n"))
