@@ -61,7 +61,7 @@ def test_a_file_against_a_folder(work, tmp_path, capsys):
     arguments = ["samples.npz", "real", "--features", "judge/model", "--held_out", "real:held_out"]
     main(["evaluate", *arguments, "--output", str(tmp_path / "first")])
     said = capsys.readouterr().out
-    assert "real has images of 20x24 pixels; they are brought to 16x16 as in training" in said
+    assert "real has images of 20x24 pixels; they are resized to 16x16 as in training" in said
     assert said.index("Note: FID falls with the number") < said.index("30 images of samples.npz against 36 of real")
     found = report(tmp_path / "first")
     extractor = load_features("judge/model")

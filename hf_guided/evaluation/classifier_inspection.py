@@ -370,8 +370,8 @@ class ClassifierInspection:
         return (
             f"Suggested: ClassifierGuidance(scale, interval=({low}, {high})). Its best information about the "
             f"class is {self._best.information:.2f} of {self.label_entropy:.2f} nats. It has {INFORMATION_ABOVE:.0%} "
-            f"of that or more up to timestep {high}, and gains less than {1 - INFORMATION_BELOW:.0%} below {low}. This is "
-            f"a suggestion: compare with guidance at all timesteps."
+            f"of that or more up to timestep {high}, and gains less than {1 - INFORMATION_BELOW:.0%} below {low}. This "
+            f"is a suggestion: compare with guidance at all timesteps."
         )
 
 

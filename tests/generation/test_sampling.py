@@ -259,7 +259,7 @@ def test_what_is_there_is_not_made_again(saved, tmp_path):
         with pytest.raises(ValueError, match="made with other settings: the labels were different"):
             sample_to_file(saved, labels.flip(0), path)
     before = contents(tmp_path / "samples.png")
-    assert sample_to_file(saved, labels, tmp_path / "samples.png", seed=1)  # pictures are made anew
+    assert sample_to_file(saved, labels, tmp_path / "samples.png", seed=1)  # grids are made again
     assert contents(tmp_path / "samples.png") != before
     assert not sample_to_file(saved, labels, tmp_path / "samples.png", seed=1)
 
