@@ -147,7 +147,7 @@ def test_vision_model_that_pools_itself(save, pictures):
 
 
 def test_pooling_that_was_never_trained_is_left_out(save, pictures):
-    """Weights without those of the pooling layer, as DINO's are published: reinitialising them would make the features random."""
+    """Weights without those of the pooling layer, as published for DINO: reinitialised ones would be random."""
     torch.manual_seed(0)
     model = ViTModel(ViTConfig(**VIT, image_size=32, patch_size=8), add_pooling_layer=False).eval()
     folder = save(model, vit_processor())
