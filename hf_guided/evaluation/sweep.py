@@ -137,7 +137,7 @@ def choose_scale(rows: Sequence[Row], metric: str) -> tuple[Row, str]:
         f"({values[chosen].min():.3g} to {values[chosen].max():.3g} over {len(seeds)} seeds)"
     )
     if chosen != best:
-        reason += f"; {described(best)} has {values[best].mean():.3g}, but differences up to {math.expm1(error):.0%} are noise"
+        reason += f"; {described(best)} has {values[best].mean():.3g}, but {math.expm1(error):.0%} can be noise"
     elif len(seeds) == 1:
         reason += "; with one seed the noise of that is unknown"
     count, scale = settings[chosen]

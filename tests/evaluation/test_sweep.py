@@ -58,10 +58,7 @@ def test_noise_does_not_choose():
     noisy = {(None, 1.0): [4.0, 6.0, 5.0], (None, 2.0): [4.2, 5.5, 5.2], (None, 5.0): [4.1, 5.4, 5.1]}
     chosen, reason = choose_scale(rows_of(noisy), "fid/judge")
     assert chosen == {"num_inference_steps": None, "guidance_scale": 1.0, "fid/judge": 5.0}
-    assert (
-        reason
-        == "Scale 1: FID in judge features 5 (4 to 6 over 3 seeds); scale 5 has 4.87, but differences up to 4% are noise."
-    )
+    assert reason == "Scale 1: FID in judge features 5 (4 to 6 over 3 seeds); scale 5 has 4.87, but 4% can be noise."
 
     # The same means, but every seed agrees that 5 is better than 1.
     certain = {(None, 1.0): [4.2, 5.55, 5.25], (None, 2.0): [4.9, 6.3, 5.9], (None, 5.0): [4.1, 5.4, 5.1]}
