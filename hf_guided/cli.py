@@ -341,7 +341,7 @@ def add_measuring(command: argparse.ArgumentParser) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Measures samples against real images, and writes a report with pictures."""
     from .evaluation.evaluate import evaluate as evaluate_images
-    from .evaluation.evaluate import what_to_know
+    from .evaluation.evaluate import find_warnings
     from .evaluation.features.feature_sets import CACHE_DIR, FeatureSet, collect_features, is_saved
     from .evaluation.features.image_sets import ImageSet, SampledImages, open_images
     from .evaluation.likelihood import likelihood, likelihood_labels
@@ -393,7 +393,7 @@ def evaluate(args: argparse.Namespace) -> None:
         if not isinstance(reference, ImageSet) or (held_out is not None and not isinstance(held_out, ImageSet)):
             raise ValueError(f"{flag} needs images, and statistics alone were given.")
     bits_labels = likelihood_labels(pipe, reference) if args.likelihood else None
-    tell(state, *(f"Note: {note}" for note in what_to_know(generated, reference, held_out)))
+    tell(state, *(f"Note: {note}" for note in find_warnings(generated, reference, held_out)))
 
     # 2. Sample, where it is a pipeline's turn; measure
     output.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,7 @@ def test_a_file_against_a_folder(work, tmp_path, capsys):
     arguments = ["samples.npz", "real", "--features", "judge/model", "--held_out", "real:held_out"]
     main(["evaluate", *arguments, "--output", str(tmp_path / "first")])
     said = capsys.readouterr().out
-    assert "real has images of 20x24 pixels; they are brought to 16x16 as in training" in said
+    assert "real has images of 20x24 pixels; they are resized to 16x16 as in training" in said
     assert said.index("Note: FID falls with the number") < said.index("30 images of samples.npz against 36 of real")
     found = report(tmp_path / "first")
     extractor = load_features("judge/model")
@@ -93,7 +93,7 @@ def test_what_a_folder_leaves_out_is_told(work, tmp_path, capsys):
     main(["evaluate", "samples.npz", folder, *flags])
     shown = capsys.readouterr().out
     assert "30 images of samples.npz against 30 of " in shown
-    note = "left out: files that are not images in a supported format (1; .heic 1): cat/x.heic"
+    note = "skipped: files that are not images in a supported format (1; .heic 1): cat/x.heic"
     assert shown.split("30 images of")[0].count(note) == 1  # before the work, once for both parts of one folder
     assert sum(note in line for line in report(tmp_path / "out")["notes"]) == 1
 

@@ -1,1 +1,4 @@
-"""Families of generative models side by side: trained alike, measured alike, told in one report with its plots."""
+"""Comparison of families of generative models: the same training budget, the same metrics, one report with plots.
+
+The only room of the library that imports `training`.
+"""

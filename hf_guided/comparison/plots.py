@@ -1,4 +1,4 @@
-"""Pictures of a comparison of families: their images side by side, and their numbers and training curves."""
+"""Plots of a comparison: sample grids side by side, metrics and training curves."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ _HELD_OUT = "held_out/"  # before the name of a loss
 
 
 def families_of(comparison: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """The runs of each family by seed, families in their first order."""
+    """The runs of each family, sorted by seed; families in their order of appearance."""
     families: dict[str, list[Mapping[str, Any]]] = {}
     for run in sorted(comparison["runs"], key=lambda run: run["seed"]):
         families.setdefault(run["family"], []).append(run)
@@ -27,7 +27,7 @@ def families_of(comparison: Mapping[str, Any]) -> dict[str, list[Mapping[str, An
 
 
 def values_of(runs: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
-    """A number of each run that has it, by seed; what is not finite counts as missing."""
+    """A number of each run that has it, by seed; values that are not finite count as missing."""
     values = {run["seed"]: run["metrics"].get(key, run.get(key)) for run in runs}
     return {seed: value for seed, value in values.items() if value is not None and math.isfinite(value)}
 
@@ -38,23 +38,23 @@ def save_grids(
     path: str | os.PathLike,
     titles: Mapping[str, str],
 ) -> None:
-    """Draws the families' images side by side, one row per class, into a PNG.
+    """Saves a PNG of the families' images side by side, one row per class.
 
     Args:
-        grids (`Mapping[str, Sequence[PIL.Image.Image]]`): The images of each family (real ones may be a family of their
-            own), equally many per class and family, all of the first class first.
+        grids (`Mapping[str, Sequence[PIL.Image.Image]]`): The images of each family, where real images may be one,
+            class by class, with the same number per class and family.
         class_names (`Sequence[str]`): The class of each row.
-        path (`str` or `os.PathLike`): Where the PNG goes.
-        titles (`Mapping[str, str]`): What stands above each family's images.
+        path (`str` or `os.PathLike`): The PNG file.
+        titles (`Mapping[str, str]`): The heading above each family's images.
 
     Raises:
         ValueError: If a family has more or fewer images than another.
     """
     counts = {family: len(images) for family, images in grids.items()}
     if len(set(counts.values())) != 1:
-        raise ValueError(f"Needs equally many images of each family, got {counts}.")
+        raise ValueError(f"Each family needs the same number of images; got {counts}.")
     longest = max(max(images[0].size) for images in grids.values())
-    cell_size = longest * -(-56 // longest)  # the same for all, so that rows are level
+    cell_size = longest * -(-56 // longest)  # the same for all, so that rows are aligned
     parts = [
         labelled_grid(
             images, class_names if i == 0 else [""] * len(class_names), title=titles[family], cell_size=cell_size
@@ -70,12 +70,12 @@ def save_grids(
 
 
 def save_curves(comparison: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Draws precision against recall, the FID of each seed, and the losses in training into a PNG.
+    """Saves a PNG of precision against recall, the FID of each seed, and the training losses.
 
     Args:
-        comparison (`Mapping`): What was measured: `runs`, one for each family and seed, and `real`, the numbers of
-            held-out images (or `None`).
-        path (`str` or `os.PathLike`): Where the PNG goes.
+        comparison (`Mapping`): The results: `runs`, one per family and seed, and `real`, the metrics of held-out
+            images (or `None`).
+        path (`str` or `os.PathLike`): The PNG file.
     """
     families = families_of(comparison)
     trained = {family: runs for family, runs in families.items() if any(run["losses"] for run in runs)}
@@ -102,10 +102,10 @@ def save_curves(comparison: Mapping[str, Any], path: str | os.PathLike) -> None:
 
 
 def _draw_plane(axes: Any, families: Mapping[str, Any], colors: Mapping[str, str], real: Mapping[str, float]) -> list:
-    """Families as points with their seeds' range, curves through the values of a dial.
+    """Draws families as points with the range of their seeds, and curves over the values of a trade-off.
 
     Returns:
-        `list[tuple[float, float, str, str]]`: What to write beside the curves: recall, precision, text, colour.
+        `list[tuple[float, float, str, str]]`: Labels of the curves: recall, precision, text, colour.
     """
     annotations = []
     for i, (family, runs) in enumerate(families.items()):
@@ -121,10 +121,10 @@ def _draw_plane(axes: Any, families: Mapping[str, Any], colors: Mapping[str, str
                 [x], [y], xerr=x_range, yerr=y_range, fmt=marker, markersize=10, color=colors[family], capsize=3,
                 label=runs[0]["title"], zorder=3,
             )  # fmt: skip
-        dial, points = _dial(runs)
+        trade_off, points = _trade_off(runs)
         if points:
             recalls, precisions = ([point[j] for point in points] for j in (1, 2))
-            label = f"{runs[0]['title']}, by {dial}"
+            label = f"{runs[0]['title']}, by {trade_off}"
             axes.plot(
                 recalls, precisions, "-o", markersize=4, linewidth=1, color=colors[family], alpha=0.7, label=label
             )
@@ -142,8 +142,8 @@ def _draw_plane(axes: Any, families: Mapping[str, Any], colors: Mapping[str, str
     return annotations
 
 
-def _dial(runs: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[float, float, float]]]:
-    """The name of what was turned, and its values with mean recall and precision over the runs that tried them."""
+def _trade_off(runs: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[float, float, float]]]:
+    """The name of the trade-off, and its values with their mean recall and precision over the runs."""
     name = ""
     found: dict[float, list[tuple[float, float]]] = {}
     for run in runs:
@@ -162,7 +162,7 @@ def _dial(runs: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[float, flo
 def _draw_distances(
     axes: Any, families: Mapping[str, Any], colors: Mapping[str, str], real: Mapping[str, float]
 ) -> None:
-    """The FID of each run; a bar at the mean."""
+    """Draws the FID of each run, with a bar at the mean."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     everything = [real["fid"]] if real.get("fid", 0) > 0 else []
@@ -194,7 +194,7 @@ def _draw_distances(
 
 
 def _draw_losses(axes: Any, runs: Sequence[Mapping[str, Any]], color: str) -> None:
-    """The losses of one family, a line for each seed; each name has a colour, held-out ones are dashed."""
+    """Draws the losses of one family, a line per seed. A colour per loss; held-out losses are dashed."""
     names = list(dict.fromkeys(name.removeprefix(_HELD_OUT) for run in runs for name in run["losses"]))
     palette = dict(zip(names, (color, INK, "#9a6700", "#bf3989", "#57606a"), strict=False))
     labelled, heights = set(), []
@@ -214,14 +214,14 @@ def _draw_losses(axes: Any, runs: Sequence[Mapping[str, Any]], color: str) -> No
     axes.set_xlabel("seconds of training")
     _plain(axes)
     low, high = axes.transScale.transform([(0, bound) for bound in axes.get_ylim()])[:, 1]
-    top = high + 0.35 * (high - low)  # room for the legend, which would hide lines
+    top = high + 0.35 * (high - low)  # space for the legend, which would hide lines
     axes.set_ylim(top=axes.transScale.inverted().transform((0, top))[1])
     axes.legend(frameon=False, fontsize="small", loc="upper right", ncols=2)
 
 
 def _annotate(figure: Any, axes: Any, annotations: Sequence[tuple[float, float, str, str]]) -> None:
-    """Writes values beside their points, each where it covers no point and no other value, or not at all."""
-    figure.draw_without_rendering()  # the layout moves axes: only now is known where points lie
+    """Labels points with their values where a label covers no point and no other label; skips the others."""
+    figure.draw_without_rendering()  # the layout moves axes, so that positions are known only now
     points = [axes.transData.transform(annotation[:2]) for annotation in annotations]
     markers = [axes.transData.transform(line.get_xydata()[0]) for line in axes.lines if len(line.get_xydata()) == 1]
     scale = figure.dpi / 72
@@ -242,7 +242,7 @@ def _annotate(figure: Any, axes: Any, annotations: Sequence[tuple[float, float, 
 
 
 def _mean_and_range(values: Sequence[float]) -> tuple[float, list[list[float]]]:
-    """The mean and its distances to the lowest and the highest, as error bars want them."""
+    """The mean and its distances to the lowest and the highest, in the form of error bars."""
     mean = sum(values) / len(values)
     return mean, [[max(0.0, mean - min(values))], [max(0.0, max(values) - mean)]]
 

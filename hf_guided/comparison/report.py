@@ -1,4 +1,4 @@
-"""Families of generative models side by side: a table, what follows from its numbers, and a sheet to send around."""
+"""The report of a comparison: a table, findings from its numbers, and Markdown and HTML files."""
 
 import base64
 import html
@@ -18,8 +18,8 @@ from .plots import families_of, save_curves, save_grids, values_of
 
 _NOT_MEASURED = "–"
 _NO_BITS = "none"
-_COPY_LIMIT = f"{100 * COPY_QUANTILE:g} %"  # that held-out images have by construction
-_TOGETHER = "cannot be told apart by these seeds"
+_COPY_LIMIT = f"{100 * COPY_QUANTILE:g} %"  # fraction of held-out images, by construction
+_NOT_SEPARATED = "are not separated by these seeds"
 
 
 def _significant(value: float) -> str:
@@ -50,7 +50,7 @@ _COSTS = (
 
 
 def _columns(comparison: Mapping[str, Any]) -> list[Metric]:
-    """What the table shows: every metric that was measured of somebody, then what each family costs."""
+    """The table's columns: every metric that was measured for some family, then the costs."""
     families = families_of(comparison).values()
     real = {} if comparison["real"] is None else comparison["real"]["metrics"]
     measured = [
@@ -62,14 +62,14 @@ def _columns(comparison: Mapping[str, Any]) -> list[Metric]:
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
-    """One row per family, as Markdown, with notes below that say what the cells mean.
+    """The results as a Markdown table with one row per family, and notes that explain the cells.
 
     Args:
-        comparison (`Mapping`): What was measured: its `runs`, one for each family and seed, and `real`, the numbers of
-            held-out images (or `None`).
+        comparison (`Mapping`): The results: `runs`, one per family and seed, and `real`, the metrics of held-out
+            images (or `None`).
 
     Returns:
-        `str`: The table. Cells hold the mean over seeds, in brackets the lowest and the highest.
+        `str`: The table. A cell is the mean over seeds, with the lowest and the highest in brackets.
     """
     header, *rows = _table(comparison)
     lines = [header, ["---"] * len(header), *([_markdown(cell) for cell in row] for row in rows)]
@@ -78,16 +78,16 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
 
 
 def findings(comparison: Mapping[str, Any]) -> list[str]:
-    """What follows from the numbers alone, in sentences.
+    """The findings that follow from the numbers, in sentences.
 
-    Two families differ "with every seed" where every run of the one is better than every run of the other. Where the
-    ranges of their seeds overlap, the seeds cannot tell them apart.
+    Two families differ "with every seed" if every run of the one is better than every run of the other. If the ranges
+    of their seeds overlap, the seeds do not separate them.
 
     Args:
         comparison (`Mapping`): As for [`comparison_table`].
 
     Returns:
-        `list[str]`: The sentences, only about families and numbers that are there.
+        `list[str]`: The sentences, about the families and numbers that are present.
     """
     families = families_of(comparison)
     by_name = {family: _title(runs) for family, runs in families.items()}
@@ -111,10 +111,10 @@ def write_comparison(
     """Writes `comparison.json`, `comparison.md`, `comparison.html`, `grids.png` and `curves.png`.
 
     Args:
-        folder (`str` or `os.PathLike`): Where they go; made if it is not there.
+        folder (`str` or `os.PathLike`): The folder, created if needed.
         comparison (`Mapping`): As for [`comparison_table`].
         grids (`Mapping[str, Sequence[PIL.Image.Image]]`): The images of each family, as for [`save_grids`].
-        titles (`Mapping[str, str]`): What stands above each family's images.
+        titles (`Mapping[str, str]`): The heading above each family's images.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,8 +122,8 @@ def write_comparison(
     save_grids(grids, comparison["settings"]["class_names"], folder / "grids.png", titles)
     save_curves(comparison, folder / "curves.png")
     for name, text in (
-        ("comparison.md", _sheet_markdown(comparison)),
-        ("comparison.html", _sheet_html(comparison, folder)),
+        ("comparison.md", _report_markdown(comparison)),
+        ("comparison.html", _report_html(comparison, folder)),
     ):
         with replacing(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -156,7 +156,7 @@ def _family_cell(runs: Sequence[Mapping[str, Any]], column: Metric) -> str:
 
 
 def _cell(values: Iterable[float | None], column: Metric) -> str:
-    """The mean, in brackets the lowest and the highest where they differ in the digits shown."""
+    """The mean, with the lowest and the highest in brackets if they differ in the digits shown."""
     known = [value for value in values if value is not None]
     if not known:
         return _NOT_MEASURED
@@ -166,45 +166,45 @@ def _cell(values: Iterable[float | None], column: Metric) -> str:
 
 
 def _footnotes(comparison: Mapping[str, Any]) -> list[str]:
-    """What the cells mean, as far as they are there."""
+    """Explanations of the cells that are present."""
     families = families_of(comparison)
     notes = []
     if any(len(runs) > 1 for runs in families.values()):
-        notes.append("Cells: the mean over seeds, then the lowest and the highest where they differ.")
+        notes.append("Cells: the mean over seeds, with the lowest and the highest in brackets if they differ.")
     most = max((len(runs) for runs in families.values()), default=0)
     for runs in families.values():
         if len(runs) < most:
             notes.append(f"{_title(runs)}: {_seeds_in_words([run['seed'] for run in runs])} only.")
     if any(value < 0 for runs in families.values() for value in values_of(runs, "kid").values()):
         notes.append(
-            "KID below 0: it is unbiased for samples whose classes chance draws; of as many of each class it is lower."
+            "KID below 0: KID is unbiased for samples with randomly drawn classes, and lower for class-balanced ones."
         )
     if any(values_of(runs, _COPIED.name) for runs in families.values()):
         notes.append(
-            f"copied: the share of samples nearer to a training image than all but {_COPY_LIMIT} of held-out images "
-            "are."
+            f"copied: the fraction of samples closer to a training image than all but {_COPY_LIMIT} of held-out "
+            "images are."
         )
     if any(values_of(runs, _BITS.name) and _is_bound(runs) for runs in families.values()):
-        notes.append("bits/dim with ≤: an upper bound, the true value may be lower.")
+        notes.append("bits/dim with ≤: an upper bound; the true value may be lower.")
     for runs in families.values():
         why = _why_no_bits(runs)
         if why is not None:
             notes.append(f"{_title(runs)} has no bits/dim: {why}.")
     if any(_spread(runs) is not None for runs in families.values()):
-        notes.append("spread: the highest FID of the seeds divided by the lowest, 1 is the steadiest training.")
+        notes.append("spread: the highest FID of the seeds divided by the lowest; 1 is the most stable training.")
     return notes
 
 
-# What follows from the numbers
+# Findings
 
 
 def _verdict(better: Mapping[int, float], worse: Mapping[int, float], higher_is_better: bool) -> str:
-    """How sure it is that the first, ahead in the mean, is ahead of the second.
+    """How clearly the family with the better mean is ahead of the other.
 
     Returns:
-        `str`: `"clear"`: every run is better than every run of the other. `"single"`: so they are, but one of the two
-            has one run only. `"paired"`: better with every seed that both have, but the ranges overlap. `"overlap"`:
-            not even that.
+        `str`: `"clear"`: every run is better than every run of the other. `"single"`: the same, but one of the two has
+            only one run. `"paired"`: better with every seed that both have, but the ranges overlap. `"overlap"`:
+            none of these.
     """
     sign = 1 if higher_is_better else -1
     if min(sign * value for value in better.values()) > max(sign * value for value in worse.values()):
@@ -216,14 +216,14 @@ def _verdict(better: Mapping[int, float], worse: Mapping[int, float], higher_is_
 
 
 def _ranked(families: Mapping[str, Sequence[Mapping[str, Any]]], column: Metric) -> list[tuple[str, dict[int, float]]]:
-    """Title and values of each family that has some, the best mean first."""
+    """Title and values of each family that has values, the best mean first."""
     known = [(_title(runs), values_of(runs, column.name)) for runs in families.values()]
     known = [(title, values) for title, values in known if values]
     return sorted(known, key=lambda item: _mean(item[1].values()), reverse=column.higher_is_better)
 
 
 def _ahead(best: Mapping[int, float], others: Sequence[tuple[str, Mapping[int, float]]], higher_is_better: bool) -> str:
-    """Whether the best family is ahead of each of the others, in words that follow a comma."""
+    """How the best family compares with each of the others, as clauses of a sentence."""
     of_verdict: dict[str, list[str]] = {}
     for title, values in others:
         of_verdict.setdefault(_verdict(best, values, higher_is_better), []).append(title)
@@ -232,13 +232,15 @@ def _ahead(best: Mapping[int, float], others: Sequence[tuple[str, Mapping[int, f
         named = "every other family" if len(of_verdict) == 1 else _listed(of_verdict["clear"])
         clauses.append(f"ahead of {named} with every seed")
     if "single" in of_verdict:
-        clauses.append(f"ahead of {_listed(of_verdict['single'])} by a single run, which says nothing of other seeds")
+        clauses.append(
+            f"ahead of {_listed(of_verdict['single'])} by a single run, which says nothing about other seeds"
+        )
     if "paired" in of_verdict:
         clauses.append(
-            f"ahead of {_listed(of_verdict['paired'])} at each seed, but their ranges overlap: they {_TOGETHER}"
+            f"ahead of {_listed(of_verdict['paired'])} with each seed, but the ranges overlap: they {_NOT_SEPARATED}"
         )
     if "overlap" in of_verdict:
-        clauses.append(f"but it and {_listed(of_verdict['overlap'])} {_TOGETHER}")
+        clauses.append(f"but it and {_listed(of_verdict['overlap'])} {_NOT_SEPARATED}")
     return "; ".join(clauses)
 
 
@@ -252,7 +254,7 @@ def _best(families: Mapping[str, Sequence[Mapping[str, Any]]], column: Metric) -
 
 
 def _duel(runs: Sequence[Mapping[str, Any]], gan: Sequence[Mapping[str, Any]]) -> str | None:
-    """Does a family beat the GAN?"""
+    """Whether a family beats the GAN."""
     answers = []
     for column in (_FID, _PRECISION, _RECALL):
         own, rival = values_of(runs, column.name), values_of(gan, column.name)
@@ -266,15 +268,15 @@ def _duel(runs: Sequence[Mapping[str, Any]], gan: Sequence[Mapping[str, Any]]) -
         answer = {
             "clear": "yes, with every seed" if wins else f"no, {leader} wins with every seed",
             "single": f"{'yes' if wins else f'no, {leader} wins'}, but by a single run",
-            "paired": f"{leader} is ahead at each seed, but their ranges overlap: they {_TOGETHER}",
-            "overlap": f"they {_TOGETHER}",
+            "paired": f"{leader} is ahead with each seed, but the ranges overlap: they {_NOT_SEPARATED}",
+            "overlap": f"they {_NOT_SEPARATED}",
         }[verdict]
         answers.append(f"{column.title}: {answer} {numbers}")
     return f"Does {_title(runs)} beat {_title(gan)}? {'; '.join(answers)}." if answers else None
 
 
 def _effect_of_guidance(plain: Sequence[Mapping[str, Any]], guided: Sequence[Mapping[str, Any]]) -> str | None:
-    """Compares runs of the same seed; where both were trained, guided diffusion has a UNet of its own."""
+    """The effect of guidance between runs of the same seed; guided diffusion trains its own UNet."""
     effects, directions = [], {}
     for column in (_PRECISION, _RECALL, _FID, _ACCURACY):
         before, after = values_of(plain, column.name), values_of(guided, column.name)
@@ -299,8 +301,8 @@ def _effect_of_guidance(plain: Sequence[Mapping[str, Any]], guided: Sequence[Map
     is_trade = directions.get(_PRECISION, "").startswith("rises with every") and directions.get(_RECALL, "").startswith(
         "falls with every"
     )
-    trade = " Precision is bought with recall." if is_trade else ""
-    return f"What guidance changes in {_title(plain)}: {', '.join(effects)}.{trade}"
+    trade = " Guidance trades recall for precision." if is_trade else ""
+    return f"Effect of guidance on {_title(plain)}: {', '.join(effects)}.{trade}"
 
 
 def _best_bits(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
@@ -313,12 +315,12 @@ def _best_bits(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | Non
     sentence = f"Lowest bits/dim: {title}, {kind}{_cell(values.values(), _BITS)}, {_ahead(values, others, False)}."
     bounded_others = [other for other, _ in others if other in bounds]
     if bounded_others:
-        sentence += f" Of {_listed(bounded_others)} only an upper bound is known: the true value may be lower."
+        sentence += f" For {_listed(bounded_others)} only an upper bound is known; the true value may be lower."
     return sentence
 
 
 def _without_bits(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
-    """Whose likelihood cannot be had, where that was said."""
+    """The families without a likelihood, with the reasons."""
     reasons = [(_title(runs), _why_no_bits(runs)) for runs in families.values()]
     named = [f"{title} ({why})" for title, why in reasons if why is not None]
     return f"No bits/dim: {_listed(named)}." if named else None
@@ -327,7 +329,7 @@ def _without_bits(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | 
 def _steadiness(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
     ratios = [(ratio, _title(runs)) for runs in families.values() if (ratio := _spread(runs)) is not None]
     (most, unsteady), (least, steady) = max(ratios, default=(0, "")), min(ratios, default=(0, ""))
-    if _significant(most) == _significant(least):  # fewer than two families, or as steady as each other
+    if _significant(most) == _significant(least):  # fewer than two families, or equal spreads
         return None
     return (
         f"Seeds differ most for {unsteady}, whose highest FID is {_significant(most)} times its lowest, and least for "
@@ -344,7 +346,7 @@ def _fastest(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
     factors = [f"{other} {_significant(_mean(times.values()) / own)}" for other, times in others]
     cell = _cell(values.values(), _SECONDS)
     ahead = _ahead(values, others, False)
-    return f"Fastest to sample: {title}, {cell} s an image, {ahead}. Times as long: {', '.join(factors)}."
+    return f"Fastest to sample: {title}, {cell} s per image, {ahead}. Relative times: {', '.join(factors)}."
 
 
 def _copies(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
@@ -356,12 +358,12 @@ def _copies(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
     numbers = ", ".join(f"{title} {_cell(values.values(), _COPIED)}" for title, values in known.items())
     verdict = f"{_listed(above)} above that in every run" if above else "no family is above that in every run"
     return (
-        f"Samples nearer to a training image than all but {_COPY_LIMIT} of held-out images are: {numbers}; {verdict}."
+        f"Samples closer to a training image than all but {_COPY_LIMIT} of held-out images are: {numbers}; {verdict}."
     )
 
 
 def _notes(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """What was seen in single runs, once where several seeds share it."""
+    """Notes on single runs, once if several seeds share a note."""
     sentences = []
     for runs in families.values():
         seeds_of: dict[str, list[int]] = {}
@@ -373,33 +375,33 @@ def _notes(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     return sentences
 
 
-# The sheet
+# The report
 
 
-def _sheet_title(comparison: Mapping[str, Any]) -> str:
+def _report_title(comparison: Mapping[str, Any]) -> str:
     return f"Families of generative models on {comparison['settings']['data']}"
 
 
-def _sheet_settings(comparison: Mapping[str, Any]) -> str:
+def _report_settings(comparison: Mapping[str, Any]) -> str:
     settings = comparison["settings"]
     if settings["budget"] is None:
         return (
-            f"The models were trained before, each in its own way; {settings['num_images']:,} images of each were "
-            f"measured, with the features {settings['features']}."
+            f"The models had been trained before. {settings['num_images']:,} samples of each were measured in the "
+            f"features of {settings['features']}."
         )
     return (
         f"Each model was trained for {settings['budget']} ({settings['hardware']}), with "
-        f"{_seeds_in_words(settings['seeds'])}. {settings['num_images']:,} images of each were measured in the "
+        f"{_seeds_in_words(settings['seeds'])}. {settings['num_images']:,} samples of each were measured in the "
         f"features of {settings['features']}."
     )
 
 
-def _sheet_markdown(comparison: Mapping[str, Any]) -> str:
+def _report_markdown(comparison: Mapping[str, Any]) -> str:
     found = "\n".join(f"- {_markdown(sentence)}" for sentence in findings(comparison))
     return (
-        f"# {_markdown(_sheet_title(comparison))}\n\n{_markdown(_sheet_settings(comparison))}\n\n"
+        f"# {_markdown(_report_title(comparison))}\n\n{_markdown(_report_settings(comparison))}\n\n"
         f"{comparison_table(comparison)}\n\n## Findings\n\n{found}\n\n"
-        "## Pictures\n\n![Images of each family](grids.png)\n\n"
+        "## Images\n\n![Images of each family](grids.png)\n\n"
         "![Precision, recall, FID and losses](curves.png)\n"
     )
 
@@ -421,8 +423,8 @@ td small { display: block; color: #59636e; font-size: 0.65rem; }
 """
 
 
-def _sheet_html(comparison: Mapping[str, Any], folder: Path) -> str:
-    """One file that holds everything: the pictures are those in the folder."""
+def _report_html(comparison: Mapping[str, Any], folder: Path) -> str:
+    """The report as one HTML file, which includes the images of the folder."""
     header, *rows = _table(comparison)
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "\n".join(
@@ -434,7 +436,7 @@ def _sheet_html(comparison: Mapping[str, Any], folder: Path) -> str:
         for texts in (_footnotes(comparison), findings(comparison))
     )
     grids, curves = (base64.b64encode((folder / name).read_bytes()).decode() for name in ("grids.png", "curves.png"))
-    title = html.escape(_sheet_title(comparison))
+    title = html.escape(_report_title(comparison))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -445,7 +447,7 @@ def _sheet_html(comparison: Mapping[str, Any], folder: Path) -> str:
 </head>
 <body>
 <h1>{title}</h1>
-<p>{html.escape(_sheet_settings(comparison))}</p>
+<p>{html.escape(_report_settings(comparison))}</p>
 <div class="wide"><table>
 <thead><tr>{head}</tr></thead>
 <tbody>
@@ -469,12 +471,12 @@ def _sheet_html(comparison: Mapping[str, Any], folder: Path) -> str:
 
 
 def _two_lines(cell: str) -> str:
-    """The range in small print below the mean, so that fifteen columns fit."""
+    """The range in small print below the mean, to fit fifteen columns."""
     mean, bracket, lowest_and_highest = cell.partition(" (")
     return html.escape(mean) + (f"<small>{html.escape(lowest_and_highest.rstrip(')'))}</small>" if bracket else "")
 
 
-# Small things
+# Helpers
 
 
 def _title(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -487,7 +489,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _spread(runs: Sequence[Mapping[str, Any]]) -> float | None:
-    """How much the seeds differ: the highest FID over the lowest, or `None` where there are not two to divide."""
+    """The highest FID of the seeds divided by the lowest; `None` with fewer than two."""
     fids = values_of(runs, _FID.name).values()
     return max(fids) / min(fids) if len(fids) > 1 and min(fids) > 0 else None
 
@@ -497,7 +499,7 @@ def _is_bound(runs: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _why_no_bits(runs: Sequence[Mapping[str, Any]]) -> str | None:
-    """Why a family has no likelihood, or `None` if it has one or nothing is said."""
+    """The reason why a family has no likelihood; `None` if it has one or no reason is known."""
     if values_of(runs, _BITS.name):
         return None
     return next((run["no_bits"].rstrip(".") for run in runs if run.get("no_bits")), None)
@@ -512,5 +514,5 @@ def _seeds_in_words(seeds: Sequence[int]) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Text that a Markdown reader shows as it is: users' names may hold anything."""
+    """Escaped text for Markdown, since users' names may hold any character."""
     return re.sub(r"([\\`*<\[|])", r"\\\1", " ".join(text.split()))

@@ -1,8 +1,8 @@
-"""The families of generative models side by side: trained with one budget, sampled and measured by one judge.
+"""Comparison of families of generative models: trained with the same budget and measured in the same features.
 
     hf-guided compare --data digits --families vae,gan,flow,diffusion,guided --budget 5m
 
-Each run's numbers are kept as soon as they are there: stopped or killed, rerun the same command to resume.
+The numbers of each run are saved when it is finished. Rerun the same command to resume.
 """
 
 import dataclasses
@@ -65,20 +65,20 @@ _UNITS = {"s": ("seconds", 1), "m": ("seconds", 60), "h": ("seconds", 3600),
           "steps": ("steps", 1), "parameters": ("parameters", 1)}  # fmt: skip
 _MOST = {"seconds": 366 * 86400, "steps": 1e11, "parameters": 1e11}
 _LIKELIHOOD_IMAGES = 128
-_PICTURED = 5  # images of each class in the sheet
+_PICTURED = 5  # images of each class in the report
 _MAX_REAL_IMAGES = 10_000
 _PLAN = {"settings": dict, "steps": {str: {str: int}}, "widths": {str: {str: dict}}, "seconds_per_step": dict}
 _RUN = {"family": str, "seed": int, "parameters": int, "metrics": dict, "losses": dict, "notes": list}
-_GROWING = {"families", "seeds", "hardware"}  # settings that may change between two sittings of one comparison
-_GUIDANCE_HAS_NO_BITS = "guidance changes what is sampled, and nobody knows the density of that"
+_GROWING = {"families", "seeds", "hardware"}  # settings that may change when a comparison is resumed
+_GUIDANCE_HAS_NO_BITS = "the density of the guided samples is not known"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every family gets.
+    """The training budget of every family.
 
     Attributes:
-        amount (`float`): In its unit.
+        amount (`float`): The amount, in its unit.
         unit (`str`): `"seconds"` of training, `"steps"` of training, or `"parameters"`, trained for the recipe's steps.
     """
 
@@ -87,7 +87,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """Reads `"5m"`, `"300s"`, `"1h"`, `"2000steps"` or `"500kparameters"`.
+        """The budget of a text such as `"5m"`, `"300s"`, `"1h"`, `"2000steps"` or `"500kparameters"`.
 
         Raises:
             `ValueError`: For anything else.
@@ -98,7 +98,7 @@ class Budget:
             amount = float(match[1]) * factor * {"": 1, "k": 1e3, "M": 1e6}[match[2]]
             if 0 < amount <= _MOST[unit]:
                 return cls(amount, unit)
-        raise ValueError(f"--budget {text} is none; give 5m, 300s, 1h, 2000steps or 500kparameters.")
+        raise ValueError(f"--budget {text} is not a budget; give 5m, 300s, 1h, 2000steps or 500kparameters.")
 
     def __str__(self) -> str:
         if self.unit != "seconds":
@@ -122,32 +122,32 @@ def compare(
     recipe: str | None = None,
     batch_size: int = 250,
 ) -> Path:
-    """Trains each family with each seed and the same budget, or takes trained models, and measures all alike.
+    """The report that compares families, each trained with each seed and the same budget, or compares trained models.
 
     Args:
-        data (`str`): A built-in dataset, a folder with one sub-folder of images per class, or a dataset of the Hub.
-        output (`str` or `Path`): Folder for the models, the numbers and the sheet.
-        families (`Sequence[str]`): Of `"vae"`, `"gan"`, `"flow"`, `"diffusion"` (told the class) and `"guided"` (told
-            the class, and steered by a classifier, which has a third of the budget).
-        models (`dict[str, str]`, *optional*): Instead: trained pipelines, folders or names on the Hub, by the name that
-            they are to have.
-        budget (`str`, defaults to `"5m"`): See [`Budget.parse`]. The steps that fit into a time are measured before.
-        seeds (`Sequence[int]`, defaults to `(0, 1, 2)`): Each trains a model of its own.
-        features (`str`, *optional*): The judge, see [`load_features`]; by default one is trained by the recipe.
-        num_images (`int`, defaults to 2000): Samples measured of each model, as many of each class.
-        guidance_scale (`float`, defaults to 0.5): Of guided diffusion, in the table.
-        guidance_scales (`Sequence[float]`): Of its curve.
+        data (`str`): A built-in dataset, a folder with one sub-folder of images per class, or a dataset on the Hub.
+        output (`str` or `Path`): Folder for the models, the numbers and the report.
+        families (`Sequence[str]`): Some of `"vae"`, `"gan"`, `"flow"`, `"diffusion"` (class-conditional) and
+            `"guided"` (class-conditional, with a classifier that takes a third of the budget).
+        models (`dict[str, str]`, *optional*): Trained pipelines to compare instead, folders or ids on the Hub, by the
+            name that the report gives them.
+        budget (`str`, defaults to `"5m"`): See [`Budget.parse`]. For a time, the speed is measured first.
+        seeds (`Sequence[int]`, defaults to `(0, 1, 2)`): One model of each family is trained per seed.
+        features (`str`, *optional*): The evaluation classifier or other features, see [`load_features`]. By default
+            the recipe trains an evaluation classifier.
+        num_images (`int`, defaults to 2000): Samples of each model, balanced over the classes.
+        guidance_scale (`float`, defaults to 0.5): Guidance scale of guided diffusion in the table.
+        guidance_scales (`Sequence[float]`): Guidance scales of its curve.
         resolution (`Sequence[int]`, *optional*), recipe (`str`, *optional*): As the training scripts take them.
         batch_size (`int`, defaults to 250): Images at once, in sampling and measuring.
 
     Returns:
-        `Path`: The sheet.
+        `Path`: The report, `comparison.html`.
 
     Raises:
-        `ValueError`: For an unknown family or budget, images that cannot be compared with, or an output of another
-            comparison.
+        `ValueError`: For an unknown family or budget, unsuitable images, or an output of another comparison.
     """
-    # 1. What there is, looked at before hours are spent on it
+    # 1. Checks, before hours are spent
     output = Path(output)
     plan_file, sheet = output / "plan.json", output / "comparison.json"
     is_comparison = has_json(plan_file, "settings") or has_json(sheet, "settings", "real", "runs")
@@ -155,10 +155,12 @@ def compare(
     check_replaceable([plan_file, sheet, *pictures], lambda path: is_comparison, [data, recipe, features])
     unknown = [family for family in families if family not in TITLES]
     if unknown or not families or not seeds:
-        raise ValueError(f"--families {','.join(families)}: give some of {', '.join(TITLES)}, and one seed or more.")
+        raise ValueError(
+            f"--families {','.join(families)}: give one or more of {', '.join(TITLES)}, and one seed or more."
+        )
     for name, given_values in (("families", families), ("seeds", seeds)):
         if len(set(given_values)) < len(given_values):
-            raise ValueError(f"--{name} {','.join(map(str, given_values))}: give each once.")
+            raise ValueError(f"--{name} {','.join(map(str, given_values))}: give each value once.")
     given = Budget.parse(budget)
     is_folder = data not in BUILT_IN and Path(data).is_dir()
     argv = ["--train_data_dir" if is_folder else "--dataset_name", data]
@@ -167,7 +169,7 @@ def compare(
     argv += ["--output_dir", str(output)]
     data_args, stages = parse_arguments(_STAGES, argv)
     for seed in seeds:
-        with_flags(stages["judge"], seed=seed)  # refuses what is no seed
+        with_flags(stages["judge"], seed=seed)  # checks the seed
     for scale in (guidance_scale, *guidance_scales):
         ClassifierGuidance(scale)
     images = load_labelled_images(data_args, seed=0)
@@ -176,11 +178,11 @@ def compare(
         logger.info("\n".join(f"{train.name}: {note}" for note in train.notes))
     if held_out is None or min(len(train), len(held_out), num_images) < FEWEST_IMAGES:
         raise ValueError(
-            f"{data_args.source}: {FEWEST_IMAGES} images to train on, held out and sampled are the fewest to compare."
+            f"{data_args.source}: a comparison needs at least {FEWEST_IMAGES} training, held-out and sampled images."
         )
     for args in stages.values():
         args.report_to, args.preview_steps, args.push_to_hub = "none", 0, False
-    stages["diffusion"].label_dropout = 0.0  # it is always told the class here, and need not do without
+    stages["diffusion"].label_dropout = 0.0  # always class-conditional here
     settings: dict[str, Any] = {
         "data": data_args.title,
         "images": [train.digest, held_out.digest],
@@ -211,7 +213,7 @@ def compare(
             f"another --output."
         )
 
-    # 2. The judge, and the real images in its features
+    # 2. The evaluation classifier, and the features of the real images
     if given_judge is None:
         judge_folder = train_classifier(data_args, with_flags(stages["judge"], output_dir=str(output)), images, "judge")
         judge = AutoModelForImageClassification.from_pretrained(judge_folder).to(PartialState().device)
@@ -234,12 +236,12 @@ def compare(
         for family in families:
             fit(family, given, stages, data_args, images, plan)
             write_json(plan, plan_file)
-        tell_plan(plan, families, seeds, given, output)
+        log_plan(plan, families, seeds, given, output)
         for seed in seeds:
             for family in families:
                 runs.append(trained_run(family, seed, stages, data_args, images, plan, measuring, output))
 
-    # 4. The sheet, with the first seed's samples
+    # 4. The report, with samples of the first seed
     folders = models or {family: str(output / f"seed-{seeds[0]}" / family / "pipeline") for family in families}
     drawn = {name: folder for name, folder in folders.items() if models or Path(folder).is_dir()}
     grids = {"real": measuring.real_pictures(), **{name: measuring.pictures(load(drawn[name])) for name in drawn}}
@@ -249,7 +251,7 @@ def compare(
     return output / "comparison.html"
 
 
-# What each family trains, and its share of the budget.
+# The stages of each family, and their shares of the budget.
 PARTS = {
     **{family: {family: 1.0} for family in (*TRAINERS, "diffusion")},
     "guided": {"diffusion": 1 - CLASSIFIER_SHARE, "classifier": CLASSIFIER_SHARE},
@@ -262,14 +264,14 @@ _WIDTHS = {
 
 
 def with_flags(args: Any, **flags: Any) -> Any:
-    """A stage's flags, some of them changed."""
+    """A stage's flags with some of them replaced."""
     changed = dataclasses.replace(args, **flags)
     changed.recipe = args.recipe
     return changed
 
 
 def make_task(stage: str, args: Any, images: LabelledImages) -> Task:
-    """A fresh model of a stage, as it is trained."""
+    """The training task of a stage, with a newly initialised model."""
     if stage in TRAINERS:
         return TRAINERS[stage][1](args, images)
     if stage == "classifier":
@@ -288,7 +290,7 @@ def train_stage(stage: str, data_args: DataArguments, args: Any, images: Images)
 def fit(
     family: str, budget: Budget, stages: dict[str, Any], data_args: DataArguments, images: Images, plan: dict[str, Any]
 ) -> None:
-    """Plans what the budget comes to for a family: steps of each part, and widths."""
+    """Adds the steps and widths of a family's stages within the budget to the plan."""
     if family in plan["steps"]:
         return
     plan["steps"][family], plan["widths"][family] = {}, {}
@@ -306,20 +308,20 @@ def fit(
 
 
 def seconds_per_step(stage: str, args: LoopArguments, data_args: DataArguments, images: Images) -> float:
-    """How long an update of the weights takes here, by doing some."""
+    """The measured duration of a training step on this machine, in seconds."""
     first, last = _CALIBRATION
     with TemporaryDirectory() as folder:
         flags = {"max_train_steps": last, "logging_steps": first, "validation_steps": 0, "checkpointing_steps": last}
         try:
             train_stage(stage, data_args, with_flags(args, output_dir=folder, **flags), images)
         except StoppedError as stop:
-            raise StoppedError(stop.signum) from None  # what it saved is for this measurement alone
+            raise StoppedError(stop.signum) from None  # its checkpoint only served this measurement
         rows = {row["step"]: row["seconds"] for row in read_history(Path(folder) / stage)}
     return (rows[last] - rows[first]) / (last - first)
 
 
 def widths_of(stage: str, args: LoopArguments, images: LabelledImages, parameters: float) -> dict[str, int]:
-    """The widths with which a stage has the number of parameters nearest to a budget, in multiples of 32."""
+    """The widths, multiples of 32, that bring a stage's number of parameters closest to a budget."""
     best: tuple[float, dict[str, int]] = (math.inf, {})
     for width in range(32, 4096, 32):
         widths = dict.fromkeys(_WIDTHS[stage], width)
@@ -328,19 +330,19 @@ def widths_of(stage: str, args: LoopArguments, images: LabelledImages, parameter
         if count > parameters:
             break
     if best[0] > math.log(10):  # the smallest has more than ten times as many
-        raise ValueError(f"--budget: {stage} of this recipe has no {parameters:,.0f} parameters; give more.")
+        raise ValueError(
+            f"--budget: {stage} of this recipe cannot have as few as {parameters:,.0f} parameters; give more."
+        )
     return best[1]
 
 
 def num_parameters(task: Task) -> int:
-    """Of what is trained."""
+    """Number of trained parameters."""
     return sum(parameter.numel() for parameter in task.model.parameters())
 
 
-def tell_plan(
-    plan: dict[str, Any], families: Sequence[str], seeds: Sequence[int], budget: Budget, output: Path
-) -> None:
-    """What will happen, where it goes, and how long it takes."""
+def log_plan(plan: dict[str, Any], families: Sequence[str], seeds: Sequence[int], budget: Budget, output: Path) -> None:
+    """Logs the steps of each family, the output folder and the estimated time."""
     lines = [f"\n== compare ==\nEach family gets {budget}, with {len(seeds)} seed(s)."]
     for family in families:
         parts = [f"{stage} {steps:,} steps" for stage, steps in plan["steps"][family].items()]
@@ -348,7 +350,7 @@ def tell_plan(
         lines.append(f"  {TITLES[family]}: {', '.join(parts + widths)}")
     if budget.unit == "seconds":
         minutes = len(families) * len(seeds) * budget.amount / 60
-        lines.append(f"Training takes about {minutes:.0f} minutes in all, sampling and measuring come on top.")
+        lines.append(f"Training takes about {minutes:.0f} minutes in total, plus the time for sampling and evaluation.")
     logger.info("\n".join([*lines, f"Writes {output}; rerun the same command to resume."]))
 
 
@@ -362,13 +364,13 @@ def trained_run(
     measuring: "Measuring",
     output: Path,
 ) -> dict[str, Any]:
-    """Trains a family with a seed and measures it, or reads what was measured."""
+    """The results of a family with a seed: trained and measured, or read if it is finished."""
     folder = output / f"seed-{seed}" / family
     if (folder / "run.json").is_file():
         try:
             return read_json(folder / "run.json", _RUN)
         except ValueError as error:
-            logger.warning(f"{error} It is made again.")
+            logger.warning(f"{error} The run is repeated.")
     args = {
         stage: with_flags(
             stages[stage], seed=seed, output_dir=str(folder), max_train_steps=steps, **plan["widths"][family][stage]
@@ -407,7 +409,7 @@ def trained_run(
 
 
 def assemble(folders: dict[str, Path], guidance_scale: float, destination: Path) -> Any:
-    """A family's pipeline of its parts, saved in one place for all families."""
+    """The pipeline of a family's trained parts, saved in `destination`."""
     pipeline = load(str(next(iter(folders.values()))))
     if "classifier" in folders:
         classifier = AutoModelForImageClassification.from_pretrained(folders["classifier"])
@@ -419,28 +421,29 @@ def assemble(folders: dict[str, Path], guidance_scale: float, destination: Path)
 
 
 def load(model: str) -> Any:
-    """A pipeline of any family, where this process computes."""
+    """A pipeline of any family, on this process's device."""
     pipeline = pipeline_class(model).from_pretrained(model).to(PartialState().device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def collapse(history: Sequence[dict[str, float]]) -> list[str]:
-    """What was watched of a GAN, if it ended in collapse."""
+    """A note on mode collapse of a GAN, if it ended in it."""
     watched = [row["lowest_spread"] for row in history if "lowest_spread" in row]
     if not watched or watched[-1] >= COLLAPSED:
         return []
-    return [f"collapse: samples of a class differed only {watched[-1]:.0%} as much as its real images do"]
+    return [f"mode collapse: the spread of samples of a class was only {watched[-1]:.0%} of its real images'"]
 
 
 class Measuring:
-    """Measures models alike: so many samples, as many of each class, by one judge, against the training images.
+    """Measures models in the same way: class-balanced samples against the training images, in the same features.
 
     Args:
-        extractor ([`FeatureExtractor`]): The judge.
-        images (a pair of [`LabelledImages`]): Trained on, and held out.
-        num_images (`int`), batch_size (`int`): Samples, and how many at once.
-        guidance_scale (`float`), guidance_scales (`Sequence[float]`): Of guided models: in the table, and of the curve.
+        extractor ([`FeatureExtractor`]): Computes the features, such as an evaluation classifier.
+        images (a pair of [`LabelledImages`]): The training images and the held-out ones.
+        num_images (`int`), batch_size (`int`): Number of samples per model, and images at once.
+        guidance_scale (`float`), guidance_scales (`Sequence[float]`): For guided models: in the table, and of the
+            curve.
     """
 
     def __init__(
@@ -455,7 +458,7 @@ class Measuring:
         self.extractor, self.batch_size = extractor, batch_size
         self.guidance_scale, self.guidance_scales = guidance_scale, guidance_scales
         train, held_out = images
-        assert held_out is not None  # which was looked at before
+        assert held_out is not None  # checked before
         self.held_out_images = LoadedImages(held_out.plain(_MAX_REAL_IMAGES))
         self.id2label = train.id2label
         self.labels = torch.arange(num_images) % train.num_classes
@@ -466,21 +469,21 @@ class Measuring:
 
     def features(self, images: ImageSet) -> FeatureSet:
         collected = collect_features(images, self.extractor, batch_size=self.batch_size)
-        assert collected is not None  # one process compares
+        assert collected is not None  # a comparison runs in one process
         return collected
 
     def metrics(self, features: FeatureSet, judged: Any) -> dict[str, float]:
-        """By plain names: all are of one judge."""
+        """Metrics by their plain names, since all are in the same features."""
         return {name.partition("/")[0]: value for name, value in measure(features, self.train, judged).items()}
 
     def model(self, pipeline: Any) -> dict[str, Any]:
-        """Every number of a model."""
+        """All results of a model."""
         check_independent(pipeline, self.extractor)
         size = self.held_out_images.size
         if pipeline.sample_size != size:
             raise ValueError(
-                f"A model to compare makes images of {pipeline.sample_size} pixels, and those of the data have {size}; "
-                f"give the models' --resolution."
+                f"A model makes images of {pipeline.sample_size} pixels, but the data's images have {size}; give the "
+                f"models' --resolution."
             )
         notes: list[str] = []
         labels = self.labels_of(pipeline, self.labels)
@@ -498,8 +501,8 @@ class Measuring:
             curve = {"name": name, "points": points}
         if (width := pipeline.main_config.get("dequantization_width", 1)) > 1:
             notes.append(
-                f"its values are dequantised over {width:g} steps of the 8-bit scale, which costs "
-                f"{math.log2(width):.2f} of its bits/dim"
+                f"its values are dequantised over {width:g} steps of the 8-bit scale, which adds "
+                f"{math.log2(width):.2f} to its bits/dim"
             )
         return {
             "metrics": metrics,
@@ -511,7 +514,7 @@ class Measuring:
         }
 
     def labels_of(self, pipeline: Any, labels: torch.Tensor) -> torch.Tensor:
-        """The data's class ids among those of a model, which may have its classes in another order."""
+        """The model's class ids for the data's class ids, matched by name."""
         if not pipeline.id2label:
             return labels
         matched = match_classes(self.id2label, pipeline.id2label, set(labels.tolist()), "of the pipeline")
@@ -525,7 +528,7 @@ class Measuring:
         return (family.trade_off, family.trade_off, family.curve) if family.curve else None
 
     def bits(self, pipeline: Any) -> dict[str, Any]:
-        """Bits per dimension of held-out images, or why there are none."""
+        """Bits per dimension of held-out images, or the reason why there are none."""
         if getattr(pipeline, "classifier", None) is not None:
             return {"bits_per_dim": None, "bits_kind": None, "no_bits": _GUIDANCE_HAS_NO_BITS}
         images = LoadedImages(self.held_out_images.images.plain(_LIKELIHOOD_IMAGES))
@@ -538,7 +541,7 @@ class Measuring:
         return {"bits_per_dim": found.total_bpd, "bits_kind": found.kind, "no_bits": None}
 
     def seconds_per_image(self, pipeline: Any) -> float:
-        """The fastest of three batches."""
+        """Sampling time in seconds per image, of the fastest of three batches."""
         labels = self.labels_of(pipeline, self.labels[: self.batch_size])
         seconds = []
         for seed in range(3):

@@ -1,6 +1,6 @@
 """Published OpenAI checkpoints to this library's models, and back.
 
-Imported on first use (PEP 562): files need pipelines and the Hub, state dicts the models alone.
+Imported on first use (PEP 562): converting files needs pipelines and the Hub, converting state dicts only the models.
 """
 
 import importlib

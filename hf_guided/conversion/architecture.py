@@ -1,7 +1,7 @@
-"""What the names and shapes of a published state dict tell about its model.
+"""The architecture of a published checkpoint, inferred from the names and shapes of its state dict.
 
-They tell the kind of model, its widths, levels, blocks, attention places and classes. They do not tell into how many
-heads attention is split, in which order its rows lie, how large the images are, or which noise schedule was used.
+They determine the kind of model, its widths, levels, blocks, attention levels and classes. They do not determine the
+number of attention heads, the order of the rows of its projections, the image size or the noise schedule.
 """
 
 import math
@@ -15,10 +15,11 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Architecture:
-    """
+    """The architecture that the tensors of a checkpoint determine.
+
     Attributes:
         kind (`str`): `"unet"`, `"upsampler"` or `"classifier"`.
-        config (`dict`): Those arguments of the published constructor that the tensors tell, as
+        config (`dict`): The arguments of the published constructor that the tensors determine, as
             [`convert_openai_unet`] and [`convert_openai_classifier`] take them; `image_size` is among them only for a
             classifier that pools by attention.
     """
@@ -53,15 +54,15 @@ class Architecture:
 def infer_architecture(
     shapes: Shapes, image_size: int | None = None, classifier_depth: int | None = None
 ) -> Architecture:
-    """Reads a model's architecture off the names and shapes of its tensors.
+    """The architecture of a model, from the names and shapes of its tensors.
 
     Args:
         shapes (`Mapping[str, Sequence[int]]`): Published name -> shape.
-        image_size (`int`, *optional*), classifier_depth (`int`, *optional*): What the flags say, for the classifiers
+        image_size (`int`, *optional*), classifier_depth (`int`, *optional*): Values of the flags, for classifiers
             whose tensors fit several numbers of residual blocks.
 
     Returns:
-        [`Architecture`]: The tensors have been looked at, not all compared: [`check_tensors`] does that.
+        [`Architecture`]: Not all tensors are checked; [`check_tensors`] does that.
 
     Raises:
         `ValueError`: If the tensors are not those of a model of guided-diffusion or improved-diffusion, or if they fit
@@ -77,12 +78,12 @@ def infer_architecture(
 
     is_unet = any(name.startswith("output_blocks.") for name in shapes)
     convolutions = [i for i in sorted(numbers) if f"input_blocks.{i}.0.op.weight" in shapes]
-    gaps = sorted(set(range(total)) - numbers)  # layers without weights: pooling in place of a convolution
+    gaps = sorted(set(range(total)) - numbers)  # layers without weights: pooling instead of a convolution
     resblock_updown = False
     if convolutions or gaps:
         num_res_blocks = min(convolutions + gaps) - 1
     elif is_unet:
-        # Nothing marks a residual block that halves the image, but one that doubles it is a level's second or third.
+        # A residual block that halves the image has no mark, but one that doubles it is a level's second or third.
         ups = [
             int(match[1])
             for name in shapes
@@ -122,7 +123,7 @@ def infer_architecture(
         2 * image_channels,
     ):
         raise ValueError(
-            f"A model that takes {in_channels} channels and gives {out_channels} is none of the published kinds."
+            f"A model that takes {in_channels} channels and returns {out_channels} is not one of the published kinds."
         )
     config |= {
         "in_channels": image_channels,
@@ -156,12 +157,12 @@ def _encoder_depth(shapes: Shapes, total: int, image_size: int | None, wanted: i
             fitting.append(depth)
     if not fitting:
         size = "" if image_size is None else f" of an image_size of {image_size}"
-        raise ValueError(f"The {total} input_blocks are not those of a published classifier{size}.")
+        raise ValueError(f"The {total} input_blocks do not match a published classifier{size}.")
     if wanted in fitting:
         return wanted
     if len(fitting) > 1:
         raise ValueError(
-            f"The classifier's tensors fit {' or '.join(map(str, fitting))} residual blocks per level; say which with "
+            f"The classifier's tensors fit {' or '.join(map(str, fitting))} residual blocks per level; give "
             f"--classifier_depth."
         )
     return fitting[0]
@@ -171,12 +172,14 @@ _POSITIONS = "out.2.positional_embedding"
 
 
 def _head(shapes: Shapes, num_levels: int) -> dict[str, Any]:
-    """The classifier's pool and classes, and its image size where that is told."""
+    """The classifier's pool and classes, and its image size if the tensors determine it."""
     if _POSITIONS in shapes:
         tokens = _size(shapes, _POSITIONS, 1) - 1
         side = math.isqrt(tokens)
         if side**2 != tokens:
-            raise ValueError(f"{_POSITIONS} has {tokens} pixels, which are no square; published classifiers have one.")
+            raise ValueError(
+                f"{_POSITIONS} has {tokens} pixels, which is not a square number as in published classifiers."
+            )
         num_classes = _size(shapes, "out.2.c_proj.weight", 0)
         return {"pool": "attention", "out_channels": num_classes, "image_size": side * 2 ** (num_levels - 1)}
     if len(shapes.get("out.0.weight", ())) == 1:
@@ -196,7 +199,7 @@ def _size(shapes: Shapes, name: str, dimension: int) -> int:
 
 
 def _multiple(width: int, base: int) -> int | float:
-    """The entry of channel_mult that gives a width; the published code cuts the product off, not rounds it."""
+    """The entry of channel_mult that gives a width; the published code truncates the product."""
     multiple = width / base
     if int(multiple * base) != width:
         multiple = math.nextafter(multiple, math.inf)

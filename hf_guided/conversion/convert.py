@@ -1,4 +1,4 @@
-"""From a published checkpoint to a folder that `from_pretrained` loads: `hf-guided convert`."""
+"""Conversion of published checkpoints to folders that `from_pretrained` loads: `hf-guided convert`."""
 
 import json
 import os
@@ -42,21 +42,21 @@ from .published import Published, find_published, kind_of
 RECORD_FILE = "openai_flags.json"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 IMAGENET_CLASSES = 1000
-Tell = Callable[[str], Any]
+Log = Callable[[str], Any]
 _ARTICLES = {"unet": "a UNet", "upsampler": "an upsampler", "classifier": "a classifier"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file that was opened.
+    """An opened checkpoint file.
 
     Attributes:
         path (`Path`): The `.pt` file.
-        name (`str`, *optional*): The published checkpoint that it is.
-        flags (`Mapping[str, Any]`): What was said of it.
-        state_dict (`Mapping[str, torch.Tensor]`): Its tensors, read from disk when they are used.
-        mapped (`bool`): Whether they lie in a mapped file.
-        architecture ([`Architecture`]): What they tell.
+        name (`str`, *optional*): The name of the published checkpoint.
+        flags (`Mapping[str, Any]`): Its flags as given.
+        state_dict (`Mapping[str, torch.Tensor]`): Its tensors, read from disk on use.
+        mapped (`bool`): Whether they are memory-mapped.
+        architecture ([`Architecture`]): The architecture that they determine.
     """
 
     path: Path
@@ -69,14 +69,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that was understood: nothing is written before all of them are.
+    """A checkpoint that was validated; nothing is written before all of them are.
 
     Attributes:
         checkpoint ([`Checkpoint`]): The file.
-        flags (`Mapping[str, Any]`): What was said of it, with the defaults that hold.
-        model: Ours, on the meta device: names and shapes, no weights.
-        new_order (`bool`): How the rows of query, key and value lie.
-        scheduler ([`ADMScheduler`], *optional*): A UNet's or an upsampler's.
+        flags (`Mapping[str, Any]`): Its flags, with defaults.
+        model: This library's model on the meta device, with names and shapes but no weights.
+        new_order (`bool`): Whether the rows of query, key and value are in the new attention order.
+        scheduler ([`ADMScheduler`], *optional*): The scheduler of a UNet or an upsampler.
     """
 
     checkpoint: Checkpoint
@@ -95,7 +95,7 @@ class Source:
             self.model.save_config(folder)
             file = folder / "diffusion_pytorch_model.safetensors"
         else:
-            # Its config says float32 whatever the weights are, so that it loads in the same dtype as the UNet does.
+            # Its config always says float32, so that it loads in the same dtype as the UNet does.
             _save_without_weights(self.model, folder)
             file = folder / "model.safetensors"
         shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
@@ -107,7 +107,7 @@ class Source:
             _link(file, file.with_suffix(f".{next(name for name in DTYPES if DTYPES[name] == dtype)}.safetensors"))
 
     def record(self) -> dict[str, Any]:
-        """What the way back needs beside the weights, without anybody's paths."""
+        """What an export needs besides the weights, without local paths."""
         flags = {**self.flags, "use_new_attention_order": self.new_order}
         return {"checkpoint": self.checkpoint.name, "flags": spell_flags(flags)}
 
@@ -122,40 +122,40 @@ def convert_checkpoint(
     labels: str | os.PathLike | None = None,
     dtype: str = "fp32",
     repo_id: str | None = None,
-    tell: Tell = print,
+    log: Log = print,
 ) -> Path:
     """Converts checkpoints of guided-diffusion or improved-diffusion to a pipeline, or a classifier alone.
 
-    What the tensors tell is inferred; the name or the flags say the rest, and are checked against the tensors. Weights
-    are mapped and written one by one, so that the memory that this takes does not depend on the model.
+    The architecture is inferred from the tensors. The name or the flags give the rest, and are checked against the
+    tensors. Weights are memory-mapped and written one by one, so that memory use does not depend on the model's size.
 
     Args:
         checkpoint (`str` or `os.PathLike`): The `.pt` file of a UNet, an upsampler or a classifier.
         output (`str` or `os.PathLike`): The folder to write: a [`ClassifierGuidedPipeline`], a
-            [`ClassifierGuidedUpscalePipeline`], or an [`ADMForImageClassification`]. It is whole or not there; one
-            that the same call has made stays.
+            [`ClassifierGuidedUpscalePipeline`], or an [`ADMForImageClassification`]. It is written
+            completely or not at all; one that the same call has made is kept.
         name (`str`, *optional*): The published checkpoint's name, such as `"256x256_diffusion"`.
         flags (`str`, *optional*): Instead of a name, the flags that the checkpoint was trained with, see
             [`parse_flags`].
         classifier (`str` or `os.PathLike`, *optional*): The `.pt` file of the classifier that guides.
         labels (`str` or `os.PathLike`, *optional*): A text file with a class name per line. By default models of 1,000
-            classes have ImageNet's, and others have their numbers.
-        dtype (`str`, defaults to `"fp32"`): `"fp32"`, `"fp16"` or `"bf16"`: how weights are saved.
-        repo_id (`str`, *optional*): Where the folder will be on the Hub, for the card.
-        tell (`Callable`, defaults to `print`): Is told, in a line each, what is done.
+            classes get ImageNet's names, and others numbers.
+        dtype (`str`, defaults to `"fp32"`): `"fp32"`, `"fp16"` or `"bf16"`: the type of the saved weights.
+        repo_id (`str`, *optional*): The folder's id on the Hub, for the card.
+        log (`Callable`, defaults to `print`): Called with a line about each step.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        `ValueError`: In a sentence, and with nothing written, if a file cannot be read, is not what was named, if flags
-            are missing or contradict the tensors, or if the folder holds something else.
+        `ValueError`: If a file cannot be read or is not the named checkpoint, if flags are missing or contradict the
+            tensors, or if the folder holds something else. Nothing is written then.
     """
     start = time.perf_counter()
     output = Path(output)
     home = next(parent for parent in output.absolute().parents if parent.exists())
     if not home.is_dir() or not os.access(home, os.W_OK):
-        raise ValueError(f"--output {output} cannot be written, for {home} cannot; choose another folder.")
+        raise ValueError(f"--output {output} cannot be written, because {home} is not writable; choose another folder.")
     recover_folder(output)
     taken = f"{output} exists already and is not empty; choose another --output, or remove it."
     exists = os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir()))
@@ -168,7 +168,7 @@ def convert_checkpoint(
         published = find_published(name)
         said = parse_flags(published.flags)
         if classifier is not None and published.classifier is None:
-            raise ValueError(f"{name} has no classifier that could guide it; leave --classifier out.")
+            raise ValueError(f"{name} has no published classifier for guidance; leave out --classifier.")
     elif name is None and flags is not None:
         said = parse_flags(flags)
     else:
@@ -178,31 +178,33 @@ def convert_checkpoint(
             f"$DIFFUSION_FLAGS; {both}."
         )
 
-    main = _open(checkpoint, name, said, tell)
+    main = _open(checkpoint, name, said, log)
     alone = main.architecture.kind == "classifier"
     if alone and classifier is not None:
-        raise ValueError(f"{checkpoint} is a classifier itself; give the UNet as --checkpoint beside --classifier.")
+        raise ValueError(
+            f"{checkpoint} is a classifier itself; give the UNet as --checkpoint and the classifier as --classifier."
+        )
     guide = main if alone else None
     sources: dict[str, Source] = {}  # in the order of the pipeline's parts
     if not alone:
-        sources["unet"] = _describe_unet(main, classifier is not None, tell)
+        sources["unet"] = _describe_unet(main, classifier is not None, log)
     if classifier is not None:
-        guide = _open_classifier(classifier, None if published is None else published.classifier, said, tell)
+        guide = _open_classifier(classifier, None if published is None else published.classifier, said, log)
         _check_pair(main, guide)
     num_classes = main.architecture.num_classes
     if num_classes is None and guide is not None:
         num_classes = guide.architecture.num_classes
-    id2label = _read_labels(labels, num_classes, name, tell)
+    id2label = _read_labels(labels, num_classes, name, log)
     if guide is not None:
-        sources["classifier"] = _describe_classifier(guide, id2label, alone, tell)
+        sources["classifier"] = _describe_classifier(guide, id2label, alone, log)
     if published is not None and published.float32_only and dtype != "fp32":
-        tell(f"{name}: its published samples were drawn in float32; in {dtype} they may differ or fail.")
+        log(f"{name}: its published samples were computed in float32; in {dtype} they may differ or fail.")
 
     record = json.dumps({part: source.record() for part, source in sources.items()}, indent=2) + "\n"
     if exists and (output / RECORD_FILE).read_bytes() != record.encode():
         raise ValueError(taken)
 
-    tell(f"Writing {output}")
+    log(f"Writing {output}")
     with in_new_folders(output), replacing_folder(output) as folder:
         if alone:
             sources["classifier"].save(folder, DTYPES[dtype])
@@ -213,14 +215,14 @@ def convert_checkpoint(
         if exists and not same_content(folder, output):
             raise ValueError(taken)
     if exists:
-        tell(f"{output} was there already, made by the same command")
+        log(f"{output} already exists, made by the same command")
         return output
-    tell(f"Wrote {output} in {time.perf_counter() - start:.1f} s")
+    log(f"Wrote {output} in {time.perf_counter() - start:.1f} s")
     return output
 
 
 def _link(file: Path, name: Path) -> None:
-    """Gives a file of half precision its variant's name too, under which `variant=` finds it, at no cost on disk."""
+    """Links a file of half precision under its variant's name, too, for `variant=`."""
     try:
         os.link(file, name)
     except OSError:  # a file system without links
@@ -228,7 +230,7 @@ def _link(file: Path, name: Path) -> None:
 
 
 def _save_without_weights(classifier: Any, folder: Path) -> None:
-    """Config and image processor, without the progress bar for no weights."""
+    """Saves config and image processor, without a progress bar for weights."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     classifier.save_pretrained(folder, state_dict={})
@@ -238,7 +240,7 @@ def _save_without_weights(classifier: Any, folder: Path) -> None:
 
 @contextmanager
 def _naming(path: str | os.PathLike, name: str | None = None) -> Iterator[None]:
-    """Puts in front of an error which file it is about, and which published checkpoint that should be."""
+    """Prefixes an error with the file that it is about, and the published checkpoint that this should be."""
     try:
         yield
     except ValueError as error:
@@ -246,8 +248,8 @@ def _naming(path: str | os.PathLike, name: str | None = None) -> Iterator[None]:
         raise ValueError(f"{about}: {error}") from None
 
 
-def _open(path: str | os.PathLike, name: str | None, flags: Mapping[str, Any], tell: Tell) -> Checkpoint:
-    """Opens a file and finds out what it holds; a name that says otherwise is an error."""
+def _open(path: str | os.PathLike, name: str | None, flags: Mapping[str, Any], log: Log) -> Checkpoint:
+    """The checkpoint in a file; raises if it does not match the name."""
     state_dict, mapped = read_checkpoint(path)
     with _naming(path, name):
         shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
@@ -257,28 +259,28 @@ def _open(path: str | os.PathLike, name: str | None, flags: Mapping[str, Any], t
             kind = kind_of(name)
             if architecture.kind != kind:
                 raise ValueError(
-                    f"{name} is {_ARTICLES[kind]}, and the tensors are those of {_ARTICLES[architecture.kind]}."
+                    f"{name} is {_ARTICLES[kind]}, but the tensors are those of {_ARTICLES[architecture.kind]}."
                 )
             if architecture.image_channels != 3:
-                raise ValueError(f"Its images have 3 channels, and the tensors say {architecture.image_channels}.")
+                raise ValueError(f"Its images have 3 channels, but the tensors have {architecture.image_channels}.")
             if architecture.num_classes not in (None, IMAGENET_CLASSES):
-                raise ValueError(f"It has 1000 classes or none, and the tensors say {architecture.num_classes}.")
+                raise ValueError(f"It has 1000 classes or none, but the tensors have {architecture.num_classes}.")
     parameters = sum(tensor.numel() for tensor in state_dict.values())
-    tell(f"{path}: {_ARTICLES[architecture.kind]} of {parameters / 1e6:,.1f} million parameters")
+    log(f"{path}: {_ARTICLES[architecture.kind]} of {parameters / 1e6:,.1f} million parameters")
     return Checkpoint(Path(path), name, flags, state_dict, mapped, architecture)
 
 
-def _open_classifier(path: str | os.PathLike, name: str | None, flags: Mapping[str, Any], tell: Tell) -> Checkpoint:
-    """Opens the classifier that guides: the published one of that name, or the one that the UNet's flags speak of."""
+def _open_classifier(path: str | os.PathLike, name: str | None, flags: Mapping[str, Any], log: Log) -> Checkpoint:
+    """The classifier for guidance: the published one of a name, or the one that the UNet's flags describe."""
     if name is not None:
         flags = parse_flags(find_published(name).flags)
-    checkpoint = _open(path, name, flags, tell)
+    checkpoint = _open(path, name, flags, log)
     if checkpoint.architecture.kind != "classifier":
         raise ValueError(f"{path} is {_ARTICLES[checkpoint.architecture.kind]}; give a classifier as --classifier.")
     return checkpoint
 
 
-def _describe_unet(checkpoint: Checkpoint, guided: bool, tell: Tell) -> Source:
+def _describe_unet(checkpoint: Checkpoint, guided: bool, log: Log) -> Source:
     """The model that the flags and the tensors describe, on the meta device, and its scheduler."""
     flags, architecture = checkpoint.flags, checkpoint.architecture
     with _naming(checkpoint.path, checkpoint.name):
@@ -286,22 +288,22 @@ def _describe_unet(checkpoint: Checkpoint, guided: bool, tell: Tell) -> Source:
             flags, assumed = add_improved_defaults(flags, architecture)
             if assumed:
                 other = ", guided-diffusion's being --rescale_timesteps False" if "rescale_timesteps" in assumed else ""
-                tell(
-                    f"Nothing here is guided-diffusion's alone, so improved-diffusion's defaults hold: "
-                    f"{spell_flags(assumed)}. Where the model was trained otherwise, add those flags with its own "
-                    f"values{other}."
+                log(
+                    f"Nothing here is specific to guided-diffusion, so that improved-diffusion's defaults are used: "
+                    f"{spell_flags(assumed)}. If the model was trained with other values, add these flags with "
+                    f"them{other}."
                 )
         config = unet_config(flags, architecture)
         scheduler = ADMScheduler(**scheduler_arguments(flags, architecture.learns_sigma), solver_order=2)
         if flags["diffusion_steps"] != 1000 and "rescale_timesteps" not in flags:
             if not guided and not is_guided_diffusion(flags, architecture):
                 raise ValueError(
-                    "--rescale_timesteps is missing, and nothing tells whether guided-diffusion, whose default is "
-                    "False, or improved-diffusion, whose default is True, trained the model."
+                    "--rescale_timesteps is missing, and it is unknown whether guided-diffusion, whose default is "
+                    "False, or improved-diffusion, whose default is True, trained the model; add the flag."
                 )
-            tell(
-                f"The model is told its {flags['diffusion_steps']} timesteps as they are, guided-diffusion's default; "
-                f"if it was trained otherwise, add --rescale_timesteps True."
+            log(
+                f"The model gets its {flags['diffusion_steps']} timesteps without rescaling, guided-diffusion's "
+                f"default; if it was trained with rescaling, add --rescale_timesteps True."
             )
         if "timestep_respacing" in flags:
             scheduler.set_timesteps(respacing=flags["timestep_respacing"])
@@ -312,21 +314,21 @@ def _describe_unet(checkpoint: Checkpoint, guided: bool, tell: Tell) -> Source:
     return Source(checkpoint, flags, model, config["use_new_attention_order"], scheduler)
 
 
-def _describe_classifier(checkpoint: Checkpoint, id2label: dict[int, str] | None, alone: bool, tell: Tell) -> Source:
+def _describe_classifier(checkpoint: Checkpoint, id2label: dict[int, str] | None, alone: bool, log: Log) -> Source:
     """The classifier that the flags and the tensors describe, on the meta device."""
     with _naming(checkpoint.path, checkpoint.name):
         try:
             config = classifier_config(checkpoint.flags, checkpoint.architecture, alone)
         except ValueError as error:
             described = checkpoint.name or any(name.startswith("classifier_") for name in checkpoint.flags)
-            mend = "Its tensors are a classifier's: give it as --classifier beside its UNet, or with $CLASSIFIER_FLAGS."
-            raise ValueError(f"{error} {'' if described else mend}".strip()) from None
+            fix = "Its tensors are a classifier's: give it as --classifier with its UNet, or add $CLASSIFIER_FLAGS."
+            raise ValueError(f"{error} {'' if described else fix}".strip()) from None
         heads = "num_heads" if "num_heads" in config else "num_head_channels"
-        told = alone or f"classifier_{heads}" in checkpoint.flags
-        if not told and (heads, config[heads]) != ("num_head_channels", 64):
-            tell(
-                f"No published script makes a classifier of this size: it is taken to have the UNet's --{heads} "
-                f"{config[heads]}; if it was trained otherwise, add --classifier_{heads} with its own."
+        is_given = alone or f"classifier_{heads}" in checkpoint.flags
+        if not is_given and (heads, config[heads]) != ("num_head_channels", 64):
+            log(
+                f"No published script makes a classifier of this size: the UNet's --{heads} {config[heads]} is "
+                f"assumed; if it was trained with another value, add --classifier_{heads}."
             )
         names = id2label or {}
         labels = {"id2label": names, "label2id": {label: id for id, label in names.items()}}
@@ -336,19 +338,19 @@ def _describe_classifier(checkpoint: Checkpoint, id2label: dict[int, str] | None
 
 
 def _check_pair(unet: Checkpoint, classifier: Checkpoint) -> None:
-    """Refuses a classifier of other images or classes than the UNet's."""
+    """Raises for a classifier of other images or classes than the UNet's."""
     ours, theirs = unet.architecture, classifier.architecture
     if ours.image_channels != theirs.image_channels:
         raise ValueError(
-            f"{classifier.path} takes images of {theirs.image_channels} channels, and {unet.path} of "
+            f"{classifier.path} takes images of {theirs.image_channels} channels, but {unet.path} of "
             f"{ours.image_channels}."
         )
     if ours.num_classes not in (None, theirs.num_classes):
-        raise ValueError(f"{classifier.path} knows {theirs.num_classes} classes, and {unet.path} {ours.num_classes}.")
+        raise ValueError(f"{classifier.path} has {theirs.num_classes} classes, but {unet.path} has {ours.num_classes}.")
 
 
 def _read_labels(
-    path: str | os.PathLike | None, num_classes: int | None, name: str | None, tell: Tell
+    path: str | os.PathLike | None, num_classes: int | None, name: str | None, log: Log
 ) -> dict[int, str] | None:
     """Class names by id; `None` for models without classes."""
     if path is not None:
@@ -357,17 +359,17 @@ def _read_labels(
         except FileNotFoundError:
             raise ValueError(f"There is no file {path}.") from None
         except UnicodeDecodeError:
-            raise ValueError(f"{path} is no text in UTF-8; save it in that encoding.") from None
+            raise ValueError(f"{path} is not a text file in UTF-8; save it in that encoding.") from None
         names = [composed(line) for line in text.splitlines() if line.strip()]
         if len(names) != num_classes:
-            raise ValueError(f"{path} has {len(names)} names, and the model has {num_classes or 'no'} classes.")
+            raise ValueError(f"{path} has {len(names)} names, but the model has {num_classes or 'no'} classes.")
     elif num_classes is None:
         return None
     elif num_classes == IMAGENET_CLASSES:
         text = (files("hf_guided.conversion") / "imagenet_labels.txt").read_text(encoding="utf-8")
         names = text.splitlines()
         if name is None:
-            tell("The 1,000 classes are named after ImageNet's; --labels names.txt gives them other names.")
+            log("The 1,000 classes get ImageNet's names; --labels names.txt gives them others.")
     else:
         names = [str(label) for label in range(num_classes)]
     return dict(enumerate(names))
@@ -376,9 +378,11 @@ def _read_labels(
 def _save_pipeline(
     sources: Mapping[str, Source], id2label: dict[int, str] | None, folder: Path, dtype: torch.dtype
 ) -> None:
-    """What the pipeline's `save_pretrained` writes, with the weights taken from the checkpoints one by one."""
+    """Saves the pipeline as `save_pretrained` does, with the weights converted from the checkpoints one by one."""
     unet, classifier = sources["unet"], sources.get("classifier")
-    if unet.checkpoint.name is None and "timestep_respacing" in unet.flags:  # the user's own words, not a table's
+    if (
+        unet.checkpoint.name is None and "timestep_respacing" in unet.flags
+    ):  # given by the user, not by the table of published flags
         defaults = {"respacing": unet.flags["timestep_respacing"]}
     else:
         defaults = {"num_inference_steps": max(1, min(FEW_STEPS, unet.flags["diffusion_steps"] - 1))}
@@ -411,7 +415,7 @@ def _write_card(
     title: str,
     repo_id: str | None,
 ) -> None:
-    """The model card: what was converted, from what, and how to use it."""
+    """Writes the model card: source, flags and usage."""
     main, guided = sources[0], len(sources) > 1
     kind, size = main.architecture.kind, main.model.config.sample_size
     if kind == "classifier":

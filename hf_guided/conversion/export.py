@@ -1,4 +1,4 @@
-"""From a folder of ours back to `.pt` files that the published code loads: `hf-guided convert --to openai`."""
+"""Export of a saved model to `.pt` files that the published code loads: `hf-guided convert --to openai`."""
 
 import os
 import zipfile
@@ -18,7 +18,7 @@ from ..models.layers import level_attention, level_widths
 from ..models.unet_adm import ADMUNet2DModel
 from ..schedulers.schedules import make_betas
 from ..schedulers.scheduling_adm import ADMScheduler
-from .convert import IMAGENET_CLASSES, RECORD_FILE, Tell
+from .convert import IMAGENET_CLASSES, RECORD_FILE, Log
 from .files import same_content
 from .flags import SCHEDULES, parse_flags, scripts_channel_mult, spell_flags
 from .openai import to_openai_state_dict
@@ -27,7 +27,7 @@ _TAKEN = "{} exists already; choose another file, or remove it."
 
 
 def _is_export(path: str | os.PathLike) -> bool:
-    """Whether a file may be an earlier export: an archive of torch's."""
+    """Whether a file may be an earlier export, an archive of torch."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -40,23 +40,23 @@ def export_checkpoint(
     *,
     classifier: str | os.PathLike | None = None,
     token: str | None = None,
-    tell: Tell = print,
+    log: Log = print,
 ) -> None:
-    """Writes a model as a state dict that the published code loads, and says with which flags.
+    """Writes a model as a state dict that the published code loads, and reports the flags for it.
 
-    What was converted comes back bit by bit, in the published file's own order of attention.
+    A converted checkpoint is restored exactly, in the published file's order of attention rows.
 
     Args:
         source (`str` or `os.PathLike`): The folder of a pipeline, a UNet or a classifier, or its name on the Hub.
-        output (`str` or `os.PathLike`): The `.pt` file to write, in a folder that is there: the UNet, or a classifier
-            saved alone. One that the same call has written stays as it is.
+        output (`str` or `os.PathLike`): The `.pt` file to write, in an existing folder: the UNet, or a classifier
+            saved alone. One that the same call has written is kept.
         classifier (`str` or `os.PathLike`, *optional*): Another `.pt` file, for the pipeline's classifier.
-        token (`str`, *optional*): For private repositories of the Hub; the saved login, by default.
-        tell (`Callable`, defaults to `print`): Is told the flags, and what the published scripts need beside them.
+        token (`str`, *optional*): For private repositories on the Hub; by default the saved login.
+        log (`Callable`, defaults to `print`): Called with the flags, and further settings of the published scripts.
 
     Raises:
-        `ValueError`: If there is no such model, or it is one that the published code cannot express; nothing is
-            written then.
+        `ValueError`: If there is no such model, or the published code cannot express it. Nothing is written
+            then.
     """
     if classifier is not None and os.path.realpath(output) == os.path.realpath(classifier):
         raise ValueError(f"--output and --classifier both name {output}; choose a file for each.")
@@ -70,9 +70,9 @@ def export_checkpoint(
     record = read_config(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
     parts = _load_parts(folder)
     if "unet" not in parts and classifier is not None:
-        raise ValueError(f"{source} is a classifier itself: leave --classifier out.")
+        raise ValueError(f"{source} is a classifier itself: leave out --classifier.")
     if classifier is not None and "classifier" not in parts:
-        raise ValueError(f"{source} has no classifier; leave --classifier out.")
+        raise ValueError(f"{source} has no classifier; leave out --classifier.")
 
     files = {"unet": output, "classifier": classifier} if "unet" in parts else {"classifier": output}
     written = {}
@@ -86,27 +86,27 @@ def export_checkpoint(
             flags["use_new_attention_order"] = True
         elif new_order:
             notes.append(
-                "The published scripts have no flag for this model's order of attention; set "
+                "The published scripts have no flag for this model's attention order; set "
                 "use_new_attention_order=True in them."
             )
         written[Path(path)] = (to_openai_state_dict(parts[part], new_order), part, flags, notes)
-    with ExitStack() as stack:  # at whose end all of them are there, or as a rerun finds them
+    with ExitStack() as stack:  # at its end either all files are written, or a rerun can continue
         for path, (state_dict, *_) in written.items():
             temporary = stack.enter_context(replacing(path))
             _save(state_dict, temporary)
             if path.exists() and not same_content(temporary, path):
                 raise ValueError(_TAKEN.format(path))
     for path, (_, part, flags, notes) in written.items():
-        tell(f"Wrote {path}, which the published code loads with")
-        tell(f'  {"MODEL" if part == "unet" else "CLASSIFIER"}_FLAGS="{spell_flags(flags)}"')
+        log(f"Wrote {path}, which the published code loads with")
+        log(f'  {"MODEL" if part == "unet" else "CLASSIFIER"}_FLAGS="{spell_flags(flags)}"')
         for note in notes:
-            tell(f"  Note: {note}")
+            log(f"  Note: {note}")
     if "unet" in parts and "classifier" in parts and classifier is None:
-        tell(f"The classifier of {source} was not exported; run again with --classifier classifier.pt for both files.")
+        log(f"The classifier of {source} was not exported; rerun with --classifier classifier.pt for both files.")
 
 
 def _find(source: str | os.PathLike, token: str | None) -> Path:
-    """A folder on this machine, or the Hub's under that name."""
+    """A local folder, or the downloaded folder of a model on the Hub."""
     if Path(source).exists():
         return Path(source)
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
@@ -115,18 +115,18 @@ def _find(source: str | os.PathLike, token: str | None) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], token=token))
     except RepositoryNotFoundError:
         raise ValueError(
-            f"There is no folder {source}, and the Hub has no {source} that this token may see: check the name, or "
-            f"log in with `hf auth login`."
+            f"There is no folder {source}, and {source} was not found on the Hub with this token: check the name, "
+            f"or log in with `hf auth login`."
         ) from None
     except (HTTPError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"There is no folder {source}, and the Hub could not be asked for {source}: {reason}"
+            f"There is no folder {source}, and it could not be downloaded from the Hub: {reason}"
         ) from error
 
 
 def _load_parts(folder: Path) -> dict[str, Any]:
-    """The models and the scheduler of a pipeline's folder, or the one model of another."""
+    """The models and the scheduler in a folder of a pipeline or a model."""
     try:
         with naming_damage(folder):
             return _from_pretrained(folder)
@@ -136,14 +136,14 @@ def _load_parts(folder: Path) -> dict[str, Any]:
 
 
 def _from_pretrained(folder: Path) -> dict[str, Any]:
-    """Whatever this library's models and scheduler a folder holds; a file that is missing is an `OSError`."""
+    """This library's models and scheduler in a folder; a missing file is an `OSError`."""
     index = folder / "model_index.json"
     if index.is_file():
         components = read_config(index)
         if components.get("unet", [None, None])[1] != "ADMUNet2DModel":
             raise ValueError(
-                f"The UNet of {folder} is a {components.get('unet', [None, None])[1]}; the published code knows those "
-                f"of this library only."
+                f"The UNet of {folder} is a {components.get('unet', [None, None])[1]}; only an "
+                f"ADMUNet2DModel can be exported to the published code."
             )
         parts = {"unet": ADMUNet2DModel.from_pretrained(folder / "unet"), "index": components}
         if components.get("classifier", [None, None])[1] == "ADMForImageClassification":
@@ -156,17 +156,17 @@ def _from_pretrained(folder: Path) -> dict[str, Any]:
         return {"unet": ADMUNet2DModel.from_pretrained(folder)}
     if config.get("model_type") == "adm-classifier":
         return {"classifier": ADMForImageClassification.from_pretrained(folder)}
-    raise ValueError(f"{folder} holds no pipeline, UNet or classifier of this library.")
+    raise ValueError(f"{folder} is not a pipeline, UNet or classifier of this library.")
 
 
 def _unet_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The published scripts' flags for a UNet and its scheduler, and what they cannot be told."""
+    """The published scripts' flags for a UNet and its scheduler, and notes on settings without a flag."""
     config = parts["unet"].config
     upsampler = config.low_res_channels is not None
     if upsampler and config.low_res_channels != config.in_channels:
         raise ValueError(
-            f"The published upsampler takes two images of as many channels; this one takes {config.in_channels} and "
-            f"{config.low_res_channels}."
+            f"The published upsampler takes two images with the same number of channels; this one takes "
+            f"{config.in_channels} and {config.low_res_channels}."
         )
     flags, notes = _shared_flags(config, "upsampler" if upsampler else "unet")
     if upsampler:
@@ -174,7 +174,7 @@ def _unet_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         small = parts.get("index", {}).get("low_res_size")
         flags |= {} if small is None else {"small_size": small}
         if "channel_mult" in flags:
-            notes.append("The published scripts for upsampling have no --channel_mult; call SuperResModel itself.")
+            notes.append("The published scripts for upsampling have no --channel_mult; call SuperResModel directly.")
     flags |= {
         "class_cond": config.num_class_embeds is not None,
         "learn_sigma": config.out_channels == 2 * config.in_channels,
@@ -186,7 +186,7 @@ def _unet_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         flags["num_heads"] = config.num_heads
         if config.num_heads_upsample is not None:
             flags["num_heads_upsample"] = config.num_heads_upsample
-    if not config.resblock_updown:  # a default, and a flag that improved-diffusion does not know
+    if not config.resblock_updown:  # a default, and a flag that improved-diffusion lacks
         del flags["resblock_updown"]
         known = scripts_channel_mult("unet", flags["image_size"]) if flags.get("image_size") == 32 else None
         if config.num_heads is not None and flags.get("channel_mult", ()) == known:
@@ -195,20 +195,18 @@ def _unet_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if rows not in (None, IMAGENET_CLASSES):
         notes.append(f"The published scripts have 1000 classes; set NUM_CLASSES = {rows} in their script_util.py.")
     if config.null_class_label:
-        notes.append(
-            f"Class {config.num_class_embeds} means no class; the published scripts do not know that there is one."
-        )
+        notes.append(f"Class {config.num_class_embeds} is the null label, which the published scripts do not support.")
 
     scheduler = parts.get("scheduler")
     if scheduler is None:
-        notes.append("The model was saved without a scheduler of ours: add its --diffusion_steps and --noise_schedule.")
+        notes.append("The model was saved without an ADMScheduler: add its --diffusion_steps and --noise_schedule.")
         return flags, notes
     settings = scheduler.config
     flags |= _schedule_flags(settings, notes)
     if settings.prediction_type == "sample":
         flags["predict_xstart"] = True
     elif settings.prediction_type != "epsilon":
-        notes.append(f"It predicts {settings.prediction_type}, which the published scripts cannot sample from.")
+        notes.append(f"It predicts {settings.prediction_type}, which the published scripts do not support.")
     if settings.variance_type == "fixed_small":
         flags["sigma_small"] = True
         notes.append("Only improved-diffusion has the flag --sigma_small.")
@@ -216,7 +214,7 @@ def _unet_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _classifier_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The published scripts' flags for a classifier, and what they cannot be told."""
+    """The published scripts' flags for a classifier, and notes on settings without a flag."""
     config = parts["classifier"].config
     shared, notes = _shared_flags(config, "classifier")
     widths = level_widths(config.model_channels, config.channel_mult)
@@ -227,8 +225,8 @@ def _classifier_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
         head_widths = {width // config.num_heads for width in attended}
         if config.pool == "attention" and len(head_widths) > 1:
             raise ValueError(
-                f"The published classifier pools by attention with heads of one width; this one has {config.num_heads} "
-                f"heads over {' and '.join(map(str, sorted(attended)))} channels."
+                f"The published classifier uses attention pooling with heads of one width; this one has "
+                f"{config.num_heads} heads over {' and '.join(map(str, sorted(attended)))} channels."
             )
     if head_widths != {64}:
         given = f"num_heads={config.num_heads}" if len(head_widths) > 1 else f"num_head_channels={min(head_widths)}"
@@ -243,7 +241,7 @@ def _classifier_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
     flags = {spelling.get(name, f"classifier_{name}"): value for name, value in shared.items()}
     if flags.pop("classifier_channel_mult", None):
         notes.append(
-            f"The published scripts have no such widths; set channel_mult={tuple(config.channel_mult)} in them."
+            f"The published scripts do not support these widths; set channel_mult={tuple(config.channel_mult)} in them."
         )
     return {**flags, "classifier_pool": config.pool, **_schedule_flags(config, notes)}, notes
 
@@ -257,19 +255,21 @@ def _schedule_flags(config: Any, notes: list[str]) -> dict[str, Any]:
     if named and (betas is None or abs(make_betas(config.beta_schedule, steps) - betas).max() < 1e-6):
         flags["noise_schedule"] = names[config.beta_schedule]
     else:
-        notes.append("Its noise schedule is none that the published scripts have a name for.")
+        notes.append("Its noise schedule has no name in the published scripts.")
     if config.rescale_timesteps or steps != 1000:  # the defaults of the two published codes differ
         flags["rescale_timesteps"] = config.rescale_timesteps
     return flags
 
 
 def _shared_flags(config: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
-    """Flags of what UNets and classifiers have in common, under the UNet's names."""
+    """The flags that UNets and classifiers share, under the UNet's names."""
     notes = []
     size = config.sample_size
     if not isinstance(size, int):
         if len(set(size)) > 1 and getattr(config, "pool", None) == "attention":
-            raise ValueError(f"The published classifier pools square images by attention; this one's are {list(size)}.")
+            raise ValueError(
+                f"The published classifier uses attention pooling for square images only; this one's are {list(size)}."
+            )
         if len(set(size)) > 1:
             notes.append(f"The published scripts sample square images; this model's are {size[0]}x{size[1]}.")
         size = size[0]
@@ -279,7 +279,7 @@ def _shared_flags(config: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
         "image_size": size,
         "num_channels": config.model_channels,
         "num_res_blocks": config.num_res_blocks,
-        "attention_resolutions": sides or [2 * size],  # a side that no level has
+        "attention_resolutions": sides or [2 * size],  # a resolution that no level has
         "resblock_updown": config.resblock_updown,
         "use_scale_shift_norm": config.use_scale_shift_norm,
     }
@@ -287,9 +287,9 @@ def _shared_flags(config: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
     if scripts_channel_mult(kind, size) != widths or size == 32:
         flags["channel_mult"] = widths
         if any(mult != int(mult) for mult in widths):
-            notes.append("The published --channel_mult takes whole numbers only; call the published class itself.")
+            notes.append("The published --channel_mult takes only whole numbers; call the published class directly.")
     if not config.conv_resample and not config.resblock_updown and len(widths) > 1:
-        notes.append("The published scripts have no flag for conv_resample=False; call the published class itself.")
+        notes.append("The published scripts have no flag for conv_resample=False; call the published class directly.")
     if config.in_channels != 3:
         notes.append(f"The published scripts have images of 3 channels; set in_channels={config.in_channels} in them.")
     return flags, notes
@@ -297,7 +297,7 @@ def _shared_flags(config: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
 
 def _save(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
     try:
-        with path.open("wb") as file:  # given a name, torch would write it into the archive
+        with path.open("wb") as file:  # given a path, torch would write its name into the archive
             torch.save(dict(state_dict), file)
     except RuntimeError as error:
         if isinstance(error.__context__, OSError):  # a full disk, which torch reports as a broken archive

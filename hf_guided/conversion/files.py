@@ -1,4 +1,4 @@
-"""Reads published `.pt` files and writes safetensors, a tensor at a time: neither holds a whole model in memory."""
+"""Reading `.pt` files and writing safetensors one tensor at a time, without a whole model in memory."""
 
 import ctypes
 import filecmp
@@ -16,17 +16,17 @@ import torch
 
 from ..loading import foreign_content
 
-# Pages of a mapped file count as the process's memory until they are given back.
+# Pages of a mapped file count as the process's memory until they are released.
 RESIDENT_BYTES = 128 * 2**20
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], bool]:
-    """Opens a state dict that the published code saved.
+    """The tensors of a state dict that the published code saved.
 
-    Code in a pickle is never run. The file is mapped, so that nothing of its tensors is read before it is used; only
-    files of PyTorch before 1.6 are read whole.
+    Code in a pickle is never run. The file is memory-mapped, so that tensors are read on use; only files of PyTorch
+    before 1.6 are read completely.
 
     Args:
         path (`str` or `os.PathLike`): The `.pt` file.
@@ -35,8 +35,8 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], b
         The tensors by their published names, and whether they are mapped, for [`release_pages`].
 
     Raises:
-        `ValueError`: If the file is missing or damaged, holds anything but tensors, or is no state dict of a model: in
-            a sentence that says what to do.
+        `ValueError`: If the file is missing or damaged, holds anything but tensors, or is not a state dict of a
+            model.
     """
     path = Path(path)
     if path.is_dir():
@@ -44,14 +44,14 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], b
     if not path.exists():
         raise ValueError(f"There is no file {path}.")
     if what := foreign_content(path):
-        raise ValueError(f"{path} is {what}, no checkpoint: download it again.")
+        raise ValueError(f"{path} is {what}, not a checkpoint: download it again.")
     with path.open("rb") as file:
         start = file.read(4)
     mapped = start == b"PK\x03\x04"
     if mapped and not zipfile.is_zipfile(path):
         raise ValueError(f"{path} ends too early ({_size(path)}): download it again.")
-    if not mapped and start[:1] != b"\x80":  # how a pickle begins
-        raise ValueError(f"{path} is no PyTorch checkpoint; give the .pt file that the published code saved.")
+    if not mapped and start[:1] != b"\x80":  # the first byte of a pickle
+        raise ValueError(f"{path} is not a PyTorch checkpoint; give the .pt file that the published code saved.")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
@@ -63,14 +63,14 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], b
         raise ValueError(f"{path} is damaged: download it again.") from None
     except MemoryError:
         raise
-    except Exception:  # what half a pickle raises depends on where it ends
+    except Exception:  # an incomplete pickle can raise any error
         raise ValueError(f"{path} is damaged or ends too early ({_size(path)}): download it again.") from None
     return _check_state_dict(loaded, path), mapped and _has_this_byte_order(path)
 
 
 def _check_state_dict(loaded: object, path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(loaded, Mapping):
-        raise ValueError(f"{path} holds no state dict but a {type(loaded).__name__}; give a model's .pt file.")
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a state dict; give a model's .pt file.")
     if loaded.keys() == {"state", "param_groups"}:
         raise ValueError(f"{path} holds the state of an optimizer; give the ema_*.pt or model*.pt beside it.")
     for name, value in loaded.items():
@@ -82,14 +82,14 @@ def _check_state_dict(loaded: object, path: Path) -> dict[str, torch.Tensor]:
         dense = torch.is_tensor(value) and value.layout == torch.strided
         if not isinstance(name, str) or not dense or not value.is_floating_point():
             what = f"{value.dtype} values" if dense else f"a {type(value).__name__}"
-            raise ValueError(f"{path} holds {what} under {name!r}, and a model's state dict has weights only.")
+            raise ValueError(f"{path} holds {what} under {name!r}, but a model's state dict has only weights.")
     if not loaded:
         raise ValueError(f"{path} holds no tensors.")
     return dict(loaded)
 
 
 def _has_this_byte_order(path: Path) -> bool:
-    """Files of the other byte order are turned round in memory, which is then no longer the file's."""
+    """Whether a file has this machine's byte order; otherwise PyTorch converts a copy in memory."""
     try:
         with zipfile.ZipFile(path) as archive:
             orders = [archive.read(name) for name in archive.namelist() if name.endswith("/byteorder")]
@@ -105,7 +105,7 @@ def _size(path: Path) -> str:
 def one_by_one(
     tensors: Iterable[tuple[str, torch.Tensor]], source: Mapping[str, torch.Tensor], mapped: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Passes tensors on and, every now and then, gives the pages of the mapped file that they come from back."""
+    """Yields the tensors, and regularly releases the pages of their mapped file."""
     resident = 0
     for name, tensor in tensors:
         yield name, tensor
@@ -116,10 +116,10 @@ def one_by_one(
 
 
 def release_pages(tensors: Iterable[torch.Tensor]) -> None:
-    """Gives the pages of tensors of a mapped file back to the system; whoever uses them again reads them again.
+    """Releases the pages of tensors of a mapped file; they are read again on use.
 
-    Not for other tensors, whose values would be lost. Where the system has no such call they stay, which costs memory
-    and nothing else.
+    Not for other tensors, whose values would be lost. Systems without this call keep the pages, which only costs
+    memory.
     """
     if sys.platform != "linux":
         return
@@ -146,7 +146,7 @@ def same_content(one: Path, other: Path) -> bool:
 
 @contextmanager
 def in_new_folders(path: Path) -> Iterator[None]:
-    """Makes the folders that lead to a path; after an error those that were made are removed, unless they are used."""
+    """Creates the parent folders of a path; after an error removes those it created, if they are empty."""
     made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def in_new_folders(path: Path) -> Iterator[None]:
 def write_safetensors(
     path: Path, shapes: Mapping[str, torch.Size], tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
 ) -> None:
-    """Writes tensors as they come, in any order, into one safetensors file; `shapes` says beforehand which come.
+    """Writes tensors in any order into one safetensors file; `shapes` gives the names and shapes of all.
 
     Raises:
         `ValueError`: If a weight is not finite in `dtype`.

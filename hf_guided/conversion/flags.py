@@ -1,7 +1,7 @@
-"""The flags of the published scripts (`$MODEL_FLAGS` and the like), and what they say where tensors are silent.
+"""The flags of the published scripts (`$MODEL_FLAGS` and the like), which give what the tensors do not determine.
 
 A flag that contradicts the tensors is an error; so is a missing one that the tensors cannot replace. The defaults of
-the published scripts stand in for neither, since those of guided-diffusion and improved-diffusion differ.
+the published scripts are not used for it, since those of guided-diffusion and improved-diffusion differ.
 """
 
 import re
@@ -31,7 +31,7 @@ def _multiples(text: str) -> tuple[float, ...]:
     return tuple(float(number) for number in text.split(","))
 
 
-# What is asked for by each kind of value, for the error.
+# The kind of value that each parser takes, for errors.
 _WANTED: dict[Callable[[str], Any], str] = {
     _boolean: "True or False",
     _integers: "whole numbers separated by commas",
@@ -58,7 +58,7 @@ _FLAGS: dict[str, Callable[[str], Any]] = {
     "use_scale_shift_norm": _boolean,
     "resblock_updown": _boolean,
     "use_new_attention_order": _boolean,
-    # the classifier; the last two are ours, the published code knows heads of 64 channels only
+    # the classifier; the last two are ours, since the published code only has heads of 64 channels
     "classifier_width": int,
     "classifier_depth": int,
     "classifier_attention_resolutions": _integers,
@@ -80,7 +80,7 @@ _FLAGS: dict[str, Callable[[str], Any]] = {
     "classifier_scale": float,
 }
 
-# How to train, how to compute, and where files are: nothing that a converted model keeps.
+# Flags of training, computation and files, which a converted model does not need.
 _IGNORED = {
     "anneal_lr",
     "base_samples",
@@ -110,7 +110,7 @@ _IGNORED = {
     "weight_decay",
 }
 
-# What only guided-diffusion's scripts know; every flag of a classifier is among it.
+# Flags of guided-diffusion's scripts only; so are all flags of a classifier.
 _GUIDED_ONLY = {"num_head_channels", "channel_mult", "resblock_updown", "use_new_attention_order"}
 
 # The scripts' widths by image size. improved-diffusion adds 32.
@@ -131,22 +131,22 @@ SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 
 def scripts_channel_mult(kind: str, image_size: int) -> tuple[float, ...] | None:
-    """The widths that the published scripts give a model of this size, if they know it."""
+    """The widths that the published scripts give a model of this size, if they support it."""
     if kind == "classifier" and image_size == 32:
         return None
     return (_UPSAMPLER_CHANNEL_MULT if kind == "upsampler" else _CHANNEL_MULT).get(image_size)
 
 
 def parse_flags(text: str) -> dict[str, Any]:
-    """Reads flags as the published scripts take them.
+    """The values of flags, written as for the published scripts.
 
     Args:
-        text (`str`): `--name value` or `--name=value`, in any order; the later of two wins. A whole command line will
-            do, and so will the README's lines `MODEL_FLAGS="…"`.
+        text (`str`): `--name value` or `--name=value`, in any order; the later of two wins. A whole command line or
+            the README's lines `MODEL_FLAGS="…"` can be given, too.
 
     Returns:
-        `dict[str, Any]`: The values by name; flags that a converted model has no use for (how to train, how to
-        compute, where files are) are left out.
+        `dict[str, Any]`: The values by name, without flags that a converted model does not need (of training,
+        computation and files).
 
     Raises:
         `ValueError`: For a flag that neither guided-diffusion nor improved-diffusion has, one without a value, or with
@@ -162,11 +162,13 @@ def parse_flags(text: str) -> dict[str, Any]:
         expanded += shlex.split(assignment[1]) if assignment else [word]
     for word in expanded:
         if word.startswith("$"):
-            raise ValueError(f"{word} stands in the flags unread; double quotes around them let the shell read it.")
+            raise ValueError(
+                f"{word} in the flags was not expanded; put double quotes around the flags for the shell to expand it."
+            )
     # the command in front, such as `mpiexec -n 8 python scripts/image_train.py`
     start = next((i for i, word in enumerate(expanded) if word.startswith("--")), len(expanded))
     if start and not expanded[start - 1].endswith(".py"):
-        raise ValueError(f"Flags look like --name value; {expanded[0]!r} is none.")
+        raise ValueError(f"Flags look like --name value; {expanded[0]!r} is not a flag.")
 
     flags: dict[str, Any] = {}
     remaining = iter(expanded[start:])
@@ -175,7 +177,7 @@ def parse_flags(text: str) -> dict[str, Any]:
             raise ValueError(f"Flags look like --name value; {word!r} follows no name.")
         name, equals, value = word.removeprefix("--").partition("=")
         if name not in _FLAGS and name not in _IGNORED:
-            raise ValueError(f"--{name} is no flag of guided-diffusion or improved-diffusion.")
+            raise ValueError(f"--{name} is not a flag of guided-diffusion or improved-diffusion.")
         if not equals:
             value = next(remaining, "--")
             if value.startswith("--"):
@@ -183,7 +185,7 @@ def parse_flags(text: str) -> dict[str, Any]:
         if name in _IGNORED:
             continue
         flags.pop(name, None)
-        if value:  # an empty one is how the scripts spell "not given"
+        if value:  # the scripts write an empty value for "not given"
             try:
                 flags[name] = _FLAGS[name](value)
             except ValueError:
@@ -192,12 +194,12 @@ def parse_flags(text: str) -> dict[str, Any]:
 
 
 def spell_flags(flags: Flags) -> str:
-    """Flags as the published scripts take them; the reverse of [`parse_flags`]."""
+    """Flags as text for the published scripts; the inverse of [`parse_flags`]."""
     return " ".join(f"--{name} {_spell(value)}" for name, value in flags.items())
 
 
 def is_guided_diffusion(flags: Flags, architecture: Architecture) -> bool:
-    """Whether something is said or seen that only guided-diffusion has."""
+    """Whether flags or tensors have something that only guided-diffusion has."""
     return (
         architecture.kind == "classifier"
         or architecture.config["resblock_updown"]
@@ -207,24 +209,24 @@ def is_guided_diffusion(flags: Flags, architecture: Architecture) -> bool:
 
 
 def is_improved_diffusion(flags: Flags, architecture: Architecture) -> bool:
-    """Whether a model is taken for improved-diffusion's: its scripts make one like it, and nothing speaks against."""
+    """Whether improved-diffusion is assumed: its scripts make such a model, and nothing contradicts it."""
     size = flags.get("large_size", 256) if architecture.kind == "upsampler" else flags.get("image_size")
     return _scripts_make(architecture, size) and not is_guided_diffusion(flags, architecture)
 
 
 def _scripts_make(architecture: Architecture, image_size: int | None) -> bool:
     """Whether the published scripts make models of this size with the tensors' widths and layers."""
-    told = architecture.config
+    inferred = architecture.config
     return (
         image_size is not None
-        and scripts_channel_mult(architecture.kind, image_size) == told["channel_mult"]
-        and told["conv_resample"]
-        and told["in_channels"] == 3
+        and scripts_channel_mult(architecture.kind, image_size) == inferred["channel_mult"]
+        and inferred["conv_resample"]
+        and inferred["in_channels"] == 3
     )
 
 
 def add_improved_defaults(flags: Flags, architecture: Architecture) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The flags with improved-diffusion's defaults for what its README leaves out, and those defaults alone."""
+    """The flags with improved-diffusion's defaults for those that its README omits, and these defaults alone."""
     assumed: dict[str, Any] = {}
     if "num_heads" not in flags:
         assumed["num_heads"] = 4
@@ -260,8 +262,8 @@ def unet_config(flags: Flags, architecture: Architecture) -> dict[str, Any]:
     heads = _heads(flags, architecture, ("num_heads", "num_head_channels"))
     if heads is None:
         raise ValueError(
-            "--num_heads or --num_head_channels is missing, and the tensors do not tell how attention is split into "
-            "heads; the published scripts' default is --num_heads 4."
+            "--num_heads or --num_head_channels is missing, and the tensors do not determine the number of "
+            "attention heads;  the published scripts' default is --num_heads 4."
         )
     upsample = flags.get("num_heads_upsample", -1)
     if upsample != -1 and "num_heads" in heads:
@@ -276,13 +278,13 @@ def unet_config(flags: Flags, architecture: Architecture) -> dict[str, Any]:
 
 
 def classifier_config(flags: Flags, architecture: Architecture, alone: bool = False) -> dict[str, Any]:
-    """The published constructor's arguments of a classifier, beside the noise schedule that it was trained on.
+    """The published constructor's arguments of a classifier, with the noise schedule that it was trained on.
 
     Args:
         flags (`Mapping[str, Any]`): From [`parse_flags`].
-        architecture ([`Architecture`]): What the tensors tell.
-        alone (`bool`, defaults to `False`): There is no UNet beside it, so that `--num_channels`,
-            `--use_new_attention_order` and the like are the classifier's own, unless the flags describe both.
+        architecture ([`Architecture`]): The architecture that the tensors determine.
+        alone (`bool`, defaults to `False`): Whether it is converted without a UNet, so that `--num_channels`,
+            `--use_new_attention_order` and the like are the classifier's, unless the flags describe both.
 
     Raises:
         `ValueError`: If a flag is missing or contradicts the tensors, naming it.
@@ -299,13 +301,15 @@ def classifier_config(flags: Flags, architecture: Architecture, alone: bool = Fa
     heads = _heads(flags, architecture, ("classifier_num_heads", "classifier_num_head_channels"))
     published = _scripts_make(architecture, flags["image_size"])
     published = published and not any(width % 64 for width in architecture.attended_widths)
-    if heads is None and (own or not published):  # whoever changed the classifier's size changed its heads by this flag
+    if heads is None and (
+        own or not published
+    ):  # in the scripts this flag sets the heads of a classifier of another size
         heads = _heads(flags, architecture, ("num_heads", "num_head_channels"))
     if heads is None and not published:
         raise ValueError(
-            "--classifier_num_heads or --classifier_num_head_channels is missing, and the tensors do not tell how "
-            "attention is split into heads; the published scripts' 64 channels each hold only for the sizes and "
-            "widths that they make, and this classifier has others."
+            "--classifier_num_heads or --classifier_num_head_channels is missing, and the tensors do not determine "
+            "the number of attention heads; the published scripts' heads of 64 channels only apply to the sizes and "
+            "widths of their own classifiers, and this one has others."
         )
     heads = heads or {"num_head_channels": 64}
     schedule = scheduler_arguments(flags, learns_sigma=False)
@@ -315,7 +319,7 @@ def classifier_config(flags: Flags, architecture: Architecture, alone: bool = Fa
 
 
 def scheduler_arguments(flags: Flags, learns_sigma: bool) -> dict[str, Any]:
-    """The arguments of [`ADMScheduler`].
+    """The arguments of the [`ADMScheduler`] that flags describe.
 
     Raises:
         `ValueError`: If the noise schedule or the number of its steps is missing or unknown.
@@ -330,8 +334,8 @@ def scheduler_arguments(flags: Flags, learns_sigma: bool) -> dict[str, Any]:
         make_betas(SCHEDULES[schedule], steps)
     except ValueError:
         raise ValueError(
-            f"--diffusion_steps {steps} is too few for --noise_schedule {schedule}, whose betas would not stay below "
-            f"1; models of so few steps were trained with --noise_schedule cosine."
+            f"--diffusion_steps {steps} is too few for --noise_schedule {schedule}, whose betas would reach 1; models "
+            f"of so few steps were trained with --noise_schedule cosine."
         ) from None
     fixed = "fixed_small" if flags.get("sigma_small", False) else "fixed_large"
     return {
@@ -346,49 +350,50 @@ def scheduler_arguments(flags: Flags, learns_sigma: bool) -> dict[str, Any]:
 
 
 def _common_config(flags: Flags, architecture: Architecture, size_flag: str, prefix: str) -> dict[str, Any]:
-    """What UNets and classifiers share, each of their flags checked against the tensors."""
-    told, size = architecture.config, flags[size_flag]
+    """The arguments that UNets and classifiers share, after checking their flags against the tensors."""
+    inferred, size = architecture.config, flags[size_flag]
     width, depth = (f"{prefix}width", f"{prefix}depth") if prefix else ("num_channels", "num_res_blocks")
-    _agree(flags, width, told["model_channels"])
-    _agree(flags, depth, told["num_res_blocks"])
-    _agree(flags, f"{prefix}use_scale_shift_norm", told["use_scale_shift_norm"])
-    several = len(told["channel_mult"]) > 1  # else nothing is resampled
+    _agree(flags, width, inferred["model_channels"])
+    _agree(flags, depth, inferred["num_res_blocks"])
+    _agree(flags, f"{prefix}use_scale_shift_norm", inferred["use_scale_shift_norm"])
+    several = len(inferred["channel_mult"]) > 1  # with one level nothing is resampled
     if several:
-        _agree(flags, f"{prefix}resblock_updown", told["resblock_updown"])
-    if "image_size" in told:
-        _agree(flags, size_flag, told["image_size"])
-    lowest = 2 ** (len(told["channel_mult"]) - 1)
+        _agree(flags, f"{prefix}resblock_updown", inferred["resblock_updown"])
+    if "image_size" in inferred:
+        _agree(flags, size_flag, inferred["image_size"])
+    lowest = 2 ** (len(inferred["channel_mult"]) - 1)
     if size < 1 or size % lowest:
         raise ValueError(
-            f"--{size_flag} {size} cannot be halved {len(told['channel_mult']) - 1} times, as the tensors' levels do."
+            f"--{size_flag} {size} cannot be halved {len(inferred['channel_mult']) - 1} times, as the tensors' levels "
+            f"require."
         )
 
     scripts = scripts_channel_mult(architecture.kind, size)
     if prefix == "" and "channel_mult" in flags:
-        _agree(flags, "channel_mult", told["channel_mult"])
-    elif scripts is not None and scripts != told["channel_mult"]:
-        given, found = _spell(scripts), _spell(told["channel_mult"])
-        mend = "" if prefix else f", or add --channel_mult {found}"
+        _agree(flags, "channel_mult", inferred["channel_mult"])
+    elif scripts is not None and scripts != inferred["channel_mult"]:
+        given, found = _spell(scripts), _spell(inferred["channel_mult"])
+        fix = "" if prefix else f", or add --channel_mult {found}"
         raise ValueError(
             f"--{size_flag} {size} means widths of {given} times the base in the published scripts, but the tensors "
-            f"say {found}: give the size that the model was trained for{mend}."
+            f"have {found}: give the size that the model was trained for{fix}."
         )
 
     resolutions = flags.get(f"{prefix}attention_resolutions")
     if resolutions is not None:
-        levels = {2**level for level in range(len(told["channel_mult"]))}
+        levels = {2**level for level in range(len(inferred["channel_mult"]))}
         factors = sorted(levels & {size // side for side in resolutions if side > 0})
-        if factors != told["attention_resolutions"]:
-            found = _spell([size // factor for factor in told["attention_resolutions"]]) or "none"
+        if factors != inferred["attention_resolutions"]:
+            found = _spell([size // factor for factor in inferred["attention_resolutions"]]) or "none"
             raise ValueError(
                 f"--{prefix}attention_resolutions {_spell(resolutions)} contradicts the checkpoint: with --{size_flag} "
                 f"{size} its tensors have attention at {found}."
             )
-    return {**told, "image_size": size}
+    return {**inferred, "image_size": size}
 
 
 def _heads(flags: Flags, architecture: Architecture, names: tuple[str, str]) -> dict[str, Any] | None:
-    """How attention is split; a width of heads wins over their number, as in the published code."""
+    """The attention heads; their width takes precedence over their number, as in the published code."""
     number, width = names
     if flags.get(width, -1) != -1:
         for channels in architecture.attended_widths:
@@ -410,17 +415,17 @@ def _divides(name: str, heads: int, widths: set[int]) -> None:
 def _required(flags: Flags, name: str, default: str) -> Any:
     if name not in flags:
         raise ValueError(
-            f"--{name} is missing, and the tensors do not tell it; add what the model was trained with (the published "
+            f"--{name} is missing, and the tensors do not determine it; add the value from training (the published "
             f"scripts' default is --{name} {default})."
         )
     return flags[name]
 
 
-def _agree(flags: Flags, name: str, told: Any) -> None:
-    """Refuses a flag that says otherwise than the tensors."""
-    if name in flags and flags[name] != told:
+def _agree(flags: Flags, name: str, inferred: Any) -> None:
+    """Raises for a flag that contradicts the tensors."""
+    if name in flags and flags[name] != inferred:
         raise ValueError(
-            f"--{name} {_spell(flags[name])} contradicts the checkpoint, whose tensors say {_spell(told)}."
+            f"--{name} {_spell(flags[name])} contradicts the checkpoint, whose tensors say {_spell(inferred)}."
         )
 
 

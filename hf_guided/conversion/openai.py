@@ -2,7 +2,7 @@
 
 The published code numbers its layers in the order in which they run; ours are named as in diffusers. Its attention
 projects query, key and value in one product whose rows are ordered `(3, heads, width)` or, in the older layout,
-`(heads, 3, width)`; here they become three products, once, so that the models know one layout only.
+`(heads, 3, width)`. They are split into three products here, so that the models have only one layout.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +33,8 @@ REQUIRED_ARGUMENTS = (
     "attention_resolutions",
 )
 
-# The published constructors' arguments in this library's spelling. Those with None choose how to compute, not what, or
-# are translated one by one.
+# The published constructors' arguments by this library's names. Those with None do not affect the model, or are
+# translated separately.
 CONSTRUCTOR_ARGUMENTS = {
     "image_size": "sample_size",
     "in_channels": "in_channels",
@@ -62,33 +62,33 @@ CONSTRUCTOR_ARGUMENTS = {
 def convert_openai_unet(
     state_dict: dict[str, torch.Tensor], config: dict[str, Any], super_resolution: bool = False
 ) -> ADMUNet2DModel:
-    """Converts a UNet of the published code.
+    """The UNet of a state dict of the published code.
 
     Args:
         state_dict (`dict[str, torch.Tensor]`): The published names and tensors; floating-point, any precision.
         config (`dict`): The arguments of the published constructor (`UNetModel`, or `SuperResModel`), where
             `attention_resolutions` are downsampling factors.
-        super_resolution (`bool`, defaults to `False`): The model is an upsampler, which takes a low-resolution image
-            of `in_channels` channels beside the noisy one.
+        super_resolution (`bool`, defaults to `False`): Whether the model is an upsampler, which also takes a
+            low-resolution image of `in_channels` channels.
 
     Returns:
         [`ADMUNet2DModel`]: In float32 and in evaluation mode.
 
     Raises:
         `ValueError`: If names or shapes do not fit the config, naming the first of them, or if the config has an
-            argument that the published constructor does not know.
+            argument that the published constructor lacks.
     """
     return _load(make_unet(config, super_resolution), state_dict, config.get("use_new_attention_order", False))
 
 
 def convert_openai_classifier(state_dict: dict[str, torch.Tensor], config: dict[str, Any]) -> ADMForImageClassification:
-    """Converts a noisy-image classifier of the published code.
+    """The noisy-image classifier of a state dict of the published code.
 
     Args:
         state_dict (`dict[str, torch.Tensor]`): The published names and tensors; floating-point, any precision.
         config (`dict`): The arguments of the published constructor, `EncoderUNetModel`; `out_channels` is the number
             of classes. Arguments of [`ADMClassifierConfig`] that the published one lacks, such as `beta_schedule` or
-            `id2label`, may stand beside them.
+            `id2label`, are allowed, too.
 
     Returns:
         [`ADMForImageClassification`]: In float32 and in evaluation mode.
@@ -102,20 +102,20 @@ def convert_openai_classifier(state_dict: dict[str, torch.Tensor], config: dict[
 def to_openai_state_dict(
     model: ADMUNet2DModel | ADMForImageClassification, new_attention_order: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The state dict with which the published code loads a model; the way back from the two functions above.
+    """The state dict of a model for the published code; the inverse of the two functions above.
 
     Args:
         model ([`ADMUNet2DModel`] or [`ADMForImageClassification`]): Converted or trained here.
         new_attention_order (`bool`, defaults to `False`): Order the rows of query, key and value as the published
-            models with `use_new_attention_order=True` do. Either order can be written for any model, as long as the
-            published constructor is told which.
+            models with `use_new_attention_order=True` do. Either order can be written for any model; the
+            published constructor must get the same value.
 
     Returns:
         `dict[str, torch.Tensor]`: The published names and tensors in float32, in the published order. Tensors whose
-        values stay in their order share the model's memory.
+        order does not change share the model's memory.
 
     Raises:
-        `ValueError`: If query, key and value are fused, which has to be undone first.
+        `ValueError`: If query, key and value are fused; unfuse them first.
     """
     tensors: dict[str, torch.Tensor] = {}
     for _, theirs, module in published_names(model):
@@ -184,7 +184,7 @@ def _our_arguments(config: dict[str, Any], foreign: str) -> dict[str, Any]:
 
 
 def _load(model: Any, state_dict: dict[str, torch.Tensor], new_order: bool) -> Any:
-    """Fills a model on the meta device with copies of the published tensors, without drawing random weights first."""
+    """A model that was on the meta device, with copies of the published tensors and no random initialisation."""
     check_tensors(model, state_dict)
     converted = {
         name: tensor.to(torch.float32, copy=True).contiguous()
@@ -195,12 +195,12 @@ def _load(model: Any, state_dict: dict[str, torch.Tensor], new_order: bool) -> A
 
 
 def check_tensors(model: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Refuses a state dict whose names or shapes are not those of the model, naming the first of them."""
+    """Raises for a state dict whose names or shapes do not match the model, naming the first of them."""
     expected = published_shapes(model)
     for name, shape in expected.items():
         if name not in state_dict:
             raise ValueError(
-                f"The checkpoint has no tensor {name}, which the config asks for; the checkpoint belongs to another "
+                f"The checkpoint has no tensor {name}, which the config requires; the checkpoint belongs to another "
                 f"config."
             )
         given = tuple(state_dict[name].shape)
@@ -212,7 +212,7 @@ def check_tensors(model: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
     unknown = state_dict.keys() - expected.keys()
     if unknown:
         raise ValueError(
-            f"The checkpoint holds {len(unknown)} tensors that the config does not know, such as {min(unknown)}; the "
+            f"The checkpoint holds {len(unknown)} tensors that are not in the config, such as {min(unknown)}; the "
             f"checkpoint belongs to another config."
         )
 
@@ -220,9 +220,9 @@ def check_tensors(model: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
 def converted_tensors(
     model: Any, state_dict: Mapping[str, torch.Tensor], new_order: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields our names with the published tensors of a state dict that [`check_tensors`] found right.
+    """Yields our names and the published tensors of a state dict that passed [`check_tensors`].
 
-    One by one, and as views where the values stay in their order: a file larger than the memory can be converted.
+    One by one, and as views if the order does not change, so that a file larger than the memory can be converted.
     """
     for ours, theirs, module in published_names(model):
         if isinstance(module, ADMAttention | ADMAttentionPool):
@@ -240,9 +240,9 @@ def converted_tensors(
 
 
 def published_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Published name -> shape for every tensor of a model of ours, in the published order.
+    """Published name -> shape for every tensor of one of our models, in the published order.
 
-    Linear layers of ours are 1x1 convolutions there.
+    Our linear layers are 1x1 convolutions there.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for ours, theirs, module in published_names(model):
@@ -264,7 +264,7 @@ def published_shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def qkv_name(module: ADMAttention | ADMAttentionPool) -> str:
-    """The published name of the one product that makes query, key and value."""
+    """The published name of the joint projection of query, key and value."""
     return "qkv_proj" if isinstance(module, ADMAttentionPool) else "qkv"
 
 
@@ -276,7 +276,7 @@ def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _join_qkv(parts: Sequence[torch.Tensor], heads: int, new_order: bool) -> torch.Tensor:
-    """The rows of query, key and value in either published layout; undoes [`_split_qkv`]."""
+    """The rows of query, key and value in either published layout; the inverse of [`_split_qkv`]."""
     if new_order:
         return torch.cat(list(parts))
     return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 2)
@@ -292,43 +292,43 @@ def _split_qkv(rows: torch.Tensor, heads: int, new_order: bool) -> tuple[torch.T
 def published_names(model: Any) -> Iterator[tuple[str, str, nn.Module]]:
     """Yields `(our name, published name, module)` for every module with tensors of its own, in the published order.
 
-    An attention layer stands for its query, key and value, which are one tensor in the published code; what else it
-    holds comes under its own name.
+    An attention layer is yielded for its query, key and value, which are one tensor in the published code; its other
+    tensors follow under their own names.
     """
-    yield from _walk(model, "time_embedding.linear_1", "time_embed.0")
-    yield from _walk(model, "time_embedding.linear_2", "time_embed.2")
+    yield from _names_in(model, "time_embedding.linear_1", "time_embed.0")
+    yield from _names_in(model, "time_embedding.linear_2", "time_embed.2")
     if getattr(model, "class_embedding", None) is not None:
-        yield from _walk(model, "class_embedding", "label_emb")
-    yield from _walk(model, "conv_in", "input_blocks.0.0")
+        yield from _names_in(model, "class_embedding", "label_emb")
+    yield from _names_in(model, "conv_in", "input_blocks.0.0")
 
     index = 1
     for level, block in enumerate(model.down_blocks):
         for i in range(len(block.resnets)):
-            yield from _walk(model, f"down_blocks.{level}.resnets.{i}", f"input_blocks.{index}.0")
+            yield from _names_in(model, f"down_blocks.{level}.resnets.{i}", f"input_blocks.{index}.0")
             if block.attentions:
-                yield from _walk(model, f"down_blocks.{level}.attentions.{i}", f"input_blocks.{index}.1")
+                yield from _names_in(model, f"down_blocks.{level}.attentions.{i}", f"input_blocks.{index}.1")
             index += 1
         if block.resamplers:
-            yield from _walk(model, f"down_blocks.{level}.resamplers.0", f"input_blocks.{index}.0")
+            yield from _names_in(model, f"down_blocks.{level}.resamplers.0", f"input_blocks.{index}.0")
             index += 1
 
-    yield from _walk(model, "mid_block.resnets.0", "middle_block.0")
-    yield from _walk(model, "mid_block.attentions.0", "middle_block.1")
-    yield from _walk(model, "mid_block.resnets.1", "middle_block.2")
+    yield from _names_in(model, "mid_block.resnets.0", "middle_block.0")
+    yield from _names_in(model, "mid_block.attentions.0", "middle_block.1")
+    yield from _names_in(model, "mid_block.resnets.1", "middle_block.2")
 
     if isinstance(model, ADMUNet2DModel):
         index = 0
         for level, block in enumerate(model.up_blocks):
             for i in range(len(block.resnets)):
-                yield from _walk(model, f"up_blocks.{level}.resnets.{i}", f"output_blocks.{index}.0")
+                yield from _names_in(model, f"up_blocks.{level}.resnets.{i}", f"output_blocks.{index}.0")
                 if block.attentions:
-                    yield from _walk(model, f"up_blocks.{level}.attentions.{i}", f"output_blocks.{index}.1")
+                    yield from _names_in(model, f"up_blocks.{level}.attentions.{i}", f"output_blocks.{index}.1")
                 index += 1
             if block.resamplers:  # the last layer of the level's last block
                 position = 2 if block.attentions else 1
-                yield from _walk(model, f"up_blocks.{level}.resamplers.0", f"output_blocks.{index - 1}.{position}")
-        yield from _walk(model, "conv_norm_out", "out.0")
-        yield from _walk(model, "conv_out", "out.2")
+                yield from _names_in(model, f"up_blocks.{level}.resamplers.0", f"output_blocks.{index - 1}.{position}")
+        yield from _names_in(model, "conv_norm_out", "out.0")
+        yield from _names_in(model, "conv_out", "out.2")
     else:
         for ours, theirs in {
             "adaptive": {"head.norm": "out.0", "head.classifier.2": "out.3"},
@@ -336,10 +336,10 @@ def published_names(model: Any) -> Iterator[tuple[str, str, nn.Module]]:
             "spatial": {"head.linear_1": "out.0", "head.linear_2": "out.2"},
             "spatial_v2": {"head.linear_1": "out.0", "head.norm": "out.1", "head.linear_2": "out.3"},
         }[model.config.pool].items():
-            yield from _walk(model, ours, theirs)
+            yield from _names_in(model, ours, theirs)
 
 
-def _walk(model: nn.Module, ours: str, theirs: str) -> Iterator[tuple[str, str, nn.Module]]:
+def _names_in(model: nn.Module, ours: str, theirs: str) -> Iterator[tuple[str, str, nn.Module]]:
     """The modules with tensors inside one layer."""
     module = model.get_submodule(ours)
     if isinstance(module, ADMResnetBlock):

@@ -11,7 +11,7 @@ _256 = (
     f"{_DIFFUSION} --image_size 256 --noise_schedule linear --num_channels 256 --num_head_channels 64 "
     "--num_res_blocks 2"
 )
-# More steps than 250 gave the best samples of LSUN.
+# LSUN's best samples used more than 250 steps.
 _LSUN = f"{_256} --class_cond False --timestep_respacing 1000"
 _CLASSIFIER = (
     "--diffusion_steps 1000 --classifier_attention_resolutions 32,16,8 --classifier_width 128 "
@@ -21,10 +21,11 @@ _CLASSIFIER = (
 
 @dataclass(frozen=True)
 class Published:
-    """
+    """A published checkpoint: its flags, data and classifier.
+
     Attributes:
         flags (`str`): The published scripts' flags, with the steps and the scale of its best samples.
-        data (`str`): What the model was trained on.
+        data (`str`): The training data.
         classifier (`str`, *optional*): The name of the classifier that can guide it, of the same size and schedule.
         float32_only (`bool`): Published samples were drawn in float32 only.
     """
@@ -78,17 +79,17 @@ PUBLISHED = {
 
 
 def find_published(name: str) -> Published:
-    """The entry of a name; another name is an error that says which there are."""
+    """The published checkpoint of a name; raises for another name and lists all names."""
     if name not in PUBLISHED:
         near = difflib.get_close_matches(name, PUBLISHED, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(
-            f"{name!r} is no published checkpoint; {hint}There are {', '.join(PUBLISHED)}. A checkpoint of your own "
-            f"is described with --flags instead of a name."
+            f"{name!r} is not a published checkpoint; {hint}They are {', '.join(PUBLISHED)}. Describe your own "
+            f"checkpoint with --flags instead of a name."
         )
     return PUBLISHED[name]
 
 
 def kind_of(name: str) -> str:
-    """`"unet"`, `"upsampler"` or `"classifier"`."""
+    """The kind of a published name: `"unet"`, `"upsampler"` or `"classifier"`."""
     return name.rpartition("_")[2] if name.endswith(("_classifier", "_upsampler")) else "unet"

@@ -1,4 +1,4 @@
-"""From a dataset (Hub name, folder, built-in) to batches, and what is wrong with it."""
+"""From a dataset (Hub name, folder, built-in) to batches, and the checks of a dataset before training."""
 
 from .batch_sampler import StepBatchSampler
 from .built_in import BUILT_IN

@@ -1,4 +1,4 @@
-"""Which examples each training step sees: a function of the step alone, so that resuming is exact."""
+"""Batches of example indices, each a function of the training step alone, so that resuming is exact."""
 
 import itertools
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     Batches of `(index, epoch)` keys for micro-steps `start_step`, `start_step + 1`, …
 
     The examples form one endless stream: epoch after epoch, each in an order drawn from `(seed, epoch)`. Micro-step
-    `s` of process `p` takes positions `(s * num_processes + p) * batch_size` and on, `batch_size` of them. There is no
-    other state: starting at `s` gives what an uninterrupted run sees at `s`, with any number of loader workers. A
-    batch may span epochs, and every example is seen once an epoch.
+    `s` of process `p` takes `batch_size` positions from `(s * num_processes + p) * batch_size` on. There is no other
+    state: a sampler started at `s` gives what an uninterrupted run sees at `s`, with any number of loader workers. A
+    batch may span epochs. Every example is seen once per epoch.
 
     Args:
         num_examples (`int`): Length of the dataset.
         batch_size (`int`): Examples per process and micro-step. May exceed `num_examples`.
-        seed (`int`): Seed of the orders, the same in all processes.
+        seed (`int`): Seed of the shuffling, the same in all processes.
         num_processes (`int`, defaults to 1): Number of processes that share the stream.
         process_index (`int`, defaults to 0): Which of them this one is.
-        start_step (`int`, defaults to 0): First micro-step, that is batches already taken: with gradient accumulation,
-            optimizer steps times accumulation steps.
-        num_steps (`int`, *optional*): Number of batches to yield. None yields for ever.
+        start_step (`int`, defaults to 0): First micro-step, the number of batches already taken. With gradient
+            accumulation it is optimizer steps times accumulation steps.
+        num_steps (`int`, *optional*): Number of batches to yield. None: without end.
 
     Raises:
         `ValueError`: if there are no examples, or no such process.
@@ -52,7 +52,7 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
             )
         if not 0 <= process_index < num_processes:
             raise ValueError(
-                f"process_index {process_index} must lie in 0 to {num_processes - 1}, the processes there are."
+                f"process_index {process_index} must be 0 to {num_processes - 1} for {num_processes} processes."
             )
         self.num_examples = num_examples
         self.batch_size = batch_size

@@ -32,14 +32,14 @@ def load_photographs(
     resolution: tuple[int, int], held_out_fraction: float
 ) -> tuple[Images, np.ndarray, list[str], np.ndarray]:
     """
-    Crops of two photographs of 427x640 pixels, a temple in china and a flower; which of them is the class.
+    Crops of two photographs of 427x640 pixels, a temple in China and a flower. The class of a crop is its photograph.
 
-    Neighbouring crops overlap. Those held out are cut from the middle columns of each photograph, where there is
-    something to see, and the others from what is left and right of them, so that no pixel is in both.
+    Neighbouring crops overlap. The held-out ones are cut from the middle columns of each photograph, which show
+    the motif, and the training ones from the columns left and right of them. No pixel is in both.
 
     Args:
         resolution (`tuple[int, int]`): Height and width of a crop in pixels.
-        held_out_fraction (`float`): Part of each photograph's columns to hold out.
+        held_out_fraction (`float`): Fraction of each photograph's columns to hold out.
 
     Returns:
         The crops, one a row, their labels, the names of the classes, and which rows are held out, shape (rows,).
@@ -63,8 +63,8 @@ def load_photographs(
             if height > photograph.height or width > end - start:
                 raise ValueError(
                     f"--resolution {height} {width} is too large for the photographs: crops must fit into "
-                    f"{photograph.height} x {end - start} pixels (height x width) of each, which "
-                    f"{'are' if held_out else 'is what --held_out_fraction leaves beside those'} held out."
+                    f"{photograph.height} x {end - start} pixels (height x width) of each, the "
+                    f"{'held-out columns' if held_out else 'columns that --held_out_fraction leaves on each side'}."
                 )
             for top in range(0, photograph.height - height + 1, CROP_STRIDE):
                 for left in range(start, end - width + 1, CROP_STRIDE):

@@ -1,4 +1,4 @@
-"""From the name of a dataset to two sets of images, one to train on and one held out."""
+"""From the name of a dataset to two sets of images: training images and held-out images."""
 
 import glob
 import hashlib
@@ -40,14 +40,14 @@ logger = logging.getLogger(__name__)
 NUM_DIGITS_HELD_OUT = 297  # of 1,797
 PHOTOGRAPHS_HELD_OUT = 0.2  # of each one's width
 HELD_OUT_SEED = 0  # never the training seed: every run is measured on the same images
-DIGESTED_BYTES = 2**30  # of a dataset, to know it again: seconds of reading
+DIGESTED_BYTES = 2**30  # read of a dataset to identify it, which takes seconds
 USUAL_IMAGE_COLUMNS = ("image", "img", "images", "picture", "photo")
 USUAL_LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category", "target")
 
 
 @dataclass
 class DataArguments(CheckedFields):
-    """Which images to train on, and how they are brought to the model's size; each field is a command-line flag."""
+    """Which images to train on, and how they are resized; each field is a command-line flag."""
 
     dataset_name: str | None = flag(
         None,
@@ -67,9 +67,9 @@ class DataArguments(CheckedFields):
     )
     held_out_fraction: Share | None = flag(
         None,
-        "Part of the training split to hold out if there is no --validation_split, in equal shares of each class, the "
-        "same images for every seed. Default: 0.1, 297 images of the digits, and 0.2 of the width of each photograph. "
-        "0: none.",
+        "Fraction of the training split to hold out if there is no --validation_split, the same fraction of each "
+        "class and the same images for every seed. Default: 0.1, 297 images of the digits, and 0.2 of the width of "
+        "each photograph. 0: none.",
     )
     image_column: str | None = flag(None, "Column of the images. Default: found by its type or usual name.")
     label_column: str | None = flag(None, "Column of the class labels. Default: found by its type or usual name.")
@@ -87,7 +87,7 @@ class DataArguments(CheckedFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("dataset_name", "train_data_dir", "cache_dir"):  # the shell leaves --train_data_dir=~/photos alone
+        for name in ("dataset_name", "train_data_dir", "cache_dir"):  # shells keep the ~ of --train_data_dir=~/photos
             setattr(self, name, getattr(self, name) and os.path.expanduser(getattr(self, name)))
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise ValueError(
@@ -96,8 +96,8 @@ class DataArguments(CheckedFields):
             )
         if self.dataset_config_name is not None and (self.train_data_dir is not None or self.built_in):
             raise ValueError(
-                f"--dataset_config_name '{self.dataset_config_name}' is of a dataset on the Hub, and "
-                f"'{self.source}' has no configurations; leave it out, or give another --dataset_name."
+                f"--dataset_config_name '{self.dataset_config_name}' is for a dataset on the Hub; "
+                f"'{self.source}' has no configurations;  leave it out, or give another --dataset_name."
             )
         if self.cache_dir is not None:
             check_place(self.cache_dir, "--cache_dir")
@@ -113,18 +113,18 @@ class DataArguments(CheckedFields):
 
     @property
     def source(self) -> str:
-        """What the images are taken from: the folder, the dataset's name without credentials, or 'digits'."""
+        """The source of the images: the folder, the dataset's name without credentials, or 'digits'."""
         return printable(without_credentials(self.train_data_dir or self.dataset_name or DIGITS))
 
     @property
     def title(self) -> str:
-        """What cards call the data: the last part of its name, of a folder however its path is spelled."""
+        """The data's name on cards: the last part of its name or, for a folder, of its absolute path."""
         folder = self.train_data_dir or self.dataset_name
         return Path(printable(os.path.abspath(folder)) if folder and os.path.exists(folder) else self.source).name
 
     @property
     def built_in(self) -> str | None:
-        """The name of the built-in set that is asked for, if it is one."""
+        """The name of the built-in dataset that is requested, or `None`."""
         return self.source if self.train_data_dir is None and self.source in BUILT_IN else None
 
 
@@ -172,7 +172,7 @@ class LabelledImages(Dataset):
         self.seed = seed
         self.random_crop = random_crop
         self.random_flip = random_flip
-        # In shared memory, so that the main process knows what its loader's workers met.
+        # In shared memory, so that the main process knows which files its loader's workers found bad.
         self._is_bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
 
     @property
@@ -182,19 +182,19 @@ class LabelledImages(Dataset):
 
     @property
     def notes(self) -> list[str]:
-        """How a folder was read and what is left out of it, one sentence each; empty for other datasets."""
+        """How a folder was read and which files are skipped, one sentence each; empty for other datasets."""
         return getattr(self.images, "notes", [])
 
     @property
     def bad_files(self) -> list[str]:
-        """The files met so far, by any loader worker, that could not be decoded and were substituted."""
+        """The files that could not be decoded and were replaced, as far as any loader worker has read."""
         return [self.file_name(index) for index in self._is_bad.nonzero().flatten().tolist()]
 
     @cached_property
     def digest(self) -> str:
         """
-        A hash of the images and their labels, in their order: equal wherever they lie and whatever their folder is
-        called. Up to 1 GiB it is of every byte; beyond, of every file's size and of the bytes of evenly spaced images.
+        A hash of the images and labels in their order. It does not depend on the location or name of their folder.
+        Up to 1 GiB it covers every byte; beyond, every file's size and the bytes of evenly spaced images.
         """
         digest = hashlib.sha256(b"" if self.labels is None else self.labels.tobytes())
 
@@ -203,7 +203,7 @@ class LabelledImages(Dataset):
 
         if isinstance(self.images, ImageFiles):
             sizes = self.images.sizes(self.rows)
-        else:  # of evenly spaced rows, for others would have to be read
+        else:  # of evenly spaced rows, since sizes are only known after reading
             spaced = range(0, len(self), math.ceil(len(self) / 100))
             sizes = np.array([len(stored(index)) for index in spaced])
         digest.update(sizes.tobytes())
@@ -217,8 +217,7 @@ class LabelledImages(Dataset):
         return len(self.rows)
 
     def plain(self, most: int | None = None) -> "LabelledImages":
-        """These images, neither mirrored nor cropped at random; of more than `most`, so many, drawn by the same chance
-        every time."""
+        """These images without augmentation; if there are more than `most`, a fixed random subset of that many."""
         chosen = np.arange(len(self))
         if most is not None and most < len(self):
             chosen = np.sort(np.random.default_rng(0).choice(len(self), most, replace=False))
@@ -256,7 +255,7 @@ class LabelledImages(Dataset):
 
     def _next_good_image(self, index: int) -> tuple[int, Image.Image]:
         for candidate in itertools.chain(range(index, len(self)), range(index)):
-            if self._is_bad.numpy()[candidate]:  # faster to ask than the tensor
+            if self._is_bad.numpy()[candidate]:  # faster to index than the tensor
                 continue
             try:
                 return candidate, to_channels(self.open(candidate), self.image_channels)
@@ -272,14 +271,14 @@ def load_labelled_images(
     """
     Loads the training images and the held-out ones.
 
-    The held-out images are the validation split, or a part of the training split, drawn in equal shares of each class
-    and the same for every `seed`. They are never augmented. At least one image of each class stays in training.
+    The held-out images are the validation split, or a part of the training split: the same fraction of each class, and
+    the same images for every `seed`. They are never augmented. At least one image of each class stays in training.
 
     Args:
-        args (`DataArguments`): Which images, and how they are brought to the model's size.
-        seed (`int`): Seed of the augmentation, and of nothing else.
-        require_labels (`bool`, defaults to True): Whether to insist on usable labels of two or more classes. If False,
-            a dataset without usable labels is taken as one without labels (`labels` is None).
+        args (`DataArguments`): Which images, and how they are resized to the model's resolution.
+        seed (`int`): Seed of the augmentation only.
+        require_labels (`bool`, defaults to True): Whether labels of two or more classes are required. If False, a
+            dataset without usable labels is read without labels (`labels` is None).
 
     Returns:
         `tuple[LabelledImages, LabelledImages | None]`: the training images and the held-out ones; None if there is no
@@ -308,7 +307,7 @@ def load_labelled_images(
         resolution = _check_resolution(args, [8] if is_digits else None, images)
     if require_labels and len(names) < 2:
         raise ValueError(
-            f"'{args.source}' has the single class '{names[0]}', where guidance needs two or more; "
+            f"'{args.source}' has the single class '{names[0]}', but guidance needs two or more; "
             "add images of another class."
         )
 
@@ -352,11 +351,11 @@ def load_labelled_images(
 
 def split_by_class(labels: np.ndarray, num_held_out: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    Splits rows so that each class is held out in proportion, always the same way.
+    Training rows and held-out rows, with each class held out in proportion; the split is deterministic.
 
     Args:
         labels (`numpy.ndarray`): The class of each row, shape (rows,).
-        num_held_out (`int`): Rows to hold out; fewer are if each class would not keep one.
+        num_held_out (`int`): Rows to hold out. Fewer are held out if a class would keep no row.
 
     Returns:
         `tuple[numpy.ndarray, numpy.ndarray]`: the rows to train on and the rows held out, both ascending.
@@ -366,7 +365,7 @@ def split_by_class(labels: np.ndarray, num_held_out: int) -> tuple[np.ndarray, n
     first_of_class = np.unique(labels[by_class], return_index=True)[1]
     candidates = np.delete(by_class, first_of_class)
     num_held_out = min(num_held_out, len(candidates))
-    # Evenly spaced along the sorted classes: each class gives its share, rounded up or down, and the total is exact.
+    # Evenly spaced along the sorted classes: each class's share is rounded up or down, and the total is exact.
     held_out = np.sort(candidates[(2 * np.arange(num_held_out) + 1) * len(candidates) // max(1, 2 * num_held_out)])
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
@@ -392,7 +391,7 @@ def _load_split(
     path, where = args.dataset_name, f"split '{split}' of '{args.source}'"
     data_files = None
     if path is not None and path.endswith(".parquet"):
-        # A file's name is no pattern; other patterns and addresses are left to `datasets`.
+        # A file's name is not a glob pattern; other patterns and URLs are left to `datasets`.
         path, data_files = "parquet", glob.escape(path) if os.path.isfile(path) else path
     try:
         dataset = datasets.load_dataset(
@@ -403,7 +402,7 @@ def _load_split(
             cache_dir=args.cache_dir,
         )
     except (FileNotFoundError, ValueError, ConnectionError, datasets.exceptions.DatasetGenerationError) as error:
-        is_wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which says nothing itself
+        is_wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)  # its own text gives no reason
         reason = without_credentials(" ".join(str(error.__cause__ if is_wrapped else error).split()).rstrip("."))
         raise ValueError(f"Cannot load {where} ({reason}); check the name and the split.") from error
     columns = ", ".join(dataset.column_names)
@@ -415,7 +414,7 @@ def _load_split(
     kind = getattr(feature, "dtype", "")
     if not isinstance(feature, datasets.Image) and kind not in (*TEXT_TYPES, "binary"):
         raise ValueError(
-            f"Column '{image_column}' of {where} holds no images but {feature}; name another --image_column."
+            f"Column '{image_column}' of {where} holds {feature}, not images; name another --image_column."
         )
     images = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     if image_column != "image":
@@ -426,7 +425,7 @@ def _load_split(
 
 
 def _scan_folder(args: DataArguments) -> FolderScan | None:
-    """The folder of images that is asked for; None for what `datasets` loads."""
+    """The requested folder of images; None if `datasets` is to load the data."""
     if args.train_data_dir is not None:
         if not os.path.isdir(args.train_data_dir):
             raise FileNotFoundError(
@@ -442,7 +441,7 @@ def _scan_folder(args: DataArguments) -> FolderScan | None:
 
 
 def _has_configs(card: str) -> bool:
-    """Whether a dataset card tells `datasets` which files hold the data."""
+    """Whether a dataset card says which files hold the data."""
     if not os.path.isfile(card):
         return False
     with open(card, encoding="utf-8", errors="replace") as file:
@@ -453,7 +452,7 @@ def _has_configs(card: str) -> bool:
 def _load_folder_split(
     args: DataArguments, split: str, require_labels: bool, scan: FolderScan, known_names: list[str] | None
 ) -> tuple[Any, np.ndarray | None, list[str]]:
-    """As `_load_split`, of a folder of images."""
+    """As `_load_split`, for a folder of images."""
     where = f"split '{split}' of '{args.source}'"
     part = read_split(scan, split, args.image_column, known_names or None)
     if part.metadata is not None:
@@ -472,7 +471,7 @@ def _load_folder_split(
 def _labels_of(
     dataset: Any, args: DataArguments, require_labels: bool, where: str, known_names: list[str] | None
 ) -> tuple[np.ndarray | None, list[str]]:
-    """The labels of a dataset and the names of the classes; None and no names where it has none and need not."""
+    """The labels of a dataset and the names of the classes; None and no names if it has none and none are required."""
     feature_type = import_extra("datasets").ClassLabel
     column = _find_column(dataset, "label", args.label_column, feature_type, USUAL_LABEL_COLUMNS, where)
     if column is None:
@@ -487,12 +486,12 @@ def _labels_of(
     except ValueError as error:
         if require_labels:
             raise
-        logger.warning("Going without labels: %s", error)
+        logger.warning("Loading without labels: %s", error)
         return None, []
 
 
 def _refuse_foreign_files(images: Any, args: DataArguments, builder: str | None, where: str) -> None:
-    """Refuses data that name files outside of their own folder and the caches of `datasets` and the Hub."""
+    """Raises for data that reference files outside their own folder and the caches of `datasets` and the Hub."""
     config, hub = import_extra("datasets").config, import_extra("huggingface_hub").constants
     caches = [config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH]
     caches += [hub.HF_HUB_CACHE, *([] if args.cache_dir is None else [args.cache_dir])]
@@ -502,11 +501,11 @@ def _refuse_foreign_files(images: Any, args: DataArguments, builder: str | None,
     for row, path in foreign_files(images, [*([folder] if is_local else []), *caches]):
         metadata = (name for _, _, names in os.walk(folder) for name in names if name.startswith("metadata."))
         if is_local and builder == "imagefolder" and not any(metadata):
-            return  # these were found in the folder, named by nobody: the links are the user's own
+            return  # found in the folder, not listed in a file: the links are the user's own
         raise ValueError(
-            f"Row {row} of {where} names '{path}', which is not a file below {folder if is_local else caches[0]}: data "
-            "may name no others. Put the images there, beside a metadata.csv with a column file_name, or store them in "
-            "the rows as bytes."
+            f"Row {row} of {where} names '{path}', which is not a file below {folder if is_local else caches[0]}. Put "
+            "the images there, with a metadata.csv that lists them in a column file_name, or store them in the rows "
+            "as bytes."
         )
 
 
@@ -531,8 +530,8 @@ def _find_column(
 
 def _read_labels(dataset: Any, column: str, where: str, known_names: list[str] | None) -> tuple[np.ndarray, list[str]]:
     """
-    Labels from 0 and the names of the classes. `known_names` are those of the training split, which the labels of
-    another split must be among, and need not cover.
+    Labels from 0 and the names of the classes. `known_names` are the classes of the training split; another split may
+    use only these, and need not use all.
     """
     values = dataset.select_columns([column]).with_format("arrow")[:][column]
     if values.null_count:
@@ -554,13 +553,12 @@ def _read_labels(dataset: Any, column: str, where: str, known_names: list[str] |
         unknown = sorted(set(texts) - set(label_of))
         if unknown:
             raise ValueError(
-                f"Column '{column}' of {where} has the label '{unknown[0]}', unknown in the training split; remove it."
+                f"Column '{column}' of {where} has the label '{unknown[0]}', which the training split lacks; remove it."
             )
         labels = np.array([label_of[text] for text in texts], dtype=np.int64)
     else:
         raise ValueError(
-            f"Column '{column}' of {where} holds {feature}, where integers or strings are meant; "
-            "name another --label_column."
+            f"Column '{column}' of {where} holds {feature}, not integers or strings; name another --label_column."
         )
 
     if labels.min() < 0 or labels.max() >= len(names):

@@ -1,7 +1,7 @@
-"""Folders of images: which files are images, of which split and class, and what is left out and why.
+"""Folders of images: which files are images, of which split and class, and which are skipped and why.
 
-photos/cat/1.png, photos/dog/2023/2.jpg        the folder at the top names the class, at whatever depth the image lies
-photos/train/cat/1.png, photos/val/cat/2.png   splits: all folders at the top are called so, and hold folders
+photos/cat/1.png, photos/dog/2023/2.jpg        the top folder names the class, at any depth
+photos/train/cat/1.png, photos/val/cat/2.png   splits: all top folders have a split's name and hold folders
 photos/1.png, photos/metadata.jsonl            a metadata file lists the images and describes them
 """
 
@@ -34,14 +34,14 @@ SYSTEM_FOLDERS = {
 }
 SYSTEM_FILES = {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 TEXT_TYPES = ("string", "large_string")
-SIDECARS = {".txt", ".json", ".xml", ".csv"}  # never opened: there may be one beside each of a million images
+SIDECARS = {".txt", ".json", ".xml", ".csv"}  # never opened: each of a million images may have one
 
-# Why something is left out.
+# Why something is skipped.
 HIDDEN_FOLDERS = "hidden or system folders"
 HIDDEN_IMAGES = "hidden images"
 UNREADABLE = "folders that cannot be read"
 BROKEN_LINKS = "broken links"
-LINKS_BACK = "links to folders that are read already"
+LINKS_BACK = "links to folders that were already read"
 NOT_FILES = "pipes, sockets or devices"
 NOT_IMAGES = "files that are not images in a supported format"
 EMPTY = "folders without images"
@@ -52,12 +52,12 @@ UNLISTED = "images that no metadata file lists"
 class ImageFiles(Sequence[dict[str, Any]]):
     """Image files as rows of a dataset: `files[row]` is `{"image": {"bytes": None, "path": path}}`.
 
-    The paths lie in one array: a million take little memory, and the loader's workers share it.
+    The paths are stored in one array: a million take little memory, and the loader's workers share it.
 
     Args:
         root (`str`): The folder that the paths are relative to.
         paths (`Iterable[str]`): One per row.
-        notes (`Sequence[str]`): How the folder was read and what is left out of it, one sentence each.
+        notes (`Sequence[str]`): How the folder was read and which files are skipped, one sentence each.
     """
 
     def __init__(self, root: str, paths: Iterable[str], notes: Sequence[str] = ()):
@@ -70,7 +70,7 @@ class ImageFiles(Sequence[dict[str, Any]]):
         return len(self._ends) - 1
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
-        """Bytes of the files of some rows, shape (len(rows),); 0 where there is none any more."""
+        """Sizes in bytes of the files of some rows, shape (len(rows),); 0 for a deleted file."""
 
         def size(row: int) -> int:
             try:
@@ -89,14 +89,14 @@ class ImageFiles(Sequence[dict[str, Any]]):
 
 @dataclass
 class FolderScan:
-    """What lies below a folder; paths are relative to it, and sorted.
+    """The contents of a folder; paths are relative to it, and sorted.
 
     Args:
         root (`str`): The folder.
         images (`list[str]`): Image files.
-        metadata (`list[str]`): Files with the name of a metadata file.
+        metadata (`list[str]`): Metadata files, by their name.
         folders (`list[str]`): Folders that were read.
-        left_out (`dict[str, list[str]]`): Paths by the reason why they are left out.
+        left_out (`dict[str, list[str]]`): Skipped paths by reason.
     """
 
     root: str
@@ -107,11 +107,11 @@ class FolderScan:
 
     @property
     def holds_data_files(self) -> bool:
-        """Whether there are files in which `datasets` keeps images."""
+        """Whether there are files of `datasets` that may hold images."""
         return any(path.endswith((".parquet", ".arrow")) for path in self.left_out.get(NOT_IMAGES, ()))
 
     def leave_out(self, reason: str, path: str) -> None:
-        """Records a path that is left out."""
+        """Records a skipped path."""
         self.left_out.setdefault(reason, []).append(path)
 
 
@@ -135,7 +135,7 @@ class FolderSplit:
 
 
 def printable(text: str) -> str:
-    """The text on one line of valid UTF-8: control characters and undecodable bytes are written as escapes."""
+    """The text as one line of valid UTF-8; control characters and undecodable bytes become escapes."""
 
     def escape(match: re.Match) -> str:
         code = ord(match[0])
@@ -145,16 +145,16 @@ def printable(text: str) -> str:
 
 
 def first_few(names: Sequence[str], count: int = 3) -> str:
-    """The first names in a list, and how many more there are."""
+    """The first names of a list, and the number of further ones."""
     rest = len(names) - count
     return ", ".join(map(printable, names[:count])) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def scan_folder(root: str) -> FolderScan:
     """
-    Finds the images in a folder and in all folders below it, symbolic links included.
+    The images in a folder and in all folders below it, symbolic links included.
 
-    A file is an image if its ending says so or, where the ending says nothing, its content does.
+    A file is an image by its extension or, if the extension is unknown, by its content.
 
     Raises:
         `OSError`: if the folder itself cannot be read.
@@ -163,7 +163,7 @@ def scan_folder(root: str) -> FolderScan:
     Image.init()
     endings = {ending for ending, name in Image.EXTENSION.items() if name in IMAGE_FORMATS}
     real_root = os.path.realpath(root)
-    # Links come last: a folder that lies below this one is read under its own name first.
+    # Links come last: a folder below this one is read under its own name first.
     waiting: deque[tuple[str, str, set[str]]] = deque([("", real_root, set())])
     while waiting:
         folder, real, seen = waiting.pop()
@@ -189,7 +189,7 @@ def scan_folder(root: str) -> FolderScan:
                 if is_hidden or name.lower() in SYSTEM_FOLDERS:
                     scan.leave_out(HIDDEN_FOLDERS, path)
                     continue
-                # Loops are looked for below each folder at the top: two classes may be links to one folder.
+                # Loops are detected per top folder: two classes may be links to one folder.
                 seen_below = seen if folder else set()
                 if entry.is_symlink():
                     waiting.appendleft((path, os.path.realpath(entry.path), seen_below))
@@ -198,7 +198,7 @@ def scan_folder(root: str) -> FolderScan:
             elif not _holds(entry.is_file):
                 scan.leave_out(BROKEN_LINKS if not os.path.exists(entry.path) else NOT_FILES, path)
             elif name.startswith("._") or name.lower() in SYSTEM_FILES:
-                continue  # macOS writes a ._1.png beside 1.png, which is no image
+                continue  # macOS writes ._1.png beside 1.png, which is not an image
             elif name in METADATA_FILES:
                 scan.metadata.append(path)
             elif ending in endings or (ending not in SIDECARS and _has_image_content(entry.path, ending)):
@@ -217,17 +217,17 @@ def read_split(
     scan: FolderScan, split: str, image_column: str | None = None, known_names: list[str] | None = None
 ) -> FolderSplit:
     """
-    Takes one split from a folder. A folder without splits is the split "train".
+    One split of a folder. A folder without splits is the split "train".
 
     Args:
         scan ([`FolderScan`]): The folder.
         split (`str`): "train", "validation" or "test", or another spelling of these; sliced as in `datasets`.
         image_column (`str`, *optional*): Of metadata files: `"mask"` takes the files in their column `mask_file_name`.
-        known_names (`list[str]`, *optional*): The classes of the training split, which these must be among.
+        known_names (`list[str]`, *optional*): The classes of the training split, the only ones allowed.
 
     Raises:
         `ValueError`: if there is no such split, it has no image or an unknown class, a metadata file cannot be used, or
-            it is unclear whether the folders at the top are splits or classes.
+            it is unclear whether the top folders are splits or classes.
     """
     left_out = {reason: list(paths) for reason, paths in scan.left_out.items()}
     listings = {}
@@ -257,7 +257,7 @@ def read_split(
         ],
     )
 
-    # 2. What is left out
+    # 2. Skipped files
     filled = {"", *(folder for parent in parents for folder in _first_two(parent))}
     level = 1 if splits else 0  # of the class folders
     left_out[EMPTY] = [
@@ -291,7 +291,7 @@ def read_split(
 
 
 def _read_classes(part: FolderSplit, paths: list[str], level: int, known_names: list[str] | None, root: str) -> None:
-    """Fills in the labels, or why there are none."""
+    """Fills in the labels, or the reason why there are none."""
     parents = [os.path.dirname(path) for path in paths]
     folder_of = {parent: (*parent.split(os.sep, level + 1), "")[level] for parent in set(parents)}
     # NFC: macOS decomposes accents, and the same name must mean the same class everywhere.
@@ -316,7 +316,7 @@ def _read_classes(part: FolderSplit, paths: list[str], level: int, known_names: 
         )
     elif len(names) < 2:
         part.why_unlabelled = (
-            f"'{root}' has the single class '{names[0]}', where guidance needs two or more; add a folder of images of "
+            f"'{root}' has the single class '{names[0]}', but guidance needs two or more; add a folder of images of "
             f"another class"
         )
         if all(parent.count(os.sep) > level for parent in folder_of):
@@ -335,7 +335,7 @@ def _read_classes(part: FolderSplit, paths: list[str], level: int, known_names: 
 
 
 def _find_splits(root: str, parents: set[str], listings: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The folders at the top by split, none where they are classes; and a note where a class could be a split."""
+    """The top folders by split, none if they are classes; and a note if a class could be a split."""
     if any(not _top(path) for path in listings):
         return {}, []
     holds_folders: dict[str, bool] = {}
@@ -363,7 +363,7 @@ def _find_splits(root: str, parents: set[str], listings: list[str]) -> tuple[dic
 
 
 def _parse_split(split: str, lengths: dict[str, int], root: str, has_splits: bool) -> list[tuple[str, int, int]]:
-    """The name of each split that is asked for, and its rows from and to."""
+    """The name, first row and end row of each requested split."""
     if not set(split) & set("[+("):
         name = SPLIT_OF_WORD.get(split.casefold(), split)
         if name not in lengths:
@@ -380,7 +380,7 @@ def _parse_split(split: str, lengths: dict[str, int], root: str, has_splits: boo
 
 
 def _read_metadata(root: str, path: str, image_column: str | None) -> tuple[list[str], Any] | None:
-    """The images that a metadata file lists, and its other columns; `None` if it lists none."""
+    """The images that a metadata file lists, and its other columns; `None` if it lists no files."""
     import_extra("datasets")
     import pandas
     import pyarrow
@@ -438,27 +438,27 @@ def _concatenate(root: str, parts: Sequence[tuple[list[str], Any]]) -> tuple[lis
 
 
 def _describe(reason: str, paths: list[str]) -> str:
-    """What is left out, as a sentence."""
+    """The skipped paths of one reason, as a sentence."""
     count = f"{len(paths):,}"
     if reason == NOT_IMAGES:
-        endings = Counter(os.path.splitext(path)[1].lower() or "no ending" for path in paths)
+        endings = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in paths)
         count += "; " + ", ".join(f"{printable(ending)} {number:,}" for ending, number in endings.most_common(3))
-    return f"left out: {reason} ({count}): {first_few(paths)}"
+    return f"skipped: {reason} ({count}): {first_few(paths)}"
 
 
 def _top(path: str) -> str:
-    """The folder at the top that a path lies in; empty for one that lies in none."""
+    """The top folder of a path; empty for a file at the top."""
     return path.partition(os.sep)[0] if os.sep in path else ""
 
 
 def _first_two(folder: str) -> list[str]:
-    """A folder at the top and the one below it that a folder lies in or is: those that can be splits or classes."""
+    """The first one or two folders of a path, which can be a split and a class."""
     pieces = folder.split(os.sep, 2)[:2]
     return [os.sep.join(pieces[: i + 1]) for i in range(len(pieces))]
 
 
 def _holds(question: Callable[[], bool]) -> bool:
-    """The answer of a directory entry; False where a link leads in a circle."""
+    """The answer of a directory entry; False for a circular link."""
     try:
         return question()
     except OSError:
@@ -467,7 +467,7 @@ def _holds(question: Callable[[], bool]) -> bool:
 
 def _has_image_content(path: str, ending: str) -> bool:
     """Whether a file is an image, by its first bytes."""
-    # Not by guess alone (TGA and others have no signature), and not TIFF, whose bytes raw photographs have, too.
+    # Only formats with a signature (TGA and others have none), and not TIFF, whose signature raw photographs share.
     formats = [
         name
         for name in IMAGE_FORMATS

@@ -1,4 +1,4 @@
-"""One row of a dataset: its picture, and which files it may name."""
+"""One row of a dataset: decoding its image, and the files that it may reference."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -59,7 +59,7 @@ def open_record(record: dict[str, Any] | None) -> Image.Image:
 
 
 def stored_bytes(record: Any) -> bytes:
-    """The undecoded bytes of what [`open_image`] takes, by which images are compared; none if the image is missing."""
+    """The undecoded bytes of a row that [`open_image`] decodes, for comparing images; empty if the image is missing."""
     if isinstance(record, Image.Image):
         return record.mode.encode() + record.tobytes()
     if record is None:
@@ -71,14 +71,14 @@ def stored_bytes(record: Any) -> bytes:
 
 def foreign_files(images: Any, folders: Sequence[str | os.PathLike]) -> Iterator[tuple[int, str]]:
     """
-    Finds the rows of a dataset that name a file outside of some folders, or an address, where they should hold bytes.
+    The rows of a dataset that reference a URL or a file outside the given folders, and what they reference.
 
     Args:
         images (`datasets.Dataset`): With a column "image" of `Image(decode=False)`.
-        folders (`Sequence` of paths): What lies below one of them once links and ".." are resolved may be named.
+        folders (`Sequence` of paths): Files inside them may be referenced, after links and ".." are resolved.
 
     Returns:
-        The number of each such row, and what it names. Relative paths are those of the working directory.
+        The index of each such row, and the path. Relative paths start at the working directory.
     """
     roots = [os.path.realpath(folder) for folder in folders]
     real_folder = cache(os.path.realpath)

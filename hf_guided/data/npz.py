@@ -18,7 +18,7 @@ _UNREADABLE = (
 
 
 def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
-    """Reads images and labels.
+    """Images and labels of a file of samples.
 
     Args:
         path (`str` or `os.PathLike`): A `.npz` file.
@@ -27,13 +27,13 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
         Images of shape `(n, height, width, channels)`, uint8, and class ids of shape `(n,)` or `None`.
 
     Raises:
-        `ValueError`: If the file is none, or holds something else.
-        `FileNotFoundError`: If there is none.
+        `ValueError`: If it is not a .npz file of samples.
+        `FileNotFoundError`: If there is no such file.
     """
     with open_npz(path) as file:
         arrays = {name: map_array(path, name) for name in ("arr_0", "arr_1") if name in file}
     if "arr_0" not in arrays:
-        raise ValueError(f"{path} has no arr_0, where a file of samples keeps its images.")
+        raise ValueError(f"{path} is not a file of samples: it has no array arr_0, which holds the images.")
     images, labels = arrays["arr_0"], arrays.get("arr_1")
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(
@@ -46,22 +46,22 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
         return images, None
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
         raise ValueError(
-            f"arr_1 of {path} is {labels.dtype} of shape {labels.shape}; the labels of {len(images)} images are so "
-            f"many integers."
+            f"arr_1 of {path} is {labels.dtype} of shape {labels.shape}; labels are one "
+            f"integer for each of the {len(images)} images."
         )
     for wrong in (labels.min(), labels.max()):
         if not 0 <= int(wrong) < 2**31:
-            raise ValueError(f"arr_1 of {path} has the label {wrong}, which is no class id; ids are counted from 0.")
+            raise ValueError(f"arr_1 of {path} has the label {wrong}, which is not a class id; ids start at 0.")
     return images, labels.astype(np.int64)
 
 
 @contextmanager
 def open_npz(path: str | os.PathLike) -> Iterator[Any]:
-    """Opens a `.npz` file, of which nothing is ever unpickled.
+    """Opens a `.npz` file without unpickling anything.
 
     Raises:
-        `ValueError`: If it is damaged or something else, when it is opened or read.
-        `FileNotFoundError`: If there is none.
+        `ValueError`: If it is damaged or not a .npz file, when it is opened or read.
+        `FileNotFoundError`: If there is no such file.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -69,11 +69,11 @@ def open_npz(path: str | os.PathLike) -> Iterator[Any]:
     except FileNotFoundError:
         raise
     except _UNREADABLE as error:
-        raise ValueError(f"{path} is damaged or no .npz file; write or download it again.") from error
+        raise ValueError(f"{path} is damaged or not a .npz file; write or download it again.") from error
 
 
 def map_array(path: str | os.PathLike, name: str) -> np.ndarray:
-    """An array of a `.npz` file, mapped where the file holds it uncompressed, as `np.savez` writes it, else read."""
+    """An array of a `.npz` file: memory-mapped if it is stored uncompressed, as `np.savez` does, otherwise read."""
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{name}.npy")
         if member.compress_type == zipfile.ZIP_STORED:
@@ -84,7 +84,7 @@ def map_array(path: str | os.PathLike, name: str) -> np.ndarray:
                     read_header = np.lib.format.read_array_header_2_0
                 shape, is_fortran, dtype = read_header(stream)
                 header_size = stream.tell()
-            with open(path, "rb") as file:  # the local header says how long it is itself
+            with open(path, "rb") as file:  # the local header states its own length
                 file.seek(member.header_offset + 26)
                 lengths = np.frombuffer(file.read(4), "<u2").astype(int)
             start = member.header_offset + 30 + lengths.sum() + header_size

@@ -1,4 +1,4 @@
-"""What is wrong with a dataset, found before training instead of in the middle of it."""
+"""Checks of a dataset before training: unreadable files, small classes, sizes and modes."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from .dataset import LabelledImages
 from .folders import first_few
 from .images import BAD_IMAGE_ERRORS, to_channels
 
-NUM_DRAWN = 1_000  # images decoded of a set that is too large to be decoded whole
+NUM_DRAWN = 1_000  # images decoded of a dataset that is too large to decode in full
 MAX_BAD_FRACTION = 0.1
 FEW_PER_CLASS = 10
 NAMES_SHOWN = 20  # of classes
@@ -19,18 +19,18 @@ NAMES_SHOWN = 20  # of classes
 @dataclass
 class ImageReport:
     """
-    What `check_images` found; `str(report)` says it in a few lines.
+    The findings of `check_images`; `str(report)` is a summary of a few lines.
 
     Args:
         name (`str`): The dataset.
         num_images (`int`): Images in the dataset.
-        num_checked (`int`): Images that were decoded, or tried to be.
-        resolution (`tuple[int, int]`): Height and width in pixels that the images are brought to.
+        num_checked (`int`): Images that were decoded, or that failed to decode.
+        resolution (`tuple[int, int]`): Height and width in pixels that the images are resized to.
         class_counts (`dict[str, int]`): Images per class name, of the whole dataset. Empty without labels.
         sizes (`Counter[tuple[int, int]]`): Checked images per (height, width) in pixels.
         modes (`Counter[str]`): Checked images per Pillow mode.
         bad_files (`list[str]`): Each file that cannot be used, with the reason.
-        notes (`list[str]`): How a folder was read and what is left out of it, one sentence each.
+        notes (`list[str]`): How a folder was read and which files are skipped, one sentence each.
     """
 
     name: str
@@ -45,7 +45,7 @@ class ImageReport:
 
     @property
     def num_upscaled(self) -> int:
-        """Checked images that are smaller than the resolution in height or width, and are therefore blown up."""
+        """Number of checked images smaller than the resolution in height or width, which are upscaled."""
         height, width = self.resolution
         return sum(count for (h, w), count in self.sizes.items() if h < height or w < width)
 
@@ -69,29 +69,29 @@ class ImageReport:
         by_area = sorted(self.sizes, key=lambda pair: (pair[0] * pair[1], pair))
         lines.append(
             f"  height x width: {size(by_area[0])} to {size(by_area[-1])}, most often "
-            f"{size(self.sizes.most_common(1)[0][0])}, brought to {size(self.resolution)}"
+            f"{size(self.sizes.most_common(1)[0][0])}, resized to {size(self.resolution)}"
         )
         lines.append("  modes: " + ", ".join(f"{mode} ({count:,})" for mode, count in self.modes.most_common()))
         if self.num_upscaled:
-            lines.append(f"  warning: {self.num_upscaled:,} are smaller than {size(self.resolution)} and are blown up")
+            lines.append(f"  warning: {self.num_upscaled:,} are smaller than {size(self.resolution)} and are upscaled")
         if self.small_classes:
             lines.append(
                 f"  warning: fewer than {FEW_PER_CLASS} images in {len(self.small_classes):,} of the classes: "
                 + first_few(self.small_classes)
             )
         if self.bad_files:
-            lines.append(f"  warning: other images stand in for bad files: {first_few(self.bad_files)}")
+            lines.append(f"  warning: bad files are replaced by other images: {first_few(self.bad_files)}")
         return "\n".join(lines)
 
 
 def check_images(dataset: LabelledImages, whole_up_to: int = 10_000) -> ImageReport:
     """
-    Decodes a dataset before training does.
+    Counts, sizes, modes and bad files of a dataset, found by decoding it before training.
 
     Args:
         dataset (`LabelledImages`): The images, as training will see them.
-        whole_up_to (`int`, defaults to 10,000): Sets of up to this many images are decoded whole. Of larger ones 1,000
-            are drawn, always the same.
+        whole_up_to (`int`, defaults to 10,000): Datasets of up to this many images are decoded in full. Of larger
+            ones a fixed random sample of 1,000 is.
 
     Returns:
         `ImageReport`: counts, sizes, modes and bad files; print it.

@@ -1,4 +1,4 @@
-"""A page to play with a pipeline: samples as they are made, and the same noise at several values of its dial."""
+"""The demo's page: samples while they are denoised, and the same noise at several values of a trade-off."""
 
 import base64
 import html
@@ -42,13 +42,13 @@ from starlette.middleware import Middleware
 from .gate import NOT_WAITED_FOR, QUEUE, Gate, watch
 
 MAX_IMAGES, MAX_PIXELS = 16, 2**20  # at once, and of all of them together
-MAX_VALUES = 6  # of a dial, side by side
+MAX_VALUES = 6  # of a trade-off setting, side by side
 MAX_SCALE, MAX_TEMPERATURE, MIN_TRUNCATION, MAX_TRUNCATION = 30, 2, 0.1, 4
 MAX_SEED = 2**31 - 1
 MAX_WAITING = 64  # requests in the queue
 FEWEST_STEPS = 2
-_FRAMES = 12  # of a walk that are shown whatever its speed; of a slow one also those in between
-_SECONDS_SHOWN, _SECONDS_BETWEEN = 0.06, 0.3  # a frame at least; frames in between at most so often
+_PREVIEWS = 12  # of a walk that are shown whatever its speed; of a slow one also those in between
+_SECONDS_SHOWN, _SECONDS_BETWEEN = 0.06, 0.3  # a preview at least; previews in between at most so often
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def solvers_of(pipe: ClassifierGuidedPipeline) -> list[Solver]:
 
 
 @dataclass(frozen=True)
-class Dial:
+class TradeOff:
     """What trades the variety of samples for how typical of their class they are.
 
     Args:
@@ -168,10 +168,10 @@ class Dial:
         return [number(f"A {self.noun}", _float(part), self.low, self.high) for part in parts]
 
 
-def guidance_dial(pipe: ClassConditionalPipeline, guidance: Guidance) -> Dial:
+def guidance_trade_off(pipe: ClassConditionalPipeline, guidance: Guidance) -> TradeOff:
     """The scale of the one guidance that a pipeline is sampled with."""
     scale = getattr(guidance, "scale", 1.0)
-    return Dial(
+    return TradeOff(
         name="guidance scale",
         neutral=guidance.neutral_scale,
         neutral_is="no guidance",
@@ -187,7 +187,7 @@ def guidance_dial(pipe: ClassConditionalPipeline, guidance: Guidance) -> Dial:
 _LOWER = "The lower it is, the more typical of their class pictures are, and the more they look alike."
 # By the argument of a pipeline's call, those of what makes images of latents at once.
 LATENTS_DIALS = {
-    "temperature": Dial(
+    "temperature": TradeOff(
         name="temperature",
         neutral=1,
         neutral_is="as trained",
@@ -198,7 +198,7 @@ LATENTS_DIALS = {
         effect=_LOWER,
         arguments=lambda value: {"temperature": value},
     ),
-    "truncation": Dial(
+    "truncation": TradeOff(
         name="truncation",
         neutral=MAX_TRUNCATION,
         neutral_is="off",
@@ -212,7 +212,7 @@ LATENTS_DIALS = {
 }
 
 
-class Studio:
+class Session:
     """A pipeline that several people sample from, one after the other, and a judge. Nothing of the pipeline changes.
 
     Args:
@@ -221,7 +221,7 @@ class Studio:
 
     Attributes:
         solvers (`dict[str, Solver]`): By name, how noise can be taken away; none where pictures are made at once.
-        dial ([`Dial`], *optional*): What can be dialled.
+        trade_off ([`TradeOff`], *optional*): The setting that trades variety for fidelity, if there is one.
 
     Raises:
         `ValueError`: For a pipeline that upsamples or whose images are no pictures, and a judge that guides or does not
@@ -237,14 +237,14 @@ class Studio:
             raise ValueError(f"Images of {pipe.image_channels} channels are no pictures to show.")
         self.pipe: Any = pipe
         self.judge = judge
-        walks = isinstance(pipe, ClassifierGuidedPipeline)
-        self.solvers = {solver.name: solver for solver in solvers_of(pipe)} if walks else {}
+        is_diffusion = isinstance(pipe, ClassifierGuidedPipeline)
+        self.solvers = {solver.name: solver for solver in solvers_of(pipe)} if is_diffusion else {}
         height, width = pipe.sample_size
         self.max_images = max(1, min(MAX_IMAGES, MAX_PIXELS // (height * width)))
-        self.label_of = _named_apart(pipe.id2label, pipe.num_classes or 0)
-        self.guidance = self._one_guidance() if walks else None
-        self.dial = self._own_dial()
-        self.can_hide_class = self.guidance is not None and self._works(self.guidance, condition_unet=False)
+        self.label_of = _unique_class_names(pipe.id2label, pipe.num_classes or 0)
+        self.guidance = self._one_guidance() if is_diffusion else None
+        self.trade_off = self._own_trade_off()
+        self.can_drop_label = self.guidance is not None and self._works(self.guidance, condition_unet=False)
         self.judged: Any = None if judge is None else self._judged_classes(judge)
         self._computing = threading.Lock()
 
@@ -258,11 +258,11 @@ class Studio:
             kinds = [guidance_from_dict(kind) for kind in saved]
         return kinds[0] if len(kinds) == 1 and self._works(kinds[0], condition_unet=True) else None
 
-    def _own_dial(self) -> Dial | None:
+    def _own_trade_off(self) -> TradeOff | None:
         if self.guidance is not None:
-            return guidance_dial(self.pipe, self.guidance)
+            return guidance_trade_off(self.pipe, self.guidance)
         known = inspect.signature(type(self.pipe).__call__).parameters
-        return next((dial for argument, dial in LATENTS_DIALS.items() if argument in known), None)
+        return next((trade_off for argument, trade_off in LATENTS_DIALS.items() if argument in known), None)
 
     def _works(self, guidance: Any, condition_unet: bool) -> bool:
         labels = self.pipe.resolve_labels([0]) if self.label_of else None
@@ -294,15 +294,15 @@ class Studio:
     def max_steps(self, solver: Solver) -> int:
         return min(solver.max_steps, self.pipe.scheduler.config.num_train_timesteps - 1)
 
-    def order(
+    def check_request(
         self,
         name: Any,
         num_images: Any,
         seed: Any,
         solver_name: Any = None,
         steps: Any = None,
-        tell_unet: Any = None,
-    ) -> "Order":
+        condition_unet: Any = None,
+    ) -> "SampleRequest":
         """What a browser, or anyone, asks for; checked, for it may be anything.
 
         The last three say how noise is taken away, where it is.
@@ -312,7 +312,7 @@ class Studio:
         """
         name = composed(name) if isinstance(name, str) else name
         if self.label_of and not (isinstance(name, str) and name in self.label_of):
-            raise ValueError(f"There is no class {_told(name)}; choose one of the list.")
+            raise ValueError(f"There is no class {_brief(name)}; choose one of the list.")
         wanted: dict[str, Any] = {
             "label": self.label_of[name] if self.label_of else None,
             "name": name if self.label_of else "picture",
@@ -320,15 +320,15 @@ class Studio:
             "seed": whole_number("The seed", seed, 0, MAX_SEED),
         }
         if not self.solvers:
-            return Order(**wanted)
+            return SampleRequest(**wanted)
         solver = self.solver_of(solver_name)
-        if not isinstance(tell_unet, bool):
-            raise ValueError(f"Whether the UNet is told the class is yes or no, not {_told(tell_unet)}.")
-        return Order(
+        if not isinstance(condition_unet, bool):
+            raise ValueError(f"Whether the UNet is told the class is yes or no, not {_brief(condition_unet)}.")
+        return SampleRequest(
             **wanted,
             solver=solver,
             steps=whole_number("The number of steps", steps, FEWEST_STEPS, self.max_steps(solver)),
-            tell_unet=tell_unet or not self.can_hide_class,
+            condition_unet=condition_unet or not self.can_drop_label,
         )
 
     def solver_of(self, name: Any) -> Solver:
@@ -338,20 +338,20 @@ class Studio:
             `ValueError`: If there is none; all names are listed.
         """
         if not isinstance(name, str) or name not in self.solvers:
-            raise ValueError(f"There is no solver {_told(name)}; take one of {', '.join(self.solvers)}.")
+            raise ValueError(f"There is no solver {_brief(name)}; take one of {', '.join(self.solvers)}.")
         return self.solvers[name]
 
-    def walk(
-        self, order: "Order", value: float | None, is_wanted: Callable[[], bool] = lambda: True
-    ) -> Iterator["Frame"]:
-        """Samples, with previews of the clean images that a UNet predicts; the last frame is the samples.
+    def sample(
+        self, request: "SampleRequest", value: float | None, is_wanted: Callable[[], bool] = lambda: True
+    ) -> Iterator["Preview"]:
+        """Samples, with previews of the clean images that a UNet predicts; the last preview is the samples.
 
         Sampling stops at its next step if the iterator is closed.
 
         Raises:
             `StoppedError`: If the samples are no longer wanted, at the next step.
         """
-        frames: queue.SimpleQueue[Frame | Exception] = queue.SimpleQueue()
+        previews: queue.SimpleQueue[Preview | Exception] = queue.SimpleQueue()
         stopped = threading.Event()
 
         def check() -> None:
@@ -362,42 +362,46 @@ class Studio:
             try:
                 with self._computing:  # a step of a stopped request may still be under way
                     check()
-                    frames.put(self._compute(order, value, frames.put, check))
+                    previews.put(self._compute(request, value, previews.put, check))
             except Exception as error:
-                frames.put(error)
+                previews.put(error)
 
         threading.Thread(target=compute, daemon=True).start()
         try:
             while True:
-                frame = frames.get()
-                if isinstance(frame, Exception):
-                    raise frame
-                yield frame
-                if frame.is_last:
+                preview = previews.get()
+                if isinstance(preview, Exception):
+                    raise preview
+                yield preview
+                if preview.is_last:
                     return
                 time.sleep(_SECONDS_SHOWN)
         finally:
             stopped.set()
 
     def _compute(
-        self, order: "Order", value: float | None, show: Callable[["Frame"], None], check: Callable[[], None]
-    ) -> "Frame":
+        self,
+        request: "SampleRequest",
+        value: float | None,
+        show: Callable[["Preview"], None],
+        check: Callable[[], None],
+    ) -> "Preview":
         pipe, options = self.pipe, dict[str, Any]()
-        if order.solver is not None:
-            pipe, options = self._walking(order, order.solver, show, check)
-        if self.dial is not None and value is not None:
-            options |= self.dial.arguments(value)
+        if request.solver is not None:
+            pipe, options = self._denoising(request, request.solver, show, check)
+        if self.trade_off is not None and value is not None:
+            options |= self.trade_off.arguments(value)
         samples: Any = pipe(
-            order.label,
-            order.num_images,
+            request.label,
+            request.num_images,
             **options,
-            generator=torch.Generator().manual_seed(order.seed),
+            generator=torch.Generator().manual_seed(request.seed),
             output_type="latent",
         )
-        return Frame(order.steps, order.steps, to_8_bit(samples.images).cpu(), is_last=True)
+        return Preview(request.steps, request.steps, to_8_bit(samples.images).cpu(), is_last=True)
 
-    def _walking(
-        self, order: "Order", solver: Solver, show: Callable[["Frame"], None], check: Callable[[], None]
+    def _denoising(
+        self, request: "SampleRequest", solver: Solver, show: Callable[["Preview"], None], check: Callable[[], None]
     ) -> tuple[Any, dict[str, Any]]:
         """The pipeline with a solver, and what it is called with to show its way and to stop on it."""
         scheduler = solver.make(self.pipe.scheduler)
@@ -408,14 +412,14 @@ class Studio:
             sampling_defaults=config.sampling_defaults,
         )
         pipe.set_progress_bar_config(disable=True)
-        num_steps, channels = order.steps, pipe.image_channels
+        num_steps, channels = request.steps, pipe.image_channels
         before: torch.Tensor | None = None
         shown = time.monotonic()
 
         def on_step_end(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             nonlocal before, shown
             check()
-            is_due = step % -(-num_steps // _FRAMES) == 0 or time.monotonic() - shown > _SECONDS_BETWEEN
+            is_due = step % -(-num_steps // _PREVIEWS) == 0 or time.monotonic() - shown > _SECONDS_BETWEEN
             if is_due and step + 1 < num_steps:
                 shown = time.monotonic()
                 images = tensors["latents"]
@@ -423,25 +427,25 @@ class Studio:
                     images = expected_images(scheduler, tensors["model_output"][:, :channels], before, timestep)
                 elif scheduler.init_noise_sigma != 1:
                     images = images / scheduler.init_noise_sigma
-                show(Frame(step + 1, num_steps, to_8_bit(images).cpu()))
+                show(Preview(step + 1, num_steps, to_8_bit(images).cpu()))
             before = tensors["latents"]
             return {}
 
         return pipe, {
             **solver.spacing(num_steps, scheduler.config.num_train_timesteps),
-            "condition_unet": order.tell_unet,
+            "condition_unet": request.condition_unet,
             "callback_on_step_end": on_step_end,
             "callback_on_step_end_tensor_inputs": ["latents", "model_output"],
         }
 
-    def verdicts(self, order: "Order", images: torch.Tensor) -> list[str | None] | None:
+    def verdicts(self, request: "SampleRequest", images: torch.Tensor) -> list[str | None] | None:
         """For each image `None` where the judge sees the class asked for, or else what it sees; `None` without one."""
         if self.judge is None:
             return None
         probabilities, names = self.judge(images).probabilities, self.judge.id2label
         assert probabilities is not None
         assert names is not None
-        wanted = self.judged[order.label]
+        wanted = self.judged[request.label]
         return [None if seen == wanted else names[seen] for seen in probabilities.argmax(axis=1).tolist()]
 
 
@@ -450,7 +454,7 @@ class StoppedError(Exception):
 
 
 @dataclass(frozen=True)
-class Order:
+class SampleRequest:
     """A checked request for samples; without a solver they are made at once."""
 
     label: int | None
@@ -459,11 +463,11 @@ class Order:
     seed: int
     solver: Solver | None = None
     steps: int = 1
-    tell_unet: bool = True
+    condition_unet: bool = True
 
 
 @dataclass(frozen=True)
-class Frame:
+class Preview:
     """Images `(n, channels, height, width)`, uint8, after a step of a walk."""
 
     step: int
@@ -498,7 +502,7 @@ def number(what: str, value: Any, low: float, high: float, kind: str = "number")
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high or (kind == "whole number" and value != int(value)):
-        raise ValueError(f"{what} is a {kind} from {low:,} to {high:,}, not {_told(value)}.")
+        raise ValueError(f"{what} is a {kind} from {low:,} to {high:,}, not {_brief(value)}.")
     return value
 
 
@@ -509,13 +513,13 @@ def _float(text: str) -> float | str:
         return text.strip()
 
 
-def _told(value: Any) -> str:
+def _brief(value: Any) -> str:
     """A value of whatever kind in an error, not at length."""
     text = str(value) if isinstance(value, str | int | float | None) else type(value).__name__
     return text if len(text) <= 40 else text[:39] + "…"
 
 
-def _named_apart(id2label: dict[int, str], num_classes: int) -> dict[str, int]:
+def _unique_class_names(id2label: dict[int, str], num_classes: int) -> dict[str, int]:
     """The id of each class by its name; where several have one, the id is part of it."""
     names = unique_names([composed(id2label.get(label, str(label))) for label in range(num_classes)])
     return {name: label for label, name in enumerate(names)}
@@ -525,25 +529,25 @@ def _named_apart(id2label: dict[int, str], num_classes: int) -> dict[str, int]:
 
 
 def pictures_html(
-    frame: Frame, name: str, *, heading: str = "", columns: int = 0, verdicts: Sequence[str | None] | None = None
+    preview: Preview, name: str, *, heading: str = "", columns: int = 0, verdicts: Sequence[str | None] | None = None
 ) -> str:
     """Images as a browser shows them: enlarged where they are small, saved at their true size by a click.
 
     Args:
-        frame ([`Frame`]): The images; those on the way cannot be saved.
+        preview ([`Preview`]): The images; those on the way cannot be saved.
         name (`str`): Of the files, without what tells them apart.
         heading (`str`): HTML above them.
         columns (`int`): So many in a row whatever the width; 0 for as many as fit.
-        verdicts (`Sequence[str]`, *optional*): See [`Studio.verdicts`].
+        verdicts (`Sequence[str]`, *optional*): See [`Session.verdicts`].
     """
-    height, width = frame.images.shape[-2:]
+    height, width = preview.images.shape[-2:]
     side = width * -(-96 // width) if width < 96 else min(width, 256)
     sharp = " sharp" if width < 96 else ""
     figures = []
-    for i, picture in enumerate(_pictures(frame.images)):
-        image = f'<img src="{_data_url(picture, whole=frame.is_last)}" alt="picture {i + 1}" decoding="sync">'
+    for i, picture in enumerate(_pictures(preview.images)):
+        image = f'<img src="{_data_url(picture, whole=preview.is_last)}" alt="picture {i + 1}" decoding="sync">'
         caption = ""
-        if frame.is_last:
+        if preview.is_last:
             # the address is set when it is clicked: it would double what is sent
             file, click = f"{name}-{i + 1}.png", "this.href = this.firstElementChild.src"
             image = f'<a href="#" download="{html.escape(file)}" title="Save as PNG" onclick="{click}">{image}</a>'
@@ -585,10 +589,10 @@ def grid_html(rows: Sequence[tuple[str, torch.Tensor]], name: str) -> str:
     return f'<a download="{html.escape(name)}.png" href="{_data_url(grid)}">Save all as one picture</a>'
 
 
-def file_name(order: Order) -> str:
+def file_name(request: SampleRequest) -> str:
     """What files of an order are called."""
-    name = re.sub(r"[^\w-]+", "-", order.name.split(",")[0]).strip("-")
-    return f"{name[:40] or 'class'}-seed{order.seed}"
+    name = re.sub(r"[^\w-]+", "-", request.name.split(",")[0]).strip("-")
+    return f"{name[:40] or 'class'}-seed{request.seed}"
 
 
 CSS = """
@@ -628,47 +632,47 @@ def build_demo(pipe: ClassConditionalPipeline, judge: FeatureExtractor | None = 
         `ValueError`: For a pipeline that upsamples or whose images are no pictures, and a judge that guides or does not
             know its classes.
     """
-    studio = Studio(pipe, judge)
+    session = Session(pipe, judge)
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
-        gr.Markdown(f"# {title}\n{_about(studio)}")
+        gr.Markdown(f"# {title}\n{_about(session)}")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 class_name = gr.Dropdown(
-                    list(studio.label_of), label="Class", visible=bool(studio.label_of), elem_id="class"
+                    list(session.label_of), label="Class", visible=bool(session.label_of), elem_id="class"
                 )
-                most = studio.max_images
+                most = session.max_images
                 num_images = gr.Slider(1, most, min(8, most), step=1, label="Pictures", elem_id="pictures")
                 seed = gr.Number(0, minimum=0, maximum=MAX_SEED, precision=0, label="Seed", elem_id="seed")
                 new_seed = gr.Button("Another seed", size="sm", elem_id="new-seed")
                 new_seed.click(lambda: random.randint(0, MAX_SEED), outputs=seed, **_QUICK)
                 settings = [class_name, num_images, seed]
-                if studio.solvers:
-                    settings += _solver_fields(studio)
+                if session.solvers:
+                    settings += _solver_fields(session)
             with gr.Column(scale=3, min_width=320):
                 with gr.Tab("Sample"):
-                    _sample_tab(studio, settings)
-                if studio.dial is not None:
-                    with gr.Tab(f"What {studio.dial.topic} does"):
-                        _compare_tab(studio, studio.dial, settings)
+                    _sample_tab(session, settings)
+                if session.trade_off is not None:
+                    with gr.Tab(f"What {session.trade_off.topic} does"):
+                        _compare_tab(session, session.trade_off, settings)
     return blocks.queue(api_open=False, max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
-def _solver_fields(studio: Studio) -> list[Any]:
-    first = next(iter(studio.solvers.values()))
-    solver = gr.Dropdown(list(studio.solvers), value=first.name, label="Solver", elem_id="solver")
-    most = studio.max_steps(first)
+def _solver_fields(session: Session) -> list[Any]:
+    first = next(iter(session.solvers.values()))
+    solver = gr.Dropdown(list(session.solvers), value=first.name, label="Solver", elem_id="solver")
+    most = session.max_steps(first)
     steps = gr.Slider(
         FEWEST_STEPS,
         most,
-        studio.default_steps(first),
+        session.default_steps(first),
         step=1,
         label=f"Steps, {FEWEST_STEPS} to {most}",
         elem_id="steps",
     )
 
     def change_solver(name: Any, steps: Any) -> Any:
-        with _errors_told():
-            most = studio.max_steps(studio.solver_of(name))
+        with _errors_shown():
+            most = session.max_steps(session.solver_of(name))
             fitting = min(number("The number of steps", steps, FEWEST_STEPS, math.inf), most)
         return gr.Slider(maximum=most, value=fitting, label=f"Steps, {FEWEST_STEPS} to {most}")
 
@@ -676,86 +680,90 @@ def _solver_fields(studio: Studio) -> list[Any]:
     return [solver, steps]
 
 
-def _sample_tab(studio: Studio, settings: list[Any]) -> None:
-    """Samples at one value of the dial, as they are made."""
-    dial = studio.dial
-    dialled = None
-    if dial is not None:
-        dialled = gr.Slider(
-            dial.low,
-            dial.high,
-            dial.start,
+def _sample_tab(session: Session, settings: list[Any]) -> None:
+    """Samples at one value of the trade-off setting, as they are made."""
+    trade_off = session.trade_off
+    trade_off_field = None
+    if trade_off is not None:
+        trade_off_field = gr.Slider(
+            trade_off.low,
+            trade_off.high,
+            trade_off.start,
             step=0.1,
-            label=dial.name.capitalize(),
-            info=f"{dial.neutral:g} is {dial.neutral_is}",
+            label=trade_off.name.capitalize(),
+            info=f"{trade_off.neutral:g} is {trade_off.neutral_is}",
             elem_id="scale",
         )
-    ordered = [*settings, *_tell_boxes(studio, True, "sample-tell")]
+    requested = [*settings, *_condition_box(session, True, "sample-tell")]
     generate, cancel = _buttons("Generate", "sample")
     status = gr.HTML(elem_classes="status", elem_id="sample-status")
     pictures = gr.HTML(elem_id="sample-pictures")
 
-    def sample(values: dict[Any, Any], request: gr.Request) -> Iterator[tuple[str, str]]:
-        with _errors_told():
-            order = studio.order(*(values[field] for field in ordered))
-            value = None if dial is None else dial.value_of(values[dialled])
-            started, file = time.monotonic(), file_name(order)
-            for frame in studio.walk(order, value, watch(request)):
-                if not frame.is_last:
-                    yield f"Step {frame.step} of {frame.num_steps}", pictures_html(frame, file)
-            verdicts = studio.verdicts(order, frame.images)
-            text = f"{_seconds(started)} {accuracy_html(verdicts)} {grid_html([(order.name, frame.images)], file)}"
-            yield text, pictures_html(frame, file, verdicts=verdicts)
+    def sample(values: dict[Any, Any], gradio_request: gr.Request) -> Iterator[tuple[str, str]]:
+        with _errors_shown():
+            request = session.check_request(*(values[field] for field in requested))
+            value = None if trade_off is None else trade_off.value_of(values[trade_off_field])
+            started, file = time.monotonic(), file_name(request)
+            for preview in session.sample(request, value, watch(gradio_request)):
+                if not preview.is_last:
+                    yield f"Step {preview.step} of {preview.num_steps}", pictures_html(preview, file)
+            verdicts = session.verdicts(request, preview.images)
+            text = f"{_seconds(started)} {accuracy_html(verdicts)} {grid_html([(request.name, preview.images)], file)}"
+            yield text, pictures_html(preview, file, verdicts=verdicts)
 
-    _wire(generate, cancel, sample, {*ordered, dialled} - {None}, [status, pictures], "sample")
+    _wire(generate, cancel, sample, {*requested, trade_off_field} - {None}, [status, pictures], "sample")
 
 
-def _compare_tab(studio: Studio, dial: Dial, settings: list[Any]) -> None:
-    """The same noise at several values of the dial, a row for each."""
-    gr.Markdown(f"Each column begins with the same noise, and only the {dial.name} differs. {dial.effect}")
-    dialled = gr.Textbox(dial.usual, label=f"{dial.noun.capitalize()}s, up to {MAX_VALUES}", elem_id="scales")
-    ordered = [*settings, *_tell_boxes(studio, False, "compare-tell")]
+def _compare_tab(session: Session, trade_off: TradeOff, settings: list[Any]) -> None:
+    """The same noise at several values of the trade-off setting, a row for each."""
+    gr.Markdown(f"Each column begins with the same noise, and only the {trade_off.name} differs. {trade_off.effect}")
+    trade_off_field = gr.Textbox(
+        trade_off.usual, label=f"{trade_off.noun.capitalize()}s, up to {MAX_VALUES}", elem_id="scales"
+    )
+    requested = [*settings, *_condition_box(session, False, "compare-tell")]
     compare_button, cancel = _buttons("Compare", "compare")
     status = gr.HTML(elem_classes="status", elem_id="compare-status")
     rows = [gr.HTML(elem_id=f"row-{i}") for i in range(MAX_VALUES)]
 
-    def compare(values: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, str]]:
-        with _errors_told():
-            order = studio.order(*(values[field] for field in ordered))
-            chosen, is_wanted = dial.values_of(values[dialled]), watch(request)
-            started, file = time.monotonic(), file_name(order)
+    def compare(values: dict[Any, Any], gradio_request: gr.Request) -> Iterator[dict[Any, str]]:
+        with _errors_shown():
+            request = session.check_request(*(values[field] for field in requested))
+            chosen, is_wanted = trade_off.values_of(values[trade_off_field]), watch(gradio_request)
+            started, file = time.monotonic(), file_name(request)
             yield dict.fromkeys(rows, "")
             finished = []
             for row, value in zip(rows, chosen, strict=False):
-                row_name = f"{dial.noun} {value:g}" + (f", {dial.neutral_is}" if value == dial.neutral else "")
-                for frame in studio.walk(order, value, is_wanted):
-                    verdicts = studio.verdicts(order, frame.images) if frame.is_last else None
+                row_name = f"{trade_off.noun} {value:g}" + (
+                    f", {trade_off.neutral_is}" if value == trade_off.neutral else ""
+                )
+                for preview in session.sample(request, value, is_wanted):
+                    verdicts = session.verdicts(request, preview.images) if preview.is_last else None
                     heading = f'<div class="row-name"><b>{row_name}</b>{accuracy_html(verdicts)}</div>'
-                    step = f": step {frame.step} of {frame.num_steps}" if studio.solvers else ""
+                    step = f": step {preview.step} of {preview.num_steps}" if session.solvers else ""
                     yield {
-                        status: f"{dial.noun.capitalize()} {value:g}{step}",
+                        status: f"{trade_off.noun.capitalize()} {value:g}{step}",
                         row: pictures_html(
-                            frame,
-                            f"{file}-{dial.noun}{value:g}",
+                            preview,
+                            f"{file}-{trade_off.noun}{value:g}",
                             heading=heading,
-                            columns=order.num_images,
+                            columns=request.num_images,
                             verdicts=verdicts,
                         ),
                     }
-                finished.append((row_name, frame.images))
-            yield {status: f"{_seconds(started)} {grid_html(finished, f'{file}-{dial.noun}s')}"}
+                finished.append((row_name, preview.images))
+            yield {status: f"{_seconds(started)} {grid_html(finished, f'{file}-{trade_off.noun}s')}"}
 
-    _wire(compare_button, cancel, compare, {*ordered, dialled}, [status, *rows], "compare")
+    _wire(compare_button, cancel, compare, {*requested, trade_off_field}, [status, *rows], "compare")
 
 
-def _about(studio: Studio) -> str:
+def _about(session: Session) -> str:
     """What the page is of, in a sentence or two."""
-    height, width = studio.pipe.sample_size
-    classes = f" of {len(studio.label_of)} classes" if studio.label_of else ""
+    height, width = session.pipe.sample_size
+    classes = f" of {len(session.label_of)} classes" if session.label_of else ""
     judge = ""
-    if studio.judge is not None:
-        apart = " that never guides" if studio.solvers else ""
-        judge = f" A classifier{apart} ({studio.judge.name}) tells which of them show their class."
+    if session.judge is not None:
+        apart = " that never guides" if session.solvers else ""
+        judge = f" A classifier{apart} ({session.judge.name}) tells which of them show their class."
     return f"Pictures{classes}, {width}x{height} pixels.{judge} {HINT}"
 
 
@@ -764,7 +772,7 @@ def _seconds(started: float) -> str:
 
 
 @contextmanager
-def _errors_told() -> Iterator[None]:
+def _errors_shown() -> Iterator[None]:
     """Tells what went wrong in the page, and not in the log."""
     try:
         yield
@@ -776,16 +784,16 @@ def _errors_told() -> Iterator[None]:
         raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
 
 
-def _tell_boxes(studio: Studio, value: bool, name: str) -> list[Any]:
+def _condition_box(session: Session, value: bool, name: str) -> list[Any]:
     """The field of a UNet, if there is one, which is hidden where it must be told."""
-    if not studio.solvers:
+    if not session.solvers:
         return []
     return [
         gr.Checkbox(
             value,
             label="Tell the UNet the class",
             info="otherwise the classifier alone steers",
-            visible=studio.can_hide_class,
+            visible=session.can_drop_label,
             elem_id=name,
         )
     ]

@@ -1,6 +1,6 @@
-"""How good samples and models are: metrics, the features they compare, an evaluation classifier, likelihood, plots.
+"""Evaluation of samples and models: metrics, features, classifier inspection, likelihood, sweeps and plots.
 
-Nothing is trained here, and samples are drawn by `generation`.
+No training, and no sampling of its own: samples come from `generation`.
 """
 
 from .classifier_inspection import ClassifierInspection, inspect_classifier

@@ -1,4 +1,4 @@
-"""How good a classifier of noisy images is at each level of noise: in numbers, in words, and where to guide with it."""
+"""Inspection of a noisy-image classifier: metrics per noise level, findings, and a suggested guidance interval."""
 
 import copy
 import inspect
@@ -19,61 +19,63 @@ from ..labels import match_classes
 from ..schedulers.scheduling_adm import ADMScheduler, model_timesteps
 
 NUM_LEVELS = 11
-NUM_BINS = 15  # of confidence; as many as in the experiments of arXiv 1706.04599
+NUM_BINS = 15  # of confidence, as in the experiments of arXiv 1706.04599
 
-# A difference counts from here on: chance alone makes one as large in 1 of 700 normal draws.
+# A difference counts from here on: by chance alone, 1 of 700 normal draws exceeds it.
 STANDARD_ERRORS = 3
-# With 100 images an accuracy is known to 0.05 (standard error), so that steps of 0.15 from level to level can be seen.
+# With 100 images the standard error of an accuracy is 0.05, so that differences of 0.15 between levels are visible.
 FEWEST_HELD_OUT = 100
-# Ten images tell a class that is found from one that is not, and hardly more.
+# Ten images can only show whether a class is recognised at all.
 FEWEST_HELD_OUT_PER_CLASS = 10
-# On digits 50 a class gave the accuracy of 150; 20 cost 0.03 of it, and 5 cost 0.10.
+# On digits 50 per class gave the accuracy of 150; with 20 it fell by 0.03, and with 5 by 0.10.
 FEWEST_TRAINING_PER_CLASS = 50
-# A class counts as collapsed if it is found less than half as often as the others, and if a class as good as the others
-# would be found so rarely with this probability at most, shared by all classes (Bonferroni).
+# A class counts as collapsed if its recall is less than half that of the others, and if a class with the recall of the
+# others would score so low with at most this probability, corrected for the number of classes (Bonferroni).
 COLLAPSED_RECALL = 0.5
 COLLAPSED_PROBABILITY = 0.01
-# Accuracy on training images above that on held-out ones. Digits trained as the recipe says come to 0.03.
+# Training accuracy minus held-out accuracy. Digits trained by the recipe have 0.03.
 MEMORISED_GAP = 0.1
-# Confidence above accuracy. Digits trained as the recipe says come to 0.04, on 5 images a class to 0.16. It matters
-# where it takes the gradient away, which goes with 1 - p.
-OVERCONFIDENCE, SURE = 0.1, 0.5
-# Confidence above accuracy where the image is drowned. Trained on noisy digits 0.08 at most, on clean ones 0.7.
-SURE_OF_NOISE = 0.2
-# The part of the labels' information that a classifier must have somewhere. Digits trained as the recipe says come to
-# 0.98, on 5 images a class to 0.73, in 40 steps to 0.32, and on shuffled labels to 0.01.
+# Confidence minus accuracy. Digits trained by the recipe have 0.04, with 5 images per class 0.16. It matters where it
+# makes the gradient vanish, which is proportional to 1 - p.
+OVERCONFIDENCE, HIGH_CONFIDENCE = 0.1, 0.5
+# Confidence minus accuracy on pure noise. Trained on noisy digits at most 0.08, on clean ones 0.7.
+CONFIDENT_ON_NOISE = 0.2
+# The least fraction of the labels' entropy that a classifier must predict at its best noise level. Digits trained by
+# the recipe have 0.98, with 5 images per class 0.73, after 40 steps 0.32, and with shuffled labels 0.01.
 LEAST_INFORMATION = 0.5
-# Nats that log p(y | x_t) gains along its gradient within one standard deviation of the noise. Digits have up to 1.5,
-# and shuffled labels 0.13.
+# Nats by which log p(y | x_t) rises along its gradient within one standard deviation of the noise. Digits have up to
+# 1.5, with shuffled labels 0.13.
 LEAST_GRADIENT = 0.05
-# Up to here the noise is weaker than an image whose pixels have a variance of 1, which leaves a class to be seen.
+# Above this the noise is weaker than an image whose pixels have variance 1, so that the class is still visible.
 IMAGE_OUTWEIGHS_NOISE = 0.5  # alpha_bar
-# The interval reaches up to where the classifier still has the first part of the information that it has at best, and
-# down to where it has the second. With the digits of two main jobs and 10 steps that is about 150 to 700, 6 calls of
-# 10: beside a UNet that is told the class, FID is as with all of them (0.21 and 0.29 against 0.22 and 0.29, each at its
-# best scale); where the classifier steers alone, it is 0.56 and 0.86 against 0.51 and 0.55. Up to 600, where half of
-# the information is left, that would be 1.18 and 1.47.
+# The interval reaches up to the timestep where the classifier has the first fraction of its best information, and down
+# to where it has the second. For two runs on digits with 10 steps that is about 150 to 700, 6 of 10 calls: with a
+# class-conditional UNet the FID is as with all calls (0.21 and 0.29 against 0.22 and 0.29, each at its best scale);
+# with an unconditional UNet it is 0.56 and 0.86 against 0.51 and 0.55. Up to 600, where half of the information is
+# left, it would be 1.18 and 1.47.
 INFORMATION_ABOVE, INFORMATION_BELOW = 0.25, 0.99
 
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """What a classifier does at one timestep. All but `train_accuracy` is of held-out images.
+    """Metrics of a classifier at one timestep, all on held-out images but `train_accuracy`.
 
     Attributes:
-        timestep (`int`): Of the training schedule, 0 the least noisy.
-        alpha_bar (`float`): The share of the image's variance that is left in \\(x_t\\), where its own is 1.
-        accuracy (`float`): Share of images whose likeliest class is theirs.
-        train_accuracy (`float`, *optional*): The same of training images.
-        confidence (`float`): Mean probability of the likeliest class.
+        timestep (`int`): The timestep of the training schedule; 0 is the least noisy.
+        alpha_bar (`float`): The fraction of the image's variance that is left in \\(x_t\\).
+        accuracy (`float`): Fraction of images that are classified correctly.
+        train_accuracy (`float`, *optional*): The accuracy on training images.
+        confidence (`float`): Mean probability of the predicted class.
         calibration_error (`float`): Expected calibration error, arXiv 1706.04599 equation 3, over 15 equally wide bins.
         cross_entropy (`float`): Mean of -log p(y | x_t), in nats.
-        information (`float`): How much less that is than the entropy of the labels, in nats: what the classifier knows
-            of the class, a lower bound of the mutual information (Barber & Agakov 2003).
+        information (`float`): The entropy of the labels minus the cross entropy, in nats: a lower bound of the mutual
+            information of class and image (Barber & Agakov 2003).
         gradient_norm (`float`): Root mean square over images of the norm of d log p(y | x_t) / d x_t.
-        epsilon_shift (`float`): What guidance of scale 1 adds to epsilon (arXiv 2105.05233, Algorithm 2), sqrt(1 -
-            alpha_bar) times the gradient, as a part of epsilon's own norm, the root of the number of pixel values.
-        broken_images (`int`): Images with a logit or gradient that is not finite; only accuracy counts them, as wrong.
+        epsilon_shift (`float`): The norm of what guidance of scale 1 adds to epsilon (arXiv 2105.05233, Algorithm 2),
+            sqrt(1 - alpha_bar) times the gradient, relative to the norm of epsilon, the root of the number of pixel
+            values.
+        broken_images (`int`): Images with a logit or gradient that is not finite; they count as wrong in the accuracy
+            and not at all in the others.
     """
 
     timestep: int
@@ -91,15 +93,15 @@ class NoiseLevel:
 
 @dataclass(frozen=True)
 class ClassifierInspection:
-    """What [`inspect_classifier`] measured; `str()` is a table and the findings.
+    """The result of [`inspect_classifier`]; `str()` is a table and the findings.
 
     Attributes:
         rows (`list[NoiseLevel]`): By timestep, the least noisy first.
-        confusion (`np.ndarray` of shape `(classes, classes)`): Held-out images at the first of them, by true class
-            (row) and likeliest class (column).
-        class_names (`list[str]`): By id.
+        confusion (`np.ndarray` of shape `(classes, classes)`): Numbers of held-out images at the first timestep, by
+            true class (row) and predicted class (column).
+        class_names (`list[str]`): The names of the classes by id.
         num_images, num_train_images (`int`): Images measured.
-        num_held_out, num_training (`int`): Images there are.
+        num_held_out, num_training (`int`): Images available.
         num_values (`int`): Pixels of an image times its channels.
     """
 
@@ -114,7 +116,7 @@ class ClassifierInspection:
 
     @property
     def chance(self) -> float:
-        """The accuracy of one who always names the most frequent class."""
+        """The accuracy of always predicting the most frequent class."""
         return float(self.confusion.sum(axis=1).max() / self.num_images)
 
     @property
@@ -133,27 +135,32 @@ class ClassifierInspection:
     def interval(self) -> tuple[int, int] | None:
         """A suggestion for `ClassifierGuidance(scale, interval=...)`, from the information at each level.
 
-        Up to the upper end the classifier has half of what it knows at best; above, its gradient says more of the noise
-        than of the class. From the lower end down it gains less than 1 % more: the class is decided. `None` for a
-        classifier that should not guide.
+        At the upper end a quarter of the classifier's best information is left; above it the gradient depends more on
+        the noise than on the class. At the lower end 99 % are reached: the class is decided. `None` for a classifier
+        that should not guide.
         """
-        if self._is_broken or self.last_signal is None or self._knows_too_little or self._is_sure_of_noise:
+        if (
+            self._is_broken
+            or self.last_signal is None
+            or self._has_too_little_information
+            or self._is_confident_on_noise
+        ):
             return None
         low, high = (self._last_with(part * self._best.information) for part in (INFORMATION_BELOW, INFORMATION_ABOVE))
         return round(low), round(min(high, self.rows[self.last_signal].timestep))
 
     @property
     def findings(self) -> list[str]:
-        """What goes wrong, or that nothing does; what is uncertain; where to guide. Sentences with their numbers."""
+        """Sentences with their numbers: the faults, or that there are none; what is uncertain; where to guide."""
         faults = self._faults()
-        return [*(faults or [self._praise()]), *self._caveats(), self._advice()]
+        return [*(faults or [self._no_faults()]), *self._caveats(), self._advice()]
 
     def standard_error(self, accuracy: float, num_images: int | None = None) -> float:
-        """Of an accuracy measured on so many images, the held-out ones by default."""
+        """The standard error of an accuracy on `num_images` images, by default the held-out ones."""
         return math.sqrt(accuracy * (1 - accuracy) / (num_images or self.num_images))
 
     def to_dict(self) -> dict[str, Any]:
-        """For a JSON file. The confusion is a list of `[true class, likeliest class, images]` without zeros."""
+        """For a JSON file. The confusion is a list of `[true class, predicted class, images]` without zeros."""
         rows = [{name: _or_none(value) for name, value in asdict(row).items()} for row in self.rows]
         confusion = [[*pair, int(self.confusion[tuple(pair)])] for pair in np.argwhere(self.confusion).tolist()]
         return {
@@ -169,7 +176,7 @@ class ClassifierInspection:
         }
 
     def table(self) -> list[list[str]]:
-        """The rows as text, below their headings."""
+        """The rows as text, after a row of headings."""
         columns = {
             "timestep": "d", "accuracy": ".3f", "train_accuracy": ".3f", "confidence": ".3f",
             "calibration_error": ".3f", "cross_entropy": ".3f", "gradient_norm": ".3g", "epsilon_shift": ".2%",
@@ -194,17 +201,17 @@ class ClassifierInspection:
         return any(row.broken_images for row in self.rows)
 
     @property
-    def _knows_too_little(self) -> bool:
+    def _has_too_little_information(self) -> bool:
         return self._best.information < LEAST_INFORMATION * self.label_entropy
 
     @property
-    def _is_sure_of_noise(self) -> bool:
+    def _is_confident_on_noise(self) -> bool:
         last = self.rows[-1]
-        is_drowned = self.last_signal != len(self.rows) - 1
-        return is_drowned and last.confidence - last.accuracy > SURE_OF_NOISE
+        has_no_signal = self.last_signal != len(self.rows) - 1
+        return has_no_signal and last.confidence - last.accuracy > CONFIDENT_ON_NOISE
 
     def _last_with(self, information: float) -> float:
-        """The last timestep at which the classifier has so much information, between rows on a straight line."""
+        """The last timestep at which the classifier has this much information, linearly interpolated between rows."""
         i = max(i for i, row in enumerate(self.rows) if row.information >= information)
         if i == len(self.rows) - 1:
             return self.rows[i].timestep
@@ -213,20 +220,20 @@ class ClassifierInspection:
         return here.timestep + part * (after.timestep - here.timestep)
 
     def _faults(self) -> list[str]:
-        """What goes wrong."""
+        """The faults, in sentences with their numbers and fixes."""
         faults = []
         first, last, num_classes = self.rows[0], self.rows[-1], len(self.class_names)
         if self.num_training and self.num_training < FEWEST_TRAINING_PER_CLASS * num_classes:
             faults.append(
-                f"Too little training data: {self.num_training:,} images are {self.num_training / num_classes:.3g} a "
-                f"class, where {FEWEST_TRAINING_PER_CLASS} were enough for digits. Train on more, or on mirrored and "
-                f"randomly cropped ones (--random_flip, --random_crop)."
+                f"Too little training data: {self.num_training:,} images are {self.num_training / num_classes:.3g} per "
+                f"class; digits needed {FEWEST_TRAINING_PER_CLASS}. Train on more images, or with augmentation "
+                f"(--random_flip, --random_crop)."
             )
         if self._is_broken:
             worst = max(self.rows, key=lambda row: row.broken_images)
             faults.append(
                 f"Not finite: for {worst.broken_images} of {self.num_images} images, logits or gradients are infinite "
-                f"or NaN at timestep {worst.timestep}, and guidance would stop there. Load the classifier in float32, "
+                f"or NaN at timestep {worst.timestep}, where guidance would fail. Load the classifier in float32, "
                 f"or train it again with a lower learning rate; then inspect it again."
             )
             return faults
@@ -235,25 +242,23 @@ class ClassifierInspection:
             likeliest = int(self.confusion.sum(axis=0).argmax())
             share = self.confusion[:, likeliest].sum() / self.num_images
             faults.append(
-                f"No signal at any timestep: accuracy is {first.accuracy:.2f} at timestep {first.timestep}, where "
-                f"chance is {self.chance:.2f}, and {share:.0%} of the images are taken for "
-                f"{self.class_names[likeliest]!r}. It has learned nothing to guide by: look at the labels, and train "
-                f"longer."
+                f"No signal at any timestep: accuracy is {first.accuracy:.2f} at timestep {first.timestep} "
+                f"(chance {self.chance:.2f}), and {share:.0%} of the images are classified as "
+                f"{self.class_names[likeliest]!r}. It cannot guide: check the labels, and train longer."
             )
             return faults
-        if self._knows_too_little:
+        if self._has_too_little_information:
             faults.append(
-                f"It knows little: at best, at timestep {self._best.timestep}, {max(self._best.information, 0):.2f} of "
-                f"the {self.label_entropy:.2f} nats that tell the classes apart (accuracy {self._best.accuracy:.2f}, "
-                f"chance {self.chance:.2f}). Train longer, and look whether the labels are right."
+                f"Little information about the class: at best, at timestep {self._best.timestep}, "
+                f"{max(self._best.information, 0):.2f} of {self.label_entropy:.2f} nats (accuracy "
+                f"{self._best.accuracy:.2f}, chance {self.chance:.2f}). Train longer, and check the labels."
             )
         faults += self._collapsed_classes()
-        if self._is_sure_of_noise:
+        if self._is_confident_on_noise:
             faults.append(
-                f"It takes noise for images: at timestep {last.timestep}, right in {last.accuracy:.2f}, it is "
-                f"{last.confidence:.2f} sure, as one that was trained on clean images is. Its gradient misleads "
-                f"there; train it on noisy images (train_classifier.py --noisy), or use it with "
-                f"DenoisedClassifierGuidance."
+                f"Confident on pure noise: at timestep {last.timestep} its confidence is {last.confidence:.2f} and its "
+                f"accuracy {last.accuracy:.2f}, as of a classifier of clean images. Its gradient is misleading there; "
+                f"train it on noisy images (train_classifier.py --noisy), or use it with DenoisedClassifierGuidance."
             )
         else:
             faults += self._overconfidence()
@@ -261,16 +266,16 @@ class ClassifierInspection:
         nats = strongest.epsilon_shift * math.sqrt(self.num_values)
         if nats < LEAST_GRADIENT:
             faults.append(
-                f"Gradients vanish: along the largest, at timestep {strongest.timestep}, log p gains {nats:.1g} nats "
-                f"within one standard deviation of the noise, and guidance of scale 1 changes epsilon by "
-                f"{strongest.epsilon_shift:.1g} of its norm. That steers nothing; train longer."
+                f"Gradients vanish: along the largest, at timestep {strongest.timestep}, log p rises by {nats:.1g} "
+                f"nats within one standard deviation of the noise, and guidance of scale 1 changes epsilon by "
+                f"{strongest.epsilon_shift:.1g} of its norm. Such a gradient has no effect; train longer."
             )
         lost = self.rows[min(self.last_signal + 1, len(self.rows) - 1)]
         if lost.timestep > self.rows[self.last_signal].timestep and lost.alpha_bar > IMAGE_OUTWEIGHS_NOISE:
             faults.append(
-                f"It loses the class early: accuracy is {lost.accuracy:.2f} at timestep {lost.timestep}, where chance "
-                f"is {self.chance:.2f} and the image still outweighs the noise (alpha_bar {lost.alpha_bar:.2f}). Train "
-                f"it longer, larger, and on noisy images (train_classifier.py --noisy)."
+                f"Early loss of signal: accuracy is {lost.accuracy:.2f} at timestep {lost.timestep} (chance "
+                f"{self.chance:.2f}), where the noise is still weaker than the image (alpha_bar {lost.alpha_bar:.2f}). "
+                f"Train it longer, make it larger, and train on noisy images (train_classifier.py --noisy)."
             )
         return faults
 
@@ -285,75 +290,75 @@ class ClassifierInspection:
         if train_accuracy - row.accuracy <= max(MEMORISED_GAP, STANDARD_ERRORS * error):
             return []
         return [
-            f"It has memorised training images: at timestep {row.timestep} it is right in {train_accuracy:.2f} of them "
-            f"and in {row.accuracy:.2f} of held-out ones. Samples are new images, so the lower number counts; train "
-            f"shorter, with dropout and weight decay, or on more images (--random_flip, --random_crop)."
+            f"Overfitting: at timestep {row.timestep} the accuracy is {train_accuracy:.2f} on training images and "
+            f"{row.accuracy:.2f} on held-out ones. Samples are new images, so that the lower number counts. Train for "
+            f"fewer steps, with dropout and weight decay, or on more images (--random_flip, --random_crop)."
         ]
 
     def _overconfidence(self) -> list[str]:
-        sure = [row for row in self.rows if row.confidence > SURE]
+        sure = [row for row in self.rows if row.confidence > HIGH_CONFIDENCE]
         if not sure:
             return []
         row = max(sure, key=lambda row: row.confidence - row.accuracy)
         if row.confidence - row.accuracy <= max(OVERCONFIDENCE, STANDARD_ERRORS * self.standard_error(row.accuracy)):
             return []
         return [
-            f"It is surer than right: at timestep {row.timestep} it is {row.confidence:.2f} sure and right in "
+            f"Overconfident: at timestep {row.timestep} its confidence is {row.confidence:.2f} and its accuracy "
             f"{row.accuracy:.2f} (calibration error {row.calibration_error:.2f}). Its gradient vanishes for images "
-            f"that it wrongly takes for done; train with dropout and weight decay, shorter or on more images, or guide "
-            f"with entropy_scaling=EntropyScaling(), which keeps the gradient up."
+            f"that it classifies too confidently. Train with dropout and weight decay, for fewer steps or on more "
+            f"images, or guide with entropy_scaling=EntropyScaling(), which rescales the gradient."
         ]
 
     def _collapsed_classes(self) -> list[str]:
         counts, found = self.confusion.sum(axis=1), self.confusion.diagonal()
         collapsed = []
         for label in np.flatnonzero(counts).tolist():
-            others = (found.sum() - found[label] + 1) / (counts.sum() - counts[label] + 2)  # the rule of succession
+            others = (found.sum() - found[label] + 1) / (counts.sum() - counts[label] + 2)  # rule of succession
             by_chance = len(counts) * _binomial_tail(int(found[label]), int(counts[label]), float(others))
             is_rare = found[label] < COLLAPSED_RECALL * others * counts[label]
             if is_rare and by_chance < COLLAPSED_PROBABILITY:
                 mistakes = self.confusion[label] * (np.arange(len(counts)) != label)
                 collapsed.append(
-                    f"{self.class_names[label]!r} is found in {found[label]} of its {counts[label]} images (the others "
-                    f"in {others:.0%} of theirs), mostly taken for {self.class_names[int(mistakes.argmax())]!r}"
-                    + (" and never named" if self.confusion[:, label].sum() == 0 else "")
+                    f"{self.class_names[label]!r} is recognised in {found[label]} of its {counts[label]} images (the "
+                    f"others in {others:.0%}), mostly confused with {self.class_names[int(mistakes.argmax())]!r}"
+                    + (" and never predicted" if self.confusion[:, label].sum() == 0 else "")
                 )
         if not collapsed:
             return []
         more = f"; and {len(collapsed) - 3} more" if len(collapsed) > 3 else ""
         return [
             f"Collapsed class{'es' if len(collapsed) > 1 else ''} at timestep {self.rows[0].timestep}: "
-            f"{'; '.join(collapsed[:3])}{more}. Guidance towards such a class leads elsewhere; look whether its "
-            f"training images are there, labelled rightly, and as many as the others'."
+            f"{'; '.join(collapsed[:3])}{more}. Guidance towards such a class fails; check that its training "
+            f"images exist, are labelled correctly, and are as many as those of the other classes."
         ]
 
-    def _praise(self) -> str:
+    def _no_faults(self) -> str:
         first = self.rows[0]
-        train = f" ({first.train_accuracy:.2f} of training images)" if first.train_accuracy is not None else ""
+        train = f" ({first.train_accuracy:.2f} on training images)" if first.train_accuracy is not None else ""
         return (
-            f"Nothing that is known to go wrong was found: at timestep {first.timestep} it is right in "
-            f"{first.accuracy:.2f} of held-out images{train}, where chance is {self.chance:.2f}, and its calibration "
-            f"error is {max(row.calibration_error for row in self.rows):.2f} at most."
+            f"No known fault was found: at timestep {first.timestep} the accuracy is {first.accuracy:.2f} on held-out "
+            f"images{train}, chance is {self.chance:.2f}, and the calibration error is at most "
+            f"{max(row.calibration_error for row in self.rows):.2f}."
         )
 
     def _caveats(self) -> list[str]:
-        """What the numbers cannot say, and where the signal ends, as it does for every classifier."""
+        """The limits of the measurement, and the timestep where the signal ends, as it does for every classifier."""
         caveats = []
         counts = self.confusion.sum(axis=1)
         fewest = int(counts.argmin())
         if self.num_images < FEWEST_HELD_OUT or counts[fewest] < FEWEST_HELD_OUT_PER_CLASS:
             is_part = self.num_images < self.num_held_out
-            mend = f"measure more of the {self.num_held_out:,} (--num_images)" if is_part else "hold out more images"
+            fix = f"measure more of the {self.num_held_out:,} (--num_images)" if is_part else "hold out more images"
             caveats.append(
-                f"Too little held-out data to be sure: of {self.num_images:,} images, each accuracy is uncertain by up "
-                f"to {0.5 / math.sqrt(self.num_images):.2f} (standard error), and {counts[fewest]} of "
-                f"{self.class_names[fewest]!r} say little of that class; {mend}."
+                f"Too little held-out data: with {self.num_images:,} images the standard error of an accuracy is up to "
+                f"{0.5 / math.sqrt(self.num_images):.2f}, and {counts[fewest]} of "
+                f"{self.class_names[fewest]!r} say little about that class; {fix}."
             )
         if self.last_signal is not None and self.last_signal < len(self.rows) - 1:
             last, lost = self.rows[self.last_signal], self.rows[self.last_signal + 1]
             caveats.append(
                 f"No signal above timestep {last.timestep}: accuracy is {last.accuracy:.2f} there and "
-                f"{lost.accuracy:.2f} at {lost.timestep}, where chance is {self.chance:.2f}, give or take "
+                f"{lost.accuracy:.2f} at {lost.timestep}; chance is {self.chance:.2f} ± "
                 f"{STANDARD_ERRORS * self.standard_error(self.chance):.2f}. Guidance there adds noise."
             )
         return caveats
@@ -363,10 +368,10 @@ class ClassifierInspection:
             return "No interval is suggested for a classifier with these faults."
         low, high = self.interval
         return (
-            f"Suggested: ClassifierGuidance(scale, interval=({low}, {high})). Of the {self._best.information:.2f} nats "
-            f"that it knows of the class at best ({self.label_entropy:.2f} would be all), it has "
-            f"{INFORMATION_ABOVE:.0%} or more up to timestep {high}, and below {low} it gains less than "
-            f"{1 - INFORMATION_BELOW:.0%} more. It is a suggestion: compare with guidance at all timesteps."
+            f"Suggested: ClassifierGuidance(scale, interval=({low}, {high})). Its best information about the "
+            f"class is {self._best.information:.2f} of {self.label_entropy:.2f} nats. It has {INFORMATION_ABOVE:.0%} "
+            f"of that or more up to timestep {high}, and gains less than {1 - INFORMATION_BELOW:.0%} below {low}. This "
+            f"is a suggestion: compare with guidance at all timesteps."
         )
 
 
@@ -380,19 +385,20 @@ def inspect_classifier(
     batch_size: int = 256,
     max_images: int = 2000,
 ) -> ClassifierInspection:
-    r"""Measures a classifier of noisy images, \\(p(y | x_t)\\), on images noised by the schedule of its config.
+    r"""The metrics of a noisy-image classifier, \\(p(y | x_t)\\), on images noised by the schedule of its config.
 
     Args:
-        classifier ([`ADMForImageClassification`] or one called like it): Is left as it was.
-        held_out ([`LabelledImages`] or a `Dataset`): Images that it was not trained on, neither mirrored nor cropped at
-            random here. Items are `{"pixel_values", "labels"}` or pairs of these: an image `(channels, height, width)`
+        classifier ([`ADMForImageClassification`] or one called like it): It is not changed.
+        held_out ([`LabelledImages`] or a `Dataset`): Images that it was not trained on, used without augmentation.
+            Items are `{"pixel_values", "labels"}` or pairs of these: an image `(channels, height, width)`
             in [-1, 1] and the id of its class.
-        train (the same, *optional*): Those that it was trained on, to tell learned from memorised; as many are drawn.
-        timesteps (`Sequence[int]`, *optional*): Levels of noise, two or more; by default 11 from 0 to the last, evenly.
-        seed (`int`, defaults to 0): Of the noise, which depends on it and the image's index alone: the same at every
-            level and for every batch size.
-        batch_size (`int`, defaults to 256): Images at once. It changes speed and memory alone.
-        max_images (`int`, defaults to 2000): Of more, so many are drawn, always the same.
+        train (the same, *optional*): Its training images, to detect overfitting; as many are drawn.
+        timesteps (`Sequence[int]`, *optional*): Timesteps, two or more; by default 11, evenly spaced from 0 to the
+            last.
+        seed (`int`, defaults to 0): Seed of the noise, which depends only on it and on the image's index: it is the
+            same at every noise level and for every batch size.
+        batch_size (`int`, defaults to 256): Images at once; it only changes speed and memory.
+        max_images (`int`, defaults to 2000): If there are more images, a fixed random subset of this size is used.
 
     Returns:
         [`ClassifierInspection`]
@@ -419,7 +425,7 @@ def inspect_classifier(
     num_classes = classifier.config.num_labels
     entropy = label_entropy(np.bincount(measured.labels))
     if entropy == 0:
-        raise ValueError("The held-out images show a single class, in which nothing can be told apart; give others.")
+        raise ValueError("The held-out images are all of one class; give images of two or more.")
     rows = []
     for i, timestep in enumerate(levels):
         alpha_bar = float(scheduler.alphas_cumprod[timestep])
@@ -458,16 +464,16 @@ def inspect_classifier(
 
 
 def noise_schedule(classifier: PreTrainedModel) -> ADMScheduler:
-    """The scheduler of the noise that a classifier was trained on.
+    """The noise scheduler that a classifier was trained with.
 
     Raises:
-        `ValueError`: If it knows clean images only.
+        `ValueError`: If it is a classifier of clean images.
     """
     model = getattr(classifier, "_orig_mod", classifier)  # of torch.compile
     if "timestep" not in inspect.signature(model.forward).parameters:
         raise ValueError(
-            f"{type(model).__name__} takes no timestep: it knows clean images only and has no noise levels to inspect; "
-            f"give a classifier of noisy images, as training/train_classifier.py makes."
+            f"{type(model).__name__} takes no timestep: it is a classifier of clean images, without noise levels to "
+            f"inspect. Give a noisy-image classifier, such as training/train_classifier.py trains."
         )
     names = ("beta_schedule", "num_train_timesteps", "trained_betas", "rescale_timesteps")
     return ADMScheduler(**{name: getattr(classifier.config, name) for name in names})
@@ -491,12 +497,12 @@ def expected_calibration_error(confidence: np.ndarray, is_right: np.ndarray, num
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, equations 2 and 3).
 
     Args:
-        confidence (`np.ndarray` of shape `(n,)`): The probability of each likeliest class.
-        is_right (`np.ndarray` of shape `(n,)`): Whether it is the true one.
+        confidence (`np.ndarray` of shape `(n,)`): The probability of each predicted class.
+        is_right (`np.ndarray` of shape `(n,)`): Whether the prediction is correct.
         num_bins (`int`, defaults to 15): Bins of equal width, open at their lower end.
 
     Returns:
-        `float`: The mean over images of how far the accuracy of their bin is from its confidence.
+        `float`: The mean over images of the absolute difference of accuracy and confidence in their bin.
     """
     bins = np.ceil(confidence * num_bins).astype(int)
     gaps = np.bincount(bins, weights=is_right - confidence, minlength=num_bins + 1)
@@ -504,14 +510,14 @@ def expected_calibration_error(confidence: np.ndarray, is_right: np.ndarray, num
 
 
 def label_entropy(counts: np.ndarray) -> float:
-    """The entropy in nats of classes seen so many times each."""
+    """The entropy in nats of classes with these counts."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 
 @dataclass
 class _Measured:
-    """Of each image its label, `(n,)`, and at each level, `(levels, n)`, what the classifier says of it."""
+    """The label of each image, `(n,)`, and the classifier's outputs at each noise level, `(levels, n)`."""
 
     labels: np.ndarray
     predictions: np.ndarray
@@ -569,7 +575,7 @@ def _classify(
     timesteps = torch.full((len(clean),), timestep, device=clean.device)
     noisy = scheduler.add_noise(clean, noise, timesteps).requires_grad_(with_gradient)
     logits = classifier(noisy.to(classifier.dtype), model_timesteps(scheduler, timesteps)).logits.float()
-    log_p = logits.log_softmax(dim=-1)  # in float32, as guidance takes it
+    log_p = logits.log_softmax(dim=-1)  # in float32, as in guidance
     of_label = log_p.gather(1, labels[:, None])[:, 0]
     norm = torch.full_like(of_label, torch.nan)
     if with_gradient:
@@ -600,7 +606,7 @@ def _batches(images: Any, batch_size: int, max_images: int) -> Iterator[tuple[li
 
 def _labels_of(images: LabelledImages) -> np.ndarray:
     if images.labels is None:
-        raise ValueError(f"{images.name!r} has no labels, without which no classifier can be inspected.")
+        raise ValueError(f"{images.name!r} has no labels; a classifier is inspected on labelled images.")
     return images.labels
 
 
@@ -609,7 +615,7 @@ def _noise(seed: int, index: int, shape: Sequence[int]) -> torch.Tensor:
 
 
 def _check(images: torch.Tensor, labels: torch.Tensor, classifier: PreTrainedModel) -> None:
-    """Refuses images and labels that are not this classifier's."""
+    """Raises for images and labels that do not fit the classifier."""
     channels, num_classes = classifier.config.in_channels, classifier.config.num_labels
     if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
         raise ValueError(
@@ -631,7 +637,7 @@ def _or_none(value: Any) -> Any:
 
 
 def _binomial_tail(successes: int, trials: int, probability: float) -> float:
-    """The probability of so many successes or fewer, in logarithms, for the factors leave the range of floats."""
+    """The probability of at most this many successes, from logarithms, since the factors overflow floats."""
     logs = [
         math.lgamma(trials + 1) - math.lgamma(i + 1) - math.lgamma(trials - i + 1)
         + i * math.log(probability) + (trials - i) * math.log1p(-probability)

@@ -1,4 +1,4 @@
-"""Every number of one set of images against another, with what must be known to read them."""
+"""All metrics of one set of images against another, with warnings for their interpretation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from .memorisation import Memorisation, memorisation
 from .metrics.distances import frechet_interval
 from .metrics.table import DENSITY_K, METRICS, Compared, K
 
-PUBLISHED_NUM_IMAGES = 50_000  # that published FIDs are computed from
+PUBLISHED_NUM_IMAGES = 50_000  # of published FIDs
 FEWEST_IMAGES = max(K, DENSITY_K) + 1
 
 
@@ -24,22 +24,22 @@ def measure(
     labels: np.ndarray | None = None,
     distance_dtype: str = "float32",
 ) -> dict[str, float]:
-    """The metrics of samples in the features of one extractor, whose name is part of each metric's.
+    """The metrics of samples in the features of one extractor.
 
     Args:
-        generated ([`FeatureSet`]): Of the samples.
-        reference ([`FeatureSet`]): Of real images, by the same extractor.
-        labels (`np.ndarray` of shape `(n,)`, *optional*): The class id, among the extractor's classes, that each sample
-            was asked to show.
-        distance_dtype (`str`, defaults to `"float32"`): `"float16"` has the published evaluator's noise in precision
-            and recall, see [`precision_recall`].
+        generated ([`FeatureSet`]): Features of the samples.
+        reference ([`FeatureSet`]): Features of real images, by the same extractor.
+        labels (`np.ndarray` of shape `(n,)`, *optional*): The class that each sample was conditioned on, as an id among
+            the extractor's classes.
+        distance_dtype (`str`, defaults to `"float32"`): `"float16"` reproduces the rounding of the published
+            evaluator's precision and recall, see [`precision_recall`].
 
     Returns:
-        `dict[str, float]`: Those of [`METRICS`] for which all that they need is there, each name followed by `/` and
-        the extractor's: `"fid/inception"`.
+        `dict[str, float]`: Those of [`METRICS`] whose inputs are available, by name, `/` and the extractor's name:
+        `"fid/inception"`.
 
     Raises:
-        `ValueError`: If the two are of different extractors.
+        `ValueError`: If the two come from different extractors.
     """
     check_features(reference, generated.extractor, generated.fingerprint)
     compared = Compared(generated, reference, labels, distance_dtype)
@@ -52,16 +52,17 @@ def measure(
 
 @dataclass
 class Evaluation:
-    """What [`evaluate`] found; `str()` is a table and the notes.
+    """The result of [`evaluate`]; `str()` is a table and the notes.
 
     Attributes:
-        generated, reference (`str`): What was compared.
-        num_generated (`int`), num_reference (`int`, *optional*): Images of each; statistics may not say.
-        metrics (`dict[str, float]`): Numbers by name, features included: `"fid/inception"`.
-        intervals (`dict[str, tuple[float, float]]`): 95 % confidence intervals, where asked for.
+        generated, reference (`str`): Names of the two sets.
+        num_generated (`int`), num_reference (`int`, *optional*): Images in each; unknown for
+            some statistics.
+        metrics (`dict[str, float]`): Metrics by name, with the features: `"fid/inception"`.
+        intervals (`dict[str, tuple[float, float]]`): 95 % confidence intervals, if requested.
         class_accuracy (`dict[str, dict[str, float]]`): Accuracy of each class by extractor.
-        memorisation (`dict[str, Memorisation]`): By extractor, where there are held-out images.
-        notes (`list[str]`): What must be known to read the numbers.
+        memorisation (`dict[str, Memorisation]`): By extractor, if there are held-out images.
+        notes (`list[str]`): Warnings for the interpretation of the numbers.
     """
 
     generated: str
@@ -116,28 +117,29 @@ def evaluate(
     num_workers: int = 0,
     cache_dir: Any = None,
 ) -> Evaluation | None:
-    """Measures samples against real images, in one or several kinds of features, over all processes that run this.
+    """All metrics of samples against real images in one or several kinds of features, computed by all processes.
 
     Args:
         generated ([`ImageSet`]): The samples.
         reference ([`ImageSet`] or [`FeatureSet`]): Real images, or statistics of them.
-        extractors (`Sequence[FeatureExtractor]`): What computes features. One with classes also judges, if the samples
-            have labels; it must not be the classifier that guided them.
-        held_out ([`ImageSet`], *optional*): Real images that the model never saw. With them `reference` is taken for
-            the training images, and the samples' distance to these is compared, see [`memorisation`].
-        interval (`bool`, defaults to `False`): Also a confidence interval of each FID, see [`frechet_interval`].
+        extractors (`Sequence[FeatureExtractor]`): Compute the features. A classifier also gives the accuracy, if the
+            samples have labels; it must not be the classifier that guided them.
+        held_out ([`ImageSet`], *optional*): Real images that the model was not trained on. Then `reference` must be the
+            training images, and memorisation is measured, too, see [`memorisation`].
+        interval (`bool`, defaults to `False`): Whether to compute a confidence interval of each FID, see
+            [`frechet_interval`].
         distance_dtype (`str`, defaults to `"float32"`): See [`measure`].
         batch_size (`int`, defaults to 64), num_workers (`int`, defaults to 0): See [`collect_features`].
-        cache_dir (`str` or `os.PathLike`, *optional*): Where features of real images are kept, see
+        cache_dir (`str` or `os.PathLike`, *optional*): Where to cache features of real images, see
             [`collect_features`].
 
     Returns:
         [`Evaluation`]: In the main process; `None` in the others.
 
     Raises:
-        `ValueError`: For too few images, classes that an extractor does not know, or features that are not finite.
+        `ValueError`: For too few images, classes that an extractor lacks, or features that are not finite.
     """
-    notes = what_to_know(generated, reference, held_out)
+    notes = find_warnings(generated, reference, held_out)
     for extractor in extractors:
         if isinstance(reference, FeatureSet):
             check_features(reference, extractor.name, extractor.fingerprint)
@@ -164,10 +166,10 @@ def evaluate(
         if len(generated) <= ours.statistics.mean.size:
             notes.append(
                 f"{len(generated):,} samples are fewer than the {ours.statistics.mean.size:,} features of "
-                f"{extractor.name}, so the FID says little; KID does not suffer from that."
+                f"{extractor.name}, so that the FID is unreliable; KID is not affected."
             )
         if interval and ours.kept is not None:
-            strata = dealt_labels(generated)
+            strata = balanced_labels(generated)
             strata = None if strata is None else strata[ours.kept_indices]
             result.intervals[f"fid/{extractor.name}"] = frechet_interval(ours.kept, real.statistics, strata=strata)
         if (asked := labels[extractor.name]) is not None and ours.predictions is not None:
@@ -180,40 +182,40 @@ def evaluate(
             result.memorisation[extractor.name] = memorisation(ours, real, unseen)
     for images in (generated, reference, held_out):
         if isinstance(images, LoadedImages) and (bad := images.images.bad_files):
-            notes.append(f"{len(bad)} files of {images.name} cannot be read, others stood in for them: {bad[0]} ...")
+            notes.append(f"{len(bad)} files of {images.name} cannot be read and were replaced by others: {bad[0]} ...")
     return result
 
 
-def what_to_know(generated: ImageSet, reference: ImageSet | FeatureSet, held_out: ImageSet | None = None) -> list[str]:
-    """What is found out before the work and tells in the numbers; refuses what cannot be measured at all."""
+def find_warnings(generated: ImageSet, reference: ImageSet | FeatureSet, held_out: ImageSet | None = None) -> list[str]:
+    """Warnings about the sets that affect the numbers, found before any computation; raises for too few images."""
     for images in (generated, reference):
         if isinstance(images, ImageSet) and len(images) < FEWEST_IMAGES:
-            raise ValueError(
-                f"{images.name} has {len(images)} images; {FEWEST_IMAGES} are the fewest that can be measured."
-            )
+            raise ValueError(f"{images.name} has {len(images)} images; at least {FEWEST_IMAGES} are needed.")
     notes = list(generated.notes)
     if len(generated) < PUBLISHED_NUM_IMAGES:
         notes.append(
-            f"FID falls with the number of samples: compare this one, of {len(generated):,}, only with others of as "
-            f"many; published ones are of {PUBLISHED_NUM_IMAGES:,}."
+            f"FID falls with the number of samples: compare this one, of {len(generated):,} samples, only with others "
+            f"of as many; published ones use {PUBLISHED_NUM_IMAGES:,}."
         )
-    if dealt_labels(generated) is not None:
+    if balanced_labels(generated) is not None:
         notes.append(
-            "the samples have as many of each class, which chance would not give: FID and KID are lower than of "
-            "samples whose classes are drawn (KID, which is unbiased for these, below 0)."
+            "the samples are balanced over the classes: FID and KID are lower than for randomly drawn classes (KID, "
+            "which is unbiased for those, can be below 0)."
         )
     if not isinstance(reference, ImageSet):
         if reference.kept is None:
-            notes.append("the reference is known by its statistics alone, so there is only what these can tell.")
+            notes.append(
+                "the reference is statistics without images, so that only metrics that need no images are computed."
+            )
         return notes
     notes += [note for note in reference.notes if note not in notes]
     if held_out is not None:
-        notes += [note for note in held_out.notes if note not in notes]  # of the same folder, mostly
+        notes += [note for note in held_out.notes if note not in notes]  # mostly the same folder's
     if generated.channels != reference.channels:
         gray, rgb = sorted((generated, reference), key=lambda images: images.channels)
         notes.append(
-            f"{gray.name} is gray and {rgb.name} is RGB; gray values are repeated, and the missing colour tells in the "
-            f"numbers."
+            f"{gray.name} is gray and {rgb.name} is RGB; gray values are repeated, and the missing colour affects the "
+            f"metrics."
         )
     if generated.labels is not None and reference.labels is not None and reference.id2label:
         names = {label: composed(name) for label, name in generated.id2label.items()}
@@ -223,23 +225,23 @@ def what_to_know(generated: ImageSet, reference: ImageSet | FeatureSet, held_out
         if missing:
             listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             notes.append(
-                f"of the reference's {len(reference.id2label)} classes {len(missing)} have no sample: {listed}. Recall "
-                f"and FID count that against the model; sample all classes, or take a reference without these."
+                f"of the reference's {len(reference.id2label)} classes {len(missing)} have no sample: {listed}. This "
+                f"worsens recall and FID; sample all classes, or use a reference without these."
             )
     return notes
 
 
 def check_features(reference: FeatureSet, name: str, fingerprint: str) -> None:
-    """Refuses to compare with features of another extractor; published statistics do not say their weights."""
+    """Raises for features of another extractor; published statistics do not record their weights."""
     if reference.extractor != name or reference.fingerprint not in ("", fingerprint):
         raise ValueError(
-            f"The reference's features are of {reference.extractor} and the samples' of {name}, or of other weights; "
-            f"numbers of different features cannot be compared. Compute the reference's anew."
+            f"The reference has features of {reference.extractor} and the samples of {name}, or of other weights; "
+            f"only numbers in the same features can be compared. Compute the reference's features again."
         )
 
 
 def check_independent(pipeline: Any, extractor: FeatureExtractor) -> None:
-    """Refuses to measure by a classifier that guides the pipeline: it would be asked whether it pleased itself.
+    """Raises for an evaluation classifier that guides the pipeline, since guidance raises its own accuracy.
 
     Raises:
         `ValueError`: If the extractor has the weights of one of the pipeline's classifiers.
@@ -249,13 +251,13 @@ def check_independent(pipeline: Any, extractor: FeatureExtractor) -> None:
         guide = getattr(pipeline, name, None)
         if model is not None and guide is not None and weights_digest(model) == weights_digest(guide):
             raise ValueError(
-                f"{extractor.name} is the pipeline's own {name}, which guides the samples and would only say whether "
-                f"it pleased itself; measure by a model that was trained apart."
+                f"{extractor.name} is the pipeline's own {name}, which guides the samples and is therefore biased; "
+                f"evaluate with a model that was trained separately."
             )
 
 
-def dealt_labels(generated: ImageSet) -> np.ndarray | None:
-    """The samples' labels if all classes have as many, which no chance makes; `None` otherwise."""
+def balanced_labels(generated: ImageSet) -> np.ndarray | None:
+    """The samples' labels if all classes have equally many samples; `None` otherwise."""
     if generated.labels is None:
         return None
     counts = np.unique(generated.labels, return_counts=True)[1]
@@ -263,12 +265,12 @@ def dealt_labels(generated: ImageSet) -> np.ndarray | None:
 
 
 def judged_labels(generated: ImageSet, extractor: FeatureExtractor, notes: list[str]) -> np.ndarray | None:
-    """The samples' class ids among those of an extractor that judges; `None`, with a note on why, if it cannot."""
+    """The samples' labels as class ids of an evaluation classifier; `None`, with a note, if they do not match."""
     if generated.labels is None or extractor.id2label is None:
         return None
     wanted = set(np.unique(generated.labels).tolist())
     names = generated.id2label
-    if not names and max(wanted) < len(extractor.id2label):  # ids alone, as files of samples have them
+    if not names and max(wanted) < len(extractor.id2label):  # ids without names, as in files of samples
         return generated.labels
     try:
         matched = match_classes(names, extractor.id2label, wanted, extractor.name)
@@ -279,11 +281,11 @@ def judged_labels(generated: ImageSet, extractor: FeatureExtractor, notes: list[
 
 
 def with_published_statistics(features: FeatureSet, images: ArrayImages, notes: list[str]) -> FeatureSet:
-    """The features of a published reference batch with the statistics that stand in its file, of the whole data set."""
+    """The features of a published reference batch with the statistics in its file, of the whole dataset."""
     assert images.statistics is not None
     notes.append(
-        f"FID uses the statistics that stand in {images.name}, which are of its whole data set; precision, recall and "
-        f"the like use its {len(images):,} images."
+        f"FID uses the statistics in {images.name}, which are of its whole dataset; precision, recall and the like use "
+        f"its {len(images):,} images."
     )
     statistics = images.statistics
     return replace(features, statistics=statistics["features"], spatial_statistics=statistics.get("spatial"))

@@ -1,4 +1,4 @@
-"""How many bits a model needs to describe an image: the variational bound, term by term."""
+"""Likelihood in bits per dimension: the variational bound of a diffusion model, term by term."""
 
 import math
 from collections.abc import Sequence
@@ -24,11 +24,12 @@ from .features.image_sets import ImageSet
 
 @dataclass
 class BitsPerDim:
-    """
+    """The variational bound of a batch of images, in bits per dimension.
+
     Attributes:
         total_bpd (`torch.Tensor` of shape `(batch,)`): The bound on the negative log-likelihood, in bits per dimension.
-        prior_bpd (`torch.Tensor` of shape `(batch,)`): Its part that no model can change: what noise remains at the
-            last timestep.
+        prior_bpd (`torch.Tensor` of shape `(batch,)`): The prior term, which does not depend on the model: the signal
+            that is left at the last timestep.
         vb (`torch.Tensor` of shape `(batch, timesteps)`): Its terms, last timestep first.
         mse (`torch.Tensor` of the same shape): Mean squared error of the noise that the predicted clean image implies.
         xstart_mse (`torch.Tensor` of the same shape): Mean squared error of the predicted clean image.
@@ -53,8 +54,8 @@ def bits_per_dim(
     r"""The variational bound of images under a diffusion model (Improved DDPM, arXiv 2102.09672, equations 4 to 7).
 
     Args:
-        unet ([`ADMUNet2DModel`] or like it): Predicts noise; is set to evaluation mode for the time of the call.
-        scheduler ([`ADMScheduler`]): Is left as it was. With its `clip_sample`, predicted clean images are clipped.
+        unet ([`ADMUNet2DModel`] or like it): Predicts noise; it is in evaluation mode during the call.
+        scheduler ([`ADMScheduler`]): It is not changed. With its `clip_sample`, predicted clean images are clipped.
         images (`torch.Tensor` of shape `(batch, C, height, width)`): 8-bit images, scaled to [-1, 1].
         class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class ids, for a class-conditional UNet.
         respacing (`str`, *optional*): Timesteps to use, in OpenAI's notation; all of them by default.
@@ -65,8 +66,7 @@ def bits_per_dim(
         [`BitsPerDim`]
 
     Raises:
-        `ValueError`: If `noise` has another shape, the respacing cannot be satisfied, or for labels that are no class
-            ids.
+        `ValueError`: If `noise` has another shape, the respacing cannot be satisfied, or labels are not class ids.
         `RuntimeError`: If an output of the UNet is not finite.
     """
     total = scheduler.config.num_train_timesteps
@@ -92,10 +92,10 @@ def bits_per_dim(
             timesteps = torch.full((len(images),), timestep, device=images.device)
             step_noise = torch.randn_like(images) if noise is None else noise[i].to(images)
             sample = process.add_noise(images, step_noise, timesteps)
-            told = model_timesteps(scheduler, timesteps)
-            model_output = unet(sample.to(unet.dtype), told, **conditions).sample
+            unet_timesteps = model_timesteps(scheduler, timesteps)
+            model_output = unet(sample.to(unet.dtype), unet_timesteps, **conditions).sample
             broken.append(broken_images(model_output))
-            if i in (0, len(descending) - 1):  # in between an accelerator would be waited for
+            if i in (0, len(descending) - 1):  # a check at each step would wait for the accelerator
                 check_finite(broken, descending)
             predicted = process.predict(model_output, timesteps, sample, scheduler.config.clip_sample)
             original = predicted.pred_original_sample
@@ -105,7 +105,7 @@ def bits_per_dim(
     finally:
         unet.train(was_training)
 
-    # in float64: at the last timestep so little is left that float32 would round it away
+    # in float64: the signal at the last timestep is below the precision of float32
     signal, alpha_bar = process.at(descending[0], images.double(), "sqrt_alpha_bar", "alpha_bar")
     zero = torch.zeros_like(alpha_bar)
     prior = normal_kl(signal * images.double(), (1 - alpha_bar).log(), zero, zero)
@@ -121,10 +121,10 @@ def bits_per_dim(
 
 
 def check_finite(broken: list[torch.Tensor], timesteps: Sequence[int]) -> None:
-    """Refuses outputs of a UNet that are not finite, which clipping would hide.
+    """Raises for outputs of a UNet that are not finite, which clipping would hide.
 
     Args:
-        broken (`list` of `torch.Tensor` of shape `(batch,)`): Which images' output was not finite, by timestep.
+        broken (`list` of `torch.Tensor` of shape `(batch,)`): Flags of images whose output is not finite, by timestep.
         timesteps (`Sequence[int]`): The timesteps.
 
     Raises:
@@ -144,15 +144,15 @@ PER_TIMESTEP = ("vb", "mse", "xstart_mse")
 
 @dataclass
 class Likelihood:
-    """The bound of a whole set of images, in bits per dimension.
+    """The likelihood of a set of images, in bits per dimension.
 
     Attributes:
         num_images (`int`): Images measured.
-        total_bpd (`float`), standard_error (`float`): The mean over images, and how sure it is.
-        kind (`str`): `"bound"`, above the true number, or `"exact"`.
-        prior_bpd (`float`): Of a diffusion model, the part that no model can change.
-        timesteps (`list[int]`): The timesteps, last first; none of another family's model.
-        vb, mse, xstart_mse (`list[float]`): Means of [`BitsPerDim`]'s, at each timestep.
+        total_bpd (`float`), standard_error (`float`): The mean over images, and its standard error.
+        kind (`str`): `"bound"` for an upper bound, or `"exact"`.
+        prior_bpd (`float`): The prior term of a diffusion model.
+        timesteps (`list[int]`): The timesteps, last first; empty for other families.
+        vb, mse, xstart_mse (`list[float]`): Means over images of the terms of [`BitsPerDim`], at each timestep.
     """
 
     num_images: int
@@ -170,16 +170,16 @@ class Likelihood:
         return asdict(self)
 
     def __str__(self) -> str:
-        told = (
+        text = (
             f"Likelihood: {'at most ' if self.kind == 'bound' else ''}{self.total_bpd:.4f} bits per dimension "
             f"(standard error {self.standard_error:.4f}) over {self.num_images:,} images"
         )
         if not self.timesteps:
-            return f"{told}."
+            return f"{text}."
         halves = {0: "first", 1: "second", 2: "third", 3: "last"}
         shares = [sum(part) for part in np.array_split(np.array(self.vb[::-1]), 4)]
         listed = ", ".join(f"{halves[i]} {share:.3f}" for i, share in enumerate(shares))
-        return f"{told}; {self.prior_bpd:.2g} of them are the prior's, and by quarters of the timesteps: {listed}."
+        return f"{text}; prior term {self.prior_bpd:.2g}, by quarters of the timesteps: {listed}."
 
 
 def likelihood(
@@ -190,7 +190,7 @@ def likelihood(
     batch_size: int = 64,
     seed: int = 0,
 ) -> Likelihood | None:
-    """Bits per dimension of a whole set, over all processes that run this call.
+    """Bits per dimension of a set of images, computed by all processes that run this call.
 
     Args:
         pipeline ([`ClassifierGuidedPipeline`]): Its UNet and scheduler are measured by [`bits_per_dim`]; another
@@ -199,8 +199,8 @@ def likelihood(
         class_labels (`np.ndarray` of shape `(n,)`, *optional*): The class id of each, see [`likelihood_labels`].
         respacing (`str`, *optional*): See [`bits_per_dim`].
         batch_size (`int`, defaults to 64): Images at once in each process.
-        seed (`int`, defaults to 0): Seed of the noise, which each batch draws anew; the number of processes does not
-            change it.
+        seed (`int`, defaults to 0): Seed of the noise, which is drawn for each batch and does not depend on the number
+            of processes.
 
     Returns:
         [`Likelihood`]: In the main process; `None` in the others.
@@ -246,10 +246,10 @@ def likelihood(
 
 
 def likelihood_labels(pipeline: Any, images: ImageSet) -> np.ndarray | None:
-    """What the pipeline's model is told of real images: their classes by name, the null label without, or nothing.
+    """The labels that condition the model on real images: matched by name, the null label without labels, or `None`.
 
     Raises:
-        `ValueError`: If it must be told the class and the images have none, or others; or if it has no likelihood.
+        `ValueError`: If the model needs labels and the images have none or unknown ones, or if it has no likelihood.
     """
     if reason := getattr(pipeline, "no_likelihood", None):
         raise ValueError(f"{type(pipeline).__name__} has no likelihood: {reason}.")
@@ -258,14 +258,14 @@ def likelihood_labels(pipeline: Any, images: ImageSet) -> np.ndarray | None:
     config = pipeline.main_config
     if images.channels != pipeline.image_channels:
         raise ValueError(
-            f"{images.name} has images of {images.channels} channels and the model of {pipeline.image_channels}: it "
-            f"gives them no likelihood."
+            f"{images.name} has images of {images.channels} channels and the model of {pipeline.image_channels}; give "
+            f"images of {pipeline.image_channels}."
         )
     if config.num_class_embeds is None:
         return None
     if images.labels is None:
         if not config.get("null_class_label", False):
-            raise ValueError(f"This model must be told the class, and {images.name} has no labels.")
+            raise ValueError(f"This model is class-conditional without a null label, and {images.name} has no labels.")
         return np.full(len(images), config.num_class_embeds)
     names = pipeline.id2label or {label: f"LABEL_{label}" for label in range(config.num_class_embeds)}
     matched = match_classes(images.id2label or names, names, set(np.unique(images.labels).tolist()), "of the pipeline")

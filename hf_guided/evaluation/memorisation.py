@@ -1,4 +1,4 @@
-"""Does a model copy its training images? Their distance to its samples, against what new images have."""
+"""Memorisation: the distances of samples to the training images, compared with those of held-out images."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .features.feature_sets import FeatureSet
 from .features.image_sets import ImageSet
 from .metrics.manifolds import nearest_distances
 
-COPY_QUANTILE = 0.01  # nearer to a training image than all but this share of new images: as good as a copy
+COPY_QUANTILE = 0.01  # a copy is closer to a training image than all but this fraction of held-out images
 
 
 @dataclass
@@ -21,15 +21,15 @@ class Memorisation:
 
     Attributes:
         features (`str`): The extractor's name.
-        closer_share (`float`): How often a sample is nearer to the training images than a held-out image is: 0.5 where
-            samples are as new as held-out images, 1 where all are copies.
-        z (`float`): That share's distance from 0.5 in standard deviations, if they were equally new: the Mann-Whitney
-            statistic of Meehan et al. 2020 (arXiv 2004.05675, section 3), with the sign turned.
-        copied_share (`float`): Samples nearer to a training image than all but 1 % of held-out images are; 0.01 is what
-            new images have.
-        median, held_out_median (`float`): The medians of both distances.
-        pairs (`list[tuple[int, int, float]]`): The closest pairs, nearest first: which sample, which training image,
-            and their distance. Each training image once.
+        closer_share (`float`): Probability that a sample is closer to the training images than a held-out image: 0.5 if
+            samples are as new as held-out images, 1 if all are copies.
+        z (`float`): The distance of that probability from 0.5 in standard deviations of the null hypothesis: the
+            Mann-Whitney statistic of Meehan et al. 2020 (arXiv 2004.05675, section 3), with the opposite sign.
+        copied_share (`float`): Fraction of samples closer to a training image than all but 1 % of held-out images; 0.01
+            for new images.
+        median, held_out_median (`float`): The medians of the distances of samples and held-out images.
+        pairs (`list[tuple[int, int, float]]`): The closest pairs, in order of distance: index of the sample, index of
+            the training image, distance. Each training image occurs once.
     """
 
     features: str
@@ -42,47 +42,47 @@ class Memorisation:
 
     @property
     def finding(self) -> str:
-        """The numbers in words."""
+        """The result as a sentence."""
         near = f"nearest training image at {self.median:.3g}, held-out images at {self.held_out_median:.3g}"
         if self.copied_share > 0.05 and self.z > 3:
-            verdict = "the model copies training images: look at the pairs, train for fewer steps or on more images"
+            verdict = "the model copies training images: check the pairs, train for fewer steps or on more images"
         elif self.z > 3:
             verdict = (
-                "samples are nearer to the training images than new ones, as strong guidance makes them, but are not "
-                "copies of single ones"
+                "samples are closer to the training images than new images are, as with strong guidance, but not "
+                "copies of single images"
             )
         else:
             verdict = "no sign of copying"
         return (
             f"Memorisation in {self.features} features: {verdict} ({near} in the median; {self.copied_share:.1%} of "
-            f"samples are nearer than all but 1 % of held-out images)."
+            f"samples are closer than all but 1 % of held-out images)."
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For a report."""
+        """The result for a report, as a dict for JSON."""
         names = ("closer_share", "z", "copied_share", "median", "held_out_median")
         return {**{name: getattr(self, name) for name in names}, "finding": self.finding}
 
 
 def memorisation(generated: FeatureSet, train: FeatureSet, held_out: FeatureSet, num_pairs: int = 10) -> Memorisation:
-    """Compares how near samples and held-out images are to the training images.
+    """How close samples are to the training images, compared with held-out images.
 
     Args:
-        generated ([`FeatureSet`]): Of the samples.
-        train ([`FeatureSet`]): Of the training images, all of them: a copy of one that is missing is not found.
-        held_out ([`FeatureSet`]): Of images from the same source that the model never saw.
+        generated ([`FeatureSet`]): Features of the samples.
+        train ([`FeatureSet`]): Features of all training images; copies of missing ones are not detected.
+        held_out ([`FeatureSet`]): Features of images from the same source that were not used in training.
         num_pairs (`int`, defaults to 10): Closest pairs to list.
 
     Returns:
         [`Memorisation`]
 
     Raises:
-        `ValueError`: If a set has no features of its own, only statistics.
+        `ValueError`: If a set has only statistics and no features.
     """
     sets = {"generated": generated, "training": train, "held-out": held_out}
     for name, features in sets.items():
         if features.kept is None or features.kept_indices is None:
-            raise ValueError(f"The {name} images are known by their statistics alone; memorisation needs the images.")
+            raise ValueError(f"The {name} images are only given as statistics; memorisation needs the images.")
     assert generated.kept is not None
     assert train.kept is not None
     assert held_out.kept is not None
@@ -113,7 +113,7 @@ def memorisation(generated: FeatureSet, train: FeatureSet, held_out: FeatureSet,
 
 
 def closest_pairs(found: Memorisation, generated: ImageSet, train: ImageSet) -> Image.Image:
-    """The closest pairs as a picture: samples above, the training image nearest to each below."""
+    """An image of the closest pairs: samples above, the nearest training image of each below."""
     above = [generated.picture(sample) for sample, _, _ in found.pairs]
     below = [train.picture(index) for _, index, _ in found.pairs]
     distances = ", ".join(f"{distance:.2g}" for _, _, distance in found.pairs)

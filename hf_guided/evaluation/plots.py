@@ -1,4 +1,4 @@
-"""Plots of a report: the trade-off that the guidance scale buys, likelihood by timestep, accuracy by noise."""
+"""Plots: metrics against the guidance scale, likelihood by timestep, classifier metrics by noise level."""
 
 import json
 import os
@@ -13,17 +13,17 @@ from ..generation.samples import RECORD_KEY
 from .classifier_inspection import ClassifierInspection
 from .metrics.table import METRICS
 
-_MAX_CONFUSION_CLASSES = 20  # that a matrix can show
+_MAX_CONFUSION_CLASSES = 20  # shown as a matrix
 
 
 def trade_off_curve(rows: Sequence[Mapping[str, Any]], features: str, path: str | os.PathLike) -> None:
-    """Draws how precision, recall and FID move with the guidance scale (figure 4 of arXiv 2105.05233) into a PNG.
+    """Saves a PNG of precision, recall and FID against the guidance scale (figure 4 of arXiv 2105.05233).
 
     Args:
         rows (`Sequence[Mapping]`): Rows of a report, each with `guidance_scale`, `condition_unet` (whether the UNet
-            was told the class), `precision`, `recall` and `fid`, followed by `/` and `features`.
+            was class-conditional), `precision`, `recall` and `fid`, followed by `/` and `features`.
         features (`str`): The features to draw.
-        path (`str` or `os.PathLike`): Where the PNG goes.
+        path (`str` or `os.PathLike`): The PNG file.
     """
     rows = sorted(rows, key=lambda row: row["guidance_scale"])
     figure = empty_figure(9, 3.8)
@@ -62,12 +62,12 @@ def trade_off_curve(rows: Sequence[Mapping[str, Any]], features: str, path: str 
 
 
 def likelihood_curve(timesteps: Sequence[int], vb: Sequence[float], path: str | os.PathLike) -> None:
-    """Draws where the bits of a likelihood are spent (figure 2 of arXiv 2102.09672) into a PNG.
+    """Saves a PNG of the terms of the variational bound by timestep (figure 2 of arXiv 2102.09672).
 
     Args:
         timesteps (`Sequence[int]`): The timesteps.
         vb (`Sequence[float]`): The term of the bound at each, in bits per dimension.
-        path (`str` or `os.PathLike`): Where the PNG goes.
+        path (`str` or `os.PathLike`): The PNG file.
     """
     figure = empty_figure(9, 3.8)
     terms, total = figure.subplots(1, 2)
@@ -77,7 +77,7 @@ def likelihood_curve(timesteps: Sequence[int], vb: Sequence[float], path: str | 
     terms.set_yscale("log")
     terms.set_title("Bits per dimension at each timestep", loc="left", color=INK)
     total.plot(steps, running, color="#1a7f37")
-    total.set_title(f"Their sum up to it: {running[-1]:.3f}", loc="left", color=INK)
+    total.set_title(f"Cumulative sum: {running[-1]:.3f}", loc="left", color=INK)
     total.set_ylim(bottom=0)
     for axes in (terms, total):
         axes.set_xlabel("timestep")
@@ -89,15 +89,15 @@ def likelihood_curve(timesteps: Sequence[int], vb: Sequence[float], path: str | 
 def sweep_curve(
     rows: Sequence[Mapping[str, Any]], features: str, path: str | os.PathLike, chosen: Mapping[str, Any] | None = None
 ) -> None:
-    """Draws fidelity and diversity against the guidance scale, and against each other, into a PNG.
+    """Saves a PNG of fidelity and diversity against the guidance scale, and against each other.
 
-    Lines are means over seeds, bands reach from the lowest to the highest.
+    Lines are means over seeds; bands reach from the lowest to the highest.
 
     Args:
-        rows (`Sequence[Mapping]`): Each with `num_inference_steps`, `guidance_scale`, `seed`, and `fid`, `precision`,
-            `recall` and perhaps `accuracy`, followed by `/` and `features`.
+        rows (`Sequence[Mapping]`): Rows with `num_inference_steps`, `guidance_scale`, `seed`, and `fid`, `precision`,
+            `recall` and optionally `accuracy`, followed by `/` and `features`.
         features (`str`): The features to draw.
-        path (`str` or `os.PathLike`): Where the PNG goes.
+        path (`str` or `os.PathLike`): The PNG file.
         chosen (`Mapping`, *optional*): The setting to mark.
     """
     steps = list(dict.fromkeys(row["num_inference_steps"] for row in rows))
@@ -165,37 +165,37 @@ def sweep_curve(
 def classifier_curves(
     inspection: ClassifierInspection, path: str | os.PathLike, record: Mapping[str, Any] | None = None
 ) -> None:
-    """Draws how good a noisy classifier is at each level of noise, and its confusion at the lowest, into a PNG.
+    """Saves a PNG of a noisy-image classifier's metrics by noise level, and its confusion matrix at the lowest.
 
     Args:
-        inspection ([`ClassifierInspection`]): What [`inspect_classifier`] measured.
-        path (`str` or `os.PathLike`): Where the PNG goes.
-        record (`Mapping`, *optional*): By which its maker is known, see [`read_record`].
+        inspection ([`ClassifierInspection`]): The result of [`inspect_classifier`].
+        path (`str` or `os.PathLike`): The PNG file.
+        record (`Mapping`, *optional*): The settings that produced it, see [`read_record`].
     """
     rows = inspection.rows
     timesteps = [row.timestep for row in rows]
     figure = empty_figure(12, 8.6)
-    (accuracy, calibration), (steering, confusion) = figure.subplots(2, 2)
+    (accuracy, calibration), (guidance, confusion) = figure.subplots(2, 2)
 
     curves = [
         (accuracy, "held-out accuracy", "#0969da", "-", [row.accuracy for row in rows]),
         (calibration, "mean confidence", "#8250df", "-", [row.confidence for row in rows]),
         (calibration, "accuracy", "#0969da", "-", [row.accuracy for row in rows]),
         (calibration, "calibration error", "#cf222e", "--", [row.calibration_error for row in rows]),
-        (steering, "root mean square over images", "#1a7f37", "-", [row.epsilon_shift for row in rows]),
+        (guidance, "root mean square over images", "#1a7f37", "-", [row.epsilon_shift for row in rows]),
     ]
     trained = [row.train_accuracy for row in rows if row.train_accuracy is not None]
     if trained:
         curves.insert(1, (accuracy, "training accuracy", "#bc4c00", "--", trained))
     known = [row.information / inspection.label_entropy for row in rows]
-    curves.append((accuracy, "share of all information", INK, ":", known))
+    curves.append((accuracy, "fraction of the label entropy", INK, ":", known))
     for axes, name, color, line, values in curves:
         axes.plot(timesteps, values, line, marker="o", markersize=4, color=color, label=name)
     accuracy.axhline(inspection.chance, color=INK, linewidth=0.8, label=f"chance, {inspection.chance:.2f}")
     for axes, title in (
-        (accuracy, "How much of the class it sees"),
-        (calibration, "How sure it is, and how right"),
-        (steering, "What guidance of scale 1 adds to epsilon, of its norm"),
+        (accuracy, "Accuracy and information about the class"),
+        (calibration, "Confidence and calibration"),
+        (guidance, "Norm of guidance of scale 1, relative to epsilon"),
     ):
         if inspection.interval is not None:
             low, high = inspection.interval
@@ -205,17 +205,17 @@ def classifier_curves(
         axes.set_xlabel("timestep")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="upper left" if axes is steering else "upper right", fontsize="small", edgecolor="none")
+        axes.legend(loc="upper left" if axes is guidance else "upper right", fontsize="small", edgecolor="none")
     for axes in (accuracy, calibration):
         axes.set_ylim(0, 1.03)
-    steering.set_ylim(bottom=0)
-    steering.yaxis.set_major_formatter("{x:.1%}")
+    guidance.set_ylim(bottom=0)
+    guidance.yaxis.set_major_formatter("{x:.1%}")
     _draw_confusion(confusion, inspection)
     save_figure(figure, path, record)
 
 
 def _draw_confusion(axes: Any, inspection: ClassifierInspection) -> None:
-    """A matrix of counts; of more classes than can be read, the commonest mistakes as text."""
+    """Draws the confusion matrix; for many classes, the most frequent errors as text."""
     counts, names = inspection.confusion, inspection.class_names
     of_class = counts.sum(axis=1)
     axes.set_title(f"Confusion at timestep {inspection.rows[0].timestep}", loc="left", color=INK)
@@ -223,10 +223,10 @@ def _draw_confusion(axes: Any, inspection: ClassifierInspection) -> None:
         mistakes = [(int(counts[i, j]), i, j) for i, j in np.argwhere(counts).tolist() if i != j]
         mistakes.sort(key=lambda mistake: -mistake[0])
         worst = [
-            f"{shortened(names[i])} taken for {shortened(names[j])}: {count} of {of_class[i]} images"
+            f"{shortened(names[i])} classified as {shortened(names[j])}: {count} of {of_class[i]} images"
             for count, i, j in mistakes[:14]
         ]
-        axes.text(0, 0.98, "\n".join(worst) or "no mistakes", va="top", linespacing=1.6, color=INK, fontsize="small")
+        axes.text(0, 0.98, "\n".join(worst) or "no errors", va="top", linespacing=1.6, color=INK, fontsize="small")
         axes.set_axis_off()
         return
     shares = counts / of_class.clip(min=1)[:, None]
@@ -238,14 +238,14 @@ def _draw_confusion(axes: Any, inspection: ClassifierInspection) -> None:
     is_long = max(map(len, short)) > 3
     axes.set_xticks(range(len(names)), short, **({"rotation": 45, "ha": "right"} if is_long else {}), fontsize="small")
     axes.set_yticks(range(len(names)), short, fontsize="small")
-    axes.set_xlabel("taken for")
+    axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
 
 def empty_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches; without pyplot: no global state, no display, nothing to close."""
+    """An empty figure of a size in inches, without pyplot and its global state."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Finding the guidance scale: fidelity and diversity against it (figure 4 of arXiv 2105.05233), and a choice."""
+"""Guidance scale sweep: metrics at each scale (figure 4 of arXiv 2105.05233), and the choice of a scale."""
 
 import math
 import os
@@ -20,7 +20,7 @@ from .features.image_sets import SampledImages
 from .metrics.table import METRICS
 
 Row = dict[str, Any]
-SETTING = ("num_inference_steps", "guidance_scale", "seed")  # what tells a row from another
+SETTING = ("num_inference_steps", "guidance_scale", "seed")  # identifies a row
 
 
 def sweep(
@@ -38,22 +38,22 @@ def sweep(
     on_row: Callable[[list[Row]], None] | None = None,
     **arguments: Any,
 ) -> list[Row]:
-    """Samples at every scale and number of steps with every seed, and measures each, over all processes.
+    """The metrics of samples at every scale and number of steps with every seed, computed by all processes.
 
     Args:
-        pipeline ([`ClassifierGuidedPipeline`]): Makes the samples, guided as its saved defaults say, at another scale.
-        reference ([`FeatureSet`]): Of real images; only the main process needs it.
-        extractor ([`FeatureExtractor`]): What the samples are measured in, never the classifier that guides.
-        labels (`torch.Tensor` of shape `(n,)`): The class of each sample, the same at every setting.
+        pipeline ([`ClassifierGuidedPipeline`]): Makes the samples, with its saved guidance at other scales.
+        reference ([`FeatureSet`]): Features of real images; only the main process needs them.
+        extractor ([`FeatureExtractor`]): Computes the features; not the classifier that guides.
+        labels (`torch.Tensor` of shape `(n,)`): The class of each sample, the same for every setting.
         scales (`Sequence[float]`): Guidance scales.
-        steps (`Sequence[int]`, defaults to `(None,)`): Numbers of steps; `None` are the pipeline's own.
-        seeds (`Sequence[int]`, defaults to `(0, 1, 2)`): Each makes samples of its own, from the same noise at every
-            setting, so that settings differ by more than chance where their differences agree over seeds.
-        judged (`np.ndarray` of shape `(n,)`, *optional*): The labels among the extractor's classes, for accuracy.
+        steps (`Sequence[int]`, defaults to `(None,)`): Numbers of steps; `None` is the pipeline's default.
+        seeds (`Sequence[int]`, defaults to `(0, 1, 2)`): Each seed gives the same noise at every setting, so that
+            differences that agree over seeds are not due to chance.
+        judged (`np.ndarray` of shape `(n,)`, *optional*): The labels as class ids of the extractor, for accuracy.
         batch_size (`int`, defaults to 64): Samples at once.
         done (`Sequence[dict]`, *optional*): Rows of an earlier call, which are not measured again.
-        on_row (`Callable`, *optional*): Is given all rows after each, in the main process.
-        arguments: Go to the pipeline.
+        on_row (`Callable`, *optional*): Called with all rows after each new row, in the main process.
+        arguments: Passed to the pipeline.
 
     Returns:
         `list[dict]`: `num_inference_steps`, `guidance_scale`, `seed` and the metrics of [`measure`] by name.
@@ -76,40 +76,41 @@ def sweep(
 
 
 def setting_of(row: Row) -> tuple[int | None, float, int]:
-    """What tells a row from the others: steps, scale and seed."""
+    """The setting of a row: steps, scale and seed."""
     return row["num_inference_steps"], row["guidance_scale"], row["seed"]
 
 
 def guidance_at(pipeline: Any, scale: float) -> dict[str, Any]:
-    """The pipeline's argument for a scale: of the one kind of guidance that it saves, or of the classifier's.
+    """The pipeline's argument for a guidance scale, of its saved kind of guidance or of its classifier.
 
     Raises:
-        `ValueError`: If it saves several kinds.
+        `ValueError`: If the pipeline saves several kinds.
     """
     saved = (pipeline.config.sampling_defaults or {}).get("guidance")
     if saved is None:
         return {"guidance_scale": scale}
     if len(saved) > 1:
         raise ValueError(
-            f"The pipeline saves {len(saved)} kinds of guidance, and a sweep varies one scale: save one of them."
+            f"The pipeline saves {len(saved)} kinds of guidance, but a sweep varies a single scale; save only one kind."
         )
     return {"guidance": guidance_from_dict({**saved[0], "scale": scale})}
 
 
 def choose_scale(rows: Sequence[Row], metric: str) -> tuple[Row, str]:
-    """The setting to keep: the cheapest and most varied of those that noise cannot tell from the best.
+    """The setting with the fewest steps and the lowest scale among those that are as good as the best, and the reason.
 
-    Seeds shift all settings together, and noise grows with the metric; so the noise is what the settings' and the
-    seeds' means leave over of the metric's logarithm (two-way analysis of variance), and a setting cannot be told from
-    the best one if their means are no further apart than one standard error of such a difference. Of these it takes the
-    fewest steps, and then the smallest scale.
+    Seeds shift all settings together, and noise grows with the metric. The noise is therefore the residual of the
+    metric's logarithm after subtracting the means of settings and seeds (two-way analysis of variance). A setting is as
+    good as the best if their means differ by at most one standard error of such a difference. Of these, the setting
+    with the fewest steps is chosen, and then the smallest scale.
 
     Args:
-        rows (`Sequence[dict]`): Of [`sweep`], every setting with every seed.
-        metric (`str`): The metric that counts, the lower the better, such as `"fid/inception"`.
+        rows (`Sequence[dict]`): Rows of [`sweep`], every setting with every seed.
+        metric (`str`): The metric to minimise, such as `"fid/inception"`.
 
     Returns:
-        The setting's `num_inference_steps` and `guidance_scale` with the mean of the metric, and why it, in a sentence.
+        The setting's `num_inference_steps` and `guidance_scale` with the mean of the metric, and the reason in a
+        sentence.
     """
     settings = list(dict.fromkeys((row["num_inference_steps"], row["guidance_scale"]) for row in rows))
     seeds = sorted({row["seed"] for row in rows})
@@ -126,27 +127,27 @@ def choose_scale(rows: Sequence[Row], metric: str) -> tuple[Row, str]:
     as_good = [i for i in range(len(settings)) if means[i] - means[best] <= error]
     chosen = min(as_good, key=lambda i: (settings[i][0] or 0, settings[i][1]))
 
-    def told(i: int) -> str:
+    def described(i: int) -> str:
         count, scale = settings[i]
         return f"scale {scale:g}{'' if count is None else f' with {count} steps'}"
 
     name, _, features = metric.partition("/")
     reason = (
-        f"{told(chosen).capitalize()}: {METRICS[name].title} in {features} features {values[chosen].mean():.3g} "
+        f"{described(chosen).capitalize()}: {METRICS[name].title} in {features} features {values[chosen].mean():.3g} "
         f"({values[chosen].min():.3g} to {values[chosen].max():.3g} over {len(seeds)} seeds)"
     )
     if chosen != best:
-        reason += f"; {told(best)} has {values[best].mean():.3g}, but {math.expm1(error):.0%} are noise"
+        reason += f"; {described(best)} has {values[best].mean():.3g}, but {math.expm1(error):.0%} can be noise"
     elif len(seeds) == 1:
-        reason += "; with one seed nobody knows how much of that is noise"
+        reason += "; with one seed the noise of that is unknown"
     count, scale = settings[chosen]
     mean = float(values[chosen].mean())
     return {"num_inference_steps": count, "guidance_scale": scale, metric: mean}, f"{reason}."
 
 
 def parse_scales(text: str) -> list[float]:
-    """Scales of the command line: `"0,1,2.5"`, or `"0:10"` for both ends and what lies between them of 1, 2, 5, 10 …
-    and their tenths, down to a fiftieth of the upper end.
+    """Scales of the command line: `"0,1,2.5"`, or `"0:10"` for both ends and the values 1, 2, 5 times powers of ten
+    between them, from a fiftieth of the upper end.
 
     Raises:
         `ValueError`: For other texts.
@@ -161,7 +162,9 @@ def parse_scales(text: str) -> list[float]:
         if not 0 <= low < high < math.inf:
             raise ValueError
     except ValueError:
-        raise ValueError(f"--scales {text} are no guidance scales; give some as 0,1,2.5 or a range as 0:10.") from None
+        raise ValueError(
+            f"--scales {text} is not a list of guidance scales; give one such as 0,1,2.5 or a range such as 0:10."
+        ) from None
     return [low, *(scale for scale in _round_numbers(high) if low < scale < high), high]
 
 
@@ -173,14 +176,15 @@ def _round_numbers(high: float) -> Iterator[float]:
 
 
 def save_choice(folder: str | os.PathLike, chosen: Row) -> dict[str, Any]:
-    """Writes the chosen scale, and steps where these were swept, into the defaults of a saved pipeline.
+    """The new defaults of a saved pipeline, with the chosen scale, and the steps if they were swept; writes them to it.
 
     Args:
-        folder (`str` or `os.PathLike`): The pipeline's; of its files only `model_index.json` changes, by renaming.
-        chosen (`dict`): Of [`choose_scale`].
+        folder (`str` or `os.PathLike`): The pipeline's folder; only its `model_index.json` changes,
+            atomically.
+        chosen (`dict`): The setting from [`choose_scale`].
 
     Returns:
-        `dict`: The defaults as they are now.
+        `dict`: The defaults.
     """
     path = Path(folder) / "model_index.json"
     index = read_json(path, fix="save the pipeline again")

@@ -1,1 +1,1 @@
-"""Many samples: seeded batches, resumable runs over several processes, file formats, grids. No metrics."""
+"""Generating many samples: seeded batches, resumable runs over several processes, file formats, grids. No metrics."""

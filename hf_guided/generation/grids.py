@@ -1,4 +1,4 @@
-"""Pictures of samples: a grid with one row for each class, and PNGs that carry a record of how they were made."""
+"""Sample grids with one row per class, and PNGs with a record of the settings that produced them."""
 
 import json
 import os
@@ -22,21 +22,23 @@ def labelled_grid(
     title: str | None = None,
     cell_size: int | None = None,
 ) -> Image.Image:
-    """A grid of images with one row per class, the name of the class at its left.
+    """An image grid with one row per class, labelled with the class name on the left.
 
     Args:
-        images (`Sequence[PIL.Image.Image]`): Equally many images per row, all of the first row first: what a pipeline
-            returns for `class_labels=row_names` with `num_images_per_label`.
+        images (`Sequence[PIL.Image.Image]`): The same number of images per row, row by row, as a pipeline
+            returns them for `class_labels=row_names` with `num_images_per_label`.
         row_names (`Sequence[str]`): The class of each row.
         title (`str`, *optional*): A line above the grid.
-        cell_size (`int`, *optional*): Pixels of the longer side of an image in the grid. The default is the smallest
-            whole multiple of the images' own size that has at least 56, so that pixels stay sharp squares.
+        cell_size (`int`, *optional*): Longer side of an image in the grid, in pixels. The default is the smallest
+            whole multiple of the images' own size that is at least 56, so that pixels stay sharp squares.
 
     Returns:
         `PIL.Image.Image`: The grid, RGB on white.
     """
     if len(row_names) == 0 or len(images) == 0 or len(images) % len(row_names) != 0:
-        raise ValueError(f"Needs equally many images for each row, got {len(images)} for {len(row_names)} rows.")
+        raise ValueError(
+            f"Each row of a grid needs the same number of images; got {len(images)} for {len(row_names)} rows."
+        )
     columns = len(images) // len(row_names)
 
     longer_side = max(images[0].size)
@@ -69,12 +71,12 @@ def labelled_grid(
 
 
 def save_png(image: Image.Image, path: str | os.PathLike, record: Mapping[str, Any] | None = None) -> None:
-    """Writes a PNG under a temporary name and renames it, so that no reader ever sees half a picture.
+    """Writes a PNG under a temporary name and renames it, so that no reader sees an incomplete file.
 
     Args:
-        image (`PIL.Image.Image`): The picture.
-        path (`str` or `os.PathLike`): Where it goes.
-        record (`Mapping`, *optional*): How it was made, which [`read_record`] gives back.
+        image (`PIL.Image.Image`): The image.
+        path (`str` or `os.PathLike`): The file.
+        record (`Mapping`, *optional*): The settings that produced it, which [`read_record`] returns.
     """
     text = PngInfo()
     if record is not None:

@@ -22,8 +22,8 @@ from ..labels import unique_names
 from ..models.images import open_file
 
 RECORD_KEY = "hf_guided"
-_RECORD_FILE = ".hf_guided.json"  # hidden, so that load_dataset passes it by
-_ROW_GROUP = 100  # rows that parquet reads at once: as datasets writes images
+_RECORD_FILE = ".hf_guided.json"  # hidden, so that load_dataset skips it
+_ROW_GROUP = 100  # rows per row group, as datasets writes images
 
 
 def write_samples(
@@ -35,18 +35,18 @@ def write_samples(
     id2label: Mapping[int, str] | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes samples, two batches in memory at a time, under a temporary name, and renames them.
+    """Writes samples to a file or folder, with two batches in memory at a time, under a temporary name that is renamed.
 
-    Equal samples make equal files, to the byte. PNGs are encoded while `batches` makes the next batch.
+    The same samples give the same file, byte for byte. PNGs are encoded while `batches` makes the next batch.
 
     Args:
-        path (`str` or `os.PathLike`): A `.npz` file; a `.parquet` file with the columns `image` and `label`; or else a
-            folder of `000000.png` and so on with a `metadata.jsonl`.
+        path (`str` or `os.PathLike`): A `.npz` file; a `.parquet` file with the columns `image` and `label`; otherwise
+            a folder of `000000.png` and so on with a `metadata.jsonl`.
         batches (`Iterable[np.ndarray]`): Images of shape `(n, height, width, channels)`, uint8.
-        shape (`tuple[int, int, int, int]`): That of all batches together.
+        shape (`tuple[int, int, int, int]`): The shape of all batches together.
         labels (`np.ndarray` of shape `(n,)`, *optional*): Class ids.
         id2label (`Mapping[int, str]`, *optional*): Class names, for parquet files and folders.
-        record (`Mapping`, *optional*): How the samples were made, which [`read_record`] gives back.
+        record (`Mapping`, *optional*): The settings that produced the samples, which [`read_record`] returns.
     """
     path = Path(path)
     text = None if record is None else json.dumps(record)
@@ -64,7 +64,7 @@ def write_samples(
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The record that a file or folder of [`write_samples`] or a picture of [`save_png`] has; `None` if it has none."""
+    """The record in a file or folder of [`write_samples`] or an image of [`save_png`]; `None` if there is none."""
     path = Path(path)
     text: str | bytes
     try:
@@ -80,12 +80,12 @@ def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
                 text = picture.info[RECORD_KEY]
         record = json.loads(text)
         return record if isinstance(record, dict) else None
-    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):  # among which are Pillow's and pyarrow's
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):  # includes Pillow's and pyarrow's errors
         return None
 
 
 def to_picture(image: np.ndarray) -> Image.Image:
-    """A picture of an image `(height, width, channels)`, uint8."""
+    """The Pillow image of an array `(height, width, channels)`, uint8."""
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
@@ -99,7 +99,7 @@ def _write_npz(
     with zipfile.ZipFile(path, "w") as archive:
 
         def add(name: str, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str, comment: str = "") -> None:
-            entry = zipfile.ZipInfo(f"{name}.npy")  # of the same date in every file
+            entry = zipfile.ZipInfo(f"{name}.npy")  # with the same date in every file
             entry.comment = comment.encode()
             with archive.open(entry, "w", force_zip64=True) as stream:
                 header = {"descr": dtype, "fortran_order": False, "shape": shape}
@@ -158,7 +158,7 @@ def _write_folder(
 
 
 def _pngs(batches: Iterable[np.ndarray]) -> Iterator[bytes]:
-    """Each image as the bytes of a PNG, encoded by as many threads as there are processors beside the next batch."""
+    """Each image as the bytes of a PNG, encoded by one thread per processor while the next batch is made."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         encoded: Iterator[bytes] = iter(())
         for batch in batches:

@@ -1,8 +1,8 @@
-"""Lets what a user changed in a model card survive the next card that is generated.
+"""Merging a user's edits of a model card into the next generated card.
 
-A generated card ends in a comment that holds a digest of each of its sections and of each key of its metadata. What no
-longer has its digest was edited, what is missing was removed, what never had one was added; all of it is the user's,
-and stays as it is. Everything else makes way for what is generated anew.
+A generated card ends in a comment with a digest of each of its sections and of each key of its metadata. A section
+whose digest differs was edited, one that is missing was removed, one without a digest was added: these edits are kept.
+All other sections are generated again.
 """
 
 import hashlib
@@ -22,20 +22,20 @@ CODE = re.compile(r"(?ms)^```[^`\n]*\n.*?(?:^```|\Z)")
 
 
 def sign(card: str) -> str:
-    """Ends a card in the digests of what it holds now."""
+    """The card with a final comment of digests of its sections and metadata."""
     data, sections, _ = _read(card)
     return _write(data, sections, {"metadata": _digests(data), "sections": _digests(sections)})
 
 
 def merge(edited: str, generated: str) -> str:
-    """Brings a user's edits of an older card into a newer one.
+    """The newer card with a user's edits of the older one.
 
     Args:
         edited (`str`): The older card, as it is now.
         generated (`str`): The newer one, signed by [`sign`].
 
     Returns:
-        `str`: The newer card with the edits, or, where there are none, `generated` to the byte.
+        `str`: The newer card with the edits; exactly `generated` if there are none.
 
     Raises:
         `ValueError`: If the metadata of `edited` is not valid YAML.
@@ -50,7 +50,7 @@ def merge(edited: str, generated: str) -> str:
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any], record: dict[str, str]) -> dict[str, Any]:
-    """The old entries, where edited or added, in their order; between them the new ones, where not removed."""
+    """The entries that the user edited or added, in their order, merged with the new ones that were not removed."""
 
     def is_edited(name: str) -> bool:
         return name in old and record.get(_digest(name)) != _digest(old[name])
@@ -71,7 +71,7 @@ def _digest(content: Any) -> str:
 
 
 def _digests(entries: dict[str, Any]) -> dict[str, str]:
-    """By digests, too: replacing words everywhere in a card must not reach them."""
+    """Digests by the digests of the names, which replacing a word throughout the card cannot change."""
     return {_digest(name): _digest(content) for name, content in entries.items()}
 
 
@@ -80,18 +80,18 @@ def _read(card: str) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
     card = card.removeprefix("\ufeff").replace("\r\n", "\n")
     record: dict[str, Any] = {}
     if records := [*_RECORD.finditer(card)]:
-        last = records[-1]  # any before it is somebody's text
+        last = records[-1]  # any before it is the user's text
         card = card[: last.start()].rstrip() + card[last.end() :]
-        with suppress(ValueError, RecursionError):  # of a comment that was edited: then everything counts as the user's
+        with suppress(ValueError, RecursionError):  # an edited comment: everything counts as the user's
             record = _parse(last[1])
     data: Any = {}
     if match := _FRONT_MATTER.match(card):
         try:
             data = yaml.safe_load(match[1] or "") or {}
-        except (yaml.YAMLError, ValueError) as error:  # the latter of an impossible date
+        except (yaml.YAMLError, ValueError) as error:  # the latter for an impossible date
             raise ValueError(f"README.md has metadata that are not valid YAML: {error}") from error
         if not isinstance(data, dict):
-            raise ValueError("README.md has metadata that are no mapping of names to values.")
+            raise ValueError("README.md has metadata that are not a mapping of names to values.")
         card = card[match.end() :]
     code = [match.span() for match in CODE.finditer(card)]
     starts = [
@@ -102,7 +102,7 @@ def _read(card: str) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
     sections: dict[str, str] = {}
     bounds = [(0, ""), *starts, (len(card), "")]
     for (start, heading), (end, _) in pairwise(bounds):
-        while heading in sections:  # two sections of one name
+        while heading in sections:  # two sections with the same name
             heading += " "
         sections[heading] = card[start:end].strip()
     if not sections.get(""):

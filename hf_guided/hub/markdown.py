@@ -1,4 +1,4 @@
-"""Names and values as the text of a Markdown page: whatever is in them, they are shown and mean nothing there."""
+"""Escaping of names and values for Markdown pages, so that they are shown as they are."""
 
 import re
 import unicodedata
@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 _SPECIAL = re.compile(
     r"[\\`*\[\]<~$]"
-    r"|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])"  # within a word it is none
+    r"|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])"  # not markup within a word
     r"|&(?=#?\w+;)"
     r"|(?<!\S)#"
     r"|\A>|\A[-+=](?=[\s=-])"
@@ -18,8 +18,8 @@ _JOINERS = "\u200c\u200d"  # of emoji, and of Persian and Indic letters
 def single_line(text: str, length: int = 1000) -> str:
     """One line of at most `length` characters; longer text ends in `"…"`.
 
-    White space becomes a space. Control characters, those among them that turn the direction of text, and what is no
-    character become U+FFFD.
+    White space becomes a space. Control characters, among them those that change the direction of text, and invalid
+    characters become U+FFFD.
     """
 
     def is_shown(char: str) -> bool:
@@ -30,12 +30,12 @@ def single_line(text: str, length: int = 1000) -> str:
 
 
 def escape(text: str) -> str:
-    """Text of a paragraph, heading or list item that shows as it is, on one line; in a table, escape its bars too."""
+    """Escaped text of a paragraph, heading or list item, on one line; in a table, escape its bars too."""
     return _NUMBERED.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", single_line(text)))
 
 
 def code_span(text: str) -> str:
-    """Text in the type of code, of at most 100 characters."""
+    """Text as inline code, of at most 100 characters."""
     text = single_line(text, length=100) or " "
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     space = " " if text.startswith("`") or text.endswith("`") else ""
@@ -43,5 +43,5 @@ def code_span(text: str) -> str:
 
 
 def link_to_hub(repo_id: str) -> str:
-    """A link to a model of the Hub."""
+    """A link to a model on the Hub."""
     return f"[{escape(repo_id)}](https://huggingface.co/{quote(single_line(repo_id))})"

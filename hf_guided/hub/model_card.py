@@ -1,4 +1,4 @@
-"""The model card: a README.md that says what a pipeline draws, how it was trained, how good it is, how to run it."""
+"""The model card of a saved pipeline or model: its README.md with usage, classes, limits, training and results."""
 
 import json
 import os
@@ -47,7 +47,7 @@ images = pipe({arguments}num_images_per_label=4, generator=generator).images
 images[0].save("sample.png")"""
 
 _CLASSIFIER_USAGE = """\
-{imports}from hf_guided import ADMForImageClassification  # makes it known to transformers
+{imports}from hf_guided import ADMForImageClassification  # registers it with transformers
 from transformers import pipeline
 
 classify = pipeline("image-classification", model={source}{dtype})
@@ -59,27 +59,26 @@ _MODEL_USAGE = """\
 model = {model_class}.from_pretrained({source}{dtype})"""
 
 _GUIDED_ADVICE = """
-Steps and guidance scale are the saved defaults; `num_inference_steps=` and `guidance_scale=` change them, and
-`respacing="250"` samples as published. A higher scale gives images that are more typical of their class and less
-varied.
+Steps and guidance scale are the saved defaults; `num_inference_steps=` and `guidance_scale=` change them.
+`respacing="250"` samples as published. A higher scale trades variety for fidelity to the class.
 """
 
 _LATENTS_ADVICE = """
-`{trade_off}=` trades variety for typical images: the lower it is, the more typical of their class they are, and the
-less varied.
+`{trade_off}=` trades variety for fidelity: lower values give images that are more typical of their class and less
+varied.
 """
 
 _UNGUIDED_ADVICE = """
-Steps are the saved default; `num_inference_steps=` changes them, and `respacing="250"` samples as published.
+Steps are the saved default; `num_inference_steps=` changes them. `respacing="250"` samples as published.
 """
 
 _DTYPE_ADVICE = """
-The weights are saved in {dtype}: `dtype=` loads them in it, and without it they load in float32. The files stand under
-the plain names and, the same ones, under those of the variant.
+The weights are saved in {dtype} and load in float32 unless `dtype=` is given. The files have the plain names; the same
+files are also saved under the names of the variant.
 """
 
 _LIMITS = """
-## What it can and cannot do
+## Intended use and limitations
 
 {limits}
 """
@@ -93,11 +92,11 @@ _RESULTS = """
 """
 
 _INSPECTION = """
-## The classifier at each level of noise
+## The classifier by noise level
 
 Measured on {num_images:,} held-out images{trained}; all numbers are in [inspection.json](inspection.json).
-Cross entropy is in nats; epsilon shift is what guidance of scale 1 adds to the noise that the UNet predicts, as a part
-of its norm.
+Cross entropy is in nats. Epsilon shift is the norm of what guidance of scale 1 adds to the UNet's noise prediction,
+relative to the norm of that prediction.
 {picture}
 {table}
 
@@ -111,11 +110,11 @@ _INSPECTION_COLUMNS = (
 def write_model_card(folder: str | os.PathLike, **card: Any) -> Path:
     """Writes the model card `README.md` of a saved pipeline or model.
 
-    Of a card that is there already, what a user edited, added or removed stays so.
+    The user's edits of an existing card are kept.
 
     Args:
         folder (`str` or `os.PathLike`): The saved pipeline.
-        card: What it says, as for [`render_card`].
+        card: The arguments of [`render_card`].
 
     Returns:
         `Path`: The card.
@@ -155,27 +154,26 @@ def render_card(
         folder (`str` or `os.PathLike`): The saved pipeline.
         title (`str`): Heading of the card, and the name of the model in its metadata.
         dataset (`str`): The training data in words, such as `"scikit-learn's 8x8 digits"`.
-        class_names (`Sequence[str]`, *optional*): Name of each class, in the order of the ids; none for an
+        class_names (`Sequence[str]`, *optional*): Name of each class, in the order of the ids; empty for an
             unconditional model.
         training (`Mapping[str, Any]`, *optional*): How it was trained, shown as a table in this order: steps, batch
-            size, time, hardware, versions of packages ... A nested mapping becomes one row. Of paths only the last
-            part is shown.
+            size, time, hardware, versions of packages ... A nested mapping becomes one row. Only the last part of a
+            path is shown.
         results (`Sequence[Mapping[str, Any]]`, *optional*): Rows of the report, shown as a table with the first row's
-            keys as columns. Metrics are named with the features that they were computed in, `"fid/judge"`; the
-            metadata has a `model-index` of them.
-        inspection (`Mapping[str, Any]`, *optional*): What [`inspect_classifier`] found of the classifier, as its
-            `to_dict()` or `inspection.json` says it; shown with `inspection.png`, where present.
+            keys as columns. The name of a metric includes its features, `"fid/judge"`. The metadata lists them as
+            `model-index`.
+        inspection (`Mapping[str, Any]`, *optional*): The result of [`inspect_classifier`], from its `to_dict()` or
+            `inspection.json`; shown with `inspection.png`, where present.
         dataset_id (`str`, *optional*): The data's id on the Hub.
-        repo_id (`str`, *optional*): Where the pipeline will be on the Hub; the usage then loads it from there. By
-            default it loads the current folder.
+        repo_id (`str`, *optional*): The pipeline's id on the Hub, which the usage then loads. By default it loads the
+            current folder.
         license (`str`, *optional*): Identifier of the licence, such as `"apache-2.0"`.
-        base_model (`str`, *optional*): What it was fine-tuned from, by its id on the Hub.
-        model_class (`str`, defaults to `"ClassifierGuidedPipeline"`): What loads the folder: that or another pipeline
-            or model of this package.
-        summary (`str`): What kind of model it is, in a few words.
-        origin (`str`, *optional*): Where it comes from, as the end of the first sentence, in Markdown; by default it
-            was trained on `dataset` with this library. All other words are shown as they are, whatever is in them.
-        guided (`bool`, defaults to `True`): A classifier steers it.
+        base_model (`str`, *optional*): The model that it was fine-tuned from, by its id on the Hub.
+        model_class (`str`, defaults to `"ClassifierGuidedPipeline"`): The class of the pipeline or model.
+        summary (`str`): The kind of model, in a few words.
+        origin (`str`, *optional*): The end of the first sentence, in Markdown, such as how it was made; by default that
+            it was trained on `dataset` with this library. All other texts are escaped.
+        guided (`bool`, defaults to `True`): Whether a classifier guides it.
         dtype (`str`, *optional*): `"float16"` or `"bfloat16"`, if the weights are saved in half precision.
         defaults (`Mapping[str, Any]`, *optional*): The pipeline's saved sampling defaults, shown as a table.
 
@@ -198,7 +196,7 @@ def render_card(
     tags["class-conditional-image-generation"] = bool(class_names) and not classifies
     data = ModelCardData(
         library_name="transformers" if classifies else "diffusers",
-        # The Hub has no tag for class-conditional models; this is where those on ImageNet are listed.
+        # The Hub has no tag for class-conditional models; those on ImageNet are listed under this one.
         pipeline_tag="image-classification" if classifies else "unconditional-image-generation",
         tags=[tag for tag, applies in tags.items() if applies],
         license=license and _public(license),
@@ -209,7 +207,7 @@ def render_card(
     )
     upscales = model_class == "ClassifierGuidedUpscalePipeline"
     pictures = {
-        "grid.png": "Images made large" if upscales else "Samples, one row per class",
+        "grid.png": "Upsampled images" if upscales else "Samples, one row per class",
         "trade_off.png": "Precision, recall and FID by guidance scale",
     }
     advice = (
@@ -242,7 +240,7 @@ def render_card(
         columns = list(dict.fromkeys(column for row in results for column in row))
         headings = [_heading(column) for column in columns]
         table = _table(headings, [[_public(row.get(column)) for column in columns] for row in results])
-        notes = "In brackets are the features that a number was computed in; it compares only with others in the same."
+        notes = "The features of a metric are in brackets; only numbers in the same features can be compared."
         shown = {column.partition("/")[0] for column in columns}
         from ..evaluation.metrics.table import METRICS  # imports torch, which a card without results does without
 
@@ -256,21 +254,22 @@ def render_card(
         has_picture = (folder / "inspection.png").is_file()
         card += _INSPECTION.format(
             num_images=inspection["num_images"],
-            trained=f" and {num_trained:,} of those that it was trained on" if num_trained else "",
+            trained=f" and {num_trained:,} of its training images" if num_trained else "",
             picture="\n![Accuracy, calibration, gradients, confusion](inspection.png)\n" if has_picture else "",
             table=_table([_heading(name) for name in columns], cells),
             findings="\n".join(f"- {escape(_public(finding))}" for finding in inspection["findings"]),
         )
-    return str(ModelCard(card))  # which checks the metadata
+    return str(ModelCard(card))  # validates the metadata
 
 
 def address(card: str, repo_id: str, standalone: bool = False) -> str:
-    """Makes the usage of a card load from a repository what it loaded from the current folder.
+    """The card with its usage loading from a repository instead of the current folder.
 
     Args:
         card (`str`): The card.
         repo_id (`str`): The repository.
-        standalone (`bool`, defaults to `False`): It carries its code, and needs no package but diffusers' own.
+        standalone (`bool`, defaults to `False`): Whether the repository carries its code and does not need this
+            package.
     """
 
     pipelines = "|".join(family.pipeline for family in BASELINES.values())
@@ -290,7 +289,7 @@ def address(card: str, repo_id: str, standalone: bool = False) -> str:
                 r"AutoModel.from_pretrained(\1, trust_remote_code=True)\n",
                 code,
             )
-            code = re.sub(r"(?m)^from hf_guided import ADMForImageClassification  # makes it known.*\n", "", code)
+            code = re.sub(r"(?m)^from hf_guided import ADMForImageClassification  # .*\n", "", code)
             code = re.sub(r'(pipeline\("image-classification".*?)\)\n', r"\1, trust_remote_code=True)\n", code)
         return code
 
@@ -304,14 +303,14 @@ def address(card: str, repo_id: str, standalone: bool = False) -> str:
 def _eval_results(
     results: Sequence[Mapping[str, Any]], inspection: Mapping[str, Any] | None, dataset: str, dataset_id: str | None
 ) -> list[EvalResult]:
-    """Every metric of every row, named after its features and its row's settings, and the classifier's accuracy."""
+    """The metrics of all rows, named with their features and the row's settings, and the classifier's accuracy."""
     data: dict[str, Any] = {
         "dataset_type": dataset_id or re.sub(r"\W+", "-", dataset).strip("-").lower(),
         "dataset_name": dataset,
     }
     evaluations = []
     for row in results:
-        if row.get("samples", "generated") != "generated":  # real images, for comparison: no result of the model
+        if row.get("samples", "generated") != "generated":  # real images for comparison, not a result of the model
             continue
         metrics = {key: value for key, value in row.items() if "/" in key and value is not None}
         settings = "".join(
@@ -346,7 +345,7 @@ def _eval_results(
 def _limits(
     folder: Path, class_names: Sequence[str], results: Sequence[Mapping[str, Any]], classifies: bool
 ) -> list[str]:
-    """What to expect, and what not."""
+    """Intended use and limitations, one sentence or two each."""
     components = [family.component for family in (DIFFUSION, *BASELINES.values())]
     configs = [folder / part / "config.json" for part in ("", *components)]
     sizes = (json.loads(config.read_text()).get("sample_size") for config in configs if config.is_file())
@@ -356,26 +355,28 @@ def _limits(
     limits = []
     if classifies:
         limits.append(
-            f"It tells the classes above apart in {images}, and puts anything else into one of them too. It is made to "
-            f"guide or to judge a generator of such images, not to decide anything about what is in a picture."
+            f"It classifies {images} into the classes above, and assigns any other image to one of them, too. It "
+            f"is made to guide or to evaluate generators of such images, not for decisions about real images."
         )
     else:
-        known = "the classes above" if class_names else "the kind that it has learned"
-        limits.append(f"It makes {images}, of {known}; it takes no text, and other sizes and classes it does not know.")
-        limits.append("Its images are made up, however real they look: they are no evidence of anything.")
-    limits.append("What is rare, missing or one-sided in its training images is so here; it was not examined for bias.")
+        known = "the classes above" if class_names else "the kind of its training data"
+        limits.append(
+            f"It generates {images} of {known}. It does not support text prompts, other sizes or other classes."
+        )
+        limits.append("Its images are synthetic, even if they look real. Do not use them as evidence.")
+    limits.append("Biases and gaps of the training images carry over. It was not examined for bias.")
     copied = [value for row in results for key, value in row.items() if key.startswith("copied_share/")]
     if copied:
         limits.append(
-            f"Samples may resemble training images closely: up to {max(copied):.1%} of them do (copied share)."
+            f"Samples may closely resemble training images: up to {max(copied):.1%} of them do (copied share)."
         )
     elif not classifies:
-        limits.append("Samples may resemble training images closely; how many do was not measured.")
+        limits.append("Samples may closely resemble training images; how many do was not measured.")
     return limits
 
 
 def _usage(model_class: str, source: str, class_names: Sequence[str], dtype: str | None) -> str:
-    """Code that runs as it stands."""
+    """Code that runs without changes."""
     chosen = "" if dtype is None else f", dtype=torch.{dtype}"
     if model_class == "ADMForImageClassification":
         imports = "" if dtype is None else "import torch\n"
@@ -428,7 +429,7 @@ def _rounded(value: float | None) -> str:
 
 
 def _public(value: Any) -> str:
-    """Text for a public page: one line, short numbers, no credentials, of the machine's paths only the last part."""
+    """Text for a public page: one line, short numbers, no credentials, only the last part of absolute paths."""
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Pushes a finished folder to the Hub in one commit, and says in one sentence what is wrong when it cannot."""
+"""Pushing a finished folder to the Hub in one commit, with errors that name the cause and the fix."""
 
 import logging
 import os
@@ -22,38 +22,38 @@ from .selection import CODE_FILES, select_files
 logger = logging.getLogger(__name__)
 
 _MODEL_FILES = ("model_index.json", "config.json")
-_ATTEMPTS = 3  # where others push to the same branch at the same time
+_ATTEMPTS = 3  # if others push to the same branch at the same time
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN, using a token with write access (https://huggingface.co/settings/tokens)"
 
 
 class PushError(RuntimeError):
-    """The Hub could not be reached or refused; the message says how to mend it."""
+    """The Hub could not be reached or refused the push; the message says how to fix it."""
 
     def __init__(self, message: str):
-        super().__init__(without_credentials(message))  # the client's own words hold addresses, some of them signed
+        super().__init__(without_credentials(message))  # the client's messages hold URLs, some of them signed
 
 
 def prepare_push(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Makes the repository, if there is none, before a long training whose result is to be pushed to it.
+    """The full name of the repository to push to, created if needed; called before a long training.
 
     Args:
         repo_id, private, token: As for [`push_folder`].
 
     Returns:
-        `str`: The whole `"user/name"`.
+        `str`: `"user/name"`.
 
     Raises:
-        `PushError`: If there is no token, the Hub does not accept it, or it may not write there.
+        `PushError`: If there is no token, the Hub does not accept it, or it has no write access.
     """
     api = HfApi(token=token or True)
     try:
         user = api.whoami()
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise PushError(f"This token may only read, not push: {_LOGIN}.")
+            raise PushError(f"This token is read-only: {_LOGIN}.")
         return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     except (HTTPError, HfHubHTTPError, LocalTokenNotFoundError) as error:
-        raise PushError(_mend(error, repo_id)) from error
+        raise PushError(_explain(error, repo_id)) from error
 
 
 def push_folder(
@@ -70,25 +70,25 @@ def push_folder(
     include: Sequence[str] | None = None,
     license: str | None = None,
 ) -> str:
-    """Pushes a saved pipeline or model to a model repository of the Hub, which is created if need be, in one commit.
+    """Pushes a saved pipeline or model to a model repository on the Hub, created if needed, in one commit.
 
-    What goes is what a model repository is made of, see [`select_files`]; the rest stays behind and is named in the
-    log. Files that the repository has already are not sent again, and those that only it has are kept, as is what was
-    edited there of the model card. Where there is no card in the folder nor in the repository, one of what the configs
-    say is added.
+    The files of a model repository are pushed, see [`select_files`]; the log names the others. Files that are in the
+    repository already are not uploaded again. Files that are only in the repository are kept, and so are edits of its
+    model card. If neither the folder nor the repository has a card, one is generated from the configs.
 
     Args:
         folder (`str` or `os.PathLike`): A folder with a `model_index.json` (pipeline) or `config.json` (model).
         repo_id (`str`): `"user/name"`, `"organization/name"`, or `"name"` for the user who is logged in.
         private (`bool`, *optional*): Whether a new repository is private. `None` is the account's default; an existing
-            repository is left as it is.
+            repository is not changed.
         token (`str`, *optional*): A token with write access. By default the one of `hf auth login` or `HF_TOKEN`.
         commit_message (`str`, defaults to `"Upload with hf-guided"`): First line of the commit.
-        revision (`str`, *optional*): The branch to push to, created if need be. By default `main`.
+        revision (`str`, *optional*): The branch to push to, created if needed. By default `main`.
         create_pr (`bool`, defaults to `False`): Propose the commit as a pull request to `main` instead.
-        standalone (`bool`, defaults to `False`): Let the repository carry its code, see [`write_standalone`].
+        standalone (`bool`, defaults to `False`): Add the model's code to the repository, see [`write_standalone`].
         repo_type (`str`, defaults to `"model"`): `"space"` for the folder of [`write_space`].
-        include (`Sequence[str]`, *optional*): What else goes: paths in the folder, or patterns such as `"assets/*"`.
+        include (`Sequence[str]`, *optional*): Further files to push: paths in the folder, or patterns such as
+            `"assets/*"`.
         license (`str`, *optional*): Identifier of the licence, such as `"apache-2.0"`, for a model card that is added.
 
     Returns:
@@ -97,7 +97,7 @@ def push_folder(
     Raises:
         `ValueError`: If the folder is not a saved pipeline or model, a model card has invalid metadata, or something in
             `include` matches no file.
-        `PushError`: If the Hub cannot be reached or refuses: the sentence says how to mend it.
+        `PushError`: If the Hub cannot be reached or refuses the push; the message says how to fix it.
     """
     folder = Path(folder)
     if repo_type == "model" and not any((folder / name).is_file() for name in _MODEL_FILES):
@@ -109,7 +109,7 @@ def push_folder(
     if standalone:
         from .standalone import write_standalone
 
-        # Beside the folder, where weights need no second copy.
+        # On the same disk as the folder, so that weights are linked and not copied.
         with TemporaryDirectory(dir=folder.absolute().parent, prefix=".standalone-") as parent:
             return push_folder(
                 write_standalone(folder, Path(parent) / folder.absolute().name, include),
@@ -130,13 +130,13 @@ def push_folder(
         if revision is not None:
             api.create_branch(repo.repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
         for attempt in range(1, _ATTEMPTS + 1):
-            # The card is merged with the one of this very commit, and nobody's later commit is overwritten.
+            # The card is merged with the card of this commit, and a later commit of others is not overwritten.
             head: Any = api.repo_info(repo.repo_id, revision=revision, repo_type=repo_type)
             there = {file.rfilename for file in head.siblings or ()}
             operations: list[CommitOperationAdd | CommitOperationDelete] = [
                 CommitOperationAdd(path, folder / path) for path in paths if path != "README.md"
             ]
-            if repo_type == "model":  # the code of an earlier push does not stay beside what no longer uses it
+            if repo_type == "model":  # code of an earlier push that is no longer used is removed
                 stale = [path for path in there.difference(paths) if Path(path).name in CODE_FILES]
                 operations += [CommitOperationDelete(path) for path in stale]
             card = None
@@ -145,7 +145,7 @@ def push_folder(
             elif "README.md" not in there and repo_type == "model":
                 card = card_of_saved(folder, repo.repo_id.rpartition("/")[2], license)
             if license is not None and ("README.md" in paths or "README.md" in there):
-                logger.warning(f"The model card that is there is kept; write the licence {license} into it.")
+                logger.warning(f"The existing model card is kept; write the licence {license} into it.")
             if card is not None:
                 card = sign(address(card, repo.repo_id, standalone=not CODE_FILES.isdisjoint(paths)))
                 if "README.md" in there:
@@ -164,28 +164,29 @@ def push_folder(
                 )
                 break
             except (HfHubHTTPError, HTTPError) as error:
-                # Others' commit came first, or the answer was lost: then, looking anew, all of it is there already.
+                # Another commit came first, or the answer was lost: the next attempt then finds the files already
+                # there.
                 status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
                 if (status != 412 and (status < 500 or create_pr)) or attempt == _ATTEMPTS:
                     raise
     except (HTTPError, OSError, RuntimeError) as error:
-        raise PushError(_mend(error, repo_id)) from error
+        raise PushError(_explain(error, repo_id)) from error
     return commit.pr_url or str(repo)
 
 
 def push_command(folder: str | os.PathLike, repo_id: str, private: bool = False) -> str:
-    """What a user types to push a folder whose push has failed."""
+    """The command that pushes a folder whose push has failed."""
     return f"hf-guided push {shlex.quote(str(folder))} {repo_id}" + (" --hub_private" if private else "")
 
 
 class BackgroundPush:
-    """Pushes a training's snapshots beside it, one at a time; whatever fails, the training goes on.
+    """Pushes snapshots of a training in the background, one at a time; a failed push does not stop the training.
 
     Args:
         repo_id, private, token: As for [`push_folder`].
 
     Attributes:
-        failure (`str` or `None`): What is wrong with the newest snapshot's push, if it is done and has failed.
+        failure (`str` or `None`): Why the push of the latest snapshot failed; `None` if it did not.
     """
 
     def __init__(self, repo_id: str, *, private: bool | None = None, token: str | None = None):
@@ -195,16 +196,16 @@ class BackgroundPush:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a push is under way; its folder must not change until it is done."""
+        """Whether a push is running; its folder must not change until it has finished."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, folder: Path, commit_message: str) -> None:
-        """Begins a push; the one before must be done."""
+        """Starts a push; the previous one must have finished."""
         self._thread = threading.Thread(target=self._push, args=(folder, commit_message), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Waits for the push under way."""
+        """Waits for the running push."""
         if self._thread is not None:
             self._thread.join()
 
@@ -214,15 +215,15 @@ class BackgroundPush:
         try:
             push_folder(folder, self.repo_id, private=self.private, token=self.token, commit_message=commit_message)
             self.failure = None
-        except Exception as error:  # none of them may end the training
+        except Exception as error:  # no failure may end the training
             self.failure = str(error)
         finally:
             if had_bars:
                 enable_progress_bars()
 
 
-def _mend(error: BaseException, repo_id: str) -> str:
-    """What went wrong, in one sentence with the way out."""
+def _explain(error: BaseException, repo_id: str) -> str:
+    """The cause of a failure and its fix, in one sentence."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:  # how the client reports a failed LFS upload
         error = error.__cause__
     if isinstance(error, LocalTokenNotFoundError):
@@ -232,11 +233,11 @@ def _mend(error: BaseException, repo_id: str) -> str:
         if status == 401:
             return f"The Hub does not accept this token, which may have expired or been revoked: {_LOGIN}."
         if status == 403:
-            return f"This token may not write to {repo_id}, being read-only or without rights there: {_LOGIN}."
+            return f"This token has no write access to {repo_id}: {_LOGIN}."
         if status == 404:
-            return f"The Hub has no {repo_id} that this token may see: check the name, or {_LOGIN}."
+            return f"{repo_id} was not found on the Hub with this token: check the name, or {_LOGIN}."
         if status == 412:
-            return f"Others keep pushing to {repo_id} at the same time: push again when they are done."
+            return f"Others are pushing to {repo_id} at the same time: push again when they have finished."
         return f"Pushing to {repo_id} failed, the Hub answered {status}: {error.server_message or error}"
     if isinstance(error, HTTPError):
         return f"Pushing to {repo_id} failed, the Hub could not be reached: {error}"

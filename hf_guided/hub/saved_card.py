@@ -1,4 +1,4 @@
-"""The model card of a folder that only `save_pretrained` wrote, of what its configs say."""
+"""The model card of a folder that `save_pretrained` wrote, generated from its configs."""
 
 import re
 from contextlib import suppress
@@ -21,16 +21,16 @@ def card_of_saved(folder: Path, title: str, license: str | None = None) -> str |
     """A model card for a saved pipeline or model of this package: library, tags, usage, classes, sampling defaults.
 
     Args:
-        folder (`Path`): What `save_pretrained` wrote; nothing is written into it.
+        folder (`Path`): A folder that `save_pretrained` wrote; it is not changed.
         title (`str`): Heading of the card.
         license (`str`, *optional*): Identifier of the licence.
 
     Returns:
-        `str`: The card; `None` for a class of another package, or a damaged config.
+        `str`: The card; `None` for a class of another package or a damaged config.
     """
     index, config = _config(folder / "model_index.json"), _config(folder / "config.json")
     name = index.get("_class_name") or config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
-    name = str(name[-1] if isinstance(name, list) else name)  # a repository that carries its code names its module too
+    name = str(name[-1] if isinstance(name, list) else name)  # a standalone repository names the module, too
     guided = isinstance(index.get("classifier"), list) and None not in index["classifier"]
     family = family_of(name)
     upscales = name == "ClassifierGuidedUpscalePipeline"
@@ -63,7 +63,7 @@ def card_of_saved(folder: Path, title: str, license: str | None = None) -> str |
 
 
 def _config(path: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):  # of one that is damaged nothing is said
+    with suppress(OSError, ValueError):  # a damaged config adds nothing to the card
         return read_json(path)
     return {}
 
@@ -73,7 +73,7 @@ def _conditional(config: dict[str, Any]) -> str:
 
 
 def _class_names(id2label: Any) -> list[str]:
-    """Names in the order of their ids; none if they are those that transformers gives to nameless classes."""
+    """Class names in the order of their ids; empty if they are the placeholders of transformers."""
     names = id2label if isinstance(id2label, dict) else {}
     ordered = [str(names[label]) for label in sorted(names, key=lambda label: (len(label), label))]
     return [] if all(re.fullmatch(r"LABEL_\d+", name) for name in ordered) else ordered

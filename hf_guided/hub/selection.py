@@ -1,4 +1,4 @@
-"""Which files of a folder go to the Hub: those that a model repository is made of, and those that the user adds."""
+"""Selecting the files of a folder to push: those of a model repository, and those that the user adds."""
 
 import json
 import logging
@@ -15,14 +15,14 @@ from .markdown import single_line
 
 logger = logging.getLogger(__name__)
 
-# What a repository that carries its code may have of it, see `write_standalone`.
+# Code of a standalone repository, see `write_standalone`.
 CODE_FILES = {f"{module.rpartition('.')[2]}.py" for module in _MODULE_OF.values()}
 _DOCUMENTS = {
     ".gitattributes", "CITATION.cff", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt",
     "README.md",
 }  # fmt: skip
 _OURS = {"grid.png", "inspection.json", "inspection.png", "model_index.json", "openai_flags.json", "trade_off.png"}
-# Of models, schedulers, processors and tokenizers, as diffusers and transformers name them.
+# Files of models, schedulers, processors and tokenizers, as diffusers and transformers name them.
 _SAVED = {
     "adapter_config.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json",
     "feature_extractor_config.json", "generation_config.json", "image_processor_config.json", "merges.txt",
@@ -33,23 +33,23 @@ _SAVED = {
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _PICTURES = (".avif", ".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 _SPACE = {".gitattributes", "README.md", "app.py", "packages.txt", "requirements.txt"}
-_NAMED = 5  # of what stays behind
+_NAMED = 5  # names of files that are not pushed, in the log
 
 
 def select_files(
     folder: str | os.PathLike, include: Sequence[str] | None = None, repo_type: str = "model"
 ) -> list[str]:
-    """Chooses what of a folder goes to the Hub; what stays behind is named in one line of the log.
+    """The paths of the files to push, relative to the folder. A line of the log names the others.
 
-    These go: configs, safetensors and the files of processors and tokenizers, in the folder and in those of the
-    pipeline's components; the model card, the pictures that it shows, licences; the code that this package writes.
-    A link goes if what it points to would: within the folder, or in the cache of the Hub that the folder is part of.
+    Pushed are configs, safetensors and the files of processors and tokenizers, in the folder and in its components'
+    folders; the model card, the pictures that it shows, licences; and the code that this package writes. A link is
+    pushed if its target would be: within the folder, or in the Hub's cache that the folder is part of.
 
     Args:
         folder (`str` or `os.PathLike`): A saved pipeline or model, or a Space.
-        include (`Sequence[str]`, *optional*): What else goes: paths in the folder, of files or folders, or patterns
-            such as `"assets/*.csv"`, whose star matches slashes too; links are followed. What begins with a dot must
-            be named with its dot.
+        include (`Sequence[str]`, *optional*): Further files: paths of files or folders in the folder, or patterns
+            such as `"assets/*.csv"`, whose star also matches slashes. Links are followed. Hidden files must be named
+            with their dot.
         repo_type (`str`, defaults to `"model"`): Or `"space"`.
 
     Returns:
@@ -74,7 +74,7 @@ def select_files(
     if unmatched:
         raise ValueError(
             f"--include {' '.join(unmatched)} matches no file of {folder}; give paths in it, or patterns such as "
-            f"'assets/*' (what begins with a dot by name)."
+            f"'assets/*' (hidden files with their dot)."
         )
     if left:
         shown = list(dict.fromkeys(_shortest_name(path, chosen) for path in left))
@@ -86,7 +86,7 @@ def select_files(
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """All that is no folder, and links to folders, which are not entered."""
+    """All files, and links to folders, which are not followed."""
     for parent, folders, files in os.walk(folder):
         folders.sort()
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
@@ -144,8 +144,8 @@ def _is_part_of_space(path: str) -> bool:
 
 
 def _is_held(folder: Path, path: str, is_part: Callable[[str], bool]) -> bool:
-    """Whether it is a file, and one that the folder holds, not somebody else's that a link points to."""
-    if not (folder / path).is_file():  # a socket, a pipe to wait for, a link to nothing
+    """Whether a path is a file of the folder, and not a link to a file elsewhere."""
+    if not (folder / path).is_file():  # a socket, a pipe, a broken link
         return False
     root, real = folder.resolve(), (folder / path).resolve()
     if real == root / path:
@@ -157,7 +157,7 @@ def _is_held(folder: Path, path: str, is_part: Callable[[str], bool]) -> bool:
 
 
 def _shortest_name(path: str, chosen: list[str]) -> str:
-    """The topmost folder of a path that nothing was chosen of, with a slash; else the path itself."""
+    """The topmost folder of a path without chosen files, with a slash; otherwise the path itself."""
     parts = path.split("/")
     for depth in range(1, len(parts)):
         start = "/".join(parts[:depth]) + "/"

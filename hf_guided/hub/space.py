@@ -1,4 +1,4 @@
-"""The demo as a Space of the Hub: a folder that runs there by itself."""
+"""The demo as a Space: a folder that runs on the Hub."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from ..families import DIFFUSION, family_of
 from .markdown import link_to_hub, single_line
 
 _PACKAGE = Path(__file__).parents[1]
-_LEFT_OUT = ("conversion", "training", "hub")  # parts of the package that the page never needs
+_LEFT_OUT = ("conversion", "training", "hub")  # parts of the package that the demo does not need
 _DIFFUSION = (
     "Classifier-guided diffusion: samples of {model} as they are denoised, and the same noise at several guidance "
     "scales, side by side."
@@ -33,10 +33,9 @@ main(["demo", {arguments}, "--host", "0.0.0.0", *sys.argv[1:]])
 _README = """
 {shown}{judge}
 
-Made by `hf-guided push --space`; `hf_guided/` is a copy of that package, so that nothing but `requirements.txt` is
-installed.
+Made by `hf-guided push --space`. `hf_guided/` is a copy of that package; only `requirements.txt` is installed.
 
-A private model needs a secret `HF_TOKEN` in the settings of this Space: a token that may read it.
+A private model needs a secret `HF_TOKEN` in the settings of this Space: a token with read access to it.
 """
 
 
@@ -49,22 +48,22 @@ def write_space(
     license: str = "apache-2.0",
     model_class: str = "ClassifierGuidedPipeline",
 ) -> Path:
-    """Writes the repository of a Space that shows a pipeline of the Hub in the demo, with the package's own code.
+    """The folder of a Space that runs the demo for a pipeline on the Hub, with a copy of this package.
 
     Args:
-        folder (`str` or `os.PathLike`): Where to, made if need be.
+        folder (`str` or `os.PathLike`): Where to write it, created if needed.
         model_id (`str`): The pipeline on the Hub, `"user/name"`.
-        judge_id (`str`, *optional*): A classifier on the Hub that judges the samples, and does not guide them.
-        title (`str`, *optional*): Heading of the Space; the model's name, by default.
-        license (`str`, defaults to `"apache-2.0"`): Identifier of the licence of what is in the Space: the package's.
-        model_class (`str`, defaults to `"ClassifierGuidedPipeline"`): What loads the pipeline: that, `"VAEPipeline"`,
+        judge_id (`str`, *optional*): An evaluation classifier on the Hub; it must not be the one that guides.
+        title (`str`, *optional*): Heading of the Space; by default the model's name.
+        license (`str`, defaults to `"apache-2.0"`): Identifier of the licence of the Space's code.
+        model_class (`str`, defaults to `"ClassifierGuidedPipeline"`): The pipeline's class: this, `"VAEPipeline"`,
             `"GANPipeline"` or `"FlowPipeline"`.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        `ImportError`: If gradio, whose version the Space asks for, is not installed.
+        `ImportError`: If gradio is not installed, whose version the Space requires.
     """
     folder = Path(folder)
     models = [model_id] if judge_id is None else [model_id, judge_id]
@@ -77,7 +76,7 @@ def write_space(
     arguments = ", ".join(json.dumps(argument) for argument in [model_id, *(["--judge", judge_id] if judge_id else [])])
     (folder / "app.py").write_text(_APP.format(arguments=arguments), encoding="utf-8")
     (folder / "requirements.txt").write_text("\n".join(_requirements(model_class)) + "\n", encoding="utf-8")
-    judge = "" if judge_id is None else f" {link_to_hub(judge_id)} judges them."
+    judge = "" if judge_id is None else f" Evaluation classifier: {link_to_hub(judge_id)}."
     readme = folder / "README.md"
     family = family_of(model_class)
     shown = (_DIFFUSION if family is DIFFUSION else _BASELINE).format(
@@ -103,7 +102,7 @@ def write_space(
 
 
 def _requirements(model_class: str) -> list[str]:
-    """What the package needs for the demo, and the family for its model, as the package's own metadata says."""
+    """Requirements of the demo and of the family's model, from the package's own metadata."""
     needed = []
     for requirement in requires("hf-guided") or []:
         package, _, marker = (part.strip() for part in requirement.partition(";"))
@@ -115,7 +114,7 @@ def _requirements(model_class: str) -> list[str]:
 
 
 def _copy_package(folder: Path) -> None:
-    """The package's code, the folders that links stand for included."""
+    """Copies the package's code, with linked folders."""
 
     def ignored(parent: str, names: list[str]) -> list[str]:
         parts = _LEFT_OUT if Path(parent) == _PACKAGE else ()

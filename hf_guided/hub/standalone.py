@@ -1,4 +1,4 @@
-"""Repositories that carry their code: `trust_remote_code=True` is all that loading them takes.
+"""Standalone repositories: they carry the model's code and load with `trust_remote_code=True` alone.
 
 The loaders of diffusers and transformers fetch one file for each class, and nothing that it imports from beside it.
 Such a file is made from this package's modules: the definitions that the class needs, as they stand there.
@@ -25,7 +25,7 @@ from .selection import select_files
 
 _GUIDED_PIPELINES = ("ClassifierGuidedPipeline", "ClassifierGuidedUpscalePipeline")
 _PIPELINES = (*_GUIDED_PIPELINES, *(family.pipeline for family in BASELINES.values()))
-# By which auto classes a model is found, and in which of its files that is written.
+# The auto classes of a model, by the config file that names them.
 _AUTO_CLASSES = {
     "ADMUNet2DModel": {"config.json": {"AutoModel": "ADMUNet2DModel"}},
     "ADMForImageClassification": {
@@ -41,7 +41,7 @@ _HEADER = f"""\
 # Generated from hf-guided {__version__} by `hf-guided push --standalone`: do not edit, change the package instead.
 # Licence: Apache-2.0, https://www.apache.org/licenses/LICENSE-2.0
 """
-_ONLY_IN_THE_PACKAGE = "register_with_diffusers"  # a decorator, for classes that are found by the package's name
+_ONLY_IN_THE_PACKAGE = "register_with_diffusers"  # a decorator for classes that are loaded by the package's name
 _LINE_LENGTH = 120
 
 
@@ -50,25 +50,25 @@ def write_standalone(
 ) -> Path:
     """Copies a saved pipeline or model and adds its code, so that it loads where this package is not installed.
 
-    It then loads by diffusers' `DiffusionPipeline`, a UNet alone by diffusers' `AutoModel`, and a classifier alone by
-    `AutoModelForImageClassification`. Components of diffusers and transformers stay as they are. Weights are linked
-    where the file system can.
+    A pipeline then loads with diffusers' `DiffusionPipeline`, a UNet with diffusers' `AutoModel`, and a classifier with
+    `AutoModelForImageClassification`. Components of diffusers and transformers are not changed. Weights are hard-linked
+    if the file system allows it.
 
     Args:
-        folder (`str` or `os.PathLike`): What `save_pretrained` or training wrote.
-        destination (`str` or `os.PathLike`): Where to, empty or made.
-        include (`Sequence[str]`, *optional*): What else is copied than what a push takes, see [`select_files`].
+        folder (`str` or `os.PathLike`): A folder that `save_pretrained` or training wrote.
+        destination (`str` or `os.PathLike`): An empty or new folder.
+        include (`Sequence[str]`, *optional*): Further files to copy, see [`select_files`].
 
     Returns:
         `Path`: The destination.
 
     Raises:
-        `ValueError`: If the folder holds something else, a component of another library, or code already; or if the
-            destination is not empty.
+        `ValueError`: If the folder is not a saved model, has a component of another library, or has code already; or if
+            the destination is not empty.
     """
     folder, destination = Path(folder), Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"{destination} is not empty: name a folder that is, or that is not there yet.")
+        raise ValueError(f"{destination} is not empty: give an empty or a new folder.")
     added = _code_and_configs(folder)
     for path in select_files(folder, include):
         if path not in added:
@@ -81,7 +81,7 @@ def write_standalone(
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    if source.suffix in (".safetensors", ".bin"):  # large, and only ever replaced, never changed in place
+    if source.suffix in (".safetensors", ".bin"):  # large, and replaced rather than changed in place
         with suppress(OSError):
             os.link(source.resolve(), target)
             return
@@ -89,11 +89,11 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _code_and_configs(folder: Path) -> dict[str, str]:
-    """By path, the code that is added, and the configs that lead to it."""
+    """The added code files and the configs that refer to them, by path."""
     index, config = _read_json(folder / "model_index.json"), _read_json(folder / "config.json")
     name = index.get("_class_name") or config.get("_class_name") or (config.get("architectures") or [None])[0]
     if isinstance(name, list) or "auto_map" in config:
-        raise ValueError(f"{folder} carries its code already: push it as it is.")
+        raise ValueError(f"{folder} carries its code already: push it without --standalone.")
     if name not in (_PIPELINES if index else _AUTO_CLASSES):
         known = [*_PIPELINES, *_AUTO_CLASSES]
         raise ValueError(
@@ -118,13 +118,13 @@ def _code_and_configs(folder: Path) -> dict[str, str]:
 
 
 def _code_module(name: str) -> str:
-    """Where the code of a class is found in a repository: a file named like its module here."""
+    """The module of a class in a repository, named like its module here."""
     return _MODULE_OF[name].rpartition(".")[2]
 
 
 @cache
 def _code(name: str) -> str:
-    """The code of a class; beside a guided pipeline stand all kinds of guidance that it can be given."""
+    """The code of a class; a guided pipeline's file includes all kinds of guidance."""
     roots = [(f"hf_guided.{_MODULE_OF[name]}", name)]
     if name in _GUIDED_PIPELINES:
         roots += [("hf_guided.guidance", kind) for kind in _module("hf_guided.guidance").exported]
@@ -132,7 +132,7 @@ def _code(name: str) -> str:
 
 
 def _auto_maps(folder: Path, name: str) -> dict[str, str]:
-    """The configs of a model, with what the auto classes look for in them."""
+    """The configs of a model, with the `auto_map` of the auto classes."""
     configs = {}
     for path, found in _AUTO_CLASSES[name].items():
         if config := _read_json(folder / path):
@@ -150,25 +150,25 @@ def _to_json(content: dict[str, Any]) -> str:
 
 
 def inline(roots: Sequence[tuple[str, str]]) -> str:
-    """Makes one file of some definitions of a package and of all that they need of it.
+    """The source of one file with some definitions of a package and everything of the package that they use.
 
     Args:
         roots (`Sequence[tuple[str, str]]`): Modules and names in them, of one package. The docstring of the first
             module becomes the file's.
 
     Returns:
-        `str`: The source, with all comments and docstrings of what it holds. It imports nothing of the package.
+        `str`: The source, with comments and docstrings. It imports nothing of the package.
 
     Raises:
-        `ValueError`: For what would mean something else in one file, or nothing.
+        `ValueError`: If a definition would change its meaning in a single file, or be undefined.
     """
-    meanings: dict[str, tuple[str, str]] = {}  # of each name of the file, as in `_Module`
+    meanings: dict[str, tuple[str, str]] = {}  # definition of each name of the file, as in `_Module`
     needs: dict[str, list[str]] = {}  # the modules that a module needs
     pending = [*reversed(roots)]
     while pending:
         user, name = pending.pop()
         meaning = _meaning(user, name)
-        if meaning is None:  # a builtin, or a name inside of a function
+        if meaning is None:  # a builtin, or a name local to a function
             continue
         source = meaning[0]
         is_ours = _package(source) == _package(user)
@@ -183,7 +183,7 @@ def inline(roots: Sequence[tuple[str, str]]) -> str:
             one, other = (module or spelled.split()[0] for module, spelled in (meanings[name], meaning))
             raise ValueError(f"{name} of {one} and {name} of {other} cannot be in one file: rename one.")
         if is_ours and hasattr(builtins, name):
-            raise ValueError(f"{name} of {source} would take the place of Python's own in the whole file: rename it.")
+            raise ValueError(f"{name} of {source} would replace Python's own in the whole file: rename it.")
 
     package = _package(roots[0][0])
     docstring = _module(roots[0][0]).docstring
@@ -200,7 +200,7 @@ def _package(module: str) -> str:
 
 
 def _meaning(module: str, name: str) -> tuple[str, str] | None:
-    """What a name stands for in a module, `None` if it has none of that name; imports of ours are followed."""
+    """The definition of a name in a module, through imports of this package; `None` if it has no such name."""
     meaning = _module(module).meanings.get(name)
     if meaning is None or meaning[0] == module or _package(meaning[0]) != _package(module):
         return meaning
@@ -210,7 +210,7 @@ def _meaning(module: str, name: str) -> tuple[str, str] | None:
 
 
 def _import_lines(meanings: set[tuple[str, str]]) -> str:
-    """Import statements, those of Python's own modules first."""
+    """Import statements, the standard library's first."""
     names: dict[str, list[str]] = {}
     for source, spelled in sorted(meanings, key=lambda meaning: (meaning[0].lower(), meaning[1])):
         names.setdefault(source, []).append(spelled)
@@ -227,13 +227,13 @@ def _import_lines(meanings: set[tuple[str, str]]) -> str:
 
 
 class _Module:
-    """A module's source, taken apart at its top level.
+    """A module's source, split into its top-level statements.
 
     Attributes:
         docstring (`str`): Its docstring.
         exported (`list[str]`): Its `__all__`.
-        meanings (`dict[str, tuple[str, str]]`): What each name stands for: of what is defined here, the module's own
-            name and the definition's; of what is imported, the source and the name in it as an import spells it
+        meanings (`dict[str, tuple[str, str]]`): The definition of each name: for a local one, the names of the module
+            and the definition; for an imported one, the source module and the name as an import spells it
             (`"x"`, `"x as y"`), the source of a whole module being `""`.
     """
 
@@ -272,9 +272,9 @@ class _Module:
                 case ast.Expr(value=ast.Constant()):
                     pass  # the docstring
                 case ast.Expr(value=ast.Call(func=ast.Attribute(attr="register"))):
-                    pass  # the auto classes are told by `auto_map` instead
+                    pass  # the auto classes read `auto_map` instead
                 case _:
-                    self._refuse(statement, "does something when it is imported: define names only")
+                    self._refuse(statement, "runs code on import: define names only")
             for defined in names:
                 self._define(defined, (name, defined))
             left_out = set()
@@ -289,11 +289,11 @@ class _Module:
             end = stop
 
     def names_used_by(self, name: str) -> list[str]:
-        """Names that a definition needs, with some more that are only spelled like them."""
+        """Names that a definition uses, including attributes that are spelled like them."""
         (statement,) = (statement for names, statement, _ in self._definitions if name in names)
         for node in ast.walk(statement):
             if isinstance(node, ast.ImportFrom) and (node.level or _package(node.module or "") == _package(self.name)):
-                self._refuse(node, f"imports inside of {name}: import at the top")
+                self._refuse(node, f"imports inside {name}: import at the top")
         return sorted({node.id for node in ast.walk(statement) if isinstance(node, ast.Name)} - {name})
 
     def text_of(self, names: set[str]) -> str:
@@ -302,11 +302,11 @@ class _Module:
 
     def _define(self, name: str, meaning: tuple[str, str]) -> None:
         if name in self.meanings:
-            raise ValueError(f"{self.name} defines {name} twice, of which one file cannot choose: rename one.")
+            raise ValueError(f"{self.name} defines {name} twice: rename one.")
         self.meanings[name] = meaning
 
     def _refuse(self, node: ast.stmt, what: str) -> None:
-        raise ValueError(f"{self.name}, line {node.lineno}, cannot be put into one file, for it {what}.")
+        raise ValueError(f"{self.name}, line {node.lineno}, cannot be put into one file, because it {what}.")
 
 
 _module = cache(_Module)

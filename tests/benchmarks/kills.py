@@ -482,7 +482,7 @@ def main() -> None:
     if sys.argv[1:] == ["serve-hub"]:
         return serve_hub()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=300, help="in all, dealt to the scenarios in turn")
+    parser.add_argument("--trials", type=int, default=300, help="in all, assigned to the scenarios in turn")
     parser.add_argument("--trouble", choices=["kill", "full", "read-only"], default="kill")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="scenarios whose names begin so")
     parser.add_argument("--seed", type=int, default=0)

@@ -100,11 +100,11 @@ def test_what_is_missing_is_left_out():
         ([1, 1.1, 1.2], [2, 2.1, 2.2], "GAN, 1.1 (1–1.2), ahead of every other family with every seed", "no, GAN wins"),
         ([2, 2.1, 2.2], [1, 1.1, 1.2], "DM, 1.1 (1–1.2), ahead of every other family with every seed", "yes, with"),
         # The mean decides who is named, the ranges overlap and the seeds disagree.
-        ([1, 2, 3], [2, 3, 1.5], "GAN, 2 (1–3), but it and DM cannot be told apart by these seeds", "they cannot"),
+        ([1, 2, 3], [2, 3, 1.5], "GAN, 2 (1–3), but it and DM are not separated by these seeds", "they are not"),
         # Ahead at each seed, and yet the best of the one is worse than the worst of the other.
-        ([1, 2, 3], [1.5, 2.5, 3.5], "GAN, 2 (1–3), ahead of DM at each seed, but their ranges overlap", "GAN is"),
-        ([1], [2], "GAN, 1, ahead of DM by a single run, which says nothing of other seeds", "no, GAN wins, but by"),
-        ([2], [2, 1, 3], "but it and DM cannot be told apart by these seeds", "they cannot"),
+        ([1, 2, 3], [1.5, 2.5, 3.5], "GAN, 2 (1–3), ahead of DM with each seed, but the ranges overlap", "GAN is"),
+        ([1], [2], "GAN, 1, ahead of DM by a single run, which says nothing about other seeds", "no, GAN wins, but by"),
+        ([2], [2, 1, 3], "but it and DM are not separated by these seeds", "they are not"),
     ],
 )  # fmt: skip
 def test_who_is_best_follows_the_numbers(gan, diffusion, best, answer):
@@ -125,7 +125,7 @@ def test_the_best_against_each_of_several():
         family_of("vae", fid=[9, 9.1, 9.2]), family_of("gan", fid=[1.5, 2, 4]), family_of("guided", fid=[1, 1.6, 3])
     )
     assert finding(comparison, "Best FID").endswith(
-        "ahead of vae with every seed; ahead of gan at each seed, but their ranges overlap: they cannot be told apart "
+        "ahead of vae with every seed; ahead of gan with each seed, but the ranges overlap: they are not separated "
         "by these seeds."
     )
     assert not [sentence for sentence in findings(comparison) if "diffusion" in sentence]  # it is not there
@@ -140,21 +140,21 @@ def test_what_guidance_changes_is_paired_by_seed():
     guided = family_of(
         "guided", precision=[0.83, 0.85, 0.93], recall=[0.8, 0.8, 0.8], fid=[2, 1, 1.5], accuracy=[1] * 3
     )
-    sentence = finding(compared(plain, guided), "What guidance changes")
+    sentence = finding(compared(plain, guided), "Effect of guidance on")
     assert "precision rises with every seed (0.840 to 0.870), recall falls with every seed (0.900 to 0.800)" in sentence
     assert "FID rises with 1 and falls with 2 of 3 seeds (2 to 1.5)" in sentence
     assert "accuracy stays the same with every seed" in sentence
-    assert sentence.endswith("Precision is bought with recall.")
+    assert sentence.endswith("Guidance trades recall for precision.")
     for one in guided:
         one["family"], one["title"] = "diffusion", "diffusion"
     for one in plain:
         one["family"], one["title"] = "guided", "guided"
-    turned = finding(compared(guided, plain), "What guidance changes")
+    turned = finding(compared(guided, plain), "Effect of guidance on")
     assert "precision falls with every seed (0.870 to 0.840), recall rises with every seed" in turned
-    assert "bought" not in turned
+    assert "trades" not in turned
     # Seeds that only one of them has are no part of it.
     assert "precision falls with the one seed (0.830 to 0.800)" in finding(
-        compared(guided[:2], [plain[0], plain[2]]), "What guidance changes"
+        compared(guided[:2], [plain[0], plain[2]]), "Effect of guidance on"
     )
 
 
@@ -164,8 +164,8 @@ def test_bits_per_dim():
     gan = family_of("gan", "GAN", no_bits=["no likelihood."] * 2)
     comparison = compared(flow, vae, gan)
     assert finding(comparison, "Lowest bits/dim") == (
-        "Lowest bits/dim: flow, 3.05 (3.00–3.10), ahead of every other family with every seed. Of VAE only an upper "
-        "bound is known: the true value may be lower."
+        "Lowest bits/dim: flow, 3.05 (3.00–3.10), ahead of every other family with every seed. For VAE only an upper "
+        "bound is known; the true value may be lower."
     )
     assert finding(comparison, "No bits/dim") == "No bits/dim: GAN (no likelihood)."
     for one in vae:
@@ -181,13 +181,13 @@ def test_speed_copies_and_notes():
             "gan", "GAN", seconds_per_image=[0.001] * 2, copied_share=[0.005, 0.03], notes=[["class 3 is gone."]] * 2
         ),
     )
-    speed = finding(comparison, "Fastest to sample: GAN, 0.001 s an image")
-    assert speed.endswith("Times as long: diffusion 200.")
-    copies = finding(comparison, "Samples nearer to a training image than all but 1 % of held-out images are: ")
+    speed = finding(comparison, "Fastest to sample: GAN, 0.001 s per image")
+    assert speed.endswith("Relative times: diffusion 200.")
+    copies = finding(comparison, "Samples closer to a training image than all but 1 % of held-out images are: ")
     assert copies.endswith("diffusion 2.5 % (2.0 %–3.0 %), GAN 1.7 % (0.5 %–3.0 %); diffusion above that in every run.")
     assert finding(comparison, "GAN, seed") == "GAN, seeds 0, 1: class 3 is gone."
     comparison["runs"][0]["copied_share"] = 0.01  # what held-out images have
-    assert finding(comparison, "Samples nearer").endswith("no family is above that in every run.")
+    assert finding(comparison, "Samples closer").endswith("no family is above that in every run.")
 
 
 def pictures(count, size=8):
@@ -214,7 +214,7 @@ def test_grids_stand_side_by_side(tmp_path):
     assert Image.open(tmp_path / "large.png").size == three.size
     # The names stand at the left of the first only: the others are narrower.
     assert 2 * one.width < three.width < 3 * one.width + 3 * 3 * 8
-    with pytest.raises(ValueError, match=r"equally many images of each family, got \{'real': 6, 'vae': 4\}"):
+    with pytest.raises(ValueError, match=r"same number of images; got \{'real': 6, 'vae': 4\}"):
         save_grids({"real": pictures(6), "vae": pictures(4)}, names, tmp_path / "no.png", titles)
     assert not (tmp_path / "no.png").exists()
 

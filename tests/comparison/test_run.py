@@ -222,8 +222,8 @@ def test_refusals(tmp_path, recipe):
     with pytest.raises(ValueError, match="--families vae,ebm"):
         compare("digits", tmp_path, families=["vae", "ebm"])
     for wrong, message in [
-        ({"families": ["vae", "vae"]}, "--families vae,vae: give each once"),
-        ({"seeds": [1, 1]}, "--seeds 1,1: give each once"),
+        ({"families": ["vae", "vae"]}, "--families vae,vae: give each value once"),
+        ({"seeds": [1, 1]}, "--seeds 1,1: give each value once"),
         ({"seeds": [0, -1]}, "--seed -1 is not allowed"),
         ({"guidance_scale": float("nan")}, "finite number from 0 up"),
         ({"guidance_scales": [0.5, -1.0]}, "finite number from 0 up"),
@@ -232,7 +232,7 @@ def test_refusals(tmp_path, recipe):
         with pytest.raises(ValueError, match=message):
             compare("digits", tmp_path / "refused", recipe=recipe, **wrong)
     assert not (tmp_path / "refused").exists()
-    with pytest.raises(ValueError, match="are the fewest to compare"):
+    with pytest.raises(ValueError, match="a comparison needs at least"):
         compare("digits", tmp_path, recipe=recipe, num_images=3)
     with pytest.raises(SystemExit, match="Two models are called vae"):
         main(["compare", "vae=a", "vae=b", "--output", str(tmp_path)])

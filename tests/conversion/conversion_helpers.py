@@ -49,7 +49,7 @@ def write_random_checkpoint(shapes: Mapping[str, Sequence[int]], path: Path) -> 
 
 
 def needed_flags(config: dict[str, Any], schedule: str = SCHEDULE) -> str:
-    """Just those flags of a reference model that its tensors do not tell."""
+    """Just those flags of a reference model that its tensors do not determine."""
     if "pool" in config:
         flags = {"image_size": config["image_size"]}
         heads = {f"classifier_{name}": config.get(name, -1) for name in ("num_heads", "num_head_channels")}

@@ -216,7 +216,7 @@ def test_the_512_model_is_said_to_need_float32(full_size, convert, tmp_path):
     path = full_size("512x512_diffusion")
     assert "float32" not in convert("512x512_diffusion", "--checkpoint", path, "--output", tmp_path / "a")
     out = convert("512x512_diffusion", "--checkpoint", path, "--dtype", "fp16", "--output", tmp_path / "b")
-    assert "published samples were drawn in float32" in out
+    assert "published samples were computed in float32" in out
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_names_that_are_none_are_refused(checkpoint, refused, tmp_path):
     assert "64x64_classifier has no classifier" in alone
     assert "--checkpoint is missing" in refused("lsun_cat", "--output", tmp_path / "out")
     small = refused("64x64_diffusion", *rest)
-    assert "1000 classes or none, and the tensors say 5" in small
+    assert "1000 classes or none, but the tensors have 5" in small
     assert not (tmp_path / "out").exists()
 
 
@@ -294,20 +294,20 @@ def damaged_files(weights, folder):
         "missing.pt": "There is no file .*missing.pt",
         "a folder": "is a folder",
         "short.pt": r"short.pt ends too early \([\d,]+ bytes\): download it again",
-        "page.pt": "page.pt is a web page, no checkpoint: download it again",
-        "empty.pt": "empty.pt is empty, no checkpoint: download it again",
+        "page.pt": "page.pt is a web page, not a checkpoint: download it again",
+        "empty.pt": "empty.pt is empty, not a checkpoint: download it again",
         "pest.pt": "pest.pt holds more than tensors",
         "raw_pest.pt": "raw_pest.pt holds more than tensors",
         "zip.pt": "zip.pt is damaged or ends too early .*: download it again",
         "old_short.pt": "old_short.pt is damaged.*: download it again",
         "nested.pt": r"nested.pt holds a state dict inside another, under 'state_dict'; save the inner one",
         "opt.pt": "opt.pt holds the state of an optimizer",
-        "list.pt": "list.pt holds no state dict but a list",
+        "list.pt": "list.pt holds a list, not a state dict",
         "nothing.pt": "nothing.pt holds no tensors",
         "step.pt": "step.pt holds a int under 'step'",
         "whole.pt": "whole.pt holds torch.int64 values under 'out.2.bias'",
         "nan.pt": r"nan.pt: The tensor conv_out.bias has values that are not finite",
-        "stray.pt": "stray.pt: The checkpoint holds 1 tensors that the config does not know, such as stray.weight",
+        "stray.pt": "stray.pt: The checkpoint holds 1 tensors that are not in the config, such as stray.weight",
         "less.pt": "less.pt: The checkpoint has no tensor middle_block.1.norm.bias",
         "wrapped.pt": "wrapped.pt: It has no tensor time_embed.0.weight",
     }
@@ -377,7 +377,7 @@ def test_pairs_that_do_not_belong_together_are_refused(checkpoint, reference, re
         return refused(*files, "--flags", told, "--output", tmp_path / "out")
 
     assert "images of 1 channels" in pair("unet_class_cond", "classifier_adaptive")
-    assert "knows 4 classes, and " in pair("unet_class_cond", "classifier_spatial")
+    assert "has 4 classes, but " in pair("unet_class_cond", "classifier_spatial")
     assert "is a classifier itself" in pair("classifier_adaptive", "classifier_spatial")
     assert "respacing='11000' asks for" in pair("unet_class_cond", "classifier_attention", "--timestep_respacing 11000")
 
@@ -431,12 +431,12 @@ def test_labels_name_the_classes(checkpoint, reference, convert, refused, tmp_pa
     assert pipe.id2label == dict(enumerate(["eins", "zwei", "drei", "vier", "fünf"]))
     assert 'class_labels=["eins"]' in (tmp_path / "out" / "README.md").read_text()
     names.write_text("one\ntwo")
-    assert "has 2 names, and the model has 5 classes" in refused(*rest, "--labels", names, "--output", tmp_path / "b")
+    assert "has 2 names, but the model has 5 classes" in refused(*rest, "--labels", names, "--output", tmp_path / "b")
     rest = ["--checkpoint", checkpoint("unet_no_conv_resample"), "--output", tmp_path / "b"]
     flags = ["--flags", needed_flags(reference("unet_no_conv_resample").config)]
-    assert "has 2 names, and the model has no classes" in refused(*rest, *flags, "--labels", names)
+    assert "has 2 names, but the model has no classes" in refused(*rest, *flags, "--labels", names)
     names.write_bytes("fünf".encode("latin-1"))
-    assert f"{names} is no text in UTF-8" in refused(*rest, *flags, "--labels", names)
+    assert f"{names} is not a text file in UTF-8" in refused(*rest, *flags, "--labels", names)
     assert f"There is no file {tmp_path / 'none.txt'}" in refused(*rest, *flags, "--labels", tmp_path / "none.txt")
 
 
@@ -476,7 +476,7 @@ def test_a_classifier_that_no_published_script_makes_has_the_flags_heads(checkpo
     assert "--num_head_channels 16" in flags
     for name, more, expected in (("same", "", 16), ("own", " --classifier_num_head_channels 32", 32)):
         out = convert(*files, "--output", tmp_path / name, "--flags", flags + more)
-        assert ("taken to have the UNet's --num_head_channels 16" in out) == (name == "same")
+        assert ("the UNet's --num_head_channels 16 is assumed" in out) == (name == "same")
         config = ADMForImageClassification.config_class.from_pretrained(tmp_path / name / "classifier")
         assert config.attention_head_dim == expected
 
@@ -485,7 +485,7 @@ def test_a_classifier_taken_for_a_unet_is_said_to_be_one(checkpoint, refused, tm
     flags = f"--image_size 16 --num_channels 64 --num_heads 2 {SCHEDULE}"
     sentence = refused("--checkpoint", checkpoint("sampler_classifier"), "--flags", flags, "--output", tmp_path / "out")
     assert "--num_channels 64 contradicts the checkpoint" in sentence
-    assert "Its tensors are a classifier's: give it as --classifier beside its UNet" in sentence
+    assert "Its tensors are a classifier's: give it as --classifier with its UNet" in sentence
 
 
 def test_a_classifiers_heads_are_never_guessed(checkpoint, reference, refused, tmp_path):

@@ -92,7 +92,7 @@ def test_a_pipeline_gives_both_files(reference, checkpoint, convert, tmp_path):
     assert "not exported" not in told
     told = convert(tmp_path / "out", "--to", "openai", "--output", tmp_path / "alone.pt")
     assert "The classifier of" in told
-    assert "was not exported; run again with --classifier classifier.pt" in told
+    assert "was not exported; rerun with --classifier classifier.pt" in told
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -130,7 +130,7 @@ def test_what_was_trained_here_goes_out_with_notes(tiny_unet, tiny_classifier, c
     told = convert(tmp_path / "own", "--to", "openai", "--output", tmp_path / "model.pt")
     for note in (
         "set NUM_CLASSES = 6",
-        "Class 5 means no class",
+        "Class 5 is the null label",
         "set in_channels=1",
         "predicts v_prediction",
         "--sigma_small",
@@ -174,7 +174,7 @@ def test_what_the_published_code_cannot_express_is_refused(tiny_unet, tiny_class
     assert "is a classifier itself" in alone
     (tmp_path / "nothing").mkdir()
     out = ["--to", "openai", "--output", tmp_path / "model.pt"]
-    assert "holds no pipeline, UNet or classifier" in refused(tmp_path / "nothing", *out)
+    assert "is not a pipeline, UNet or classifier" in refused(tmp_path / "nothing", *out)
     assert "There is no folder" in refused(tmp_path / "nowhere", *out)
     assert "takes the folder" in refused(*out)
     assert "leave --flags out" in refused(tmp_path / "bare", *out, "--flags", SCHEDULE)
@@ -248,7 +248,7 @@ def test_what_the_hub_does_not_have_is_said_in_a_sentence(refused, tmp_path, mon
     assert re.fullmatch("error: There is no folder ada/none, and the Hub has no ada/none .*\n", done.stderr)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
-    assert "the Hub could not be asked for ada/none" in refused(*back)
+    assert "could not be downloaded from the Hub" in refused(*back)
     assert not list(tmp_path.glob("*.pt"))
 
 

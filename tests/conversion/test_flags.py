@@ -55,7 +55,7 @@ def test_flags_are_read_as_the_scripts_take_them(text, expected):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("--num_chanels 128", "--num_chanels is no flag"),
+        ("--num_chanels 128", "--num_chanels is not a flag"),
         ("--image_size", "--image_size has no value"),
         ("--image_size --num_channels 3", "--image_size has no value"),
         ("--image_size 64x64", "--image_size takes a whole number; '64x64' was given"),
@@ -63,8 +63,8 @@ def test_flags_are_read_as_the_scripts_take_them(text, expected):
         ("--dropout high", "--dropout takes a number; 'high'"),
         ("--attention_resolutions 32;16", "--attention_resolutions takes whole numbers separated by commas"),
         ("--image_size 64 128", "'128' follows no name"),
-        ("64x64_diffusion", "'64x64_diffusion' is none"),
-        ("$MODEL_FLAGS --image_size 64", r"\$MODEL_FLAGS stands in the flags unread"),
+        ("64x64_diffusion", "'64x64_diffusion' is not a flag"),
+        ("$MODEL_FLAGS --image_size 64", r"\$MODEL_FLAGS in the flags was not expanded"),
         ("--image_size '64", "cannot be read"),
     ],
 )

@@ -98,7 +98,7 @@ def test_tensors_are_needed_and_their_shapes_matter(reference, name):
 @pytest.mark.parametrize("name", ["unet_class_cond", "classifier_spatial"])
 def test_a_tensor_too_many_is_refused(reference, name):
     stored = reference(name)
-    with pytest.raises(ValueError, match=r"1 tensors that the config does not know, such as stray\.weight"):
+    with pytest.raises(ValueError, match=r"1 tensors that are not in the config, such as stray\.weight"):
         convert(stored, name, {**stored.weights, "stray.weight": torch.zeros(1)})
 
 

@@ -49,5 +49,5 @@ def test_num_steps_ends_the_stream():
 def test_errors():
     with pytest.raises(ValueError, match="Batches of 4 cannot be drawn from 0 examples"):
         StepBatchSampler(0, 4, seed=0)
-    with pytest.raises(ValueError, match="process_index 2 must lie in 0 to 1"):
+    with pytest.raises(ValueError, match="process_index 2 must be 0 to 1"):
         StepBatchSampler(10, 4, seed=0, num_processes=2, process_index=2)

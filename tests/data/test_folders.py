@@ -106,7 +106,7 @@ def test_stray_files_do_no_harm(photos):
         (photos / name).write_text("a,b\n1,2\n")
     images = load(photos)
     assert contents(images, photos) == {"cat": ["cat/1.png"], "dog": ["dog/1.png"]}
-    assert "left out: files that are not images in a supported format (6; .csv 2, .md 1, .json 1): " in "".join(
+    assert "skipped: files that are not images in a supported format (6; .csv 2, .md 1, .json 1): " in "".join(
         images.notes
     )
 
@@ -136,8 +136,8 @@ def test_links_are_read_and_loops_end(tmp_path, photos):
     images = load(photos)
     assert {name: len(files) for name, files in contents(images, photos).items()} == {"cat": 2, "cow": 3, "dog": 5}
     text = str(check_images(images))
-    assert "left out: links to folders that are read already (3): cat/root, cat/up, dog/here" in text
-    assert "left out: broken links (2): cat/self, dog/gone.png" in text
+    assert "skipped: links to folders that were already read (3): cat/root, cat/up, dog/here" in text
+    assert "skipped: broken links (2): cat/self, dog/gone.png" in text
 
 
 def test_a_folder_is_read_under_its_own_name(photos):
@@ -147,7 +147,7 @@ def test_a_folder_is_read_under_its_own_name(photos):
     (photos / "kitten").symlink_to("cat")
     images = load(photos)
     assert contents(images, photos) == {"cat": ["cat/b/1.png"], "dog": ["dog/1.png"], "kitten": ["kitten/b/1.png"]}
-    assert images.notes == ["left out: links to folders that are read already (4): cat/a, cat/c, kitten/a and 1 more"]
+    assert images.notes == ["skipped: links to folders that were already read (4): cat/a, cat/c, kitten/a and 1 more"]
 
 
 def test_folders_that_link_to_each_other_are_read_once(photos):
@@ -163,7 +163,7 @@ def test_pipes_are_named_and_not_waited_for(photos):
     write(photos, "cat/1.png", "dog/1.png")
     os.mkfifo(photos / "cat" / "2.png")
     os.mkfifo(photos / "cat" / "pipe")
-    assert load(photos).notes == ["left out: pipes, sockets or devices (2): cat/2.png, cat/pipe"]
+    assert load(photos).notes == ["skipped: pipes, sockets or devices (2): cat/2.png, cat/pipe"]
 
 
 def test_what_is_hidden_is_named(photos):
@@ -173,8 +173,8 @@ def test_what_is_hidden_is_named(photos):
     images = load(photos)
     assert contents(images, photos) == {"cat": ["cat/1.png"], "dog": ["dog/1.png"]}
     assert images.notes == [
-        "left out: hidden or system folders (3): .trash, __MACOSX, cat/@eaDir",
-        "left out: hidden images (1): dog/.2.png",
+        "skipped: hidden or system folders (3): .trash, __MACOSX, cat/@eaDir",
+        "skipped: hidden images (1): dog/.2.png",
     ]
 
 
@@ -194,7 +194,7 @@ def test_images_are_known_by_their_content(photos):
     }
     assert check_images(images).bad_files == []
     (note,) = images.notes
-    assert note.startswith("left out: files that are not images in a supported format (5; no ending 2, .")
+    assert note.startswith("skipped: files that are not images in a supported format (5; no extension 2, .")
 
 
 def test_a_class_of_another_format_is_named(photos):
@@ -205,14 +205,14 @@ def test_a_class_of_another_format_is_named(photos):
         (photos / "cow" / f"{i}.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     text = str(check_images(load(photos)))
     assert (
-        "left out: files that are not images in a supported format (4; .heic 4): cow/0.heic, cow/1.heic, cow/2.heic "
+        "skipped: files that are not images in a supported format (4; .heic 4): cow/0.heic, cow/1.heic, cow/2.heic "
         "and 1 more" in text
     )
-    assert "left out: folders without images (2): cow, emu" in text
+    assert "skipped: folders without images (2): cow, emu" in text
     for file in photos.glob("dog/*"):
         file.unlink()
     with pytest.raises(
-        ValueError, match=r"single class 'cat'.*left out: .* \(4; \.heic 4\).*images \(3\): cow, dog, emu"
+        ValueError, match=r"single class 'cat'.*skipped: .* \(4; \.heic 4\).*images \(3\): cow, dog, emu"
     ):
         load(photos)
 
@@ -228,7 +228,7 @@ def test_archives_are_named(photos):
     photos.mkdir()
     for name in ("cat.zip", "dog.zip"):
         (photos / name).write_bytes(b"PK\x03\x04")
-    with pytest.raises(ValueError, match=r"no image was found; left out: .*\(2; \.zip 2\): cat\.zip, dog\.zip"):
+    with pytest.raises(ValueError, match=r"no image was found; skipped: .*\(2; \.zip 2\): cat\.zip, dog\.zip"):
         load(photos)
 
 
@@ -267,7 +267,7 @@ def test_unreadable_folders_are_named(tmp_path, photos, monkeypatch):
     names, note = json.loads((tmp_path / "answer").read_text())
     os.waitpid(child, 0)
     assert names == ["cat", "dog"]
-    assert note == "left out: folders that cannot be read (2): dog/private (Permission denied), emu (Permission denied)"
+    assert note == "skipped: folders that cannot be read (2): dog/private (Permission denied), emu (Permission denied)"
 
 
 # The level that names the class
@@ -359,8 +359,8 @@ def test_what_is_in_no_split_is_named(photos):
     train = load(photos)
     assert train.notes == [
         "split 'train' is the folder train; other splits: test",
-        "left out: folders without images (1): train/emu",
-        "left out: images outside the splits (1): sheet.png",
+        "skipped: folders without images (1): train/emu",
+        "skipped: images outside the splits (1): sheet.png",
     ]
     write(photos, "train/stray.png")
     with pytest.raises(ValueError, match=r"beside its class folders \(1: train/stray\.png\)"):
@@ -410,7 +410,7 @@ def test_metadata_list_the_images(tmp_path, suffix):
     images = load(folder)
     assert contents(images, folder) == {"cat": ["sub/train.png"], "dog": ["test 2.png", "train_1.png"]}
     assert images.labels.tolist() == [1, 0, 1]
-    assert images.notes == ["left out: images that no metadata file lists (1): 3.png"]
+    assert images.notes == ["skipped: images that no metadata file lists (1): 3.png"]
 
 
 def test_metadata_in_each_class_or_split(photos):

@@ -27,7 +27,7 @@ def test_report_of_a_mixed_folder(pets, arguments, noise_image):
     for part in (
         "19 images, 19 checked, 1 bad",
         "classes: 2, with 9 to 10 images each",
-        "8x8 to 20x24, most often 20x24, brought to 16x16",
+        "8x8 to 20x24, most often 20x24, resized to 16x16",
         "RGB (16)",
         "warning: 2 are smaller than 16x16",
         "warning: fewer than 10 images in 1 of the classes: dog",

@@ -34,7 +34,7 @@ from hf_guided import (
 )
 from hf_guided.cli import main
 from hf_guided.demo.gate import MAX_BODY, MAX_PER_SESSION, NOT_WAITED_FOR, SECONDS_TO_LISTEN
-from hf_guided.demo.page import LATENTS_DIALS, MAX_SEED, Studio, build_demo, guidance_dial, launch_demo
+from hf_guided.demo.page import LATENTS_DIALS, MAX_SEED, Session, build_demo, guidance_trade_off, launch_demo
 from hf_guided.evaluation.features.extractors import ModelFeatures
 from hf_guided.generation.samples import to_picture
 from hf_guided.generation.sampling import to_8_bit
@@ -254,7 +254,7 @@ def test_comparison_shows_the_same_noise_at_each_scale(page, make_pipe, judge):
     page.wait(lambda: "Done in" in page.text("#compare-status") and not page.pictures("#row-1"))
 
 
-def slow_order(num_images=16, steps=250):
+def slow_request(num_images=16, steps=250):
     """Seconds of work: class, pictures, seed, solver, steps, scale, tell."""
     return ["zero", num_images, 0, "DDPM, as published", steps, 3, True]
 
@@ -281,13 +281,13 @@ def test_cancel_stops_the_walk(page, server):
 
 def test_two_people_are_served_in_turn(page, server):
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(ask, server, "sample", slow_order(steps=60))
+        first = pool.submit(ask, server, "sample", slow_request(steps=60))
         page.click("#sample")
         page.wait(lambda: re.search(r"queue: 1/1", page.text("#sample-status")))
         page.wait(lambda: "Done in" in page.text("#sample-status"))
         assert "Done in" in first.result()[0]
         # a visitor may leave the queue
-        first = pool.submit(ask, server, "sample", slow_order(steps=60))
+        first = pool.submit(ask, server, "sample", slow_request(steps=60))
         page.click("#sample")
         page.wait(lambda: "queue:" in page.text("#sample-status"))
         page.click("#sample-cancel")
@@ -506,7 +506,7 @@ def test_the_quick_functions_refuse_bad_values_too(server):
 
 
 def test_requests_that_nobody_reads_give_way(server):
-    values = [*slow_order()[:5], "0,1,2,3,4,5", True]
+    values = [*slow_request()[:5], "0,1,2,3,4,5", True]
     unread = [begin(server, "compare", values) for _ in range(3)]
     began = time.monotonic()
     assert "Done in" in ask(server, "sample", list(GOOD.values()))[0]
@@ -519,7 +519,7 @@ def test_requests_that_nobody_reads_give_way(server):
 
 
 def test_a_session_has_few_requests_under_way_and_others_take_turns(server):
-    values = slow_order(num_images=8, steps=20)
+    values = slow_request(num_images=8, steps=20)
     join = {"data": values, "fn_index": index_of(server, "sample"), "session_hash": "greedy"}
     with ThreadPoolExecutor(20) as pool:
         told = [status for status, _ in pool.map(lambda _: post(server, "queue/join", join), range(20))]
@@ -541,7 +541,7 @@ def test_it_listens_to_this_machine_alone(server):
 
 
 def test_ctrl_c_ends_it_in_one_sentence(server):
-    begin(server, "sample", slow_order())
+    begin(server, "sample", slow_request())
     time.sleep(0.5)  # it is under way
     server.send_signal(signal.SIGINT)
     server.wait(timeout=10)
@@ -552,27 +552,27 @@ def test_ctrl_c_ends_it_in_one_sentence(server):
 # Pipelines of every kind
 
 
-def make_order(studio, **changes):
-    return studio.order(*{**{k: v for k, v in GOOD.items() if k != "scale"}, **changes}.values())
+def make_request(session, **changes):
+    return session.check_request(*{**{k: v for k, v in GOOD.items() if k != "scale"}, **changes}.values())
 
 
-def walk(studio, scale=2.0, **changes):
-    return list(studio.walk(make_order(studio, **changes), scale))
+def previews_of(session, scale=2.0, **changes):
+    return list(session.sample(make_request(session, **changes), scale))
 
 
 def test_every_solver_walks_and_leaves_the_pipeline_alone(make_pipe):
     pipe = make_pipe()
     config, timesteps = dict(pipe.scheduler.config), pipe.scheduler.timesteps.clone()
-    studio = Studio(pipe)
-    assert next(iter(studio.solvers)) == "SDE-DPM-Solver++(2M)"
+    session = Session(pipe)
+    assert next(iter(session.solvers)) == "SDE-DPM-Solver++(2M)"
     ends = {}
-    for name in studio.solvers:
-        frames = walk(studio, solver=name, steps=5)
-        assert [frame.step for frame in frames] == [1, 2, 3, 4, 5]
-        ends[name] = frames[-1].images
-        nearer = [(frame.images.float() - ends[name]).abs().mean() for frame in frames]
+    for name in session.solvers:
+        previews = previews_of(session, solver=name, steps=5)
+        assert [preview.step for preview in previews] == [1, 2, 3, 4, 5]
+        ends[name] = previews[-1].images
+        nearer = [(preview.images.float() - ends[name]).abs().mean() for preview in previews]
         assert nearer[0] > nearer[3], name  # what is shown on the way is not noise to the end
-    assert len({images.numpy().tobytes() for images in ends.values()}) == len(studio.solvers) == 7
+    assert len({images.numpy().tobytes() for images in ends.values()}) == len(session.solvers) == 7
     assert dict(pipe.scheduler.config) == config
     assert torch.equal(pipe.scheduler.timesteps, timesteps)
     generator = torch.Generator().manual_seed(3)
@@ -584,22 +584,22 @@ def test_every_solver_walks_and_leaves_the_pipeline_alone(make_pipe):
 
 
 def test_a_closed_walk_gives_way_to_the_next(make_pipe):
-    studio = Studio(make_pipe())
+    session = Session(make_pipe())
     began = time.monotonic()
-    slow = studio.walk(make_order(studio, num_images=16, solver="DDPM, as published", steps=250), 2.0)
+    slow = session.sample(make_request(session, num_images=16, solver="DDPM, as published", steps=250), 2.0)
     next(slow)
     slow.close()
-    walk(studio, steps=2)
+    previews_of(session, steps=2)
     assert time.monotonic() - began < 2
 
 
 def test_a_pipeline_of_diffusers_parts(make_pipe):
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="fixed_small")
-    studio = Studio(make_pipe(scheduler, classifier=False, out_channels=1, null_class_label=False))
-    assert list(studio.solvers) == ["DDPMScheduler", "Euler ancestral", "Euler", "UniPC"]
-    assert (studio.guidance, studio.can_hide_class) == (None, False)
-    for name in studio.solvers:
-        assert walk(studio, None, solver=name)[-1].is_last
+    session = Session(make_pipe(scheduler, classifier=False, out_channels=1, null_class_label=False))
+    assert list(session.solvers) == ["DDPMScheduler", "Euler ancestral", "Euler", "UniPC"]
+    assert (session.guidance, session.can_drop_label) == (None, False)
+    for name in session.solvers:
+        assert previews_of(session, None, solver=name)[-1].is_last
 
 
 def shown(blocks):
@@ -631,9 +631,9 @@ def test_controls_that_do_nothing_are_not_there(make_pipe, options, hidden):
     pipe = make_pipe(**{"defaults": {"num_inference_steps": 3}, **options})
     blocks = build_demo(pipe)
     assert {"class", "scale", "sample-tell", "compare-tell"} - shown(blocks) == hidden
-    studio = Studio(pipe)
-    changes = {"name": next(iter(studio.label_of), None), "solver": next(iter(studio.solvers))}
-    assert walk(studio, 1.5 if studio.guidance else None, **changes)[-1].is_last
+    session = Session(pipe)
+    changes = {"name": next(iter(session.label_of), None), "solver": next(iter(session.solvers))}
+    assert previews_of(session, 1.5 if session.guidance else None, **changes)[-1].is_last
 
 
 # Pictures made of latents at once
@@ -662,7 +662,7 @@ def serve(monkeypatch):
     ("leaving", "name"), [("stream of a call", "sample"), ("stream of a session", "compare"), ("cancel", "sample")]
 )
 def test_who_leaves_is_not_computed_for(make_pipe, serve, monkeypatch, leaving, name):
-    monkeypatch.setattr("hf_guided.demo._SECONDS_BETWEEN", 60)  # the next preview is six steps away
+    monkeypatch.setattr("hf_guided.demo.page._SECONDS_BETWEEN", 60)  # the next preview is six steps away
     pipe = make_pipe()
     steps = []
 
@@ -758,31 +758,32 @@ def test_a_gans_rows_are_of_one_noise_and_fit_on_a_phone(browser, serve):
 def test_what_cannot_be_shown_is_refused(make_pipe, judge, tiny_unet, tiny_classifier, monkeypatch):
     pipe = make_pipe()
     with pytest.raises(ValueError, match="large pictures of small ones"):
-        Studio(ClassifierGuidedPipeline(tiny_unet(low_res_channels=3), ADMScheduler()))
+        Session(ClassifierGuidedPipeline(tiny_unet(low_res_channels=3), ADMScheduler()))
     with pytest.raises(ValueError, match="guide is the pipeline's own classifier"):
-        Studio(pipe, ModelFeatures(pipe.classifier, "guide"))
+        Session(pipe, ModelFeatures(pipe.classifier, "guide"))
     other = tiny_classifier(**{**SMALL, "channel_mult": [1, 1]}, num_labels=2, id2label={0: "cat", 1: "dog"})
     with pytest.raises(ValueError, match=r"other cannot judge this pipeline's samples: .* has no class of the name"):
-        Studio(pipe, ModelFeatures(other, "other"))
+        Session(pipe, ModelFeatures(other, "other"))
     with pytest.raises(ValueError, match="no classes, so judge has nothing to judge"):
-        Studio(make_pipe(classifier=False, num_class_embeds=None, null_class_label=False, names=None), judge)
+        Session(make_pipe(classifier=False, num_class_embeds=None, null_class_label=False, names=None), judge)
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "hf_guided.demo")
+    monkeypatch.delitem(sys.modules, "hf_guided.demo.page")
     with pytest.raises(SystemExit, match=re.escape('install it with: pip install "hf-guided[demo]"')):
         main(["demo", "anything"])
 
 
 def test_names_that_several_classes_have_are_told_apart(make_pipe):
-    studio = Studio(make_pipe(names={0: "crane", 1: "crane", 2: "heron"}))
-    assert studio.label_of == {"crane (0)": 0, "crane (1)": 1, "heron": 2}
-    assert make_order(studio, name="crane (1)").label == 1
+    session = Session(make_pipe(names={0: "crane", 1: "crane", 2: "heron"}))
+    assert session.label_of == {"crane (0)": 0, "crane (1)": 1, "heron": 2}
+    assert make_request(session, name="crane (1)").label == 1
 
 
-def test_values_of_a_dial_are_read_in_their_order(make_pipe):
-    scales = guidance_dial(make_pipe(), ClassifierGuidance(1.0))
+def test_values_of_a_trade_off_are_read_in_their_order(make_pipe):
+    scales = guidance_trade_off(make_pipe(), ClassifierGuidance(1.0))
     assert scales.values_of("10, 0,1.5") == [10, 0, 1.5]
     for text in ("", "1,", "1;2", "nan", "-1", "1e9", None, ["1"]):
         with pytest.raises(ValueError, match=r"A scale is|Give 1 to 6 scales"):
             scales.values_of(text)
-    for dial in (scales, *LATENTS_DIALS.values()):
-        assert dial.neutral in dial.values_of(dial.usual)  # of a row that is as without it
+    for trade_off in (scales, *LATENTS_DIALS.values()):
+        assert trade_off.neutral in trade_off.values_of(trade_off.usual)  # of a row that is as without it

@@ -260,7 +260,9 @@ def test_the_best_classifier_is_not_accused():
         assert row.confidence == pytest.approx(row.accuracy, abs=0.05)
         assert row.broken_images == 0
     assert inspection.rows[0].accuracy == 1
-    assert inspection.findings[0].startswith("Nothing that is known to go wrong was found: at timestep 0 it is right")
+    assert inspection.findings[0].startswith(
+        "No known fault was found: at timestep 0 the accuracy is 1.00 on held-out images"
+    )
     assert openings(inspection)[1:-1] == ["No signal above timestep 599"]
     assert inspection.interval is not None
     low, high = inspection.interval
@@ -272,9 +274,9 @@ def test_the_best_classifier_is_not_accused():
 def test_too_little_data():
     inspection = inspect(per_class=5, train_per_class=10)
     fault = says(inspection, "Too little training data")
-    assert "40 images are 10 a class" in fault
+    assert "40 images are 10 per class" in fault
     caveat = says(inspection, "Too little held-out data")
-    assert "of 20 images, each accuracy is uncertain by up to 0.11" in caveat
+    assert "with 20 images the standard error of an accuracy is up to 0.11" in caveat
     assert "hold out more images" in caveat
     missing = inspect_classifier(Bayes(), images(100, num_classes=3), images(100))
     assert "0 of 'dog' say little" in says(missing, "Too little held-out data")
@@ -285,14 +287,14 @@ def test_a_collapsed_class():
         return logits + torch.tensor([0, 0, -1e6, 0])
 
     fault = says(inspect(never_cats), "Collapsed class at timestep 0")
-    assert "'cat' is found in 0 of its 100 images (the others in 100% of theirs)" in fault
-    assert "and never named" in fault
+    assert "'cat' is recognised in 0 of its 100 images (the others in 100%)" in fault
+    assert "and never predicted" in fault
 
     def cats_and_dogs(logits, images, timestep):  # a tie, which the first wins
         return torch.cat([logits[:, :2], logits[:, 2:].max(dim=1, keepdim=True).values.repeat(1, 2)], dim=1)
 
     fault = says(inspect(cats_and_dogs), "Collapsed class at timestep 0")
-    assert "'dog' is found in 0 of its 100 images (the others in 100% of theirs), mostly taken for 'cat'" in fault
+    assert "'dog' is recognised in 0 of its 100 images (the others in 100%), mostly confused with 'cat'" in fault
 
     def worse(logits, images, timestep):  # one class is found less often than the others, and still found
         index = torch.arange(len(logits))[:, None]
@@ -323,46 +325,49 @@ def test_a_memorised_training_set():
     wrong, inspection = mislabelled(0.4)
     assert (inspection.rows[0].train_accuracy, inspection.rows[0].accuracy) == (1, 1 - wrong.double().mean().item())
     worst = max(inspection.rows, key=lambda row: row.train_accuracy - row.accuracy)
-    fault = says(inspection, f"It has memorised training images: at timestep {worst.timestep} it is right in")
-    assert f"{worst.train_accuracy:.2f} of them and in {worst.accuracy:.2f} of held-out ones" in fault
+    fault = says(inspection, f"Overfitting: at timestep {worst.timestep} the accuracy is")
+    assert f"{worst.train_accuracy:.2f} on training images and {worst.accuracy:.2f} on held-out ones" in fault
     _, inspection = mislabelled(0.05)  # sure, and small
-    assert not any("memorised" in finding for finding in inspection.findings)
+    assert not any("Overfitting" in finding for finding in inspection.findings)
 
 
-def test_one_that_is_surer_than_right():
+def test_an_overconfident_one():
     inspection = inspect(lambda logits, images, timestep: 5 * logits)
-    fault = says(inspection, "It is surer than right")
+    fault = says(inspection, "Overconfident")
     assert "EntropyScaling" in fault
     worst = max(inspection.rows, key=lambda row: row.confidence - row.accuracy)
     assert worst.confidence - worst.accuracy > 0.1
-    assert f"timestep {worst.timestep} it is {worst.confidence:.2f} sure and right in {worst.accuracy:.2f}" in fault
+    assert (
+        f"timestep {worst.timestep} its confidence is {worst.confidence:.2f} and its accuracy {worst.accuracy:.2f}"
+        in fault
+    )
     seen = inspect(lambda logits, images, timestep: 20 * logits, timesteps=[0, 200, 500])  # where there is signal
     assert seen.rows[-1].confidence - seen.rows[-1].accuracy > 0.2
-    assert says(seen, "It is surer than right")
-    assert not any("It takes noise" in finding for finding in seen.findings)
+    assert says(seen, "Overconfident")
+    assert not any("pure noise" in finding for finding in seen.findings)
 
 
 def test_one_without_any_signal():
     inspection = inspect(lambda logits, images, timestep: 0 * logits + torch.tensor([0, 1.0, 0, 0]))
     fault = says(inspection, "No signal at any timestep")
-    assert "accuracy is 0.25 at timestep 0, where chance is 0.25, and 100% of the images are taken for 'bee'" in fault
+    assert "accuracy is 0.25 at timestep 0 (chance 0.25), and 100% of the images are classified as 'bee'" in fault
     assert inspection.interval is None
     assert inspection.findings[-1].startswith("No interval")
 
 
-def test_one_that_knows_little():
+def test_one_with_too_little_information():
     inspection = inspect(lambda logits, images, timestep: torch.where(images.sum((1, 2, 3))[:, None] > 3, logits, 0))
-    assert says(inspection, "It knows little")
+    assert says(inspection, "Little information about the class")
     assert inspection.interval is None
     weak = inspect(lambda logits, images, timestep: 1e-5 * logits)
-    assert "of the 1.39 nats" in says(weak, "It knows little")
+    assert "of 1.39 nats" in says(weak, "Little information")
 
 
 def test_one_that_knows_clean_images_only():
     inspection = inspect(knows_noise=False)
-    fault = says(inspection, "It takes noise for images: at timestep 999")
+    fault = says(inspection, "Confident on pure noise: at timestep 999")
     assert "train_classifier.py --noisy" in fault
-    assert not any("surer" in finding for finding in inspection.findings)
+    assert not any("Overconfident" in finding for finding in inspection.findings)
     assert inspection.interval is None
 
 
@@ -371,8 +376,8 @@ def test_one_that_loses_the_class_early():
         return torch.where(timestep[:, None] < 150, logits, 0)
 
     inspection = inspect(blind)
-    assert "alpha_bar 0.66" in says(inspection, "It loses the class early: accuracy is 0.25 at timestep 200")
-    assert "give or take 0.06" in says(inspection, "No signal above timestep 100")
+    assert "alpha_bar 0.66" in says(inspection, "Early loss of signal: accuracy is 0.25 at timestep 200")
+    assert "± 0.06" in says(inspection, "No signal above timestep 100")
 
 
 def test_gradients_that_vanish_or_are_not_finite():
@@ -541,7 +546,7 @@ def test_mistakes_end_in_one_sentence(folders, monkeypatch):
     classifier.save_pretrained("others")
     (folders / "empty").mkdir()
     for argv, message in [
-        (["clean", "photos"], "ViTForImageClassification takes no timestep: it knows clean images only"),
+        (["clean", "photos"], "ViTForImageClassification takes no timestep: it is a classifier of clean images"),
         (["unguided", "photos"], "The pipeline unguided has no classifier"),
         (["unet", "photos"], "unet is no image classifier"),
         (["empty", "photos"], "neither config.json nor model_index.json"),

@@ -7,7 +7,7 @@ import pytest
 from evaluation_helpers import Pixels, pixels
 
 from hf_guided.evaluation import frechet_distance, kernel_distance, precision_recall
-from hf_guided.evaluation.evaluate import evaluate, measure, what_to_know
+from hf_guided.evaluation.evaluate import evaluate, find_warnings, measure
 from hf_guided.evaluation.features.feature_sets import collect_features
 from hf_guided.evaluation.features.image_sets import ArrayImages
 from hf_guided.evaluation.metrics.distances import inception_score
@@ -78,9 +78,9 @@ def test_evaluation_of_several_features_with_held_out_images(tmp_path):
     assert f"{result.metrics['fid/few']:.4g}" in printed
     assert result.memorisation["few"].finding in printed
     assert not any("fewer" in note for note in result.notes)
-    assert any("as many of each class" in note for note in result.notes)
+    assert any("balanced over the classes" in note for note in result.notes)
     drawn = ArrayImages(generated.images, np.random.default_rng(0).integers(0, 3, 120), NAMES)
-    assert not any("as many of each class" in note for note in what_to_know(drawn, generated))
+    assert not any("balanced over the classes" in note for note in find_warnings(drawn, generated))
 
 
 def test_accuracy_is_of_names_and_not_of_ids():
@@ -139,7 +139,7 @@ def test_published_statistics_are_used_for_inception_alone():
     assert result.metrics["fid/pixels"] != result.metrics["fid/inception"]
     for metric in ("kid", "precision", "recall", "density", "coverage"):  # of the images themselves
         assert result.metrics[f"{metric}/inception"] == result.metrics[f"{metric}/pixels"]
-    assert any("statistics that stand in set 2" in note for note in result.notes)
+    assert any("statistics in set 2" in note for note in result.notes)
 
 
 def test_saved_statistics_tell_what_they_can(tmp_path):
@@ -149,4 +149,4 @@ def test_saved_statistics_tell_what_they_can(tmp_path):
     ours = collect_features(generated, Pixels())
     assert result.metrics["fid/pixels"] == frechet_distance(ours.statistics, reference.statistics)
     assert {name.partition("/")[0] for name in result.metrics} == {"accuracy", "fid", "inception_score"}
-    assert any("statistics alone" in note for note in result.notes)
+    assert any("statistics without images" in note for note in result.notes)

@@ -180,7 +180,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, caplog, small_dis
             file.write(bytes(1000))
     assert collect_features(images, extractor, cache_dir=small_disk).num_images == 30
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
-    assert caplog.text.count("are not kept for the next time") == 2
+    assert caplog.text.count("are not cached") == 2
     assert "The disk is full" in caplog.text
 
 

@@ -147,7 +147,7 @@ def test_vision_model_that_pools_itself(save, pictures):
 
 
 def test_pooling_that_was_never_trained_is_left_out(save, pictures):
-    """Weights without those of the pooling layer, as DINO's are published: drawing them anew would judge by chance."""
+    """Weights without those of the pooling layer, as published for DINO: reinitialised ones would be random."""
     torch.manual_seed(0)
     model = ViTModel(ViTConfig(**VIT, image_size=32, patch_size=8), add_pooling_layer=False).eval()
     folder = save(model, vit_processor())
@@ -295,7 +295,7 @@ def test_refusals_of_loading(save, tmp_path):
     good = save(vit(num_labels=3), vit_processor(), "good")
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    with pytest.raises(ValueError, match="is a pipeline, and the classifier that guides it must not judge it"):
+    with pytest.raises(ValueError, match="is a pipeline, and the classifier that guides it must not evaluate it"):
         load_features(str(tmp_path / "pipeline"))
     with pytest.raises(ValueError, match=r"There is no folder .*/nowhere\.$"):
         load_features(str(tmp_path / "nowhere"))
@@ -307,7 +307,7 @@ def test_refusals_of_loading(save, tmp_path):
         load_features(str(tmp_path))
     with pytest.raises(ValueError, match=r"loaded from .*/alone: Can't load image processor"):
         load_features(save(vit(num_labels=3), None, "alone"))
-    with pytest.raises(ValueError, match="The name inception stands for the published features"):
+    with pytest.raises(ValueError, match="The name inception is reserved for the published features"):
         load_features(f"inception={good}")
 
     text = save(BertModel(BertConfig(**VIT, vocab_size=30)), vit_processor(), "text")

@@ -81,10 +81,10 @@ def test_images_are_brought_to_a_size_as_in_training(tmp_path):
         opened = open_images(spec, size=(8, 8))
         np.testing.assert_array_equal(read(opened), expected)
         assert opened.notes == [
-            f"{spec} has images of 20x16 pixels; they are brought to 8x8 as in training, shrunk and cropped at the "
+            f"{spec} has images of 20x16 pixels; they are resized to 8x8 as in training, shrunk and cropped at the "
             f"centre."
         ]
-        assert "blows small ones up" in open_images(spec, size=(32, 8)).notes[0]
+        assert "upscales small ones" in open_images(spec, size=(32, 8)).notes[0]
 
 
 def test_images_of_several_sizes_need_one(tmp_path):
@@ -203,7 +203,7 @@ def test_what_is_no_set_of_images(tmp_path):
     (tmp_path / "bad" / "cat").mkdir(parents=True)
     (tmp_path / "bad" / "cat" / "a.png").write_bytes(b"no picture")
     for name, message in {
-        "notes.txt": "is no set of images",
+        "notes.txt": "is not a set of images",
         "nowhere.npz": "There is no file",
         "empty.npz": "no arr_0",
         "floats.npz": "float64 of shape",
@@ -239,7 +239,7 @@ def test_every_image_of_a_folder_counts_whatever_it_is_called(tmp_path, names):
     opened = open_images(folder)
     assert [opened.id2label[label] for label in opened.labels.tolist()] == [n for n in sorted(names) for _ in range(6)]
     assert opened.notes == [
-        f"{folder}: left out: files that are not images in a supported format (1; .toml 1): task.toml."
+        f"{folder}: skipped: files that are not images in a supported format (1; .toml 1): task.toml."
     ]
     train, held_out = (open_images(f"{folder}:{part}") for part in ("train", "held_out"))
     assert len(train) + len(held_out) == 18

@@ -79,7 +79,7 @@ def test_noise_is_checked(tiny_unet, images):
         bits_per_dim(tiny_unet(), ADMScheduler(), images, LABELS, "5", torch.zeros(4, *images.shape))
 
 
-def test_noise_is_drawn_anew(tiny_unet, images):
+def test_noise_is_drawn_again(tiny_unet, images):
     torch.manual_seed(0)
     first, second = (bits_per_dim(tiny_unet(), ADMScheduler(), images, LABELS, "3") for _ in range(2))
     assert not torch.equal(first.vb, second.vb)

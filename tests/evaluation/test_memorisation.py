@@ -84,5 +84,5 @@ def test_pairs_as_a_picture():
 def test_statistics_alone_are_not_enough():
     whole, statistics = feature_set(draw(10, 0)), feature_set(draw(10, 1))
     statistics.kept = None
-    with pytest.raises(ValueError, match="training images are known by their statistics alone"):
+    with pytest.raises(ValueError, match="training images are only given as statistics"):
         memorisation(whole, statistics, whole)

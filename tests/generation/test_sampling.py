@@ -254,12 +254,12 @@ def test_what_is_there_is_not_made_again(saved, tmp_path):
         made = path.stat().st_mtime_ns
         assert not sample_to_file(saved, labels, path)
         assert path.stat().st_mtime_ns == made
-        with pytest.raises(ValueError, match=r"made otherwise: seed was 0 and is now 1\. Give another --output"):
+        with pytest.raises(ValueError, match=r"other settings: seed was 0 and is now 1\. Give another --output"):
             sample_to_file(saved, labels, path, seed=1)
-        with pytest.raises(ValueError, match="made otherwise: the labels were others"):
+        with pytest.raises(ValueError, match="made with other settings: the labels were different"):
             sample_to_file(saved, labels.flip(0), path)
     before = contents(tmp_path / "samples.png")
-    assert sample_to_file(saved, labels, tmp_path / "samples.png", seed=1)  # pictures are made anew
+    assert sample_to_file(saved, labels, tmp_path / "samples.png", seed=1)  # grids are made again
     assert contents(tmp_path / "samples.png") != before
     assert not sample_to_file(saved, labels, tmp_path / "samples.png", seed=1)
 
@@ -277,7 +277,7 @@ def test_a_pipelines_folder_is_known_by_its_content(folder, tmp_path, monkeypatc
     main(["sample", spelling, "--output", "samples.npz", "--num_images", "4"])
     assert Path("samples.npz").stat().st_mtime_ns == made
     os.utime(Path(spelling, "model_index.json"))
-    with pytest.raises(SystemExit, match="the model's files were others"):
+    with pytest.raises(SystemExit, match="the model's files were different"):
         main(["sample", spelling, "--output", "samples.npz", "--num_images", "4"])
 
 
@@ -295,12 +295,12 @@ def test_parts_of_another_plan_are_told(saved, folder, tmp_path, monkeypatch):
         ({"batch_size": 3, "seed": 1}, "seed was 0 and is now 1"),
         ({"batch_size": 3, "guidance_scale": 2.0}, "guidance_scale was None and is now 2.0"),
     ]:
-        with pytest.raises(ValueError, match=f"parts holds samples made otherwise: {difference}. Give the same flags"):
+        with pytest.raises(ValueError, match=f"parts holds samples .*: {difference}. Give the same flags"):
             sample_to_file(saved, labels, path, **arguments)
     config = folder / "unet" / "config.json"
     times = config.stat()
     os.utime(config, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
-    with pytest.raises(ValueError, match=r"otherwise: the model's files were others\. .* or remove the folder"):
+    with pytest.raises(ValueError, match=r"the model's files were different\. .* or remove the folder"):
         sample_to_file(saved, labels, path, batch_size=3)
     os.utime(config, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert contents(parts) == kept
@@ -347,10 +347,10 @@ def test_bad_names_are_refused_before_the_work(saved, tmp_path):
         ("nowhere/samples.npz", "make it first"),
         ("text.npz/samples/", "cannot be made"),
         ("text.npz/samples.npz", "make it first"),
-        ("text.npz", "is there already and no file of samples"),
-        ("folder", "is there already and no file of samples"),
-        ("cat.png", "is there already and no file of samples"),
-        ("cat.npz", "cat.png is there already and no file of samples"),  # the picture beside it
+        ("text.npz", "already exists and is not a file of samples"),
+        ("folder", "already exists and is not a file of samples"),
+        ("cat.png", "already exists and is not a file of samples"),
+        ("cat.npz", "cat.png already exists and is not a file of samples"),  # the picture beside it
     ]:
         with pytest.raises(ValueError, match=message):
             check_destination(tmp_path / name)
@@ -358,11 +358,11 @@ def test_bad_names_are_refused_before_the_work(saved, tmp_path):
         check_destination(f"{tmp_path}/{name}")
     with pytest.raises(ValueError, match="/proc is a whole disk"):
         check_destination("/proc")
-    with pytest.raises(ValueError, match=r"2000 images are too many for one picture"):
+    with pytest.raises(ValueError, match=r"2000 images are too many for one grid"):
         sample_to_file(saved, torch.zeros(2000).long(), tmp_path / "many.png")
     (tmp_path / "mine.npz.parts").mkdir()
     (tmp_path / "mine.npz.parts" / "letter.txt").write_text("hello")
-    with pytest.raises(ValueError, match=r"mine\.npz\.parts is not this command's"):
+    with pytest.raises(ValueError, match=r"mine\.npz\.parts was not made by this command"):
         sample_to_file(saved, torch.zeros(2).long(), tmp_path / "mine.npz")
     with pytest.raises(ValueError, match=r"need up to 1.*e\+05 GB on the disk .* GB are free; make room"):
         sample_to_file(saved, 10**12, tmp_path / "huge.npz", batch_size=10**10)

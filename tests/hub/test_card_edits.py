@@ -42,7 +42,7 @@ def test_edits_survive_and_the_rest_is_new(tmp_path):
         assert f"# {title}\n" in text
         assert "| Steps | 100 |" not in text
         headings = [line for line in text.splitlines() if line.startswith("## ")]
-        assert headings == ["## Thanks", "## Classes", "## What it can and cannot do", "## Training", "## Contact"]
+        assert headings == ["## Thanks", "## Classes", "## Intended use and limitations", "## Training", "## Contact"]
         data = ModelCard(text).data
         assert (data.license, data.language) == ("cc-by-4.0", ["de"])
         assert data.tags[0] == "hf-guided"
@@ -102,5 +102,5 @@ def test_broken_metadata_are_told(tmp_path):
     edit(path, ("library_name: diffusers", "library_name: [diffusers"))
     with pytest.raises(ValueError, match=r"README.md has metadata that are not valid YAML"):
         write(tmp_path)
-    with pytest.raises(ValueError, match="no mapping"):
+    with pytest.raises(ValueError, match="not a mapping"):
         merge("---\n- a\n---\n", sign("# A\n"))

@@ -215,7 +215,7 @@ def test_a_push_that_others_overtake_builds_on_theirs(hub, tmp_path):
     assert messages == ["Upload with hf-guided", "Somebody else's", "initial commit"]
     files = {path: content for path, content in repos["once"].head().files.items() if path != ".gitattributes"}
     assert files == {**model_files("once"), "notes.txt": b"1"}
-    assert always == "PushError: Others keep pushing to ada/always at the same time: push again when they are done."
+    assert always == "PushError: Others are pushing to ada/always at the same time: push again when they have finished."
     assert {commit.message for commit in repos["always"].history()} == {"Somebody else's", "initial commit"}
 
 

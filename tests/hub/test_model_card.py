@@ -91,7 +91,7 @@ def test_text_shows_what_it_was_given(tmp_path):
         "| 3 | yes | 0.95 | 6.2 | 0.87 | - |",
     ]:
         assert line in text.splitlines(), line
-    assert "In brackets are the features that a number was computed in" in text
+    assert "The features of a metric are in brackets" in text
 
 
 def test_the_machine_stays_private(tmp_path):

@@ -116,9 +116,9 @@ def test_a_private_repo_is_seen_by_its_owner_alone(hub, folder, tmp_path):
     ("token", "repo_id", "sentence"),
     [
         (None, "ada/digits", "No Hugging Face token was found: log in with `hf auth login`"),
-        (READ, "ada/digits", "This token may not write to ada/digits, being read-only or"),
-        (READ, "ada/existing", "This token may not write to ada/existing, being read-only or"),
-        (WRITE, "bob/digits", "This token may not write to bob/digits, being read-only or"),
+        (READ, "ada/digits", "This token has no write access to ada/digits"),
+        (READ, "ada/existing", "This token has no write access to ada/existing"),
+        (WRITE, "bob/digits", "This token has no write access to bob/digits"),
         (REVOKED, "ada/digits", "The Hub does not accept this token, which may have expired"),
     ],
     ids=["no token", "read-only", "read-only, existing repo", "someone else's", "revoked"],
@@ -267,7 +267,7 @@ def test_someone_who_keeps_pushing_is_told_of(hub, folder, tmp_path):
     hub.before_commit = race
     pushed = client(PUSH, hub, tmp_path / "home", WRITE, folder=folder, repo_id="ada/digits")
     message = pushed.stderr.strip().splitlines()[-1]
-    assert message.endswith("Others keep pushing to ada/digits at the same time: push again when they are done.")
+    assert message.endswith("Others are pushing to ada/digits at the same time: push again when they have finished.")
     assert set(hub.repos["ada/digits"].head().files) == {".gitattributes"}
 
 

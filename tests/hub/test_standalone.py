@@ -458,9 +458,9 @@ HELPER = "def helper(N=0): return N"
         ("from .other import helper\nfrom a import N\n" + RUN, "from b import N\n" + HELPER, "N of b and N of a"),
         ("from .other import max\ndef run(): return max", "def max(): ...", "max of .*other would .* Python's own"),
         ("from .other import N as M\ndef run(): return M", "", "line 1, .* imports N as M: import it by its own name"),
-        ("def run():\n    from .other import N\n    return N", "", "line 2, .* imports inside of run: import at"),
+        ("def run():\n    from .other import N\n    return N", "", "line 2, .* imports inside run: import at"),
         ("from .other import N\n" + RUN, "import os\nN = 1\nos.umask(0)", "line 3, .* does something when it is"),
-        ("from .other import N\n" + RUN, "if True:\n    N = 1", "line 1, .* does something when it is imported"),
+        ("from .other import N\n" + RUN, "if True:\n    N = 1", "line 1, .* runs code on import"),
         ("from .other import N\n" + RUN, "", "main imports N from .*other, which does not define it"),
         ("N = 1\nN = 2\n" + RUN, "", "main defines N twice"),
     ],
@@ -475,9 +475,9 @@ def test_inlining_refuses_what_would_mean_something_else(inlined, main, other, s
 def test_refusals(saved, tmp_path):
     plain, standalone = saved.folder / "plain", saved.folder / "standalone"
     for name in ("guided", "unet", "classifier"):
-        with pytest.raises(ValueError, match=f"{name} carries its code already: push it as it is"):
+        with pytest.raises(ValueError, match=f"{name} carries its code already: push it without --standalone"):
             write_standalone(standalone / name, tmp_path / "new")
-    with pytest.raises(ValueError, match="guided is not empty: name a folder that is"):
+    with pytest.raises(ValueError, match="guided is not empty: give an empty"):
         write_standalone(plain / "unet", standalone / "guided")
     with pytest.raises(ValueError, match=r"plain holds no model; code can be added to a saved ClassifierGuided"):
         write_standalone(plain, tmp_path / "new")

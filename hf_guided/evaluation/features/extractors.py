@@ -1,4 +1,4 @@
-"""From images to the numbers that are compared: features of published networks and of one's own, each with its name."""
+"""Feature extractors: the published Inception network, and any vision model or classifier of transformers."""
 
 import hashlib
 import importlib
@@ -22,16 +22,16 @@ from ...loading import check_cover, naming_damage
 from ...models.classifier_adm import ADMForImageClassification, image_size
 from ...models.image_processing_adm import ADMImageProcessor
 
-# Parts of a path that say nothing of what lies there.
+# Folder names that do not describe the model in them.
 _NAMELESS = ("model", "pipeline")
 
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """What an extractor makes of images.
+    """The outputs of an extractor for a batch of images.
 
     Attributes:
-        features (`np.ndarray` of shape `(n, dim)`): Float32: for distances between sets.
+        features (`np.ndarray` of shape `(n, dim)`): Float32, for distances between sets.
         probabilities (`np.ndarray` of shape `(n, classes)`, *optional*): Float32, from classifiers: for the Inception
             Score and accuracy.
         spatial (`np.ndarray` of shape `(n, dim)`, *optional*): Float32, from Inception: for sFID.
@@ -43,14 +43,14 @@ class FeatureBatch:
 
 
 class FeatureExtractor(Protocol):
-    """What features are computed by: called with `torch.uint8` images `(n, channels, height, width)`, channels 1 or 3,
-    on the CPU, as many as one forward pass takes. Any class with these members will do.
+    """A callable that gives the features of `torch.uint8` images `(n, channels, height, width)`, channels 1 or 3, on
+    the CPU, in one forward pass. Any class with these members can be used.
 
     Attributes:
-        name (`str`): Part of the name of every number: `"inception"`, `"dinov2-base"`, `"judge"`.
+        name (`str`): Part of the name of every metric: `"inception"`, `"dinov2-base"`, `"judge"`.
         fingerprint (`str`): Hex digest of weights and preprocessing; features are cached under it.
-        id2label (`dict[int, str]`, *optional*): Names of the classes of `probabilities`; `None` where nobody named
-            them.
+        id2label (`dict[int, str]`, *optional*): Names of the classes of `probabilities`; `None` if they have no
+            names.
     """
 
     @property
@@ -66,22 +66,22 @@ class FeatureExtractor(Protocol):
 
 
 class ModelFeatures:
-    """Features of any vision model or image classifier of transformers, computed where the model is.
+    """Features of any vision model or image classifier of transformers, computed on the model's device.
 
     An image classifier's features are its last hidden state, maps `(n, dim, h, w)` or tokens `(n, k, dim)`, averaged
-    over positions. Another model's are what it pools itself (`pooler_output`; after the projection, in models that
-    also know text), or the mean of its last hidden state where it pools nothing.
+    over positions. Another model's are its `pooler_output` (after the projection, in text-image models), or the mean
+    of its last hidden state if it has none.
 
     `Dinov2Model` pools the class token after the last normalisation, and gets whole images, resized without keeping
     their shape, where its processor would crop them: both as in FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675, and the
     code published with it, whose default is `facebook/dinov2-large`).
 
     Args:
-        model (`PreTrainedModel`): The model, in any floating-point type. Its mode is left as it was.
-        name (`str`): The name that its numbers carry.
-        processor (`BaseImageProcessor`, *optional*): What turns pictures into `pixel_values`. Only
-            [`ADMForImageClassification`] needs none, for its [`ADMImageProcessor`] follows from its config: images of
-            its own size become `images / 127.5 - 1` to the bit, others are resized.
+        model (`PreTrainedModel`): The model, in any floating-point type. Its mode is not changed.
+        name (`str`): The name of its features in metrics.
+        processor (`BaseImageProcessor`, *optional*): Turns images into `pixel_values`. Only
+            [`ADMForImageClassification`] needs none, since its [`ADMImageProcessor`] follows from its config: images
+            of its own size become exactly `images / 127.5 - 1`, others are resized.
 
     Raises:
         `ValueError`: If the model takes no images, or images of neither 1 nor 3 channels, or has no processor.
@@ -101,7 +101,7 @@ class ModelFeatures:
             height, width = image_size(model.config)
             processor = ADMImageProcessor(size={"height": height, "width": width}, num_channels=self.channels)
         if processor is None:
-            raise ValueError(f"{kind} needs its image processor, which says how images become pixel_values.")
+            raise ValueError(f"{kind} needs its image processor, which turns images into pixel_values.")
         if kind == "Dinov2Model" and getattr(processor, "do_center_crop", False):
             settings = processor.to_dict()
             processor = type(processor).from_dict(settings | {"size": settings["crop_size"], "do_center_crop": False})
@@ -109,8 +109,8 @@ class ModelFeatures:
 
     @property
     def id2label(self) -> dict[int, str] | None:
-        """Names of a classifier's classes; `None` for other models and for classes that are only numbered, as
-        transformers does with `LABEL_0`, `LABEL_1` and so on."""
+        """Names of a classifier's classes; `None` for other models and for the placeholders of transformers,
+        `LABEL_0`, `LABEL_1` and so on."""
         names = self.model.config.id2label
         if not self.is_classifier or all(label == f"LABEL_{i}" for i, label in names.items()):
             return None
@@ -118,17 +118,17 @@ class ModelFeatures:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the model's class and weights and the processor's settings, computed when first asked for."""
+        """Hex digest of the model's class and weights and the processor's settings, computed on first use."""
         settings = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
         return weights_digest(self.model, settings)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> FeatureBatch:
-        """Computes the features of images in one forward pass.
+        """The features of images, from one forward pass.
 
         Args:
             images (`torch.Tensor` of shape `(n, channels, height, width)`): `torch.uint8`, gray or RGB. Gray values are
-                repeated for models of 3 channels; models of 1 channel see the luminance of RGB as PIL computes it.
+                repeated for models of 3 channels; models of 1 channel get the luminance of RGB as PIL computes it.
 
         Returns:
             [`FeatureBatch`]: `probabilities` are the softmax of a classifier's logits.
@@ -155,17 +155,17 @@ class ModelFeatures:
 class InceptionFeatures:
     """The features of the published evaluator of ADM (arXiv 2105.05233): Inception-v3 of 2015 as torch-fidelity has it.
 
-    `features` are `pool_3` (2048); `probabilities` the softmax of its 1008 outputs without the bias, which are nobody's
-    classes; `spatial` the first 7 channels of `mixed_6/conv`, 17x17 positions in rows, channels innermost (2023).
+    `features` are `pool_3` (2048); `probabilities` the softmax of its 1008 outputs without the bias, which have no
+    class names; `spatial` the first 7 channels of `mixed_6/conv`, 17x17 positions in rows, channels innermost (2023).
 
     Args:
-        weights (`str` or `os.PathLike`, *optional*): A file of its weights. By default torch-fidelity's loader finds
-            them among torch.hub's checkpoints, or downloads them to there once (91 MiB).
+        weights (`str` or `os.PathLike`, *optional*): A file of its weights. By default torch-fidelity's loader takes
+            them from torch.hub's checkpoints, after downloading them there once (91 MiB).
         device (`torch.device` or `str`, defaults to `"cpu"`): Where the features are computed.
 
     Raises:
         `ImportError`: If torch-fidelity is not installed. torchvision need not be.
-        `OSError`: If the weights are not there and cannot be downloaded.
+        `OSError`: If the weights cannot be found or downloaded.
     """
 
     name = "inception"
@@ -179,7 +179,7 @@ class InceptionFeatures:
                 return torch.load(weights, map_location="cpu", weights_only=True)
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=progress, weights_only=True)
 
-        module.load_state_dict_from_url = load_weights  # type: ignore[attr-defined]  # a copy of the module, ours alone
+        module.load_state_dict_from_url = load_weights  # type: ignore[attr-defined]  # in our private copy of the module
         try:
             model = module.FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"])
         except OSError as error:
@@ -187,7 +187,7 @@ class InceptionFeatures:
                 raise
             url = module.URL_INCEPTION_V3
             raise OSError(
-                f"Inception's weights could not be had ({error}); download {url} by hand and put it into "
+                f"Inception's weights could not be downloaded ({error}); download {url} by hand and put it into "
                 f"{torch.hub.get_dir()}/checkpoints."
             ) from error
         self.model = model.to(device)
@@ -195,19 +195,19 @@ class InceptionFeatures:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the weights, computed when first asked for."""
+        """Hex digest of the weights, computed on first use."""
         return weights_digest(self.model)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> FeatureBatch:
-        """Computes the features of images in one forward pass.
+        """The features of images, from one forward pass.
 
         Args:
             images (`torch.Tensor` of shape `(n, channels, height, width)`): `torch.uint8`, of any size; gray values are
                 repeated.
 
         Returns:
-            [`FeatureBatch`]: All three of its kinds.
+            [`FeatureBatch`]: With all three fields.
         """
         maps: list[torch.Tensor] = []
         hook = self.model.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: maps.append(output))
@@ -220,22 +220,22 @@ class InceptionFeatures:
 
 
 def load_features(spec: str, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """Loads what features are computed by.
+    """The feature extractor of a name, folder or Hub id.
 
     Args:
         spec (`str`): `"inception"`, the published evaluator's features; or the folder or Hub id of any vision model or
-            image classifier of transformers, its image processor beside it, loaded in float32. Its name is the last
-            part of the path or id that says something (`outputs/judge/model` is called `judge`,
-            `facebook/dinov2-base` is called `dinov2-base`), or NAME in `"NAME=outputs/judge/model"`.
+            image classifier of transformers with its image processor, loaded in float32. Its name is the last part of
+            the path or id that is not generic (`judge` for `outputs/judge/model`, `dinov2-base` for
+            `facebook/dinov2-base`), or NAME in `"NAME=outputs/judge/model"`.
         device (`torch.device` or `str`, defaults to `"cpu"`): Where the features are computed.
 
     Returns:
-        [`FeatureExtractor`]: [`InceptionFeatures`] or [`ModelFeatures`]. Pictures are resized by PIL, whether or not
+        [`FeatureExtractor`]: [`InceptionFeatures`] or [`ModelFeatures`]. Images are resized by PIL, whether or not
         torchvision is installed.
 
     Raises:
         `ValueError`: If there is no such model, it takes no images, some of its weights are missing, or the folder is a
-            pipeline's: the classifier that guides must not judge.
+            pipeline's: the classifier that guides must not evaluate.
     """
     if spec == InceptionFeatures.name:
         return InceptionFeatures(device=device)
@@ -247,13 +247,15 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> FeatureExtra
         raise ValueError(f"There is no folder {path}.")
     if (folder / "model_index.json").exists():
         raise ValueError(
-            f"{path} is a pipeline, and the classifier that guides it must not judge it; name the folder of a "
-            f"classifier that was trained apart, or of a vision model."
+            f"{path} is a pipeline, and the classifier that guides it must not evaluate it; give the folder of a "
+            f"classifier that was trained separately, or of a vision model."
         )
     parts = folder.absolute().parts if folder.exists() else folder.parts
     name = name or next((part for part in reversed(parts) if part not in _NAMELESS), path)
     if name == InceptionFeatures.name:
-        raise ValueError(f"The name {name} stands for the published features; give this model another: NAME={path}.")
+        raise ValueError(
+            f"The name {name} is reserved for the published features; give this model another: NAME={path}."
+        )
 
     source = str(folder) if folder.exists() else path
     shown = logging.is_progress_bar_enabled()
@@ -267,7 +269,7 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> FeatureExtra
             model, info = auto_class.from_pretrained(
                 source, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )
-    except Exception as error:  # config, processor and damaged weights each have errors of their own
+    except Exception as error:  # config, processor and damaged weights each raise their own errors
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"No vision model or image classifier could be loaded from {path}: {reason}") from error
     finally:
@@ -275,21 +277,21 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> FeatureExtra
             logging.enable_progress_bar()
     missing = sorted(info["missing_keys"])
     if missing and all(key.startswith("pooler.") for key in missing):
-        model.pooler = None  # as many ViTs are published: what pools was never trained, so let nothing pool
+        model.pooler = None  # many ViTs are published with an untrained pooler, which is not used
     else:
         check_cover(path, missing)
     return ModelFeatures(model.to(device), name, processor)
 
 
 def match_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
-    """Gray from RGB as PIL's `convert("L")` does it, or RGB from gray by repeating.
+    """Images with the given channels: gray from RGB as PIL's `convert("L")`, or RGB from gray by repeating.
 
     Args:
         images (`torch.Tensor` of shape `(n, channels, height, width)`): `torch.uint8`, at least one, 1 or 3 channels.
         channels (`int`): 1 or 3.
 
     Raises:
-        `ValueError`: If they are no such images.
+        `ValueError`: If they are not such images.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(
@@ -323,16 +325,16 @@ def weights_digest(model: torch.nn.Module, settings: str = "") -> str:
 
 
 def _torch_fidelity_inception() -> ModuleType:
-    """A copy of torch-fidelity's module of Inception, ours alone.
+    """A private copy of torch-fidelity's module of Inception.
 
-    The package's `__init__` imports torchvision; the module needs none. So it is imported under a bare package, which
-    is taken away again.
+    The package's `__init__` imports torchvision, which the module does not need. It is therefore imported under an
+    empty package, which is removed afterwards.
     """
     found = importlib.util.find_spec("torch_fidelity")
     if found is None or found.submodule_search_locations is None:
         raise ImportError(
-            "Inception features come from torch-fidelity: pip install 'hf-guided[eval]', or, to do without "
-            "torchvision, pip install --no-deps torch-fidelity."
+            "Inception features need torch-fidelity: pip install 'hf-guided[eval]', or, without torchvision, "
+            "pip install --no-deps torch-fidelity."
         )
 
     def take_out() -> dict[str, ModuleType]:

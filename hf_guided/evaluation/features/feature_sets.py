@@ -1,4 +1,4 @@
-"""The features of a whole set of images: computed by as many processes as there are, kept by content."""
+"""The features of a set of images: computed by all processes, and cached by the images' content."""
 
 import dataclasses
 import hashlib
@@ -25,7 +25,7 @@ from .image_sets import ImageSet
 
 logger = logging.getLogger(__name__)
 
-# Samples whose features are kept whole, for nearest neighbours and kernels: all of the published 50,000.
+# Samples whose features are stored, for nearest neighbours and kernels: all of the published 50,000.
 MAX_KEPT = 50_000
 CACHE_DIR = Path(HF_HOME) / "hf-guided" / "features"
 _FORMAT = 1  # of the files
@@ -33,19 +33,19 @@ _FORMAT = 1  # of the files
 
 @dataclass
 class FeatureSet:
-    """What is known of a set of images in the features of one extractor.
+    """The features of a set of images by one extractor: statistics, stored features and predictions.
 
     Attributes:
-        extractor (`str`): The extractor's name, part of the name of every number.
-        fingerprint (`str`): Its weights' and preprocessing's.
-        num_images (`int`): Images that it was computed from.
+        extractor (`str`): The extractor's name, part of the name of every metric.
+        fingerprint (`str`): Digest of its weights and preprocessing.
+        num_images (`int`): Number of images.
         statistics ([`FeatureStatistics`]): Mean and covariance of all features.
-        spatial_statistics ([`FeatureStatistics`], *optional*): The same of the spatial ones.
-        kept (`np.ndarray` of shape `(k, dim)`, *optional*): Features themselves, of all images or of 50,000 evenly
-            spread ones.
-        kept_indices (`np.ndarray` of shape `(k,)`): Which images those are.
-        score ([`InceptionScoreStatistics`], *optional*): Of the class probabilities.
-        predictions (`np.ndarray` of shape `(num_images,)`, *optional*): The likeliest class of each image.
+        spatial_statistics ([`FeatureStatistics`], *optional*): The same for spatial features.
+        kept (`np.ndarray` of shape `(k, dim)`, *optional*): The features of all images, or of 50,000 evenly spaced
+            ones.
+        kept_indices (`np.ndarray` of shape `(k,)`): The indices of those images.
+        score ([`InceptionScoreStatistics`], *optional*): Statistics of the class probabilities.
+        predictions (`np.ndarray` of shape `(num_images,)`, *optional*): The predicted class of each image.
     """
 
     extractor: str
@@ -59,7 +59,7 @@ class FeatureSet:
     predictions: np.ndarray | None = None
 
     def digest(self) -> str:
-        """A hash of the features that images are measured against, wherever their file lies."""
+        """A hash of the features, which does not depend on their file."""
         digest = hashlib.sha256(f"{self.extractor} {self.fingerprint} {self.num_images}".encode())
         for statistics in (self.statistics, self.spatial_statistics):
             if statistics is not None:
@@ -69,8 +69,8 @@ class FeatureSet:
         return digest.hexdigest()
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes an `.npz` file under a temporary name and renames it. `mu`, `sigma` and, where there are spatial
-        features, `mu_s` and `sigma_s` stand in it as in published reference files."""
+        """Writes an `.npz` file under a temporary name and renames it. `mu`, `sigma` and, with spatial features,
+        `mu_s` and `sigma_s` are stored as in published reference files."""
         arrays: dict[str, Any] = {
             "about": json.dumps(
                 {"format": _FORMAT, "extractor": self.extractor, "fingerprint": self.fingerprint, "n": self.num_images}
@@ -89,7 +89,7 @@ class FeatureSet:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "FeatureSet":
-        """Reads a file that `save` wrote, or a published one, whose statistics are Inception's.
+        """The features in a file that `save` wrote, or in a published one, whose statistics are Inception's.
 
         Raises:
             `ValueError`: If it is damaged, or holds no statistics.
@@ -118,7 +118,7 @@ class FeatureSet:
 
 
 def is_saved(path: str | os.PathLike) -> bool:
-    """Whether a file is one that [`FeatureSet.save`] wrote, and not a published one."""
+    """Whether [`FeatureSet.save`] wrote a file; published files are not recognised."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return "about" in file and "arr_0" not in file
@@ -134,18 +134,18 @@ def collect_features(
     num_workers: int = 0,
     cache_dir: str | os.PathLike | None = None,
 ) -> FeatureSet | None:
-    """Computes the features of a set of images, over all processes that run this call.
+    """The features of a set of images, computed by all processes that run this call.
 
-    Whole batches are dealt to the processes by their index, so that features do not depend on how many there are, and
+    Whole batches are assigned to the processes by index, so that features do not depend on how many there are, and
     each image counts once.
 
     Args:
         images ([`ImageSet`]): The images.
         extractor ([`FeatureExtractor`]): Computes the features.
         batch_size (`int`, defaults to 64): Images at once in each process.
-        num_workers (`int`, defaults to 0): Processes of each process that decode images.
-        cache_dir (`str` or `os.PathLike`, *optional*): Folder in which features are kept under a hash of the images'
-            content and the extractor's weights, and found again; none by default.
+        num_workers (`int`, defaults to 0): Loader workers of each process.
+        cache_dir (`str` or `os.PathLike`, *optional*): Folder of cached features, by a hash of the images' content and
+            the extractor's weights; none by default.
 
     Returns:
         [`FeatureSet`]: In the main process; `None` in the others.
@@ -170,12 +170,12 @@ def collect_features(
         try:
             collected.save(path)
         except (OSError, FullDiskError) as error:
-            logger.warning(f"The features of {images.name} are not kept for the next time: {error}")
+            logger.warning(f"The features of {images.name} are not cached: {error}")
     return collected
 
 
 def _load_cached(path: Path, images: ImageSet, extractor: FeatureExtractor) -> FeatureSet | None:
-    """The features kept in a file; `None` if there is none, or, with a warning, if it cannot be used."""
+    """The features cached in a file; `None` if there is none, or, with a warning, if it cannot be used."""
     try:
         cached = FeatureSet.load(path)
         found = (cached.extractor, cached.fingerprint, cached.num_images, cached.kept is None)
@@ -190,7 +190,7 @@ def _load_cached(path: Path, images: ImageSet, extractor: FeatureExtractor) -> F
 
 
 def gather_to_main(item: Any) -> list[Any] | None:
-    """What each process passes, in the order of the processes, in the main process; `None` in the others."""
+    """In the main process the items of all processes, in their order; `None` in the others."""
     state = PartialState()
     if state.num_processes == 1:
         return [item]
@@ -201,7 +201,7 @@ def gather_to_main(item: Any) -> list[Any] | None:
 
 @dataclass
 class _Share:
-    """What one process computed."""
+    """The results of one process."""
 
     statistics: FeatureStatistics | None = None
     spatial_statistics: FeatureStatistics | None = None
@@ -234,7 +234,7 @@ def _collect_share(
                 broken = indices[int(np.flatnonzero(~np.isfinite(kind).all(axis=1))[0])]
                 raise ValueError(
                     f"The {extractor.name} features of image {broken} of {images.name} are not finite; compute them in "
-                    f"float32, and look at that image."
+                    f"float32, and check that image."
                 )
         rows = np.array(indices)
         share.statistics = _updated(share.statistics, computed.features)
@@ -259,7 +259,7 @@ def _updated(statistics: FeatureStatistics | None, features: np.ndarray) -> Feat
 
 
 def _merge(parts: list[_Share], images: ImageSet, extractor: FeatureExtractor) -> FeatureSet:
-    """One set of what the processes computed, in the order of the images."""
+    """The merged results of all processes, in the order of the images."""
     parts = [part for part in parts if part.indices]
     first = parts[0]
     for part in parts[1:]:
@@ -290,5 +290,5 @@ def _merge(parts: list[_Share], images: ImageSet, extractor: FeatureExtractor) -
 def _key(images: ImageSet, extractor: FeatureExtractor) -> str:
     parts = [_FORMAT, images.digest(), extractor.name, extractor.fingerprint, MAX_KEPT]
     if hasattr(getattr(extractor, "processor", None), "resizing_steps"):
-        parts.append("as in training")  # earlier versions resized otherwise, and cached that by the same fingerprint
+        parts.append("as in training")  # earlier versions resized differently under the same fingerprint
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

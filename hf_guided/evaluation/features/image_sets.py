@@ -1,4 +1,4 @@
-"""Sets of images to compare, from files of samples, folders and datasets: all as 8-bit integers of one size."""
+"""Sets of images to compare, from files of samples, folders, datasets and pipelines: 8-bit images of one size."""
 
 import hashlib
 import math
@@ -33,12 +33,12 @@ class ImageSet(Dataset, ABC):
     """Images of one size; `images[i]` is uint8 of shape `(channels, height, width)`.
 
     Attributes:
-        name (`str`): What it is called in sentences.
+        name (`str`): Its name in messages.
         size (`tuple[int, int]`): Height and width in pixels.
         channels (`int`): 1 or 3.
         labels (`np.ndarray` of shape `(n,)`, *optional*): The class id of each image.
-        id2label (`dict[int, str]`): Names of the classes; empty where nobody named them.
-        notes (`list[str]`): What was done to the images, in sentences.
+        id2label (`dict[int, str]`): Names of the classes; empty if they have no names.
+        notes (`list[str]`): How the images were changed, in sentences.
     """
 
     name: str
@@ -56,17 +56,17 @@ class ImageSet(Dataset, ABC):
 
     @abstractmethod
     def contents(self) -> Iterator[bytes]:
-        """What tells this set from another, for [`digest`]."""
+        """The content that identifies the set, for [`digest`]."""
 
     def digest(self) -> str:
-        """A hash of the images' content: equal for equal images whatever they are called, other once one changes."""
+        """A hash of the images' content, which does not depend on their names."""
         digest = hashlib.sha256(f"{len(self)} {self.size} {self.channels}".encode())
         for content in self.contents():
             digest.update(content)
         return digest.hexdigest()
 
     def batches(self, indices: Sequence[Sequence[int]], num_workers: int = 0) -> Iterable[torch.Tensor]:
-        """Batches `(n, channels, height, width)` of the images of these indices."""
+        """Batches `(n, channels, height, width)` of the images with these indices."""
         # without a generator of its own, a loader draws from the global one
         generator = torch.Generator()
         return DataLoader(self, batch_sampler=list(map(list, indices)), num_workers=num_workers, generator=generator)
@@ -88,11 +88,11 @@ class ArrayImages(ImageSet):
         images (`np.ndarray` of shape `(n, height, width, channels)`): uint8.
         labels (`np.ndarray` of shape `(n,)`, *optional*): Class ids.
         id2label (`dict[int, str]`, *optional*): Names of the classes.
-        name (`str`): What it is called.
-        size (`tuple[int, int]`, *optional*): Height and width to bring the images to, as training does; their own, by
-            default.
-        statistics (`dict[str, FeatureStatistics]`, *optional*): Those that came with the images, of Inception's
-            features: `"features"`, and `"spatial"`.
+        name (`str`): Its name in messages.
+        size (`tuple[int, int]`, *optional*): Height and width to resize the images to, as in training; by default their
+            own.
+        statistics (`dict[str, FeatureStatistics]`, *optional*): Published statistics of Inception's features:
+            `"features"`, and `"spatial"`.
     """
 
     def __init__(
@@ -132,10 +132,10 @@ class ArrayImages(ImageSet):
 
 
 class LoadedImages(ImageSet):
-    """Images of a folder or dataset, decoded when they are asked for, brought to one size as training does.
+    """Images of a folder or dataset, decoded on access and resized as in training.
 
     Args:
-        images ([`LabelledImages`]): Neither mirrored nor cropped at random.
+        images ([`LabelledImages`]): Images without augmentation.
     """
 
     def __init__(self, images: LabelledImages, name: str | None = None):
@@ -149,7 +149,7 @@ class LoadedImages(ImageSet):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         values = self.images[index]["pixel_values"]
-        return ((values + 1) * 127.5).round().to(torch.uint8)  # bytes come back to the bit
+        return ((values + 1) * 127.5).round().to(torch.uint8)  # restores the bytes exactly
 
     def contents(self) -> Iterator[bytes]:
         for row in tqdm(self.images.rows.tolist(), desc=f"reading {self.name}", unit="image", leave=False):
@@ -157,13 +157,13 @@ class LoadedImages(ImageSet):
 
 
 class SampledImages(ImageSet):
-    """Samples of a pipeline, made when they are asked for and not kept.
+    """Samples of a pipeline, generated on access and not stored.
 
     Args:
-        pipeline ([`ClassifierGuidedPipeline`] or one called like it): Makes them.
-        labels (`torch.Tensor` of shape `(n,)`, or `int`): The class of each, or so many without a class.
-        seed (`int`, defaults to 0): Seed of all together.
-        arguments: Go to the pipeline.
+        pipeline ([`ClassifierGuidedPipeline`] or one called like it): Generates them.
+        labels (`torch.Tensor` of shape `(n,)`, or `int`): The class of each, or the number of samples without a class.
+        seed (`int`, defaults to 0): Seed of all samples together.
+        arguments: Passed to the pipeline.
     """
 
     def __init__(self, pipeline: Any, labels: torch.Tensor | int, seed: int = 0, **arguments: Any):
@@ -198,18 +198,18 @@ class SampledImages(ImageSet):
 
 
 def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
-    """Opens a set of images by its name on the command line.
+    """The set of images of a name on the command line.
 
     Args:
         spec (`str`): A `.npz` file of samples or a published reference batch; a `.parquet` file of samples; a folder of
-            images; `"digits"` or `"photographs"`; or a dataset of the Hub. Folders and datasets may end in a part:
-            `":train"` and `":held_out"` are what training takes from them by default, any other is a split of the
-            dataset. Without one it is all of a folder, or of a dataset's split "train".
-        size (`tuple[int, int]`, *optional*): Height and width to bring the images to, as training does. Their own, by
-            default, which must then be one.
+            images; `"digits"` or `"photographs"`; or a dataset on the Hub. Folders and datasets may end in a part:
+            `":train"` and `":held_out"` are what training uses by default, any other is a split of the dataset.
+            Without one it is a whole folder, or a dataset's split "train".
+        size (`tuple[int, int]`, *optional*): Height and width to resize the images to, as in training. By default their
+            own, which must then be the same for all.
 
     Returns:
-        [`ImageSet`]: Gray if all of its images are. Its `notes` say what was done to them.
+        [`ImageSet`]: Gray if all of its images are. Its `notes` say how they were changed.
 
     Raises:
         `ValueError`: If there are no such images, or they differ in size and none is given.
@@ -217,12 +217,12 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
     if spec.endswith(".npz"):
         return _open_samples(spec, size)
     source, _, part = spec.rpartition(":") if ":" in spec and not Path(spec).exists() else (spec, "", "")
-    if "/" in part or "@" in part:  # the rest of an address, which has a colon of its own
+    if "/" in part or "@" in part:  # the rest of a URL, which has a colon of its own
         source, part = spec, ""
     arguments: dict[str, Any] = {"resolution": None if size is None else list(size)}
     if source in BUILT_IN or not Path(source).is_dir():
         if Path(source).is_file() and not source.endswith(".parquet"):
-            raise ValueError(f"{source} is no set of images; give a .npz or .parquet file of samples, or a folder.")
+            raise ValueError(f"{source} is not a set of images; give a .npz or .parquet file of samples, or a folder.")
         arguments["dataset_name"] = source
     else:
         arguments["train_data_dir"] = source
@@ -238,14 +238,14 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
     train, held_out = load_labelled_images(DataArguments(**arguments), seed=0, require_labels=False)
     images = held_out if part == HELD_OUT and not is_folder else train
     if images is None:
-        raise ValueError(f"Nothing of {train.name} is held out; give other images.")
+        raise ValueError(f"{train.name} has no held-out images; give other images.")
     sizes, images.image_channels = _look(images)
     spec = without_credentials(spec)
     if size is None and len(sizes) > 1:
         (first, one), (second, other) = list(sizes.items())[:2]
         raise ValueError(
             f"The images of {printable(spec)} differ in size: {one} has {first[0]}x{first[1]} pixels and {other} "
-            f"{second[0]}x{second[1]}; bring them to one size first."
+            f"{second[0]}x{second[1]}; resize them to one size first."
         )
     images.resolution = size or next(iter(sizes))
     loaded = LoadedImages(images, printable(spec))
@@ -255,7 +255,7 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
 
 
 def has_images(path: str) -> bool:
-    """Whether a `.npz` file holds images, and not statistics alone."""
+    """Whether a `.npz` file holds images, and not only statistics."""
     if not zipfile.is_zipfile(path):
         return True
     with open_npz(path) as file:
@@ -284,7 +284,7 @@ def _open_samples(path: str, size: tuple[int, int] | None) -> ArrayImages:
 
 
 def _look(images: LabelledImages) -> tuple[dict[tuple[int, int], str], int]:
-    """Heights and widths, each with a file that has them, and channels, from the headers of the files alone."""
+    """The sizes in the set, each with the name of one such file, and the channels, from the files' headers."""
     sizes: dict[tuple[int, int], str] = {}
     channels = 1
     for index, row in enumerate(images.rows.tolist()):
@@ -296,7 +296,7 @@ def _look(images: LabelledImages) -> tuple[dict[tuple[int, int], str], int]:
                 with open_record(record) as picture:
                     size, mode = upright_size(picture), picture.mode
         except BAD_IMAGE_ERRORS:
-            continue  # is named when its pixels are wanted
+            continue  # reported when its pixels are read
         sizes.setdefault(size, images.file_name(index))
         channels = channels if mode in ("1", "L", "LA", "F") or mode.startswith("I") else 3
     if not sizes:
@@ -305,12 +305,12 @@ def _look(images: LabelledImages) -> tuple[dict[tuple[int, int], str], int]:
 
 
 def _resized(name: str, found: list[tuple[int, int]], size: tuple[int, int]) -> str:
-    """What bringing images of the sizes found to another does to them, as a sentence."""
+    """A sentence on the effect of resizing images of the sizes found."""
     smallest, largest = min(found, key=math.prod), max(found, key=math.prod)
     span = f"{smallest[0]}x{smallest[1]}" + ("" if smallest == largest else f" to {largest[0]}x{largest[1]}")
-    blown_up = smallest[0] < size[0] or smallest[1] < size[1]
+    upscaled = smallest[0] < size[0] or smallest[1] < size[1]
     return (
-        f"{name} has images of {span} pixels; they are brought to {size[0]}x{size[1]} as in training, "
-        + ("which blows small ones up, and tells in the numbers" if blown_up else "shrunk and cropped at the centre")
+        f"{name} has images of {span} pixels; they are resized to {size[0]}x{size[1]} as in training, "
+        + ("which upscales small ones and affects the metrics" if upscaled else "shrunk and cropped at the centre")
         + "."
     )

@@ -1,1 +1,1 @@
-"""Metrics as formulas on arrays and moments, after their papers. No files and no models."""
+"""Metrics as pure functions of arrays and moments, as in their papers. No files and no models."""

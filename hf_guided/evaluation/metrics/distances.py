@@ -1,7 +1,7 @@
 """Distances between sets of features, and the Inception Score: pure functions in float64, without global randomness.
 
-Features are arrays or tensors of shape `(samples, dim)` from any one network; a number means something only together
-with the name of that network ("FID" unqualified means Inception's `pool_3`).
+Features are arrays or tensors of shape `(samples, dim)` from one network. A distance has a meaning only together with
+the name of that network ("FID" alone means Inception's `pool_3`).
 """
 
 from statistics import NormalDist
@@ -20,7 +20,7 @@ def frechet_distance(a: Features | FeatureStatistics, b: Features | FeatureStati
     Args:
         a (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`, or [`FeatureStatistics`]): Features of one set, at least
             2 samples, or their statistics.
-        b (`np.ndarray` or `torch.Tensor` of shape `(m, dim)`, or [`FeatureStatistics`]): The same of the other set.
+        b (`np.ndarray` or `torch.Tensor` of shape `(m, dim)`, or [`FeatureStatistics`]): The same for the other set.
 
     Returns:
         `float`: The distance, in squared units of the features; symmetric in its arguments, 0 for equal sets.
@@ -50,30 +50,30 @@ def frechet_interval(
     Two halves are independent sets of n / 2 samples, so \\((d_1 - d_2)^2 / 2\\) of their distances is an unbiased
     estimate of the variance at n / 2. Its mean over random splits, halved, is the variance at n, in a normal interval
     around the distance itself. (Samples drawn with replacement, as in a bootstrap, add their own noise to that of the
-    covariance: of Gaussian features its standard deviation came out up to 4 times too large.)
+    covariance: for Gaussian features they give standard deviations up to 4 times too large.)
 
-    The interval covers what other samples of the same model, as many, would give: two models whose intervals are apart
-    differ. It is up to sqrt(2) too wide in theory where the two distributions are equal, as the distance's spread then
-    falls with 1 / n. It does not cover the bias of few samples, which raises the distance at any number and falls with
-    it, nor the choice of the reference, which is taken as given.
+    The interval covers the distances of other sample sets of this size from the same model: two models whose intervals
+    do not overlap differ. It is up to sqrt(2) too wide in theory if the two distributions are equal, since the spread
+    of the distance then falls with 1 / n. It covers neither the bias of few samples, which raises the distance and
+    falls with their number, nor the choice of the reference.
 
     Args:
         generated (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of generated samples, at least 4.
         reference (`np.ndarray` or `torch.Tensor` of shape `(m, dim)`, or [`FeatureStatistics`]): Features of real
             samples, at least 2, or their statistics.
-        strata (`np.ndarray` of shape `(n,)`, *optional*): The class of each generated sample, where it was given how
-            many there are of each and not drawn: then each half gets half of each class.
-        num_splits (`int`, defaults to 40): Random splits; with them the width of the interval is uncertain by about a
-            tenth of itself, with 10 by a quarter.
+        strata (`np.ndarray` of shape `(n,)`, *optional*): The class of each generated sample, if the classes are
+            balanced and not drawn at random: then each half gets half of each class.
+        num_splits (`int`, defaults to 40): Random splits. With 40 the width of the interval is uncertain by about a
+            tenth, with 10 by a quarter.
         seed (`int`, defaults to 0): Seed of the splits. The global generators are neither used nor changed.
-        confidence (`float`, defaults to 0.95): The share of such intervals that hold the expected distance.
+        confidence (`float`, defaults to 0.95): The fraction of such intervals that contain the expected distance.
 
     Returns:
         `tuple[float, float]`: The lower end, not below 0, and the upper end.
 
     Raises:
-        `ValueError`: As [`frechet_distance`], or if there are fewer than 4 samples or no splits, `confidence` is no
-        share, or `strata` are of another number of samples.
+        `ValueError`: As [`frechet_distance`], or if there are fewer than 4 samples or no splits, `confidence` is not
+        between 0 and 1, or `strata` has another number of samples.
     """
     if num_splits < 1 or not 0 < confidence < 1:
         raise ValueError(f"Needs num_splits >= 1 and a confidence between 0 and 1, got {num_splits} and {confidence}.")
@@ -86,13 +86,13 @@ def frechet_interval(
     _check_width(a, b)
     x -= a.mean
     difference = a.mean - b.mean
-    # With B = F F^T of the reference, once for all splits, F^T A F is the covariance of the samples times F.
+    # With B = F F^T the reference's covariance, factored once, F^T A F is the covariance of the projected samples x F.
     factor = _factor(b.covariance)
     projected = x @ factor
     squared_norms, gram = np.square(x).sum(axis=1), projected.T @ projected
 
     def distance_of_part(count: int, total: np.ndarray, squares: float, part_gram: np.ndarray) -> float:
-        """Less the trace of B, which is the same for all, from sums over samples that are centred as x is."""
+        """The distance without the trace of B, which all parts share, from sums over samples that are centred as x."""
         shift = total / count
         moved, projected_shift = difference + shift, shift @ factor
         product = (part_gram - count * np.outer(projected_shift, projected_shift)) / (count - 1)
@@ -121,17 +121,18 @@ def kernel_distance(
     r"""Kernel distance (KID; Binkowski et al. 2018, arXiv 1801.01401, section 4): the unbiased estimate of the squared
     maximum mean discrepancy (Gretton et al. 2012, eq. 3) under the kernel \\((x \cdot y / dim + 1)^3\\).
 
-    Sets that fit into one subset are used whole; from larger ones the estimate is averaged over random subsets.
+    Sets that fit into one subset are used completely; for larger ones the estimate is averaged over random subsets.
 
     Args:
         a (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of one set, at least 2 samples.
         b (`np.ndarray` or `torch.Tensor` of shape `(m, dim)`): Features of the other set, at least 2 samples.
-        subset_size (`int`, defaults to 1000): The most samples of each set that one estimate uses.
+        subset_size (`int`, defaults to 1000): Maximal number of samples of each set in one estimate.
         num_subsets (`int`, defaults to 100): Estimates averaged when a set is larger than `subset_size`.
         seed (`int`, defaults to 0): Seed of the subsets. The global generators are neither used nor changed.
 
     Returns:
-        `float`: The estimate, without unit; being unbiased, it scatters around 0 (and below) for equal distributions.
+        `float`: The estimate, without unit. It is unbiased, so that it scatters around 0 (also below) for equal
+            distributions.
     """
     x, y = feature_pair(a, b)
     if subset_size < 2 or num_subsets < 1:
@@ -150,8 +151,8 @@ def kernel_distance(
 def inception_score(probabilities: Features, split_size: int = 5000) -> float:
     r"""Inception Score (Salimans et al. 2016, arXiv 1606.03498, section 4): \\(\exp E_x KL(p(y|x) \| p(y))\\).
 
-    As in the published evaluator: splits are consecutive and unshuffled, a short last one counts like the others.
-    [`InceptionScoreStatistics`] gives the same for probabilities that come in batches.
+    As in the published evaluator, splits are consecutive and unshuffled, and a short last one counts like the others.
+    [`InceptionScoreStatistics`] gives the same for probabilities in batches.
 
     Args:
         probabilities (`np.ndarray` or `torch.Tensor` of shape `(n, classes)`): Class probabilities; rows sum to 1.
@@ -161,7 +162,7 @@ def inception_score(probabilities: Features, split_size: int = 5000) -> float:
         `float`: The score, from 1 to the number of classes, averaged over the splits.
 
     Raises:
-        `ValueError`: If there are fewer than 2 samples, rows that are no probabilities, or no split size.
+        `ValueError`: If there are fewer than 2 samples, rows that are not probabilities, or an invalid split size.
     """
     statistics = InceptionScoreStatistics(split_size)
     statistics.update(feature_matrix(probabilities, "probabilities"), start=0)
@@ -185,7 +186,7 @@ def _factor(covariance: np.ndarray) -> np.ndarray:
     """F with F F^T = covariance."""
     try:
         return np.linalg.cholesky(covariance)
-    except np.linalg.LinAlgError:  # singular, as with fewer samples than features; takes ten times as long
+    except np.linalg.LinAlgError:  # singular, as with fewer samples than features; ten times slower
         eigenvalues, eigenvectors = np.linalg.eigh(covariance)
         return eigenvectors * np.sqrt(eigenvalues.clip(min=0))
 
@@ -203,7 +204,7 @@ def _squared_mmd(a: np.ndarray, b: np.ndarray) -> float:
         gram = x @ y.T
         gram /= x.shape[1]
         gram += 1
-        cube = gram * gram  # numpy multiplies faster than it raises to a power
+        cube = gram * gram  # faster in numpy than a power
         cube *= gram
         return cube
 

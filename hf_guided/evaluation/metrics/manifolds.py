@@ -1,6 +1,6 @@
-"""Which samples lie where the others do: balls around the samples that reach to their nearest neighbours.
+"""Precision, recall, density and coverage, from balls around samples that reach to their nearest neighbours.
 
-All distances between two sets are walked through in blocks, so that memory is bounded for any number of samples.
+Distances between two sets are computed in blocks, so that memory is bounded for any number of samples.
 """
 
 from collections.abc import Iterator
@@ -13,22 +13,22 @@ from tqdm.auto import tqdm
 
 from .moments import Features, feature_pair
 
-# Samples of each set whose distances the published evaluator computes at once. Where float16 overflows, it computes
-# all of these again.
+# Samples of each set whose distances the published evaluator computes at once. If float16 overflows, it recomputes all
+# of them.
 _TILE = 10_000
 # Rows of a tile whose distances are held at once: 40 MB in float32.
 _BLOCK_ROWS = 1024
 
 
 class ManifoldMetrics(NamedTuple):
-    """What [`manifold_metrics`] returns: fidelity twice, diversity twice.
+    """Two metrics of fidelity and two of diversity, from [`manifold_metrics`].
 
     Attributes:
         precision (`float`): The fraction of generated samples inside the reference's manifold.
         recall (`float`): The fraction of reference samples inside the generated manifold.
-        density (`float`): In how many of the reference's balls a generated sample lies, on average, divided by k. It
+        density (`float`): The average number of the reference's balls that contain a generated sample, divided by k. It
             may exceed 1.
-        coverage (`float`): The fraction of reference samples in whose ball a generated sample lies.
+        coverage (`float`): The fraction of reference samples whose ball contains a generated sample.
     """
 
     precision: float
@@ -40,23 +40,23 @@ class ManifoldMetrics(NamedTuple):
 def manifold_metrics(
     generated: Features, reference: Features, k: int = 3, density_k: int = 5, distance_dtype: str = "float32"
 ) -> ManifoldMetrics:
-    """[`precision_recall`] and [`density_coverage`] at once: faster than both, as they need the same distances.
+    """[`precision_recall`] and [`density_coverage`] at once, which is faster, since they share their distances.
 
     Args:
         generated (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of generated samples.
         reference (`np.ndarray` or `torch.Tensor` of shape `(m, dim)`): Features of real samples.
         k (`int`, defaults to 3): The neighbour that sets the radius of precision and recall, not counting the sample
             itself; less than n and m.
-        density_k (`int`, defaults to 5): The one that sets the radius of density and coverage; less than n and m.
-        distance_dtype (`str`, defaults to `"float32"`): In what squared distances are computed, see
+        density_k (`int`, defaults to 5): The neighbour that sets the radius of density and coverage; less than n and m.
+        distance_dtype (`str`, defaults to `"float32"`): The type in which squared distances are computed, see
             [`precision_recall`].
 
     Returns:
         [`ManifoldMetrics`]
 
     Raises:
-        `ValueError`: If features are not finite or differ in width, if a set has too few samples, or if the
-        `distance_dtype` is another one.
+        `ValueError`: If features are not finite or differ in width, if a set has too few samples, or for another
+        `distance_dtype`.
     """
     x, y = feature_pair(generated, reference)
     if min(k, density_k) < 1 or max(k, density_k) >= min(len(x), len(y)):
@@ -67,7 +67,7 @@ def manifold_metrics(
     if distance_dtype not in ("float32", "float16"):
         raise ValueError(f'distance_dtype must be "float32" or "float16", got {distance_dtype!r}.')
     dtype = np.dtype(distance_dtype)
-    # Distances do not feel a common shift, but their rounding does; the published rounding is that without a shift.
+    # Distances do not depend on a common shift, but their rounding does; the published rounding is without a shift.
     center = y.mean(axis=0, dtype=np.float64) if dtype == np.float32 else np.zeros(1, dtype=np.float32)
     neighbours = np.array([k, density_k])
     radius_x, _ = _neighbour_radii(x, neighbours, center, dtype)
@@ -97,19 +97,19 @@ def precision_recall(
     The manifold of a set is the union of balls around its samples, each reaching to the k-th nearest neighbour in the
     set.
 
-    Published values of ADM carry the noise of float16. There the features are rounded to float16, and so is the result
-    of each step of \\(|u|^2 - 2 u \cdot v + |v|^2\\), over 10,000 by 10,000 samples at once; if anything in such
+    Published values of ADM include rounding errors of float16. There the features are rounded to float16, and so is the
+    result of each step of \\(|u|^2 - 2 u \cdot v + |v|^2\\), over 10,000 by 10,000 samples at once; if anything in such
     a tile overflows (a squared norm or distance above 65504), the whole tile is computed again, in float32.
     `distance_dtype="float16"` does the same. Sums are accumulated in float32 and rounded once, whereas TensorFlow's
     rounding within the sum of a squared norm depends on the device, so that single samples at the edge of a ball may
-    still fall otherwise.
+    still differ.
 
     Args:
         generated (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of generated samples, n > k.
         reference (`np.ndarray` or `torch.Tensor` of shape `(m, dim)`): Features of real samples, m > k.
         k (`int`, defaults to 3): The neighbour that sets the radius, not counting the sample itself.
-        distance_dtype (`str`, defaults to `"float32"`): In what squared distances are computed; `"float16"` for
-            numbers to put beside published ones.
+        distance_dtype (`str`, defaults to `"float32"`): The type in which squared distances are computed;
+            `"float16"` for comparisons with published values.
 
     Returns:
         `tuple[float, float]`: Precision, the fraction of generated samples inside the reference manifold (fidelity),
@@ -125,10 +125,10 @@ def precision_recall(
 def density_coverage(generated: Features, reference: Features, k: int = 5) -> tuple[float, float]:
     """Density and coverage (Naeem et al. 2020, arXiv 2002.09797, section 3).
 
-    Both use the balls around real samples alone, without their edges as in the authors' code. An outlier among these
-    has a large ball, which lets in any sample for precision but counts as one of many for density; outliers among the
-    generated samples do not raise coverage, as they raise recall. For equal distributions the expected density is 1,
-    and the expected coverage of as many samples about `1 - 2**-k`.
+    Both use only the balls around real samples, without their edges as in the authors' code. An outlier among these has
+    a large ball, which raises precision but counts as one of many for density. Outliers among the generated samples
+    raise recall but not coverage. For equal distributions the expected density is 1, and the expected coverage of
+    equally many samples about `1 - 2**-k`.
 
     Args:
         generated (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of generated samples, n > k.
@@ -146,11 +146,11 @@ def density_coverage(generated: Features, reference: Features, k: int = 5) -> tu
 
 
 def nearest_distances(a: Features, b: Features) -> tuple[np.ndarray, np.ndarray]:
-    """For each sample of one set, the nearest of another.
+    """For each sample of one set, the distance to the nearest sample of another, and its index.
 
     Args:
-        a (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of the samples that are asked about.
-        b (`np.ndarray` or `torch.Tensor` of shape `(m, dim)`): Features of those among which the nearest is sought.
+        a (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of the query samples.
+        b (`np.ndarray` or `torch.Tensor` of shape `(m, dim)`): Features of the samples to search.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: Euclidean distances, float64 of shape `(n,)`, exactly 0 for an equal sample;
@@ -167,7 +167,9 @@ def nearest_distances(a: Features, b: Features) -> tuple[np.ndarray, np.ndarray]
         closer = found < smallest[rows]
         indices[rows] = np.where(closer, columns.start + nearest, indices[rows])
         smallest[rows] = np.where(closer, found, smallest[rows])
-    for start in range(0, len(x), _BLOCK_ROWS):  # from differences: the expanded square of a small one is mere rounding
+    for start in range(
+        0, len(x), _BLOCK_ROWS
+    ):  # from differences, since the expanded square loses small distances to rounding
         rows = slice(start, start + _BLOCK_ROWS)
         smallest[rows] = np.linalg.norm(x[rows].astype(np.float64) - y[indices[rows]], axis=1)
     return smallest, indices
@@ -175,11 +177,11 @@ def nearest_distances(a: Features, b: Features) -> tuple[np.ndarray, np.ndarray]
 
 def _neighbour_radii(features: np.ndarray, neighbours: np.ndarray, center: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Squared distances of each sample to its k-th nearest neighbours, of shape `(k's, samples)`: index k of the sorted
-    row, whose index 0 is the sample itself."""
+    row; index 0 is the sample itself."""
     count = int(neighbours.max()) + 1
     smallest = np.full((len(features), count), np.inf, dtype=np.float32)
     for rows, _, distances in _squared_distances(features, features, center, dtype):
-        block = torch.from_numpy(distances)  # whose topk takes a fifth of np.partition's time
+        block = torch.from_numpy(distances)  # topk is five times as fast as np.partition
         candidates = block.topk(min(count, block.shape[1]), largest=False).values.numpy()
         smallest[rows] = np.sort(np.concatenate([smallest[rows], candidates], axis=1), axis=1)[:, :count]
     return smallest[:, neighbours].T
@@ -188,9 +190,9 @@ def _neighbour_radii(features: np.ndarray, neighbours: np.ndarray, center: np.nd
 def _squared_distances(
     a: np.ndarray, b: np.ndarray, center: np.ndarray, dtype: np.dtype
 ) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """Yields all squared distances in blocks: which rows of `a`, which of `b`, and their distances, float32 or wider.
+    """Yields all squared distances in blocks: rows of `a`, rows of `b`, and their distances, float32 or wider.
 
-    `center` is subtracted first. What float16 cannot hold is computed in float32, a whole tile at once, as published.
+    `center` is subtracted first. A tile that overflows float16 is computed in float32, as published.
     """
     with tqdm(total=len(a) * len(b), desc="distances", unit="pair", unit_scale=True, delay=5, leave=False) as progress:
         for top, left in product(range(0, len(a), _TILE), range(0, len(b), _TILE)):
@@ -210,9 +212,9 @@ def _squared_distances(
 
 def _tile_distances(u: np.ndarray, v: np.ndarray, center: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
     """Yields blocks of rows of |u|^2 - 2 u.v + |v|^2, clipped at 0, where the result of each step is of `dtype`."""
-    with np.errstate(over="ignore", invalid="ignore"):  # of float16
+    with np.errstate(over="ignore", invalid="ignore"):  # float16 may overflow
         u, v = (u - center).astype(dtype), (v - center).astype(dtype)
-        wide = np.result_type(dtype, np.float32)  # sums are accumulated in no less
+        wide = np.result_type(dtype, np.float32)  # the type of sums
         norm_u, norm_v = (np.square(w).sum(axis=1, dtype=wide).astype(dtype) for w in (u, v))
         u, v = u.astype(wide, copy=False), v.astype(wide, copy=False)
     for start in range(0, len(u), _BLOCK_ROWS):

@@ -1,21 +1,21 @@
-"""Statistics of sets too large to hold: collected batch by batch in constant memory, and merged over processes."""
+"""Statistics of features and probabilities, collected batch by batch in constant memory and merged over processes."""
 
 import numpy as np
 import torch
 
 Features = np.ndarray | torch.Tensor
 
-# Rows whose covariance is computed at once: as much memory as the covariance of 4096 features, and the batch size of
-# those who collect does not change a bit of the result.
+# Rows whose covariance is computed at once, so that the result does not depend on the batch size. They take as much
+# memory as the covariance of 4096 features.
 _ROWS = 4096
 
 
 class FeatureStatistics:
-    """Mean and covariance of features, in float64 whatever they come in; what [`frechet_distance`] compares.
+    """Mean and covariance of features in float64, the inputs of [`frechet_distance`].
 
-    Blocks are centred before they are squared, and joined by the formula of Chan, Golub and LeVeque (1979, "Updating
-    formulae and a pairwise algorithm for computing sample variances", eq. 2.1), so that a mean far from 0 costs no
-    digits.
+    Blocks are centred before they are squared, and merged by the formula of Chan, Golub and LeVeque (1979, "Updating
+    formulae and a pairwise algorithm for computing sample variances", eq. 2.1), so that a mean far from 0 loses no
+    precision.
 
     ```python
     statistics = FeatureStatistics()
@@ -39,7 +39,7 @@ class FeatureStatistics:
         Args:
             mean (`np.ndarray` of shape `(dim,)`): Mean of the features.
             covariance (`np.ndarray` of shape `(dim, dim)`): Their covariance, with n - 1.
-            num_samples (`int`, *optional*): How many there were. Without it nothing can be added to them.
+            num_samples (`int`, *optional*): Number of samples. Without it no samples can be added.
 
         Returns:
             [`FeatureStatistics`]
@@ -63,7 +63,7 @@ class FeatureStatistics:
 
     @property
     def num_samples(self) -> int | None:
-        """How many samples there are; `None` if the moments came without it."""
+        """Number of samples; `None` if unknown."""
         return None if self._num_folded is None else self._num_folded + sum(map(len, self._pending))
 
     @property
@@ -82,10 +82,10 @@ class FeatureStatistics:
         """Adds samples.
 
         Args:
-            features (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Their features, at least 1 sample.
+            features (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of at least 1 sample.
 
         Raises:
-            `ValueError`: If they are not finite, or of another width than those before.
+            `ValueError`: If they are not finite, or have another width than earlier ones.
         """
         rows = feature_matrix(features, at_least=1)
         self._prepare(rows.shape[1])
@@ -96,13 +96,13 @@ class FeatureStatistics:
                 self._fold()
 
     def merge(self, other: "FeatureStatistics") -> None:
-        """Adds what another has collected, which may be nothing and is left as it was.
+        """Adds the samples of another instance, which is not changed and may be empty.
 
         Args:
-            other ([`FeatureStatistics`]): Of other samples, such as those of another process.
+            other ([`FeatureStatistics`]): Statistics of other samples, such as another process's.
 
         Raises:
-            `ValueError`: If it is of another width, or if one of the two does not know its number of samples.
+            `ValueError`: If it has another width, or if one of the two has an unknown number of samples.
         """
         if other.num_samples == 0:
             return
@@ -115,7 +115,7 @@ class FeatureStatistics:
 
     def _prepare(self, width: int) -> None:
         if self.num_samples is None:
-            raise ValueError("Nothing can be added to statistics whose num_samples is unknown.")
+            raise ValueError("Samples cannot be added to statistics whose num_samples is unknown.")
         if self.num_samples == 0:
             self._mean, self._covariance = np.zeros(width), np.zeros((width, width))
         if width != self._mean.size:
@@ -130,7 +130,7 @@ class FeatureStatistics:
             self._join(len(rows), mean, rows.T @ rows)
 
     def _join(self, num_samples: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        """Adds samples whose centred squares sum up to `scatter`, which is overwritten."""
+        """Adds samples with the given mean and scatter matrix, which is overwritten."""
         before = self._num_folded or 0
         total = before + num_samples
         difference = mean - self._mean
@@ -149,10 +149,11 @@ class FeatureStatistics:
 
 
 class InceptionScoreStatistics:
-    r"""What the Inception Score (Salimans et al. 2016, arXiv 1606.03498, section 4) needs of each image's class
-    probabilities, as the published evaluator splits them: by the image's index, consecutive and unshuffled.
+    r"""Sums of class probabilities for the Inception Score (Salimans et al. 2016, arXiv 1606.03498, section 4).
 
-    Of each split it keeps the sums of \\(p\\) and of \\(p \log p\\), since
+    Splits are those of the published evaluator: by the image's index, consecutive and unshuffled.
+
+    For each split it keeps the sums of \\(p\\) and of \\(p \log p\\), since
     \\(E_x KL(p(y|x) \| p(y)) = E_x \sum_y p \log p - \sum_y E_x[p] \log E_x[p]\\). Batches may come in any order.
 
     Args:
@@ -175,12 +176,12 @@ class InceptionScoreStatistics:
             start (`int`): Index of the first of them in the whole set.
 
         Raises:
-            `ValueError`: If they are no probabilities, of another number of classes, or add images twice.
+            `ValueError`: If they are not probabilities, have another number of classes, or add images twice.
         """
         p = feature_matrix(probabilities, "probabilities", at_least=1).astype(np.float64)
         if (p < 0).any() or not np.allclose(p.sum(axis=1), 1, rtol=0, atol=1e-3):
             raise ValueError("Each row of probabilities must be non-negative and sum to 1; apply the softmax first.")
-        # Where p is 0, p log p is 0: the logarithm of 1 says so without warnings.
+        # p log p is 0 where p is 0: log 1 gives that without warnings.
         negative_entropies = (p * np.log(np.where(p > 0, p, 1))).sum(axis=1)
         splits = np.arange(start, start + len(p)) // self.split_size
         for split in np.unique(splits).tolist():
@@ -188,13 +189,13 @@ class InceptionScoreStatistics:
             self._add(split, int(rows.sum()), p[rows].sum(axis=0), float(negative_entropies[rows].sum()))
 
     def merge(self, other: "InceptionScoreStatistics") -> None:
-        """Adds what another has collected, of other images of the same set; it is left as it was.
+        """Adds other images of the same set from another instance, which is not changed.
 
         Args:
-            other ([`InceptionScoreStatistics`]): Such as that of another process.
+            other ([`InceptionScoreStatistics`]): Such as another process's.
 
         Raises:
-            `ValueError`: If it splits otherwise, has another number of classes, or adds images twice.
+            `ValueError`: If it has another split size or number of classes, or adds images twice.
         """
         if other.split_size != self.split_size:
             raise ValueError(f"Both must have one split_size, got {self.split_size} and {other.split_size}.")
@@ -203,7 +204,7 @@ class InceptionScoreStatistics:
 
     @property
     def score(self) -> float:
-        """The Inception Score: the plain mean over the splits, where a short last one counts like the others.
+        """The Inception Score: the mean over the splits, where a short last one counts like the others.
 
         Raises:
             `ValueError`: If images are missing.
@@ -229,7 +230,7 @@ class InceptionScoreStatistics:
         known = next(iter(self._probabilities.values()), probabilities)
         if known.size != probabilities.size:
             raise ValueError(
-                f"All probabilities must be of as many classes, got {known.size} and {probabilities.size}."
+                f"All probabilities must have the same number of classes, got {known.size} and {probabilities.size}."
             )
         self._counts[split] = self._counts.get(split, 0) + count
         if self._counts[split] > self.split_size:
@@ -240,12 +241,12 @@ class InceptionScoreStatistics:
 
 
 def feature_matrix(values: Features, name: str = "features", at_least: int = 2) -> np.ndarray:
-    """Checked `(samples, columns)` values as an array on the CPU, float32 or float64 as they came.
+    """Validated `(samples, columns)` values as an array on the CPU, float32 or float64.
 
     Args:
         values (`np.ndarray` or `torch.Tensor`): The values; integers become float64, shorter floats float32.
-        name (`str`, defaults to `"features"`): What an error calls them.
-        at_least (`int`, defaults to 2): The fewest samples.
+        name (`str`, defaults to `"features"`): Their name in errors.
+        at_least (`int`, defaults to 2): The least number of samples.
 
     Returns:
         `np.ndarray` of shape `(samples, columns)`
@@ -269,7 +270,7 @@ def feature_matrix(values: Features, name: str = "features", at_least: int = 2) 
 
 
 def feature_pair(a: Features, b: Features, at_least: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Two sets of features, checked as [`feature_matrix`] does, of one width."""
+    """Two sets of features of the same width, validated as by [`feature_matrix`]."""
     x, y = feature_matrix(a, at_least=at_least), feature_matrix(b, at_least=at_least)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"Both sets must have features of one width, got {x.shape[1]} and {y.shape[1]}.")

@@ -1,4 +1,4 @@
-"""Every metric that is reported, each declared once: evaluation, comparison, cards, plots and training read it here.
+"""The table of all reported metrics, which evaluation, comparison, cards, plots and training read.
 
 To add one, write its formula in this room and declare it here.
 """
@@ -14,18 +14,18 @@ import numpy as np
 from .distances import frechet_distance, kernel_distance
 from .manifolds import ManifoldMetrics, manifold_metrics
 
-K, DENSITY_K = 3, 5  # neighbours, as published, of precision and recall and of density and coverage
+K, DENSITY_K = 3, 5  # published neighbours: of precision and recall, and of density and coverage
 
 
 @dataclass
 class Compared:
-    """What metrics are computed from: the features of samples and of real images, by one extractor.
+    """The inputs of metrics: the features of samples and of real images, by one extractor.
 
     Attributes:
-        generated, reference ([`FeatureSet`]): Of the samples, and of real images.
-        labels (`np.ndarray` of shape `(n,)`, *optional*): The class id, among the extractor's classes, that each sample
-            was asked to show.
-        distance_dtype (`str`): Of the distances between features, see [`precision_recall`].
+        generated, reference ([`FeatureSet`]): Features of the samples, and of real images.
+        labels (`np.ndarray` of shape `(n,)`, *optional*): The class that each sample was conditioned on, as an id among
+            the extractor's classes.
+        distance_dtype (`str`): Precision of the distances between features, see [`precision_recall`].
     """
 
     generated: Any
@@ -41,16 +41,16 @@ class Compared:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that samples are judged by.
+    """A metric of samples.
 
     Attributes:
-        name (`str`): In reports, where `/` and the name of the features follow it.
-        title (`str`): In tables and plots.
-        format (`Callable[[float], str]`): Its digits.
-        higher_is_better (`bool`): Its direction.
-        needs (`tuple[str, ...]`): What of [`Compared`] must be there for it, by dotted names.
-        compute (`Callable`, *optional*): Computes it from [`Compared`]; none if something else measures it.
-        note (`str`): What a reader of a model card must know of it, a sentence.
+        name (`str`): Its key in reports, before `/` and the name of the features.
+        title (`str`): Its title in tables and plots.
+        format (`Callable[[float], str]`): Formats its value.
+        higher_is_better (`bool`): Whether higher values are better.
+        needs (`tuple[str, ...]`): Attributes of [`Compared`] that it needs, by dotted names.
+        compute (`Callable`, *optional*): Computes it from [`Compared`]; `None` if it is measured elsewhere.
+        note (`str`): Its explanation on model cards, a sentence.
     """
 
     name: str
@@ -72,12 +72,12 @@ def significant(value: float) -> str:
 
 
 def share(value: float) -> str:
-    """Of 1."""
+    """A fraction of 1, with three decimals."""
     return f"{value:.3f}"
 
 
 def percent(value: float) -> str:
-    """A share in per cent."""
+    """A fraction in per cent."""
     return f"{100 * value:.1f} %"
 
 
@@ -134,14 +134,14 @@ METRICS: dict[str, Metric] = {
             higher_is_better=True,
             needs=("labels", "generated.predictions"),
             compute=lambda compared: float((compared.generated.predictions == compared.labels).mean()),
-            note="Accuracy is the share of samples in which an independent classifier, not the one that guides, sees "
-            "the class that was asked for.",
+            note="Accuracy is the fraction of samples that an independent evaluation classifier, not the one that "
+            "guides, assigns to the class they were conditioned on.",
         ),
         Metric(
             "copied_share",
             "copied",
             percent,
-            note="Copied is the share of samples nearer to a training image than all but 1 % of held-out images are.",
+            note="Copied is the fraction of samples closer to a training image than all but 1 % of held-out images.",
         ),
         Metric("bits_per_dim", "bits/dim", lambda value: f"{value:.2f}"),
     )
