@@ -1,4 +1,4 @@
-"""The page of `hf-guided demo`: what it shows, and which requests it computes. It only calls the rooms before it."""
+"""The demo of `hf-guided demo`: the Gradio page, and limits on its requests. It only calls the rooms before it."""
 
 from .page import build_demo, launch_demo
 

@@ -41,25 +41,25 @@ from starlette.middleware import Middleware
 
 from .gate import NOT_WAITED_FOR, QUEUE, Gate, watch
 
-MAX_IMAGES, MAX_PIXELS = 16, 2**20  # at once, and of all of them together
-MAX_VALUES = 6  # of a trade-off setting, side by side
+MAX_IMAGES, MAX_PIXELS = 16, 2**20  # images at once, and their pixels in total
+MAX_VALUES = 6  # values of a trade-off to compare
 MAX_SCALE, MAX_TEMPERATURE, MIN_TRUNCATION, MAX_TRUNCATION = 30, 2, 0.1, 4
 MAX_SEED = 2**31 - 1
 MAX_WAITING = 64  # requests in the queue
 FEWEST_STEPS = 2
-_PREVIEWS = 12  # of a walk that are shown whatever its speed; of a slow one also those in between
-_SECONDS_SHOWN, _SECONDS_BETWEEN = 0.06, 0.3  # a preview at least; previews in between at most so often
+_PREVIEWS = 12  # shown of a denoising loop of any speed; slow ones show more
+_SECONDS_SHOWN, _SECONDS_BETWEEN = 0.06, 0.3  # time of a preview on screen at least; time between further ones
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A way to take the noise away.
+    """A solver of the reverse process, with its limits.
 
     Args:
-        name (`str`): What it is called on the page.
-        make (`Callable`): Its scheduler, for the diffusion of another; `None` copies that one.
-        max_steps (`int`): More gain nothing.
-        even_stride (`bool`): Its timesteps lie a whole number apart from 0 on, as published for DDIM.
+        name (`str`): Its name on the page.
+        make (`Callable`): Gives its scheduler, with the noise schedule of another scheduler.
+        max_steps (`int`): The most steps that are useful.
+        even_stride (`bool`): Whether its timesteps have a constant integer stride from 0, as published for DDIM.
     """
 
     name: str
@@ -97,7 +97,7 @@ THEIR_SOLVERS = (
 
 
 def solvers_of(pipe: ClassifierGuidedPipeline) -> list[Solver]:
-    """The solvers that a pipeline can be sampled with, its own first."""
+    """The solvers that work with a pipeline, its own first."""
     scheduler = pipe.scheduler
     if isinstance(scheduler, ADMScheduler):
         own = OUR_SOLVERS[scheduler.config.algorithm_type, scheduler.config.solver_order]
@@ -118,16 +118,16 @@ def solvers_of(pipe: ClassifierGuidedPipeline) -> list[Solver]:
 
 @dataclass(frozen=True)
 class TradeOff:
-    """What trades the variety of samples for how typical of their class they are.
+    """A parameter that trades variety for fidelity.
 
     Args:
-        name (`str`): What it is called; the first word is what it dials, the last one what its values are.
-        neutral (`float`), neutral_is (`str`): The value that changes nothing, and what it is.
+        name (`str`): Its name; the first word is its topic, the last one names its values.
+        neutral (`float`), neutral_is (`str`): The value that has no effect, and its description.
         low (`float`), high (`float`): Its bounds.
-        start (`float`): Where it stands at first.
-        usual (`str`): Values to compare.
-        effect (`str`): What it does, in a sentence.
-        arguments (`Callable`): Those of the pipeline's call for a value.
+        start (`float`): Its initial value.
+        usual (`str`): Default values of a comparison.
+        effect (`str`): Its effect, in a sentence.
+        arguments (`Callable`): Gives the arguments of the pipeline's call for a value.
     """
 
     name: str
@@ -149,27 +149,27 @@ class TradeOff:
         return self.name.split()[-1]
 
     def value_of(self, value: Any) -> float:
-        """A value of it.
+        """A valid value.
 
         Raises:
-            `ValueError`: If it is none; the bounds are named.
+            `ValueError`: If it is out of bounds; the bounds are named.
         """
         return number(f"The {self.name}", value, self.low, self.high)
 
     def values_of(self, text: Any) -> list[float]:
-        """Values of a text such as `"0, 1, 3"`, in its order.
+        """The values in a text such as `"0, 1, 3"`, in their order.
 
         Raises:
-            `ValueError`: If they are none, or too many.
+            `ValueError`: If they are invalid or too many.
         """
         parts = text.split(",") if isinstance(text, str) else []
         if not 1 <= len(parts) <= MAX_VALUES:
-            raise ValueError(f"Give 1 to {MAX_VALUES} {self.noun}s with commas between them, such as {self.usual}.")
+            raise ValueError(f"Give 1 to {MAX_VALUES} {self.noun}s separated by commas, such as {self.usual}.")
         return [number(f"A {self.noun}", _float(part), self.low, self.high) for part in parts]
 
 
 def guidance_trade_off(pipe: ClassConditionalPipeline, guidance: Guidance) -> TradeOff:
-    """The scale of the one guidance that a pipeline is sampled with."""
+    """The guidance scale of a pipeline as its trade-off."""
     scale = getattr(guidance, "scale", 1.0)
     return TradeOff(
         name="guidance scale",
@@ -179,13 +179,13 @@ def guidance_trade_off(pipe: ClassConditionalPipeline, guidance: Guidance) -> Tr
         high=MAX_SCALE,
         start=scale if isinstance(scale, int | float) else 1.0,
         usual="0, 1, 3, 10" if guidance.neutral_scale == 0 else "1, 1.5, 3, 7",
-        effect="The larger it is, the more surely pictures show their class, and the more they look alike.",
+        effect="A larger scale gives images that are more typical of their class and less varied.",
         arguments=lambda value: guidance_at(pipe, value),
     )
 
 
-_LOWER = "The lower it is, the more typical of their class pictures are, and the more they look alike."
-# By the argument of a pipeline's call, those of what makes images of latents at once.
+_LOWER = "Lower values give images that are more typical of their class and less varied."
+# Trade-offs of pipelines that map latents to images in one step, by the argument of the pipeline's call.
 LATENTS_DIALS = {
     "temperature": TradeOff(
         name="temperature",
@@ -213,28 +213,28 @@ LATENTS_DIALS = {
 
 
 class Session:
-    """A pipeline that several people sample from, one after the other, and a judge. Nothing of the pipeline changes.
+    """A pipeline that visitors of the demo sample from, one request at a time, and an evaluation classifier.
 
     Args:
         pipe ([`ClassifierGuidedPipeline`], [`VAEPipeline`], [`GANPipeline`] or [`FlowPipeline`]): Makes the images.
-        judge ([`~hf_guided.evaluation.features.FeatureExtractor`], *optional*): A classifier that does not guide.
+        judge ([`~hf_guided.evaluation.features.FeatureExtractor`], *optional*): The evaluation
+            classifier; not the one that guides.
 
     Attributes:
-        solvers (`dict[str, Solver]`): By name, how noise can be taken away; none where pictures are made at once.
-        trade_off ([`TradeOff`], *optional*): The setting that trades variety for fidelity, if there is one.
+        solvers (`dict[str, Solver]`): The solvers by name; empty for pipelines that sample in one
+            step.
+        trade_off ([`TradeOff`], *optional*): The parameter that trades variety for fidelity.
 
     Raises:
-        `ValueError`: For a pipeline that upsamples or whose images are no pictures, and a judge that guides or does not
-            know its classes.
+        `ValueError`: For a pipeline that upsamples or whose images do not have 1 or 3 channels, and for an evaluation
+            classifier that guides or lacks classes of the pipeline.
     """
 
     def __init__(self, pipe: ClassConditionalPipeline, judge: FeatureExtractor | None = None):
         if pipe.main_config.get("low_res_channels") is not None:
-            raise ValueError(
-                "This pipeline makes large pictures of small ones, and needs some to begin with; use hf-guided upscale."
-            )
+            raise ValueError("This pipeline upsamples images, which the demo does not support; use hf-guided upscale.")
         if pipe.image_channels not in (1, 3):
-            raise ValueError(f"Images of {pipe.image_channels} channels are no pictures to show.")
+            raise ValueError(f"Images of {pipe.image_channels} channels cannot be shown; the demo supports 1 or 3.")
         self.pipe: Any = pipe
         self.judge = judge
         is_diffusion = isinstance(pipe, ClassifierGuidedPipeline)
@@ -249,7 +249,7 @@ class Session:
         self._computing = threading.Lock()
 
     def _one_guidance(self) -> Any:
-        """The guidance whose scale can be set: the one kind that is saved, or the classifier's; `None` without one."""
+        """The guidance with an adjustable scale: the one saved kind, or the classifier's; `None` without one."""
         saved = self.pipe.default("guidance", None)
         if saved is None:
             scale = self.pipe.default("guidance_scale", 1.0)
@@ -270,23 +270,25 @@ class Session:
             self.pipe.check_inputs(labels, [guidance], condition_unet, "latent", [])
         except ValueError:
             return False
-        tells = self.pipe.unet.config.num_class_embeds is not None
-        return condition_unet or tells
+        is_conditional = self.pipe.unet.config.num_class_embeds is not None
+        return condition_unet or is_conditional
 
     def _judged_classes(self, judge: FeatureExtractor) -> Any:
-        """The judge's id of each class."""
+        """The evaluation classifier's id of each class."""
         check_independent(self.pipe, judge)
         if not self.label_of:
-            raise ValueError(f"This pipeline has no classes, so {judge.name} has nothing to judge; leave it out.")
+            raise ValueError(
+                f"This pipeline has no classes, so that {judge.name} cannot evaluate it; leave out --judge."
+            )
         notes: list[str] = []
         judged = judged_labels(SampledImages(self.pipe, torch.arange(len(self.label_of))), judge, notes)
         if judged is None:
             reason = notes[0] if notes else "it has no classes with names"
-            raise ValueError(f"{judge.name} cannot judge this pipeline's samples: {reason}")
+            raise ValueError(f"{judge.name} cannot evaluate this pipeline's samples: {reason}")
         return judged
 
     def default_steps(self, solver: Solver) -> int:
-        """The saved number of steps of the pipeline's own solver, or what is usual."""
+        """The default number of steps: for the pipeline's own solver the saved one."""
         usual = FEW_STEPS if solver.max_steps <= 100 else 100
         saved = self.pipe.default("num_inference_steps", usual) if solver.name == next(iter(self.solvers)) else usual
         return min(saved, self.max_steps(solver))
@@ -303,27 +305,27 @@ class Session:
         steps: Any = None,
         condition_unet: Any = None,
     ) -> "SampleRequest":
-        """What a browser, or anyone, asks for; checked, for it may be anything.
+        """A validated request from untrusted input.
 
-        The last three say how noise is taken away, where it is.
+        The last three arguments are only used by diffusion models.
 
         Raises:
-            `ValueError`: If it cannot be had, with what can be.
+            `ValueError`: If a value is not supported; the supported ones are named.
         """
         name = composed(name) if isinstance(name, str) else name
         if self.label_of and not (isinstance(name, str) and name in self.label_of):
-            raise ValueError(f"There is no class {_brief(name)}; choose one of the list.")
+            raise ValueError(f"There is no class {_brief(name)}; choose one from the list.")
         wanted: dict[str, Any] = {
             "label": self.label_of[name] if self.label_of else None,
-            "name": name if self.label_of else "picture",
-            "num_images": whole_number("The number of pictures", num_images, 1, self.max_images),
+            "name": name if self.label_of else "image",
+            "num_images": whole_number("The number of images", num_images, 1, self.max_images),
             "seed": whole_number("The seed", seed, 0, MAX_SEED),
         }
         if not self.solvers:
             return SampleRequest(**wanted)
         solver = self.solver_of(solver_name)
         if not isinstance(condition_unet, bool):
-            raise ValueError(f"Whether the UNet is told the class is yes or no, not {_brief(condition_unet)}.")
+            raise ValueError(f"Whether the UNet is class-conditional is true or false, not {_brief(condition_unet)}.")
         return SampleRequest(
             **wanted,
             solver=solver,
@@ -332,21 +334,21 @@ class Session:
         )
 
     def solver_of(self, name: Any) -> Solver:
-        """The solver of a name.
+        """The solver with a name.
 
         Raises:
             `ValueError`: If there is none; all names are listed.
         """
         if not isinstance(name, str) or name not in self.solvers:
-            raise ValueError(f"There is no solver {_brief(name)}; take one of {', '.join(self.solvers)}.")
+            raise ValueError(f"There is no solver {_brief(name)}; choose one of {', '.join(self.solvers)}.")
         return self.solvers[name]
 
     def sample(
         self, request: "SampleRequest", value: float | None, is_wanted: Callable[[], bool] = lambda: True
     ) -> Iterator["Preview"]:
-        """Samples, with previews of the clean images that a UNet predicts; the last preview is the samples.
+        """Previews of the clean images that a UNet predicts; the last one holds the samples.
 
-        Sampling stops at its next step if the iterator is closed.
+        Sampling stops at the next step if the iterator is closed.
 
         Raises:
             `StoppedError`: If the samples are no longer wanted, at the next step.
@@ -360,7 +362,7 @@ class Session:
 
         def compute() -> None:
             try:
-                with self._computing:  # a step of a stopped request may still be under way
+                with self._computing:  # a step of a stopped request may still be running
                     check()
                     previews.put(self._compute(request, value, previews.put, check))
             except Exception as error:
@@ -403,7 +405,7 @@ class Session:
     def _denoising(
         self, request: "SampleRequest", solver: Solver, show: Callable[["Preview"], None], check: Callable[[], None]
     ) -> tuple[Any, dict[str, Any]]:
-        """The pipeline with a solver, and what it is called with to show its way and to stop on it."""
+        """The pipeline with a solver, and the arguments of its call that show previews and stop it."""
         scheduler = solver.make(self.pipe.scheduler)
         config = self.pipe.config
         pipe = ClassifierGuidedPipeline(
@@ -438,8 +440,9 @@ class Session:
             "callback_on_step_end_tensor_inputs": ["latents", "model_output"],
         }
 
-    def verdicts(self, request: "SampleRequest", images: torch.Tensor) -> list[str | None] | None:
-        """For each image `None` where the judge sees the class asked for, or else what it sees; `None` without one."""
+    def mistakes(self, request: "SampleRequest", images: torch.Tensor) -> list[str | None] | None:
+        """For each image `None` if the evaluation classifier predicts the requested class, otherwise the predicted
+        class; `None` without a classifier."""
         if self.judge is None:
             return None
         probabilities, names = self.judge(images).probabilities, self.judge.id2label
@@ -455,7 +458,7 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """A checked request for samples; without a solver they are made at once."""
+    """A validated request for samples; without a solver they are sampled in one step."""
 
     label: int | None
     name: str
@@ -468,7 +471,7 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class Preview:
-    """Images `(n, channels, height, width)`, uint8, after a step of a walk."""
+    """Images `(n, channels, height, width)`, uint8, after a denoising step."""
 
     step: int
     num_steps: int
@@ -477,32 +480,32 @@ class Preview:
 
 
 def expected_images(scheduler: Any, prediction: torch.Tensor, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
-    """The clean images that the UNet expects of noisy ones, as exactly as a glance needs."""
+    """The clean images that the UNet predicts from noisy ones, with enough precision for a preview."""
     alpha_bar = scheduler.alphas_cumprod[int(timestep)].item()
-    if scheduler.init_noise_sigma != 1:  # such schedulers reckon with image + sigma * noise
+    if scheduler.init_noise_sigma != 1:  # such schedulers use image + sigma * noise
         sample = sample * alpha_bar**0.5
     prediction_type = scheduler.config.get("prediction_type", "epsilon")
     return original_of(prediction, sample, alpha_bar, prediction_type).clamp(-1, 1)
 
 
 def whole_number(what: str, value: Any, low: int, high: int) -> int:
-    """A whole number within bounds.
+    """A validated integer.
 
     Raises:
-        `ValueError`: If it is none; the bounds are named.
+        `ValueError`: If it is out of bounds; the bounds are named.
     """
     return int(number(what, value, low, high, kind="whole number"))
 
 
 def number(what: str, value: Any, low: float, high: float, kind: str = "number") -> float:
-    """A number within bounds.
+    """A validated number.
 
     Raises:
-        `ValueError`: If it is none; the bounds are named.
+        `ValueError`: If it is out of bounds; the bounds are named.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high or (kind == "whole number" and value != int(value)):
-        raise ValueError(f"{what} is a {kind} from {low:,} to {high:,}, not {_brief(value)}.")
+        raise ValueError(f"{what} must be a {kind} from {low:,} to {high:,}, not {_brief(value)}.")
     return value
 
 
@@ -514,31 +517,31 @@ def _float(text: str) -> float | str:
 
 
 def _brief(value: Any) -> str:
-    """A value of whatever kind in an error, not at length."""
+    """A value of any type as short text for an error."""
     text = str(value) if isinstance(value, str | int | float | None) else type(value).__name__
     return text if len(text) <= 40 else text[:39] + "…"
 
 
 def _unique_class_names(id2label: dict[int, str], num_classes: int) -> dict[str, int]:
-    """The id of each class by its name; where several have one, the id is part of it."""
+    """The id of each class by its name; equal names are made unique by their ids."""
     names = unique_names([composed(id2label.get(label, str(label))) for label in range(num_classes)])
     return {name: label for label, name in enumerate(names)}
 
 
-# What is shown
+# HTML
 
 
 def pictures_html(
-    preview: Preview, name: str, *, heading: str = "", columns: int = 0, verdicts: Sequence[str | None] | None = None
+    preview: Preview, name: str, *, heading: str = "", columns: int = 0, mistakes: Sequence[str | None] | None = None
 ) -> str:
-    """Images as a browser shows them: enlarged where they are small, saved at their true size by a click.
+    """HTML of images, with small ones enlarged. A click saves the image at its true size.
 
     Args:
-        preview ([`Preview`]): The images; those on the way cannot be saved.
-        name (`str`): Of the files, without what tells them apart.
+        preview ([`Preview`]): The images; only samples can be saved, not previews.
+        name (`str`): Name of the saved files, before a number.
         heading (`str`): HTML above them.
-        columns (`int`): So many in a row whatever the width; 0 for as many as fit.
-        verdicts (`Sequence[str]`, *optional*): See [`Session.verdicts`].
+        columns (`int`): Images per row; 0 for as many as fit.
+        mistakes (`Sequence[str]`, *optional*): See [`Session.mistakes`].
     """
     height, width = preview.images.shape[-2:]
     side = width * -(-96 // width) if width < 96 else min(width, 256)
@@ -548,11 +551,11 @@ def pictures_html(
         image = f'<img src="{_data_url(picture, whole=preview.is_last)}" alt="picture {i + 1}" decoding="sync">'
         caption = ""
         if preview.is_last:
-            # the address is set when it is clicked: it would double what is sent
+            # the URL is set on click, since it would double the size of the page
             file, click = f"{name}-{i + 1}.png", "this.href = this.firstElementChild.src"
             image = f'<a href="#" download="{html.escape(file)}" title="Save as PNG" onclick="{click}">{image}</a>'
-        if verdicts is not None:
-            seen = verdicts[i]
+        if mistakes is not None:
+            seen = mistakes[i]
             kind, text = ("right", "✓") if seen is None else ("wrong", f"✗ {html.escape(seen)}")
             caption = f'<figcaption class="{kind}">{text}</figcaption>'
         figures.append(f"<figure>{image}{caption}</figure>")
@@ -566,31 +569,33 @@ def _pictures(images: torch.Tensor) -> list[Image.Image]:
 
 
 def _data_url(picture: Image.Image, whole: bool = True) -> str:
-    """A picture inside a page; one of many that pass by may lose what nobody sees."""
+    """An image as a data URL; large previews are compressed as JPEG."""
     kind, options = ("PNG", {}) if whole or picture.width < 96 else ("JPEG", {"quality": 85})
     file = io.BytesIO()
     picture.save(file, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def accuracy_html(verdicts: Sequence[str | None] | None) -> str:
-    """In how many the judge sees the class asked for."""
-    if verdicts is None:
+def accuracy_html(mistakes: Sequence[str | None] | None) -> str:
+    """HTML of the accuracy: in how many samples the evaluation classifier predicts the requested class."""
+    if mistakes is None:
         return ""
-    right = sum(seen is None for seen in verdicts)
-    return f'<span class="accuracy">Judged right: {right} of {len(verdicts)} ({right / len(verdicts):.0%})</span>'
+    right = sum(seen is None for seen in mistakes)
+    return (
+        f'<span class="accuracy">Classified correctly: {right} of {len(mistakes)} ({right / len(mistakes):.0%})</span>'
+    )
 
 
 def grid_html(rows: Sequence[tuple[str, torch.Tensor]], name: str) -> str:
-    """A link that saves all images as one picture, a named row for each set of them."""
+    """HTML of a link that saves all images as one grid, with a named row for each set."""
     pictures = [picture for _, images in rows for picture in _pictures(images)]
     width = pictures[0].width
     grid = labelled_grid(pictures, [heading for heading, _ in rows], cell_size=None if width < 256 else 256)
-    return f'<a download="{html.escape(name)}.png" href="{_data_url(grid)}">Save all as one picture</a>'
+    return f'<a download="{html.escape(name)}.png" href="{_data_url(grid)}">Save all as one image</a>'
 
 
 def file_name(request: SampleRequest) -> str:
-    """What files of an order are called."""
+    """The name of a request's files, without extension."""
     name = re.sub(r"[^\w-]+", "-", request.name.split(",")[0]).strip("-")
     return f"{name[:40] or 'class'}-seed{request.seed}"
 
@@ -610,27 +615,27 @@ CSS = """
 .status a { text-decoration: underline; }
 .status a, .accuracy { white-space: nowrap; margin-right: 12px; }
 """
-# Of what is done at once, and by the page alone.
+# Options of events that run immediately and only on the page.
 _QUICK: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-HINT = "A click on a picture saves it at its true size."
+HINT = "Click an image to save it at its true size."
 
 
 def build_demo(pipe: ClassConditionalPipeline, judge: FeatureExtractor | None = None, title: str = "hf-guided") -> Any:
-    """Builds the page; [`launch_demo`] serves it.
+    """The demo as a Gradio page, which [`launch_demo`] serves.
 
     Args:
         pipe ([`ClassifierGuidedPipeline`], [`VAEPipeline`], [`GANPipeline`] or [`FlowPipeline`]): Makes the images,
-            where it is. It is left as it is.
-        judge ([`~hf_guided.evaluation.features.FeatureExtractor`], *optional*): A classifier that says in how many
-            samples it sees the class asked for; never the one that guides.
+            on its device. It is not changed.
+        judge ([`~hf_guided.evaluation.features.FeatureExtractor`], *optional*): The evaluation
+            classifier, which gives the accuracy of samples; not the one that guides.
         title (`str`, defaults to `"hf-guided"`): Heading of the page.
 
     Returns:
         `gradio.Blocks`: The page.
 
     Raises:
-        `ValueError`: For a pipeline that upsamples or whose images are no pictures, and a judge that guides or does not
-            know its classes.
+        `ValueError`: For a pipeline that upsamples or whose images do not have 1 or 3 channels, and for an evaluation
+            classifier that guides or lacks classes of the pipeline.
     """
     session = Session(pipe, judge)
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
@@ -641,7 +646,7 @@ def build_demo(pipe: ClassConditionalPipeline, judge: FeatureExtractor | None = 
                     list(session.label_of), label="Class", visible=bool(session.label_of), elem_id="class"
                 )
                 most = session.max_images
-                num_images = gr.Slider(1, most, min(8, most), step=1, label="Pictures", elem_id="pictures")
+                num_images = gr.Slider(1, most, min(8, most), step=1, label="Images", elem_id="pictures")
                 seed = gr.Number(0, minimum=0, maximum=MAX_SEED, precision=0, label="Seed", elem_id="seed")
                 new_seed = gr.Button("Another seed", size="sm", elem_id="new-seed")
                 new_seed.click(lambda: random.randint(0, MAX_SEED), outputs=seed, **_QUICK)
@@ -652,7 +657,7 @@ def build_demo(pipe: ClassConditionalPipeline, judge: FeatureExtractor | None = 
                 with gr.Tab("Sample"):
                     _sample_tab(session, settings)
                 if session.trade_off is not None:
-                    with gr.Tab(f"What {session.trade_off.topic} does"):
+                    with gr.Tab(f"Effect of {session.trade_off.topic}"):
                         _compare_tab(session, session.trade_off, settings)
     return blocks.queue(api_open=False, max_size=MAX_WAITING, default_concurrency_limit=1)
 
@@ -681,7 +686,7 @@ def _solver_fields(session: Session) -> list[Any]:
 
 
 def _sample_tab(session: Session, settings: list[Any]) -> None:
-    """Samples at one value of the trade-off setting, as they are made."""
+    """The tab that shows samples at one value of the trade-off while they are denoised."""
     trade_off = session.trade_off
     trade_off_field = None
     if trade_off is not None:
@@ -694,7 +699,7 @@ def _sample_tab(session: Session, settings: list[Any]) -> None:
             info=f"{trade_off.neutral:g} is {trade_off.neutral_is}",
             elem_id="scale",
         )
-    requested = [*settings, *_condition_box(session, True, "sample-tell")]
+    requested = [*settings, *_condition_box(session, True, "sample-conditional")]
     generate, cancel = _buttons("Generate", "sample")
     status = gr.HTML(elem_classes="status", elem_id="sample-status")
     pictures = gr.HTML(elem_id="sample-pictures")
@@ -707,20 +712,20 @@ def _sample_tab(session: Session, settings: list[Any]) -> None:
             for preview in session.sample(request, value, watch(gradio_request)):
                 if not preview.is_last:
                     yield f"Step {preview.step} of {preview.num_steps}", pictures_html(preview, file)
-            verdicts = session.verdicts(request, preview.images)
-            text = f"{_seconds(started)} {accuracy_html(verdicts)} {grid_html([(request.name, preview.images)], file)}"
-            yield text, pictures_html(preview, file, verdicts=verdicts)
+            mistakes = session.mistakes(request, preview.images)
+            text = f"{_seconds(started)} {accuracy_html(mistakes)} {grid_html([(request.name, preview.images)], file)}"
+            yield text, pictures_html(preview, file, mistakes=mistakes)
 
     _wire(generate, cancel, sample, {*requested, trade_off_field} - {None}, [status, pictures], "sample")
 
 
 def _compare_tab(session: Session, trade_off: TradeOff, settings: list[Any]) -> None:
-    """The same noise at several values of the trade-off setting, a row for each."""
-    gr.Markdown(f"Each column begins with the same noise, and only the {trade_off.name} differs. {trade_off.effect}")
+    """The tab that compares several values of the trade-off from the same noise, one row per value."""
+    gr.Markdown(f"Each column starts from the same noise; only the {trade_off.name} differs. {trade_off.effect}")
     trade_off_field = gr.Textbox(
         trade_off.usual, label=f"{trade_off.noun.capitalize()}s, up to {MAX_VALUES}", elem_id="scales"
     )
-    requested = [*settings, *_condition_box(session, False, "compare-tell")]
+    requested = [*settings, *_condition_box(session, False, "compare-conditional")]
     compare_button, cancel = _buttons("Compare", "compare")
     status = gr.HTML(elem_classes="status", elem_id="compare-status")
     rows = [gr.HTML(elem_id=f"row-{i}") for i in range(MAX_VALUES)]
@@ -737,8 +742,8 @@ def _compare_tab(session: Session, trade_off: TradeOff, settings: list[Any]) -> 
                     f", {trade_off.neutral_is}" if value == trade_off.neutral else ""
                 )
                 for preview in session.sample(request, value, is_wanted):
-                    verdicts = session.verdicts(request, preview.images) if preview.is_last else None
-                    heading = f'<div class="row-name"><b>{row_name}</b>{accuracy_html(verdicts)}</div>'
+                    mistakes = session.mistakes(request, preview.images) if preview.is_last else None
+                    heading = f'<div class="row-name"><b>{row_name}</b>{accuracy_html(mistakes)}</div>'
                     step = f": step {preview.step} of {preview.num_steps}" if session.solvers else ""
                     yield {
                         status: f"{trade_off.noun.capitalize()} {value:g}{step}",
@@ -747,7 +752,7 @@ def _compare_tab(session: Session, trade_off: TradeOff, settings: list[Any]) -> 
                             f"{file}-{trade_off.noun}{value:g}",
                             heading=heading,
                             columns=request.num_images,
-                            verdicts=verdicts,
+                            mistakes=mistakes,
                         ),
                     }
                 finished.append((row_name, preview.images))
@@ -757,14 +762,14 @@ def _compare_tab(session: Session, trade_off: TradeOff, settings: list[Any]) -> 
 
 
 def _about(session: Session) -> str:
-    """What the page is of, in a sentence or two."""
+    """A description of the demo, in a sentence or two."""
     height, width = session.pipe.sample_size
     classes = f" of {len(session.label_of)} classes" if session.label_of else ""
     judge = ""
     if session.judge is not None:
-        apart = " that never guides" if session.solvers else ""
-        judge = f" A classifier{apart} ({session.judge.name}) tells which of them show their class."
-    return f"Pictures{classes}, {width}x{height} pixels.{judge} {HINT}"
+        apart = " that does not guide" if session.solvers else ""
+        judge = f" An evaluation classifier{apart} ({session.judge.name}) checks the class of each sample."
+    return f"Images{classes}, {width}x{height} pixels.{judge} {HINT}"
 
 
 def _seconds(started: float) -> str:
@@ -773,26 +778,26 @@ def _seconds(started: float) -> str:
 
 @contextmanager
 def _errors_shown() -> Iterator[None]:
-    """Tells what went wrong in the page, and not in the log."""
+    """Shows errors on the page instead of the log."""
     try:
         yield
     except StoppedError as error:
         raise gr.Error(NOT_WAITED_FOR, print_exception=False) from error
     except torch.OutOfMemoryError as error:
-        raise gr.Error("There is no memory left for that; take fewer pictures.", print_exception=False) from error
+        raise gr.Error("There is not enough memory; choose fewer images.", print_exception=False) from error
     except (ValueError, RuntimeError) as error:
         raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
 
 
 def _condition_box(session: Session, value: bool, name: str) -> list[Any]:
-    """The field of a UNet, if there is one, which is hidden where it must be told."""
+    """The checkbox of class-conditioning for a UNet, hidden if the UNet needs the class."""
     if not session.solvers:
         return []
     return [
         gr.Checkbox(
             value,
-            label="Tell the UNet the class",
-            info="otherwise the classifier alone steers",
+            label="Class-conditional UNet",
+            info="otherwise unconditional: only the classifier guides",
             visible=session.can_drop_label,
             elem_id=name,
         )
@@ -807,9 +812,9 @@ def _buttons(text: str, name: str) -> tuple[Any, Any]:
 
 
 def _wire(go: Any, cancel: Any, fn: Callable[..., Any], inputs: set[Any], outputs: list[Any], name: str) -> None:
-    """Makes a button run a generator, one of all at a time, and another one cancel it.
+    """Connects a button to a generator, one of all at a time, and another button that cancels it.
 
-    It is given what the inputs hold by component; others than the page give it in the order of the page.
+    The generator gets the values of the inputs by component; API clients give them in the order of the page.
     """
 
     def toggle(running: bool) -> Callable[[], tuple[Any, Any]]:
@@ -822,7 +827,7 @@ def _wire(go: Any, cancel: Any, fn: Callable[..., Any], inputs: set[Any], output
         inputs,
         outputs,
         api_name=name,
-        preprocess=False,  # what is wrong is told by us, for all inputs alike
+        preprocess=False,  # we validate all inputs ourselves, with the same errors
         concurrency_id=QUEUE,
         show_progress="minimal",
         show_progress_on=status,
@@ -830,20 +835,20 @@ def _wire(go: Any, cancel: Any, fn: Callable[..., Any], inputs: set[Any], output
     for ended in (run.success, run.failure):
         ended(toggle(False), outputs=[go, cancel], **_QUICK)
     stopped = cancel.click(toggle(False), outputs=[go, cancel], cancels=run, **_QUICK)
-    stopped.then(lambda: "Cancelled.", outputs=status, **_QUICK)  # after the page has let go of the run's last preview
+    stopped.then(lambda: "Cancelled.", outputs=status, **_QUICK)  # after the page has handled the run's last preview
 
 
 def launch_demo(blocks: Any, host: str = "127.0.0.1", port: int = 7860) -> str:
-    """Serves the page from a thread, without asking the network for anything.
+    """The address of the demo, after serving it from a thread, without any network access.
 
     Args:
-        blocks (`gradio.Blocks`): Of [`build_demo`].
-        host (`str`, defaults to `"127.0.0.1"`): Where it listens: by default this machine alone reaches it, with
-            `"0.0.0.0"` everyone who can reach the machine.
-        port (`int`, defaults to 7860): At which port.
+        blocks (`gradio.Blocks`): The page from [`build_demo`].
+        host (`str`, defaults to `"127.0.0.1"`): The address to listen on: by default only this machine can reach it,
+            with `"0.0.0.0"` everyone who can reach the machine.
+        port (`int`, defaults to 7860): The port.
 
     Returns:
-        `str`: Its address.
+        `str`: Its URL.
 
     Raises:
         `ValueError`: If the port is taken.
@@ -868,5 +873,5 @@ def launch_demo(blocks: Any, host: str = "127.0.0.1", port: int = 7860) -> str:
             app_kwargs={"middleware": [Middleware(Gate)]},
         )
     except OSError as error:
-        raise ValueError(f"Port {port} of {host} cannot be had; give another --port.") from error
+        raise ValueError(f"Port {port} of {host} is not available; give another --port.") from error
     return url

@@ -1,7 +1,7 @@
 """Standalone repositories: they carry the model's code and load with `trust_remote_code=True` alone.
 
-The loaders of diffusers and transformers fetch one file for each class, and nothing that it imports from beside it.
-Such a file is made from this package's modules: the definitions that the class needs, as they stand there.
+The loaders of diffusers and transformers fetch one file for each class, without the files that it imports.
+Such a file is made from this package's modules: the unchanged definitions that the class needs.
 """
 
 import ast

@@ -274,4 +274,4 @@ def test_the_readmes_table_is_that_of_the_committed_run():
     assert table in readme
     claims = findings(committed)  # which the lesson repeats
     assert any(claim.startswith("Best recall: Diffusion, 0.916") for claim in claims)
-    assert any("Guided diffusion beat GAN? FID: they cannot be told apart" in claim for claim in claims)
+    assert any("Guided diffusion beat GAN? FID: they are not separated" in claim for claim in claims)

@@ -94,7 +94,7 @@ def test_attention_pools_tell_the_levels(reference):
         infer_architecture(shapes)
     assert infer_architecture(shapes, image_size=8).config["num_res_blocks"] == 1
     assert infer_architecture(shapes, image_size=4).config["num_res_blocks"] == 3
-    with pytest.raises(ValueError, match="not those of a published classifier of an image_size of 64"):
+    with pytest.raises(ValueError, match="not match a published classifier of an image_size of 64"):
         infer_architecture(shapes, image_size=64)
 
 

@@ -343,7 +343,7 @@ def test_old_files_convert_too(reference, checkpoint, convert, tmp_path):
 
 
 def test_files_of_the_other_byte_order_convert_too(reference, checkpoint, convert, tmp_path, monkeypatch):
-    """They are turned round in memory, whose pages must not be given back."""
+    """They are converted in memory, whose pages must not be released."""
     stored = reference("unet_class_cond")
     flags = ["--flags", needed_flags(stored.config)]
     path = checkpoint("unet_class_cond")
@@ -441,7 +441,7 @@ def test_labels_name_the_classes(checkpoint, reference, convert, refused, tmp_pa
 
 
 def test_improved_diffusions_strings_are_taken_as_they_are(convert, tmp_path):
-    """Its defaults, four heads and rescaled timesteps, hold where its README leaves them out, and are told."""
+    """Its defaults, four heads and rescaled timesteps, are used if the flags omit them, and are reported."""
     path = tmp_path / "ema.pt"
     write_random_checkpoint(script_made(64), path)
     told = "--image_size 64 --num_channels 32 --num_res_blocks 1 --diffusion_steps 4000 --noise_schedule cosine --lr 1"

@@ -173,7 +173,7 @@ class Page:
         options[0].click()
 
     def open_comparison(self):
-        next(tab for tab in self.find("button[role=tab]") if tab.text.startswith("What ")).click()
+        next(tab for tab in self.find("button[role=tab]") if tab.text.startswith("Effect ")).click()
         self.wait(lambda: self.find("#compare")[0].is_displayed())
 
     def errors(self):
@@ -207,7 +207,7 @@ def test_generate_shows_the_denoising_and_the_pipelines_own_images(page, make_pi
     assert page.find("#sample-pictures img")[0].size["width"] == 96  # twelve times as large as it is
 
     right = judge(to_8_bit(samples)).probabilities.argmax(axis=1) == 2  # the judge's id of the class
-    assert f"Judged right: {right.sum()} of 3 ({right.mean():.0%})" in page.text("#sample-status")
+    assert f"Classified correctly: {right.sum()} of 3 ({right.mean():.0%})" in page.text("#sample-status")
     marks = [mark.text for mark in page.find("#sample-pictures figcaption")]
     assert [mark == "✓" for mark in marks] == right.tolist()
     assert all(re.fullmatch(r"✓|✗ (zero|two)", mark) for mark in marks)
@@ -242,20 +242,20 @@ def test_comparison_shows_the_same_noise_at_each_scale(page, make_pipe, judge):
         right = int((judge(samples).probabilities.argmax(axis=1) == 1).sum())
         text = page.text(f"#row-{row}")
         assert text.startswith(f"scale {scale:g}" + (", no guidance" if scale == 0 else ""))
-        assert f"Judged right: {right} of 2" in text
+        assert f"Classified correctly: {right} of 2" in text
     assert not page.pictures("#row-3")
     assert picture_of(page.find("#compare-status a")[0].get_attribute("href")).height > 3 * 56
 
     page.set("#scales", "0, much")
     page.click("#compare")
-    page.wait(lambda: "A scale is a number from 0 to 30, not much." in page.errors())
+    page.wait(lambda: "A scale must be a number from 0 to 30, not much." in page.errors())
     page.set("#scales", "1")
-    page.click("#compare")  # and goes on
+    page.click("#compare")  # and the page still works
     page.wait(lambda: "Done in" in page.text("#compare-status") and not page.pictures("#row-1"))
 
 
 def slow_request(num_images=16, steps=250):
-    """Seconds of work: class, pictures, seed, solver, steps, scale, tell."""
+    """Seconds of work: class, pictures, seed, solver, steps, scale, conditional."""
     return ["zero", num_images, 0, "DDPM, as published", steps, 3, True]
 
 
@@ -313,11 +313,13 @@ def test_everything_fits_on_a_phone(page):
     page.resize(390, 844)
     page.click("#sample")
     page.wait(lambda: "Done in" in page.text("#sample-status"))
-    check_fits(page, "class pictures seed new-seed solver steps scale sample-tell sample sample-cancel sample-pictures")
+    check_fits(
+        page, "class pictures seed new-seed solver steps scale sample-conditional sample sample-cancel sample-pictures"
+    )
     page.open_comparison()
     page.click("#compare")
     page.wait(lambda: "Done in" in page.text("#compare-status"))
-    check_fits(page, "scales compare-tell compare compare-cancel row-0 row-3")
+    check_fits(page, "scales compare-conditional compare compare-cancel row-0 row-3")
     page.click("#new-seed")
     page.wait(lambda: page.find("#seed input")[0].get_attribute("value") != "0")
 
@@ -387,19 +389,27 @@ def index_of(server, name):
     return next(function["id"] for function in functions if function["api_name"] == name)
 
 
-GOOD = {"name": "two", "num_images": 2, "seed": 3, "solver": "UniPC", "steps": 3, "scale": 2.0, "tell": True}
+GOOD = {"name": "two", "num_images": 2, "seed": 3, "solver": "UniPC", "steps": 3, "scale": 2.0, "conditional": True}
 
 
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
         ("name", ["three", {"a": 1}, None, 7], "There is no class"),
-        ("num_images", [0, 17, 1.5, float("nan"), "2", None, [2], True, 10**400], "is a whole number from 1 to 16"),
-        ("seed", [-1, MAX_SEED + 1, float("inf")], f"The seed is a whole number from 0 to {MAX_SEED:,}"),
+        (
+            "num_images",
+            [0, 17, 1.5, float("nan"), "2", None, [2], True, 10**400],
+            "must be a whole number from 1 to 16",
+        ),
+        ("seed", [-1, MAX_SEED + 1, float("inf")], f"The seed must be a whole number from 0 to {MAX_SEED:,}"),
         ("solver", ["Newton", [], None], "There is no solver"),
-        ("steps", [1, 10**9, float("nan"), "x" * 10_000], "is a whole number from 2 to 100"),
-        ("scale", [-0.1, 31, float("nan"), float("-inf"), None, {}], "The guidance scale is a number from 0 to 30"),
-        ("tell", ["yes", 1, None], "is yes or no"),
+        ("steps", [1, 10**9, float("nan"), "x" * 10_000], "must be a whole number from 2 to 100"),
+        (
+            "scale",
+            [-0.1, 31, float("nan"), float("-inf"), None, {}],
+            "The guidance scale must be a number from 0 to 30",
+        ),
+        ("conditional", ["yes", 1, None], "is true or false"),
     ],
 )
 def test_bad_values_are_told_and_survived(server, name, values, message):
@@ -431,7 +441,7 @@ def test_nothing_is_computed_outside_the_queue(server, route, more):
 
 @pytest.mark.parametrize("route", ["upload", "component_server", "process_recording", "vibe-code", "stream/x", "login"])
 def test_nothing_can_be_sent_to_other_routes(server, route):
-    assert post(server, route, {"data": []}) == (404, {"detail": "This page has no such route."})
+    assert post(server, route, {"data": []}) == (404, {"detail": "This demo has no such route."})
     assert post(server, route, b"x" * 10**6)[0] == 404
 
 
@@ -489,7 +499,7 @@ def test_functions_that_are_not_there_cannot_be_called(server):
         if index != quick:
             assert post(server, "run/predict", {**body, "fn_index": index})[0] == 400
     for route in ("call/nothing", "run/nothing", "call/change_solver", "queue/join", "queue/other"):
-        assert post(server, route, body) == (400, {"detail": "This page has no such function."})
+        assert post(server, route, body) == (400, {"detail": "This demo has no such function."})
     assert "Traceback" not in server.errors.read_text()
 
 
@@ -498,8 +508,8 @@ def test_the_quick_functions_refuse_bad_values_too(server):
     for values, message in {
         ("Newton", 3): "There is no solver",
         (None, 3): "There is no solver",
-        ("UniPC", "x"): "The number of steps is a number from 2",
-        ("UniPC", float("nan")): "The number of steps is a number from 2",
+        ("UniPC", "x"): "The number of steps must be a number from 2",
+        ("UniPC", float("nan")): "The number of steps must be a number from 2",
     }.items():
         assert message in post(server, "run/predict", {"data": list(values), "fn_index": index})[1]["error"]
     assert "Traceback" not in server.errors.read_text()
@@ -542,7 +552,7 @@ def test_it_listens_to_this_machine_alone(server):
 
 def test_ctrl_c_ends_it_in_one_sentence(server):
     begin(server, "sample", slow_request())
-    time.sleep(0.5)  # it is under way
+    time.sleep(0.5)  # it is running
     server.send_signal(signal.SIGINT)
     server.wait(timeout=10)
     assert server.errors.read_text().strip().splitlines()[-1] == "Stopped."
@@ -612,31 +622,39 @@ def shown(blocks):
     ("options", "hidden"),
     [
         ({}, set()),
-        ({"null_class_label": False}, {"sample-tell", "compare-tell"}),
-        ({"num_class_embeds": None, "null_class_label": False}, {"sample-tell", "compare-tell"}),
-        ({"classifier": False}, {"scale", "sample-tell", "compare-tell"}),
+        ({"null_class_label": False}, {"sample-conditional", "compare-conditional"}),
+        ({"num_class_embeds": None, "null_class_label": False}, {"sample-conditional", "compare-conditional"}),
+        ({"classifier": False}, {"scale", "sample-conditional", "compare-conditional"}),
         (
             {"classifier": False, "num_class_embeds": None, "null_class_label": False, "names": None},
-            {"class", "scale", "sample-tell", "compare-tell"},
+            {"class", "scale", "sample-conditional", "compare-conditional"},
         ),
-        ({"defaults": {"guidance": [ClassifierFreeGuidance(2.0)]}}, {"sample-tell", "compare-tell"}),
+        ({"defaults": {"guidance": [ClassifierFreeGuidance(2.0)]}}, {"sample-conditional", "compare-conditional"}),
         (
             {"defaults": {"guidance": [AutoGuidance(2.0), ClassifierGuidance(1.0)]}, "guide": True},
-            {"scale", "sample-tell", "compare-tell"},
+            {"scale", "sample-conditional", "compare-conditional"},
         ),
     ],
-    ids=["all", "always told", "unconditional UNet", "no classifier", "no classes", "classifier-free", "two kinds"],
+    ids=[
+        "all",
+        "always conditional",
+        "unconditional UNet",
+        "no classifier",
+        "no classes",
+        "classifier-free",
+        "two kinds",
+    ],
 )
 def test_controls_that_do_nothing_are_not_there(make_pipe, options, hidden):
     pipe = make_pipe(**{"defaults": {"num_inference_steps": 3}, **options})
     blocks = build_demo(pipe)
-    assert {"class", "scale", "sample-tell", "compare-tell"} - shown(blocks) == hidden
+    assert {"class", "scale", "sample-conditional", "compare-conditional"} - shown(blocks) == hidden
     session = Session(pipe)
     changes = {"name": next(iter(session.label_of), None), "solver": next(iter(session.solvers))}
     assert previews_of(session, 1.5 if session.guidance else None, **changes)[-1].is_last
 
 
-# Pictures made of latents at once
+# Images sampled from latents in one step
 
 THEIR_WARNINGS = "ignore::DeprecationWarning:gradio.*"  # which a server in this process brings along
 
@@ -714,23 +732,23 @@ def test_a_vae_has_a_page_without_steps(judge, serve):
     pipe = make_at_once(VAEPipeline, ClassConditionalVAE)
     blocks = build_demo(pipe, judge)
     assert shown(blocks) >= {"class", "pictures", "seed", "scale", "scales", "sample", "compare"}
-    assert not shown(blocks) & {"solver", "steps", "sample-tell", "compare-tell"}
+    assert not shown(blocks) & {"solver", "steps", "sample-conditional", "compare-conditional"}
     server = serve(blocks)
     status, pictures = answer(server, "sample", begin(server, "sample", ["two", 2, 3, 0.5]))
     images = made(pipe, "two", 3, temperature=0.5)
     assert np.array_equal(pixels(re.findall(r'src="([^"]+)"', pictures)), images)
     assert not np.array_equal(images, made(pipe, "two", 3))
     right = int((judge(images[:, None]).probabilities.argmax(axis=1) == 0).sum())
-    assert f"Judged right: {right} of 2" in status
+    assert f"Classified correctly: {right} of 2" in status
     for values, message in {
-        ("two", 2, 3, 2.1): "The temperature is a number from 0 to 2, not 2.1.",
-        ("two", 2, 3, None): "The temperature is a number from 0 to 2, not None.",
-        ("two", 17, 3, 1): "is a whole number from 1 to 16",
+        ("two", 2, 3, 2.1): "The temperature must be a number from 0 to 2, not 2.1.",
+        ("two", 2, 3, None): "The temperature must be a number from 0 to 2, not None.",
+        ("two", 17, 3, 1): "must be a whole number from 1 to 16",
         ("three", 2, 3, 1): "There is no class three",
     }.items():
         assert message in answer(server, "sample", begin(server, "sample", list(values)))
     told = answer(server, "compare", begin(server, "compare", ["two", 2, 3, "1, 3"]))
-    assert "A temperature is a number from 0 to 2, not 3.0." in told
+    assert "A temperature must be a number from 0 to 2, not 3.0." in told
 
 
 @pytest.mark.filterwarnings(THEIR_WARNINGS)
@@ -757,14 +775,14 @@ def test_a_gans_rows_are_of_one_noise_and_fit_on_a_phone(browser, serve):
 
 def test_what_cannot_be_shown_is_refused(make_pipe, judge, tiny_unet, tiny_classifier, monkeypatch):
     pipe = make_pipe()
-    with pytest.raises(ValueError, match="large pictures of small ones"):
+    with pytest.raises(ValueError, match="upsamples images, which the demo does not support"):
         Session(ClassifierGuidedPipeline(tiny_unet(low_res_channels=3), ADMScheduler()))
     with pytest.raises(ValueError, match="guide is the pipeline's own classifier"):
         Session(pipe, ModelFeatures(pipe.classifier, "guide"))
     other = tiny_classifier(**{**SMALL, "channel_mult": [1, 1]}, num_labels=2, id2label={0: "cat", 1: "dog"})
-    with pytest.raises(ValueError, match=r"other cannot judge this pipeline's samples: .* has no class of the name"):
+    with pytest.raises(ValueError, match=r"other cannot evaluate this pipeline's samples: .* has no class of the name"):
         Session(pipe, ModelFeatures(other, "other"))
-    with pytest.raises(ValueError, match="no classes, so judge has nothing to judge"):
+    with pytest.raises(ValueError, match="no classes, so that judge cannot evaluate it"):
         Session(make_pipe(classifier=False, num_class_embeds=None, null_class_label=False, names=None), judge)
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "hf_guided.demo")
@@ -773,7 +791,7 @@ def test_what_cannot_be_shown_is_refused(make_pipe, judge, tiny_unet, tiny_class
         main(["demo", "anything"])
 
 
-def test_names_that_several_classes_have_are_told_apart(make_pipe):
+def test_equal_class_names_are_made_unique(make_pipe):
     session = Session(make_pipe(names={0: "crane", 1: "crane", 2: "heron"}))
     assert session.label_of == {"crane (0)": 0, "crane (1)": 1, "heron": 2}
     assert make_request(session, name="crane (1)").label == 1

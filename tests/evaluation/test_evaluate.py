@@ -1,4 +1,4 @@
-"""All numbers of one set against another, and what is told about them."""
+"""All numbers of one set against another, and the warnings about them."""
 
 import json
 

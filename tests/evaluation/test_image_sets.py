@@ -1,4 +1,4 @@
-"""Sets of images from files, folders and datasets: which images, of which size, and what is told about them."""
+"""Sets of images from files, folders and datasets: which images, of which size, and the notes about them."""
 
 import io
 import json

@@ -69,7 +69,7 @@ def test_uneven_shares_merge_to_the_whole():
     kept = shares[3].covariance.copy()
     shares[4].merge(shares[3])
     shares[4].update(features[:5000])
-    assert relative(shares[4].covariance, whole.covariance) < 1e-13  # goes on after a merge
+    assert relative(shares[4].covariance, whole.covariance) < 1e-13  # updates after a merge
     assert shares[3].num_samples == 300
     assert (shares[3].covariance == kept).all()
 

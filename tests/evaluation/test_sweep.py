@@ -1,4 +1,4 @@
-"""The scale is found by measurement, chosen against noise, saved, and the sweep goes on where it was."""
+"""The scale is found by measurement, chosen against noise, saved, and the sweep resumes."""
 
 import json
 

@@ -402,7 +402,7 @@ def test_a_full_disk_loses_nothing(saved, tmp_path, small_disk, monkeypatch):
         with pytest.raises(RuntimeError, match="disk is full: 64 of 200 images are kept"):
             sample_to_file(saved, labels, small_disk / "samples.npz", **arguments)
     assert sorted(contents(small_disk / "samples.npz.parts")) == ["000000.raw", "plan.json"]
-    fill()  # the room of the file that was begun, too
+    fill()  # also the space of the unfinished file
     with pytest.raises(ValueError, match=r"need up to .* and 0 GB are free; make room"):
         sample_to_file(saved, labels, small_disk / "samples.npz", **arguments)
     filler.unlink()

@@ -27,7 +27,7 @@ def test_edits_survive_and_the_rest_is_new(tmp_path):
         path,
         ("license: mit\n", "license: cc-by-4.0\nlanguage:\n- de\n"),  # a key changed, a key added
         ("## Classes\n", "## Thanks\n\nTo Ada.\n\n## Classes\n"),  # a section added
-        ("- Its images are made up", "- They are for a children's book.\n- Its images are made up"),  # one changed
+        ("- Its images are synthetic", "- They are for a children's book.\n- Its images are synthetic"),  # one changed
     )
     text = path.read_text()
     start, end = text.index("## Usage"), text.index("## Thanks")

@@ -34,7 +34,7 @@ def run(hub, workplace, code, **arguments):
 
 
 def model_files(name, size=1000):
-    """A small model with weights of its own, so that its requests to the storage can be told from others'."""
+    """A small model with weights of its own, so that its requests to the storage can be distinguished from others'."""
     seed = int.from_bytes(name.encode(), "big")
     return {"config.json": json.dumps(name).encode(), "model.safetensors": np.random.default_rng(seed).bytes(size)}
 
@@ -176,7 +176,7 @@ def test_large_files_survive_a_connection_that_breaks_in_their_midst(hub, tmp_pa
     pulled = run(hub, tmp_path, LARGE, folder=tmp_path / "model")
     assert (upload.struck, download.struck) == (2, 1)
     assert hub.repos["ada/large"].head().large == {"model.safetensors", "tokenizer.json"}
-    # The client goes on where it was cut off, in steps of 10 MB.
+    # The client resumes where it was cut off, in steps of 10 MB.
     assert [(method, status) for method, path, status in hub.requests if path == weights] == [
         ("PUT", 0), ("PUT", 0), ("PUT", 200), ("GET", 200), ("GET", 206),
     ]  # fmt: skip

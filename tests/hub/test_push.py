@@ -219,7 +219,7 @@ def test_edits_of_the_card_on_the_hub_survive(hub, folder, tmp_path):
 
     def race(_):
         if not raced:
-            raced.append(edit("- Its images are made up", "- They are free.\n- Its images are made up"))
+            raced.append(edit("- Its images are synthetic", "- They are free.\n- Its images are synthetic"))
 
     hub.before_commit = race
     (folder / "scheduler/scheduler_config.json").write_text("{}")

@@ -102,7 +102,7 @@ def test_a_space_runs_with_its_own_copy_and_a_private_model(tiny_unet, tiny_clas
             assert told == f"The demo of ada/dots is at {url} until Ctrl-C.", (tmp_path / "errors").read_text()[-2000:]
             values = ["down", 2, 0, "SDE-DPM-Solver++(2M)", 3, 1.0, True]
             status, pictures = call(f"{url}gradio_api/call/sample", values)
-            assert re.search(r"Judged right: [012] of 2", status)
+            assert re.search(r"Classified correctly: [012] of 2", status)
             assert len(re.findall(r'src="data:image/png;base64,', pictures)) == 2
         finally:
             process.kill()
