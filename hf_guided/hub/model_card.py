@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..credentials import without_credentials
 from ..families import BASELINES, DIFFUSION, family_of
@@ -17,91 +18,9 @@ from .markdown import code_span, escape, single_line
 
 _HEADINGS = {"condition_unet": "class-conditional UNet"}
 
-_CARD = """\
----
-{data}
----
-
-# {title}
-
-{summary} ({paper}), {origin}.
-
-{picture}
-
-## Usage
-
-`pip install hf-guided{extra}`, then:
-
-```python
-{usage}
-```
-{advice}"""
-
-_PIPELINE_USAGE = """\
-import torch{imports}
-from hf_guided import {model_class}
-
-pipe = {model_class}.from_pretrained({source}{dtype})
-generator = torch.Generator().manual_seed(0)
-images = pipe({arguments}num_images_per_label=4, generator=generator).images
-images[0].save("sample.png")"""
-
-_CLASSIFIER_USAGE = """\
-{imports}from hf_guided import ADMForImageClassification  # registers it with transformers
-from transformers import pipeline
-
-classify = pipeline("image-classification", model={source}{dtype})
-print(classify("picture.png"))"""
-
-_MODEL_USAGE = """\
-{imports}from hf_guided import {model_class}
-
-model = {model_class}.from_pretrained({source}{dtype})"""
-
-_GUIDED_ADVICE = """
-Steps and guidance scale are the saved defaults; `num_inference_steps=` and `guidance_scale=` change them.
-`respacing="250"` samples as published. A higher scale trades variety for fidelity to the class.
-"""
-
-_LATENTS_ADVICE = """
-`{trade_off}=` trades variety for fidelity: lower values give images that are more typical of their class and less
-varied.
-"""
-
-_UNGUIDED_ADVICE = """
-Steps are the saved default; `num_inference_steps=` changes them. `respacing="250"` samples as published.
-"""
-
-_DTYPE_ADVICE = """
-The weights are saved in {dtype} and load in float32 unless `dtype=` is given. The files have the plain names; the same
-files are also saved under the names of the variant.
-"""
-
-_LIMITS = """
-## Intended use and limitations
-
-{limits}
-"""
-
-_RESULTS = """
-## Results
-
-{table}
-
-{notes}
-"""
-
-_INSPECTION = """
-## The classifier by noise level
-
-Measured on {num_images:,} held-out images{trained}; all numbers are in [inspection.json](inspection.json).
-Cross entropy is in nats. Epsilon shift is the norm of what guidance of scale 1 adds to the UNet's noise prediction,
-relative to the norm of that prediction.
-{picture}
-{table}
-
-{findings}
-"""
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("hf_guided.hub"), trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+)
 _INSPECTION_COLUMNS = (
     "timestep", "accuracy", "train_accuracy", "confidence", "calibration_error", "cross_entropy", "epsilon_shift"
 )  # fmt: skip
@@ -210,56 +129,65 @@ def render_card(
         "grid.png": "Upsampled images" if upscales else "Samples, one row per class",
         "trade_off.png": "Precision, recall and FID by guidance scale",
     }
-    advice = (
-        _GUIDED_ADVICE
-        if guided
-        else _UNGUIDED_ADVICE
-        if family is DIFFUSION
-        else _LATENTS_ADVICE.format(trade_off=family.trade_off)
-    )
-    card = _CARD.format(
-        data=data.to_yaml(),
+    copied = [value for row in results for key, value in row.items() if key.startswith("copied_share/")]
+    sections = {"Sampling defaults": defaults, "Training": training}
+    card = _ENVIRONMENT.get_template("model_card.md").render(
+        metadata=data.to_yaml(),
         title=escape(title),
         summary=escape(_public(summary)),
         paper=family.paper,
         origin=without_credentials(origin) or f"trained on {escape(dataset)} with\n`hf-guided`",
-        picture="\n\n".join(f"![{text}]({name})" for name, text in pictures.items() if (folder / name).is_file()),
-        extra="".join(f" {package}" for package in family.requirements),
-        usage=_usage(model_class, json.dumps(repo_id or "."), class_names, dtype),
-        advice=(advice if is_pipeline else "") + ("" if dtype is None else _DTYPE_ADVICE.format(dtype=dtype)),
+        pictures=[{"name": name, "text": text} for name, text in pictures.items() if (folder / name).is_file()],
+        requirements=family.requirements,
+        kind="pipeline" if is_pipeline else "classifier" if classifies else "model",
+        model_class=model_class,
+        upscales=upscales,
+        source=json.dumps(repo_id or "."),
+        dtype=dtype,
+        loaded_in="" if dtype is None else f", dtype=torch.{dtype}",
+        label=_label(class_names),
+        guided=guided,
+        trade_off=family.trade_off,
+        classes=[code_span(name) for name in class_names],
+        images=_images(folder),
+        copied=f"{max(copied):.1%}" if copied else None,
+        tables=[
+            {"heading": heading, "rows": _table(["", ""], [[_heading(name), _public(v)] for name, v in values.items()])}
+            for heading, values in sections.items()
+            if values
+        ],
+        **_results(results),
+        inspection=None if inspection is None else _inspection(folder, inspection),
     )
-    if class_names:
-        card += f"\n## Classes\n\n{_class_list(class_names)}\n"
-    limits = _limits(folder, class_names, results, classifies)
-    card += _LIMITS.format(limits="\n".join(f"- {limit}" for limit in limits))
-    for heading, values in (("Sampling defaults", defaults), ("Training", training)):
-        if values:
-            rows = [[_heading(name), _public(value)] for name, value in values.items()]
-            card += f"\n## {heading}\n\n{_table(['', ''], rows)}\n"
-    if results:
-        columns = list(dict.fromkeys(column for row in results for column in row))
-        headings = [_heading(column) for column in columns]
-        table = _table(headings, [[_public(row.get(column)) for column in columns] for row in results])
-        notes = "The features of a metric are in brackets; only numbers in the same features can be compared."
-        shown = {column.partition("/")[0] for column in columns}
-        from ..evaluation.metrics.table import METRICS  # imports torch, which a card without results does without
-
-        notes = "\n".join([notes, *(metric.note for name, metric in METRICS.items() if name in shown and metric.note)])
-        card += _RESULTS.format(table=table, notes=notes)
-    if inspection is not None:
-        rows = inspection["rows"]
-        columns = [name for name in _INSPECTION_COLUMNS if any(row[name] is not None for row in rows)]
-        cells = [[_rounded(row[name]) for name in columns] for row in rows]
-        num_trained = inspection["num_train_images"]
-        has_picture = (folder / "inspection.png").is_file()
-        card += _INSPECTION.format(
-            num_images=inspection["num_images"],
-            trained=f" and {num_trained:,} of its training images" if num_trained else "",
-            picture="\n![Accuracy, calibration, gradients, confusion](inspection.png)\n" if has_picture else "",
-            table=_table([_heading(name) for name in columns], cells),
-            findings="\n".join(f"- {escape(_public(finding))}" for finding in inspection["findings"]),
-        )
     return str(ModelCard(card))  # validates the metadata
+
+
+def _results(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The table of a report, and what its metrics mean."""
+    if not results:
+        return {"results": None, "notes": []}
+    from ..evaluation.metrics.table import METRICS  # imports torch, which a card without results does without
+
+    columns = list(dict.fromkeys(column for row in results for column in row))
+    shown = {column.partition("/")[0] for column in columns}
+    rows = [[_public(row.get(column)) for column in columns] for row in results]
+    notes = [metric.note for name, metric in METRICS.items() if name in shown and metric.note]
+    return {"results": _table([_heading(column) for column in columns], rows), "notes": notes}
+
+
+def _inspection(folder: Path, inspection: Mapping[str, Any]) -> dict[str, Any]:
+    """The classifier's table by noise level, and what follows from it."""
+    rows, num_trained = inspection["rows"], inspection["num_train_images"]
+    columns = [name for name in _INSPECTION_COLUMNS if any(row[name] is not None for row in rows)]
+    return {
+        "num_images": f"{inspection['num_images']:,}",
+        "num_trained": f"{num_trained:,}" if num_trained else "",
+        "has_picture": (folder / "inspection.png").is_file(),
+        "table": _table(
+            [_heading(name) for name in columns], [[_rounded(row[name]) for name in columns] for row in rows]
+        ),
+        "findings": [escape(_public(finding)) for finding in inspection["findings"]],
+    }
 
 
 def address(card: str, repo_id: str, standalone: bool = False) -> str:
@@ -342,62 +270,23 @@ def _eval_results(
     return evaluations
 
 
-def _limits(
-    folder: Path, class_names: Sequence[str], results: Sequence[Mapping[str, Any]], classifies: bool
-) -> list[str]:
-    """Intended use and limitations, one sentence or two each."""
+def _images(folder: Path) -> str:
+    """The images of a saved model with their size, as its config says."""
     components = [family.component for family in (DIFFUSION, *BASELINES.values())]
     configs = [folder / part / "config.json" for part in ("", *components)]
     sizes = (json.loads(config.read_text()).get("sample_size") for config in configs if config.is_file())
     size = next(sizes, None)
     height, width = size if isinstance(size, list) else (size, size)
-    images = "images" if size is None else f"images of {width}x{height} pixels"
-    limits = []
-    if classifies:
-        limits.append(
-            f"It classifies {images} into the classes above, and assigns any other image to one of them, too. It "
-            f"is made to guide or to evaluate generators of such images, not for decisions about real images."
-        )
-    else:
-        known = "the classes above" if class_names else "the kind of its training data"
-        limits.append(
-            f"It generates {images} of {known}. It does not support text prompts, other sizes or other classes."
-        )
-        limits.append("Its images are synthetic, even if they look real. Do not use them as evidence.")
-    limits.append("Biases and gaps of the training images carry over. It was not examined for bias.")
-    copied = [value for row in results for key, value in row.items() if key.startswith("copied_share/")]
-    if copied:
-        limits.append(
-            f"Samples may closely resemble training images: up to {max(copied):.1%} of them do (copied share)."
-        )
-    elif not classifies:
-        limits.append("Samples may closely resemble training images; how many do was not measured.")
-    return limits
+    return "images" if size is None else f"images of {width}x{height} pixels"
 
 
-def _usage(model_class: str, source: str, class_names: Sequence[str], dtype: str | None) -> str:
-    """Code that runs without changes."""
-    chosen = "" if dtype is None else f", dtype=torch.{dtype}"
-    if model_class == "ADMForImageClassification":
-        imports = "" if dtype is None else "import torch\n"
-        return _CLASSIFIER_USAGE.format(imports=imports, source=source, dtype=chosen)
-    if not model_class.endswith("Pipeline"):
-        imports = "" if dtype is None else "import torch\n"
-        return _MODEL_USAGE.format(imports=imports, model_class=model_class, source=source, dtype=chosen)
-    arguments, imports = "", ""
-    if model_class == "ClassifierGuidedUpscalePipeline":
-        arguments, imports = "small, ", "\nfrom PIL import Image"
-    if class_names:
-        is_plain = class_names[0] == single_line(class_names[0], length=100)
-        label = json.dumps(class_names[0], ensure_ascii=False) if is_plain else "0"
-        arguments += f"class_labels=[{label}], "
-    usage = _PIPELINE_USAGE.format(
-        imports=imports, model_class=model_class, source=source, dtype=chosen, arguments=arguments
-    )
-    if model_class == "ClassifierGuidedUpscalePipeline":
-        opened = 'small = Image.open("small.png").resize([pipe.config.low_res_size] * 2)\n'
-        usage = usage.replace("generator = ", opened + "generator = ", 1)
-    return usage
+def _label(class_names: Sequence[str]) -> str:
+    """The labels of a call, with a comma; nothing for an unconditional model."""
+    if not class_names:
+        return ""
+    is_plain = class_names[0] == single_line(class_names[0], length=100)
+    label = json.dumps(class_names[0], ensure_ascii=False) if is_plain else "0"
+    return f"class_labels=[{label}], "
 
 
 def _heading(column: str) -> str:
@@ -408,13 +297,6 @@ def _heading(column: str) -> str:
 
         words = f"{METRICS[name].title if name in METRICS else words} ({features})"
     return words if words[1:2].isupper() else words[:1].upper() + words[1:]
-
-
-def _class_list(class_names: Sequence[str]) -> str:
-    names = ", ".join(code_span(name) for name in class_names)
-    if len(class_names) <= 40:
-        return names
-    return f"<details><summary>All {len(class_names)} classes</summary>\n\n{names}\n\n</details>"
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
