@@ -13,7 +13,7 @@ import hf_guided
 ROOT = Path(hf_guided.__file__).parent
 # Each line uses what stands above it, and its own.
 ORDER = [
-    {"files", "credentials", "fields", "settings", "loading", "processes", "registration"},
+    {"files", "credentials", "fields", "interrupts", "settings", "loading", "processes", "registration"},
     {"models", "schedulers"},
     {"guidance", "losses", "labels", "data"},
     {"pipelines", "baselines"},
@@ -21,7 +21,7 @@ ORDER = [
     {"evaluation"},
     {"hub"},
     {"training", "conversion"},
-    {"comparison", "demo", "commands", "cli"},
+    {"comparison", "demo", "commands", "cli", "__main__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
