@@ -131,7 +131,10 @@ def test_a_gan_is_measured_without_likelihood(tmp_path):
         (["sample", "flow", "--num_inference_steps", "9"], "A FlowPipeline does not support --num_inference_steps"),
         (["sample", "flow", "--respacing", "9"], "A FlowPipeline does not support --respacing; leave it out."),
         (["sample", "vae", "--no-condition_unet"], "A VAEPipeline does not support --condition_unet; leave it out."),
-        (["evaluate", "vae", "real", "--features", "judge", "--guidance_scale", "1"], "A VAEPipeline does not support --guid"),
+        (
+            ["evaluate", "vae", "real", "--features", "judge", "--guidance_scale", "1"],
+            "A VAEPipeline does not support --guid",
+        ),
         (["sample", "gan", "--truncation", "0"], "truncation=0.0 leaves no latents; give a positive threshold"),
         (["sample", "vae", "--temperature", "-1"], "temperature=-1.0 is negative"),
         (["sample", "vae", "--labels", "cow"], "There is no class named 'cow'"),

@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Draws samples, on as many processes as were launched together."""
     from ..generation.options import check_compile, labels_to_sample, pipeline_arguments
-    from ..generation.sampling import check_destination, sample_to_file
+    from ..generation.runs import check_destination
+    from ..generation.sampling import sample_to_file
     from ..pipelines.auto_pipeline import load_pipeline
     from ..processes import join_processes, print_once, resumable
 

@@ -16,8 +16,9 @@ from ..data import BUILT_IN, DataArguments, load_labelled_images
 from ..files import check_outside, check_parent, check_place, check_replaceable, has_json, write_json
 from ..generation.grids import save_png
 from ..generation.options import check_compile, labels_to_sample, pipeline_arguments
+from ..generation.runs import check_destination
 from ..generation.samples import read_record
-from ..generation.sampling import check_destination, sample_to_file
+from ..generation.sampling import sample_to_file
 from ..loading import check_cover, read_config
 from ..models.classifier_adm import image_size  # which makes our classifier known to transformers
 from ..pipelines.auto_pipeline import is_pipeline, load_pipeline, load_saved
