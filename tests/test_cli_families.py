@@ -136,7 +136,7 @@ def test_a_gan_is_measured_without_likelihood(tmp_path):
             "A VAEPipeline does not support --guid",
         ),
         (["sample", "gan", "--truncation", "0"], "truncation=0.0 leaves no latents; give a positive threshold"),
-        (["sample", "vae", "--temperature", "-1"], "temperature=-1.0 is negative"),
+        (["sample", "vae", "--temperature", "-1"], "temperature=-1.0"),
         (["sample", "vae", "--labels", "cow"], "There is no class named 'cow'"),
         (["sweep", "flow", "real", "--features", "judge"], "flow is a FlowPipeline, which nothing guides"),
     ],
