@@ -302,7 +302,7 @@ def check_place(folder: str | os.PathLike, flag: str = "--output") -> Path:
     return Path(folder)
 
 
-def check_parent(path: str | os.PathLike, flag: str = "--output") -> None:
+def check_parent(path: str | os.PathLike, flag: str = "--output", suffix: str = "") -> None:
     """Refuses, before the work, a file for results whose folder is not there or cannot be written to.
 
     Only folders for results are made with those that lead to them, see [`check_place`].
@@ -310,10 +310,13 @@ def check_parent(path: str | os.PathLike, flag: str = "--output") -> None:
     Args:
         path (`str` or `os.PathLike`): The file.
         flag (`str`, defaults to `"--output"`): What errors call it.
+        suffix (`str`, *optional*): How its name must end.
 
     Raises:
-        `ValueError`: Naming the folder.
+        `ValueError`: Naming the file or the folder.
     """
+    if not os.fspath(path).endswith(suffix):
+        raise ValueError(f"{flag} {path} must end in {suffix}.")
     folder = Path(path).absolute().parent
     if not folder.is_dir():
         raise ValueError(f"{flag} {path}: there is no folder {folder}; make it first.")

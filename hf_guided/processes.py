@@ -99,6 +99,12 @@ def resumable(message: str = "Stopped; what is made is kept. Rerun the same comm
         raise StoppedError(signal.SIGINT, message) from None
 
 
+def print_once(*lines: str) -> None:
+    """Prints lines, if any, in the main process alone and without the credentials of addresses."""
+    if lines and os.environ.get("RANK", "0") == "0":
+        print(without_credentials("\n".join(lines)), flush=True)
+
+
 def use_processor() -> None:
     """Lets this process use its share of the processor's cores.
 

@@ -1,14 +1,31 @@
-"""The pipeline class of a saved folder or a Hub repository."""
+"""The pipeline class of a saved folder or a Hub repository, and how a command loads it."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError
+from transformers.utils import logging as transformers_logging
 
 import hf_guided
 
 from ..families import BASELINES
-from ..loading import read_config
+from ..loading import naming_damage, read_config
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+def is_pipeline(name: str) -> bool:
+    """Whether a folder, or a repository of the Hub, holds a pipeline."""
+    if Path(name).exists() or name.count("/") != 1 or ":" in name:
+        return (Path(name) / "model_index.json").is_file()
+    try:
+        hf_hub_download(name, "model_index.json")
+    except (OSError, ValueError, HTTPError):
+        return False
+    return True
 
 
 def pipeline_class(model: str, token: str | None = None) -> Any:
@@ -32,3 +49,49 @@ def pipeline_class(model: str, token: str | None = None) -> Any:
     name = name[-1] if isinstance(name, list) else name  # a repository that carries its code names its module too
     is_baseline = name in [family.pipeline for family in BASELINES.values()]
     return getattr(hf_guided, name) if is_baseline else hf_guided.ClassifierGuidedPipeline
+
+
+def load_saved(kind: Any, model: str, **arguments: Any) -> Any:
+    """A pipeline or model of a folder or of the Hub, loaded without the progress bars of its parts.
+
+    Args:
+        kind: Its class, or an Auto class.
+        model (`str`): A folder, or a name on the Hub.
+        arguments: Go to `from_pretrained`.
+
+    Raises:
+        `ValueError`: If there is no such model, or it is damaged.
+    """
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    if not Path(model).exists() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
+        raise ValueError(f"There is no folder {model}.")
+    try:
+        with naming_damage(model):
+            return kind.from_pretrained(model, **arguments)
+    except OSError as error:
+        if Path(model).exists():
+            raise
+        raise ValueError(f"There is no folder {model}, and it could not be downloaded from the Hub.") from error
+
+
+def load_pipeline(model: str, state: "PartialState", kind: Any = None) -> Any:
+    """A pipeline on this process's device; the progress bar of its steps is the main process's alone, below that of the
+    images.
+
+    Args:
+        model (`str`): A folder, or a name on the Hub.
+        state ([`~accelerate.PartialState`]): Of this process.
+        kind (`type`, *optional*): The pipeline's class; found in its files, by default.
+
+    Raises:
+        `ValueError`: If there is no such pipeline, or it is damaged.
+    """
+    if kind is None:
+        kind = (
+            pipeline_class(model) if is_pipeline(model) else hf_guided.ClassifierGuidedPipeline
+        )  # which says what is missing
+    pipeline = load_saved(kind, model).to(state.device)
+    bar = {"desc": "batch", "position": 1, "leave": False}
+    pipeline.set_progress_bar_config(**bar, disable=None if state.is_main_process else True)
+    return pipeline

@@ -136,7 +136,7 @@ def test_upscale_writes_published_files_and_pictures(tiny_unet, tmp_path, capsys
     for argv, message in [
         ([pictures[0]], "add --labels, one for all images"),
         ([*pictures, "--labels", "a", "b"], "2 classes for 5 images"),
-        ([pictures[0], "--output", "large.jpg"], "must end in .npz or .png"),
+        ([pictures[0], "--output", "large.jpg"], "must end in .npz, .parquet or .png"),
         ([str(tmp_path), "--labels", "a"], "is no picture that can be read"),
         ([str(tmp_path / "small.npz.png"), "--labels", "a"], "is no picture that can be read"),
         ([str(tmp_path / "nowhere.npz")], "nowhere.npz"),

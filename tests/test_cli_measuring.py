@@ -48,7 +48,7 @@ def work(tmp_path_factory, tiny_unet, tiny_classifier):
 @pytest.fixture(autouse=True)
 def caches(work, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(work / "hf"))
-    monkeypatch.setattr("hf_guided.evaluation.features.extractors.feature_sets.CACHE_DIR", work / "cache")
+    monkeypatch.setattr("hf_guided.evaluation.features.feature_sets.CACHE_DIR", work / "cache")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries where there is no network
     monkeypatch.chdir(work)
 
@@ -238,7 +238,7 @@ def write(command, disk):
 
 @pytest.mark.parametrize("command", ["evaluate", "evaluate a pipeline", "sweep", "sample", "statistics"])
 def test_a_full_disk_is_one_sentence_and_the_rerun_completes(command, work, small_disk, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_guided.evaluation.features.extractors.feature_sets.CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setattr("hf_guided.evaluation.features.feature_sets.CACHE_DIR", tmp_path / "cache")
     (small_disk / "out").mkdir()
     filler = small_disk / "filler"
     with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:

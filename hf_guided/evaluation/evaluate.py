@@ -10,6 +10,7 @@ from ..labels import composed, match_classes
 from .features.extractors import FeatureExtractor, weights_digest
 from .features.feature_sets import FeatureSet, collect_features
 from .features.image_sets import ArrayImages, ImageSet, LoadedImages
+from .likelihood import Likelihood
 from .memorisation import Memorisation, memorisation
 from .metrics.distances import frechet_interval
 from .metrics.table import DENSITY_K, METRICS, Compared, K
@@ -63,6 +64,7 @@ class Evaluation:
         class_accuracy (`dict[str, dict[str, float]]`): Accuracy of each class by extractor.
         memorisation (`dict[str, Memorisation]`): By extractor, if there are held-out images.
         notes (`list[str]`): Warnings for the interpretation of the numbers.
+        likelihood ([`Likelihood`], *optional*): Of the reference under the pipeline, if requested.
     """
 
     generated: str
@@ -74,10 +76,12 @@ class Evaluation:
     class_accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
     memorisation: dict[str, Memorisation] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    likelihood: Likelihood | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For a JSON file."""
-        return {**vars(self), "memorisation": {name: found.to_dict() for name, found in self.memorisation.items()}}
+        memorised = {name: found.to_dict() for name, found in self.memorisation.items()}
+        return {**vars(self), "memorisation": memorised, "likelihood": self.likelihood and self.likelihood.to_dict()}
 
     def __str__(self) -> str:
         extractors = list(dict.fromkeys(name.partition("/")[2] for name in self.metrics))
@@ -102,6 +106,7 @@ class Evaluation:
             lines.append(f"Lowest accuracies by {extractor}: {listed}.")
         lines += [found.finding for found in self.memorisation.values()]
         lines += [f"Note: {note}" for note in self.notes]
+        lines += [] if self.likelihood is None else [str(self.likelihood)]
         return "\n".join(lines).rstrip()
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,21 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..files import read_json, write_json
+from ..credentials import without_credentials
+from ..files import check_outside, check_place, check_replaceable, differing, has_json, read_json, write_json
+from ..generation.options import labels_to_sample
+from ..generation.sampling import COMPILING
 from ..guidance import guidance_from_dict
-from .evaluate import measure
-from .features.extractors import FeatureExtractor
+from ..pipelines.auto_pipeline import load_pipeline
+from ..processes import from_main, join_processes, print_once, resumable
+from .evaluate import judged_labels, measure
+from .features import feature_sets
+from .features.extractors import FeatureExtractor, weights_digest
 from .features.feature_sets import FeatureSet, collect_features
-from .features.image_sets import SampledImages
+from .features.image_sets import ImageSet, SampledImages
 from .metrics.table import METRICS
+from .plots import sweep_curve
+from .run import load_extractors, open_real, paths_of
 
 Row = dict[str, Any]
 SETTING = ("num_inference_steps", "guidance_scale", "seed")  # identifies a row
@@ -200,3 +209,182 @@ def save_choice(folder: str | os.PathLike, chosen: Row) -> dict[str, Any]:
     index["sampling_defaults"] = defaults
     write_json(index, path)
     return defaults
+
+
+@dataclass
+class SweepSettings:
+    """What [`run_sweep`] measures and how; `sweep.json` keeps what the numbers depend on.
+
+    Attributes:
+        model (`str`): A guided pipeline's folder, or its name on the Hub.
+        reference (`str`): Real images, or a file of statistics.
+        output (`str`, defaults to `"sweep"`): Folder of the results.
+        scales (`Sequence[float]`), steps (`Sequence[int]`), seeds (`Sequence[int]`): As for [`sweep`].
+        num_images (`int`, defaults to 1000): Samples at each setting.
+        no_save (`bool`, defaults to `False`): Leave the pipeline's saved defaults as they are.
+        features (`Sequence[str]`, defaults to `("inception",)`): One feature extractor, see [`load_features`].
+        labels, condition_unet, batch_size, compile, num_workers, no_cache: As for [`EvaluationSettings`].
+    """
+
+    model: str
+    reference: str
+    output: str = "sweep"
+    scales: Sequence[float] = (0, 1, 2, 5, 10)
+    steps: Sequence[int | None] = (None,)
+    seeds: Sequence[int] = (0, 1, 2)
+    num_images: int = 1000
+    no_save: bool = False
+    features: Sequence[str] = ("inception",)
+    labels: Sequence[str] | None = None
+    condition_unet: bool = True
+    batch_size: int = 64
+    compile: bool = False
+    num_workers: int = 0
+    no_cache: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the numbers depend on, for a JSON file; the rest may differ when a sweep is resumed."""
+        names = ("model", "reference", "num_images", "condition_unet", "batch_size")
+        kept = {name: getattr(self, name) for name in names}
+        return without_credentials({**kept, "labels": self.labels or ["all"], "seed": 0})
+
+
+@dataclass
+class SweepResult:
+    """What [`run_sweep`] found; `str()` says it in sentences.
+
+    Attributes:
+        rows (`list[dict]`): Of [`sweep`].
+        chosen (`dict`), reason (`str`): Of [`choose_scale`].
+        saved (`str`): What became of the choice, in a sentence.
+    """
+
+    rows: list[Row]
+    chosen: Row
+    reason: str
+    saved: str = ""
+
+    def __str__(self) -> str:
+        return "\n".join(filter(None, (self.reason, self.saved)))
+
+
+def run_sweep(settings: SweepSettings) -> SweepResult | None:
+    """Measures a pipeline at every scale, over all processes that run this, and saves the scale to keep.
+
+    The folder `output` gets `sweep.json`, after each row, and the curves as `sweep.png`; rerunning it resumes, and more
+    scales, steps or seeds are added. The choice goes into the defaults of a pipeline's folder.
+
+    Returns:
+        [`SweepResult`]: In the main process; `None` in the others.
+
+    Raises:
+        `ValueError`: For inputs that cannot be opened or swept, or an output that would replace another's file or was
+            measured otherwise.
+    """
+    path = Path(settings.output) / "sweep.json"
+    _check_outputs(settings)
+    state = join_processes()
+    pipeline = _open_pipeline(settings, state)
+    (extractor,) = load_extractors(settings.features, pipeline, state)
+    reference = open_real(settings.reference, pipeline.sample_size, state, settings.labels, settings.num_images)
+    labels = labels_to_sample(pipeline, settings.labels, default="all", num_images=settings.num_images)
+    if isinstance(labels, int):
+        raise ValueError(f"{settings.model} has no classes, and a sweep is of guidance by classes.")
+    notes = list(reference.notes) if isinstance(reference, ImageSet) else []
+    judged = judged_labels(SampledImages(pipeline, labels), extractor, notes)
+    record = settings.to_dict()
+    record["features"] = f"{extractor.name} {extractor.fingerprint}"
+    record["weights"] = [weights_digest(model) for model in (pipeline.unet, pipeline.classifier) if model is not None]
+    record["images"] = from_main(reference.digest)
+    known = _rows_of(path, record)
+    print_once(*(f"Note: {note}" for note in notes))
+
+    def keep(rows: list[Row]) -> None:
+        known[:] = rows
+        write_json({"settings": record, "rows": known}, path)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if settings.compile:
+        pipeline.compile()
+        print_once(COMPILING)
+    with resumable():
+        real: Any = reference
+        if isinstance(reference, ImageSet):
+            real = collect_features(
+                reference,
+                extractor,
+                batch_size=settings.batch_size,
+                num_workers=settings.num_workers,
+                cache_dir=None if settings.no_cache else feature_sets.CACHE_DIR,
+            )
+        rows = sweep(
+            pipeline,
+            real,
+            extractor,
+            labels,
+            scales=settings.scales,
+            steps=settings.steps,
+            seeds=settings.seeds,
+            judged=judged,
+            batch_size=settings.batch_size,
+            done=known,
+            on_row=keep,
+            condition_unet=settings.condition_unet,
+        )
+    if not state.is_main_process:
+        return None
+    chosen, reason = choose_scale(rows, f"fid/{extractor.name}")
+    write_json({"settings": record, "rows": known, "chosen": chosen, "reason": reason}, path)
+    sweep_curve(rows, extractor.name, path.with_suffix(".png"), chosen)
+    return SweepResult(rows, chosen, reason, _save(settings, chosen))
+
+
+def _check_outputs(settings: SweepSettings) -> None:
+    """Refuses, before anything is loaded, outputs that cannot be written or are another's."""
+    if len(settings.features) > 1:
+        raise ValueError("One kind of features chooses the scale; give one to --features.")
+    output, sources = Path(settings.output), paths_of(settings.reference, *settings.features)
+    check_outside(output, sources)
+    results = [output / "sweep.json", output / "sweep.png"]
+    is_sweep = has_json(results[0], "settings", "rows")
+    check_replaceable(results, lambda path: is_sweep, [settings.model, *sources])
+    check_place(output)
+
+
+def _open_pipeline(settings: SweepSettings, state: PartialState) -> Any:
+    """Loads a pipeline that is guided by one scale, and has the timesteps to sweep."""
+    pipeline = load_pipeline(settings.model, state)
+    if not hasattr(pipeline, "set_sampling_defaults"):
+        raise ValueError(
+            f"{settings.model} is a {type(pipeline).__name__}, which nothing guides; a sweep is of guidance."
+        )
+    guidance_at(pipeline, settings.scales[0])
+    for number in settings.steps:
+        if number is not None:
+            pipeline.set_timesteps(number, None, None)  # refuses what the schedule has not
+    return pipeline
+
+
+def _rows_of(path: Path, record: dict[str, Any]) -> list[Row]:
+    """The rows of an earlier sweep of the same settings; none if there was none."""
+    if not path.is_file():
+        return []
+    rows = [{"num_inference_steps": int | None, "guidance_scale": int | float, "seed": int}]
+    fix = "give another --output, or remove it to measure from scratch"
+    known = without_credentials(read_json(path, {"settings": dict, "rows": rows}, fix))
+    if changed := differing(known["settings"], record, {"model": "weights", "reference": "images"}):
+        raise ValueError(
+            f"{path} was measured otherwise ({', '.join(changed)}); give the same flags, or another --output."
+        )
+    return known["rows"]
+
+
+def _save(settings: SweepSettings, chosen: Row) -> str:
+    """Saves the choice where that makes sense; says what became of it."""
+    if settings.no_save:
+        return ""
+    if not settings.condition_unet:
+        return "Nothing is saved: by default this pipeline conditions its UNet on the class, and here it did not."
+    if not Path(settings.model).is_dir():
+        return f"{settings.model} is not a folder, so nothing is saved; download it first to have it keep this."
+    return f"{settings.model} keeps by default: {save_choice(settings.model, chosen)}"

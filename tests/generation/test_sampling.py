@@ -295,7 +295,7 @@ def test_parts_of_another_plan_are_told(saved, folder, tmp_path, monkeypatch):
         ({"batch_size": 3, "seed": 1}, "seed was 0 and is now 1"),
         ({"batch_size": 3, "guidance_scale": 2.0}, "guidance_scale was None and is now 2.0"),
     ]:
-        with pytest.raises(ValueError, match=f"parts holds samples .*: {difference}. Give the same flags"):
+        with pytest.raises(ValueError, match=f"parts holds images made otherwise: {difference}. Give the same flags"):
             sample_to_file(saved, labels, path, **arguments)
     config = folder / "unet" / "config.json"
     times = config.stat()
@@ -347,10 +347,10 @@ def test_bad_names_are_refused_before_the_work(saved, tmp_path):
         ("nowhere/samples.npz", "make it first"),
         ("text.npz/samples/", "cannot be made"),
         ("text.npz/samples.npz", "make it first"),
-        ("text.npz", "already exists and is not a file of samples"),
-        ("folder", "already exists and is not a file of samples"),
-        ("cat.png", "already exists and is not a file of samples"),
-        ("cat.npz", "cat.png already exists and is not a file of samples"),  # the picture beside it
+        ("text.npz", "is there already and was not made by this command"),
+        ("folder", "is there already and was not made by this command"),
+        ("cat.png", "is there already and was not made by this command"),
+        ("cat.npz", "cat.png is there already and was not made by this command"),  # the picture beside it
     ]:
         with pytest.raises(ValueError, match=message):
             check_destination(tmp_path / name)
