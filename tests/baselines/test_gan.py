@@ -45,7 +45,7 @@ def test_shapes(size, channels, mult):
     assert images.shape == batch["sample"].shape
     assert images.abs().max() < 1
     output = pair(**batch)
-    assert output.real.shape == output.fake.shape == output.judged.shape == (6,)
+    assert output.real.shape == output.fake.shape == output.fake_for_generator.shape == (6,)
     pair.eval()
     classes = [torch.full((6,), label) for label in (0, 2)]
     images = [pair.generator(batch["latents"], labels).sample for labels in classes]
@@ -77,8 +77,8 @@ def test_the_generator_follows_the_discriminator_that_there_is():
     pair = make_pair().eval()  # so that spectral norm stands still
     batch = batch_of(pair)
     output = pair(**batch)
-    torch.testing.assert_close(output.judged, output.fake, atol=1e-5, rtol=0)
-    output.judged.sum().backward()
+    torch.testing.assert_close(output.fake_for_generator, output.fake, atol=1e-5, rtol=0)
+    output.fake_for_generator.sum().backward()
     found = gradients(pair.generator)
     pair.zero_grad()
     made = pair.generator(batch["latents"], batch["class_labels"]).sample
@@ -91,7 +91,7 @@ def test_hinge_losses_by_hand():
     scores = AdversarialOutput(
         real=torch.tensor([2.0, 1.0, 0.25, -1.0]),
         fake=torch.tensor([-2.0, -1.0, 0.0, 3.0]),
-        judged=torch.tensor([0.5, -4.0, 0.0, 1.0]),
+        fake_for_generator=torch.tensor([0.5, -4.0, 0.0, 1.0]),
     )
     discriminator, generator = hinge_losses(scores)
     assert discriminator.tolist() == [0.0, 0.0, 1.75, 6.0]
