@@ -447,8 +447,9 @@ class DivergedError(ValueError):
 def check_finite(value: float, step: int) -> None:
     if not math.isfinite(value):
         raise DivergedError(
-            f"The training has diverged: a loss or weight is {value} at step {step}. Start again in another --output_dir "
-            f"with a lower --learning_rate, more --lr_warmup_steps, or bf16 instead of fp16; saved checkpoints are finite."
+            f"The training has diverged: a loss or weight is {value} at step {step}. Start again in another "
+            f"--output_dir with a lower --learning_rate, more --lr_warmup_steps, or bf16 instead of fp16; saved "
+            f"checkpoints are finite."
         )
 
 

@@ -58,8 +58,7 @@ class DiffusionArguments(LoopArguments, ScheduleArguments, SamplingArguments, Ar
         "uniform", "How timesteps are drawn (Improved DDPM, section 3.3).", choices=("uniform", "loss_second_moment")
     )
     class_conditional: bool = flag(True, "Train a class-conditional UNet.")
-    label_dropout: Share = flag(0.1, "Share of images with the null label, so that one UNet is conditional and
-        unconditional.")
+    label_dropout: Share = flag(0.1, "Share of images that get the null label, for classifier-free guidance.")
     pretrained_model: str | None = flag(
         None,
         "Pipeline or UNet to start from, a folder or a Hub id. Its architecture replaces the flags from "

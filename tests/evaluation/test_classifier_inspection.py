@@ -502,7 +502,7 @@ def test_the_command_line(folders, capsys, monkeypatch):
 
     again = ["inspect-classifier", "classifier", "photos", "--held_out_fraction", "0.5", "--output"]
     (folders / "piped.json").write_text("{}")  # not its own any more
-    with pytest.raises(SystemExit, match=r"piped.json is there already and was not made by this command"):
+    with pytest.raises(SystemExit, match=r"piped.json exists and was not made by this command"):
         main([*again, "piped.png"])
     main([*again, "noisy.png", "--num_images", "6"])  # its own
     assert json.loads((folders / "noisy.json").read_text())["num_images"] == 6

@@ -69,7 +69,7 @@ def test_duplicates(match):
 
 @pytest.mark.parametrize("number", [4, 6])
 def test_classes_without_names_must_be_as_many(number, match):
-    with pytest.raises(ValueError, match=f"The classifier knows {number} classes and the UNet 5"):
+    with pytest.raises(ValueError, match=f"The classifier has {number} classes and the UNet 5"):
         match({label: f"LABEL_{label}" for label in range(number)})
 
 

@@ -226,7 +226,7 @@ def test_a_walk_may_begin_at_an_image(name):
     noise, image = torch.randn(16, 1, 8, 8, generator=seeded()), torch.full((16, 1, 8, 8), 0.4)
     arguments = {"image": image, "strength": 0.5, "num_images_per_label": 1, "num_inference_steps": 50}
     if is_any(name, ("LMS", "PNDM")):
-        with pytest.raises(ValueError, match="counts on the steps from the first on"):
+        with pytest.raises(ValueError, match="needs all steps from the first"):
             walk(pipe, noise, **arguments)
         return
     told = []
@@ -308,12 +308,12 @@ def their(name, **options):
         ("DPMSolverMultistepInverseScheduler", {}, "no scheduler of this diffusion process"),
         ("UnCLIPScheduler", {}, "no scheduler of this diffusion process"),
         ("CogVideoXDDIMScheduler", {}, "no scheduler of this diffusion process"),
-        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "walks another process"),
-        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "walks another process"),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "follows another process"),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "follows another process"),
         ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
-        ("DDPMScheduler", {"variance_type": "learned_range"}, "is handed no variance"),
-        ("DDIMScheduler", {"rescale_betas_zero_snr": True}, "holds no signal at all"),
-        ("DDPMScheduler", {"eta": 0.5}, "takes no eta"),
+        ("DDPMScheduler", {"variance_type": "learned_range"}, "no scheduler of diffusers reads a learned variance"),
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True}, "is pure noise"),
+        ("DDPMScheduler", {"eta": 0.5}, "does not support eta"),
         ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "respacing": "6"}, "chooses its own timesteps"),
     ],
 )

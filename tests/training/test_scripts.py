@@ -156,7 +156,7 @@ def test_a_push_that_fails_does_not_stop_the_training(photos, tmp_path, hub):
     assert "The push of the newest snapshot failed: This token may not write to me/fruit" in result.stderr
     error, hint, command = result.stderr.strip().splitlines()[-3:]
     assert error.startswith("error: This token may not write to me/fruit")
-    assert hint == "All is trained and saved. To push it:"
+    assert hint == "The training is done and saved. To push it:"
     assert len(hub.repos["me/fruit"].history()) == 1
     saved = (tmp_path / "out" / "classifier" / "model" / "model.safetensors").read_bytes()
 
