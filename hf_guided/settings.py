@@ -29,7 +29,7 @@ REPEATS = ("a whole number from 1 to 1000", lambda value: is_whole(value, 1000))
 SWITCH = ("true or false", lambda value: isinstance(value, bool))
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sample_size": (
-        f"the side in pixels, a whole number from 1 to {MOST}, or a pair [height, width] of such",
+        f"the side in pixels, a whole number from 1 to {MOST}, or a pair [height, width]",
         lambda value: is_whole(value) or is_list(value, is_whole, 2, 2),
     ),
     **dict.fromkeys(("in_channels", "out_channels", "image_channels", "low_res_channels"), COUNT),

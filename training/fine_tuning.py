@@ -70,7 +70,7 @@ class Pretrained:
             is_upsampler (`bool`): Whether an upsampler is to be trained.
         """
         if (self.config.get("low_res_channels") is not None) != is_upsampler:
-            here, script = ("an", "train_upscaler.py") if not is_upsampler else ("no", "train_diffusion.py")
+            here, script = ("an", "train_upscaler.py") if not is_upsampler else ("not an", "train_diffusion.py")
             raise ValueError(f"--pretrained_model {self.name} is {here} upsampler; train it with {script}.")
         known = {**wanted, **(self.scheduler_config or {})}
         mend = [f"--{name} {known[name]}" for name in wanted if known[name] != wanted[name]]

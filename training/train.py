@@ -73,7 +73,7 @@ class ReportArguments(RunArguments, SamplingArguments):
     guidance_scales: list[NonNegativeFloat] = flag(
         [0.0, 1.0, 3.0, 10.0], "Scales at which the classifier alone guides."
     )
-    conditional_scales: list[NonNegativeFloat] = flag([0.0, 1.0], "Scales beside a class-conditional UNet.")
+    conditional_scales: list[NonNegativeFloat] = flag([0.0, 1.0], "Scales with a class-conditional UNet.")
     default_scale: NonNegativeFloat = flag(3.0, "Scale that the pipeline saves as its default.")
 
 

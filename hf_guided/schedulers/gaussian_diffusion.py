@@ -172,7 +172,7 @@ class GaussianDiffusion:
         return gaussian
 
     def split(self, model_output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Parts a model's output into its prediction and what it says of the variance, if that is learned."""
+        """Splits a model's output into its prediction and that of the variance, if it is learned."""
         expected = 2 * channels if self.variance_type == "learned_range" else channels
         if model_output.shape[1] != expected:
             raise ValueError(

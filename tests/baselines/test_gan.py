@@ -73,7 +73,7 @@ def test_each_loss_trains_its_own_player_and_no_other():
 
 
 def test_the_generator_follows_the_discriminator_that_there_is():
-    """What `judged` gives it is the gradient of the discriminator itself, of the very samples that it calls fake."""
+    """The gradient of `fake_for_generator` is that of the discriminator itself, for the samples it scores as fake."""
     pair = make_pair().eval()  # so that spectral norm stands still
     batch = batch_of(pair)
     output = pair(**batch)
@@ -117,17 +117,17 @@ def test_the_discriminator_sees_real_and_fake_moved_by_whole_pixels():
     made = []
     pair.generator.register_forward_hook(lambda module, arguments, output: made.append(output.sample))
     pair(**batch)
-    (both, labels), (judged, judged_labels) = seen
+    (both, labels), (for_generator, labels_for_generator) = seen
     assert torch.equal(labels, batch["class_labels"].repeat(2))
-    assert torch.equal(judged_labels, batch["class_labels"])
-    for images, moved in ((batch["sample"], both[:60]), (made[0], both[60:]), (made[0], judged)):
+    assert torch.equal(labels_for_generator, batch["class_labels"])
+    for images, moved in ((batch["sample"], both[:60]), (made[0], both[60:]), (made[0], for_generator)):
         shifts = [is_shift_of(*pairs, reach=2) for pairs in zip(moved, images, strict=True)]
         assert None not in shifts
         for axis in (0, 1):
             assert {shift[axis] for shift in shifts} == {-2, -1, 0, 1, 2}
     assert torch.equal(make_pair()._shift(batch["sample"]), batch["sample"])
     assert not both.requires_grad
-    assert judged.requires_grad
+    assert for_generator.requires_grad
 
 
 def norms_of(generator: BigGANGenerator) -> list[nn.BatchNorm2d]:

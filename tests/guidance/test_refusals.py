@@ -55,15 +55,15 @@ def test_no_labels(name, refused):
 
 
 def test_no_null_label(refused, make_unet):
-    told = {"unet": make_unet(null_class_label=False)}
-    refused("this UNet has none: take one with null_class_label=True", guide(ClassifierFreeGuidance()), **told)
+    no_null_label = {"unet": make_unet(null_class_label=False)}
+    refused("this UNet has none: take one with null_class_label=True", guide(ClassifierFreeGuidance()), **no_null_label)
     unconditional = {"unet": make_unet(null_class_label=False, num_class_embeds=None)}
     refused("this UNet has none", guide(ClassifierFreeGuidance()), **unconditional)
 
 
-def test_a_class_that_the_unet_is_not_told(refused):
+def test_classifier_free_guidance_of_an_unconditional_unet(refused):
     arguments = {"guidance": [ClassifierGuidance(), ClassifierFreeGuidance()], "condition_unet": False}
-    refused("condition_unet=False tells the UNet none; leave one of them out", arguments)
+    refused("which condition_unet=False turns off; leave one of them out", arguments)
 
 
 def test_a_guide_unet_that_does_not_belong(refused, make_unet, components):
@@ -72,8 +72,8 @@ def test_a_guide_unet_that_does_not_belong(refused, make_unet, components):
         arguments = {name: other, **({"out_channels": 2} if name == "in_channels" else {})}
         message = f"guide_unet's {name} is {other} and the UNet's {components['unet'].config.get(name)}"
         refused(message, guide(AutoGuidance()), guide_unet=make_unet(**arguments))
-    untold = make_unet(num_class_embeds=None, null_class_label=False)
-    refused("guide_unet's num_class_embeds is 5 and the UNet's None", guide(AutoGuidance()), unet=untold)
+    unconditional = make_unet(num_class_embeds=None, null_class_label=False)
+    refused("guide_unet's num_class_embeds is 5 and the UNet's None", guide(AutoGuidance()), unet=unconditional)
     no_null = make_unet(null_class_label=False)
     for arguments, labels in (({}, None), ({"condition_unet": False}, LABELS)):
         arguments = {**guide(AutoGuidance()), **arguments}
@@ -213,7 +213,7 @@ def test_guidance_beside_its_short_form(refused):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_scheduler_of_another_process(name, refused):
     scheduler = FlowMatchEulerDiscreteScheduler()
-    refused("is no scheduler of this diffusion process", guide(make(name)), scheduler=scheduler)
+    refused("is not a scheduler of this diffusion process", guide(make(name)), scheduler=scheduler)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_gradients_need_to_be_taken(pipe):
         sample(pipe, [1], guidance=LossGuidance(lambda images: torch.zeros(len(images))))
 
 
-def test_a_guide_unet_that_must_be_told_and_is_not(make_pipe, make_unet):
+def test_a_class_conditional_guide_unet_without_a_class(make_pipe, make_unet):
     pipe = make_pipe(guide_unet=make_unet(null_class_label=False))
     assert sample(pipe, [1], guidance=make("auto")).isfinite().all()
     for labels, arguments in ((None, {}), ([1], {"condition_unet": False})):

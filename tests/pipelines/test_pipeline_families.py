@@ -223,7 +223,7 @@ def test_the_likelihood_of_a_flow_is_of_unit_noise_whatever_it_was_trained_with(
     images, labels = eight_bit_images(4), torch.tensor([0, 1, 2, 0])
     seen = []
     encode = pipe.flow.encode  # the real one, watched
-    pipe.flow.encode = lambda values, told: seen.append(values) or encode(values, told)
+    pipe.flow.encode = lambda values, labels: seen.append(values) or encode(values, labels)
     bits = pipe.bits_per_dim(images, labels, seeded())
     del pipe.flow.encode
     steps = (seen[0] * (255 + width) - width / 2) - (images + 1) * 127.5

@@ -119,7 +119,7 @@ def test_a_users_file_in_a_checkpoint_is_kept(training, tmp_path, caplog):
     (tmp_path / "checkpoint-1" / "notes" / "best.txt").write_text("mine")
     training.save(tmp_path, 3, 4, limit=1)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-4"]
-    assert "checkpoint-1 stays beyond --checkpoints_total_limit, since it holds notes/best.txt" in caplog.text
+    assert "checkpoint-1 is kept beyond --checkpoints_total_limit, since it holds notes/best.txt" in caplog.text
 
 
 def test_a_resume_from_an_earlier_step_than_what_is_there_is_refused(training, tmp_path):

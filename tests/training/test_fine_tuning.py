@@ -1,4 +1,4 @@
-"""Going on from a trained model: what fits is kept to the bit, what does not begins anew and is named."""
+"""Fine-tuning: weights that fit are kept to the bit, others are reinitialised and named."""
 
 import logging
 import shutil
@@ -203,7 +203,7 @@ def test_what_cannot_be_gone_on_from_is_refused_with_the_mend(fine_tune, photos,
     argv = [*RUN, *SCHEDULE, "--train_data_dir", str(photos), "--resolution", "8"]
     argv += ["--pretrained_model", str(pretrained)]
     data_args, stages = parse_arguments({"upscaler": UpscalerArguments}, argv)
-    with pytest.raises(ValueError, match=r"is no upsampler; train it with train_diffusion.py"):
+    with pytest.raises(ValueError, match=r"is not an upsampler; train it with train_diffusion.py"):
         train_upscaler(data_args, stages["upscaler"])
 
 

@@ -70,7 +70,7 @@ def test_the_whole_walk_on_a_folder_of_pictures(photos, tmp_path, monkeypatch, c
         "cherry",
     }
 
-    # the same command again: nothing is trained anew, and the result is the same
+    # the same command again: nothing is trained again, and the result is the same
     before = (out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
@@ -240,9 +240,9 @@ def test_help_tells_how_to_launch(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
     with pytest.raises(SystemExit, match=r"\A0\Z"):
         run_script(script.main)
-    told = capsys.readouterr().out
-    assert "accelerate launch" in told
-    assert "--train_data_dir" in told
+    said = capsys.readouterr().out
+    assert "accelerate launch" in said
+    assert "--train_data_dir" in said
 
 
 def test_an_unconditional_model_of_pictures_without_labels(photos, tmp_path):
