@@ -548,8 +548,8 @@ def test_mistakes_end_in_one_sentence(folders, monkeypatch):
         (["./nowhere", "photos"], "There is no folder ./nowhere"),
         (["classifier", "photos", "--held_out_fraction", "0"], "Nothing of photos is held out"),
         (["classifier", "photos", "--output", "x.jpg"], "must end in .png"),
-        (["others", "photos"], "has no class of the name 'ape'"),
-        (["classifier", "digits"], "has no class of the name '0'"),
+        (["others", "photos"], "has no class named 'ape'"),
+        (["classifier", "digits"], "has no class named '0'"),
     ]:
         with pytest.raises(SystemExit, match="error: ") as caught:
             main(["inspect-classifier", *argv])

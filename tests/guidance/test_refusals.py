@@ -89,7 +89,7 @@ def test_a_classifier_of_other_channels(refused, make_classifier, make_resnet):
 
 def test_a_clean_classifier_where_a_noisy_one_is_due(refused, make_resnet):
     refused(
-        "knows clean images only. Guide by it with guidance=Den", guide(ClassifierGuidance()), classifier=make_resnet()
+        "is for clean images. Guide with guidance=Den", guide(ClassifierGuidance()), classifier=make_resnet()
     )
 
 
@@ -100,7 +100,7 @@ def test_classes_that_do_not_match(kind, refused, make_classifier, make_resnet):
     )
     others = {0: "cat", 1: "dog", 2: "daisy", 3: "rat", 4: "crane"}
     refused(
-        "has no class of the name 'tench, Tinca tinca', or several; rename",
+        "has no class named 'tench, Tinca tinca', or several; rename",
         guide(kind),
         id2label=NAMES,
         **{component: make(id2label=others)},
@@ -249,7 +249,7 @@ def test_a_class_conditional_guide_unet_without_a_class(make_pipe, make_unet):
         (lambda: ClassifierGuidance("3"), "finite number from 0 up; got '3'"),
         (lambda: ClassifierGuidance(1.0, interval=500), "no pair"),
         (lambda: ClassifierGuidance({0: lambda t: 1.0}), "finite number from 0 up"),
-        (lambda: ClassifierGuidance(1.0, every=2.5), "every=2.5 .* no whole number"),
+        (lambda: ClassifierGuidance(1.0, every=2.5), "every=2.5 .* whole number"),
         (lambda: ClassifierGuidance(1.0, entropy_scaling="yes"), "takes an EntropyScaling; got 'yes'"),
     ],
 )

@@ -193,7 +193,7 @@ def test_what_cannot_be_edited_is_refused(pipe, tiny_unet, picture, hole):
         ({"image": picture, "strength": 1.5}, "strength=1.5"),
         ({"image": picture.resize((8, 8))}, "8x8 pixels and this UNet makes 16x16"),
         ({"image": picture, "mask_image": hole.resize((8, 8))}, "The mask has 8x8 pixels and the image 16x16"),
-        ({"image": [picture] * 3, "mask_image": [hole, hole]}, r"do not fit together \(1, 3, 2 were given\)"),
+        ({"image": [picture] * 3, "mask_image": [hole, hole]}, r"do not match \(1, 3, 2 were given\)"),
         ({"image": picture, "mask_image": hole, "jump_length": 0}, "jump_length=0"),
     ]:
         with pytest.raises(ValueError, match=message):
