@@ -112,8 +112,7 @@ def match_classes(
     """The classifier's class id for each of ours: by name if both have names, by id otherwise.
 
     Args:
-        ours (`Mapping[int, str]`): Names of the classes by id; the defaults of transformers
-            (`LABEL_0`) do not count.
+        ours (`Mapping[int, str]`): Names of the classes by id; the defaults of transformers (`LABEL_0`) do not count.
         theirs (`Mapping[int, str]`): Those of the classifier's outputs.
         wanted (`set[int]`): The ids of ours to match.
         classifier (`str`): Name of the classifier in errors.
