@@ -1,6 +1,6 @@
 """Classifier-guided diffusion (ADM, arXiv 2105.05233) for diffusers, transformers and accelerate.
 
-Everything at the front door is imported on first use (PEP 562), so that `import hf_guided` costs nothing.
+Public names are imported on first use (PEP 562), so that `import hf_guided` is fast.
 """
 
 import importlib
