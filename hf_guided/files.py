@@ -73,7 +73,7 @@ def naming_full_disk(path: str | os.PathLike | None = None) -> Iterator[None]:
         named = path or getattr(error, "filename", None)
         raise FullDiskError(
             f"The disk is {reason}: {f'{named} cannot be written' if named else error}. "
-            f"{'Make room' if reason == 'full' else 'Make it writable'} and rerun the same command."
+            f"{'Free some space' if reason == 'full' else 'Make it writable'} and rerun the same command."
         ) from error
 
 
