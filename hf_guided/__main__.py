@@ -1,4 +1,4 @@
-"""Where `hf-guided` begins, also `python -m hf_guided`."""
+"""The entry point of `hf-guided` and `python -m hf_guided`."""
 
 from .interrupts import stop_at_once
 
@@ -6,7 +6,7 @@ stop_at_once()
 
 
 def main() -> None:
-    """[`cli.main`], which is imported once Ctrl-C ends in a sentence."""
+    """[`cli.main`], imported after Ctrl-C is handled."""
     from .cli import main
 
     main()

@@ -1,4 +1,4 @@
-"""Dataclasses whose fields are flags: a field declares its type and range, and one check holds for all of them."""
+"""Dataclasses whose fields are flags: a field declares its type and range, and one function checks them all."""
 
 import math
 import sys
@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field takes: `Annotated[float, Range(at_least=0, below=1)]`."""
+    """Allowed numbers of a field: `Annotated[float, Range(at_least=0, below=1)]`."""
 
     at_least: float = -math.inf
     above: float = -math.inf
@@ -28,7 +28,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Length:
-    """The number of entries that a list takes: `Annotated[list[int], Length(1, 2)]`."""
+    """Allowed number of entries of a list: `Annotated[list[int], Length(1, 2)]`."""
 
     at_least: int
     at_most: float = math.inf
@@ -40,7 +40,7 @@ class Length:
         return f"{self.at_least} or {self.at_most if math.isfinite(self.at_most) else 'more'}"
 
 
-MOST = 10**9  # of whatever is counted: more has no use, and overflows where it is computed with
+MOST = 10**9  # upper bound of all counts: more has no use, and overflows
 
 PositiveInt = Annotated[int, Range(at_least=1, at_most=MOST)]
 NonNegativeInt = Annotated[int, Range(at_least=0, at_most=MOST)]
@@ -55,7 +55,7 @@ _NOUNS = {bool: "true or false", int: "whole number", float: "finite number", st
 
 
 def flag(default: Any, help: str, choices: Sequence[Any] | None = None, repr: bool = True) -> Any:
-    """A field of a dataclass that is a flag; `repr=False` keeps its value out of messages."""
+    """A dataclass field for a flag; `repr=False` keeps its value out of messages."""
     metadata = {"help": help} if choices is None else {"help": help, "choices": list(choices)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata, repr=repr)
@@ -66,7 +66,7 @@ def flag(default: Any, help: str, choices: Sequence[Any] | None = None, repr: bo
 class CheckedFields:
     """Refuses a field's value that is not of its annotated type, in its range or among its choices.
 
-    A `Path` is taken for the text that it stands for.
+    A `Path` counts as its text.
     """
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class CheckedFields:
 
 
 def as_flag(name: str, value: str, prefix: str = "") -> str:
-    """How a message names a flag."""
+    """A flag and its value as a message shows them."""
     return f"--{prefix}{name} {value}"
 
 
@@ -87,10 +87,10 @@ def check_values(owner: type, values: Mapping[str, Any], spell: Callable[[str, s
     Args:
         owner (`type`): The dataclass.
         values (`Mapping`): Values by the fields' names.
-        spell (`Callable`): How the message names a field and its value; as a flag, by default.
+        spell (`Callable`): Text of a field and its value for the message. Default: as a flag.
 
     Raises:
-        `ValueError`: For the first value that is not allowed, naming what is.
+        `ValueError`: For the first value that is not allowed, naming the allowed ones.
     """
     hints = get_type_hints(owner, include_extras=True)  # `field.type` loses its `None` to `HfArgumentParser`
     for f in fields(owner):
@@ -122,7 +122,7 @@ def _fits(hint: Any, value: Any, choices: Sequence[Any] | None = None) -> bool:
 
 
 def _parts(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
-    """A type without its `Annotated` and its `| None`; the rules of the former; whether there is the latter."""
+    """A type without `Annotated` and `| None`, the rules of the former, and whether it has the latter."""
     if get_origin(hint) is Annotated:
         base, *rules = get_args(hint)
         return base, tuple(rules), False
@@ -143,7 +143,7 @@ def _expected(hint: Any) -> str:
 
 
 def _hint(hint: Any, value: Any) -> str:
-    """How to write a value that YAML reads as another type."""
+    """A hint for a value that YAML reads as another type."""
     base, _, _ = _parts(hint)
     if get_origin(base) is list:
         if not isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there at all, and never in the place of another's."""
+"""Atomic writes of files and folders, and checks that they do not overwrite foreign ones."""
 
 import errno
 import hashlib
@@ -21,20 +21,20 @@ except ImportError:  # Windows
 
 from .credentials import without_credentials
 
-# Names of temporary files tell the machine and the process: on a shared disk only the dead of this machine are known.
+# Names of temporary files hold host and process: on a shared disk, only dead processes of this host can be detected.
 _MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _TEMPORARY = re.compile(rf"\..+\.{_MACHINE}-([0-9]+)\.tmp", re.DOTALL)
 _TORCH_SAVE = re.compile(r"PytorchStreamWriter failed|basic_ios::clear|unexpected pos \d+ vs \d+")
 
 
 class FullDiskError(RuntimeError):
-    """A disk is full or read-only; says which file could not be written, and the fix."""
+    """A disk is full or read-only; the message names the file and the fix."""
 
 
 def full_disk(error: BaseException) -> str | None:
-    """What an error says of a disk that takes nothing more: `"full"` or `"read-only"`; `None` for other errors.
+    """`"full"` or `"read-only"` if the cause of an error is such a disk; `None` for other errors.
 
-    Libraries hide it: behind errors of their own, or as the cause or context of another error.
+    Libraries hide it: in errors of their own, or as the cause or context of another error.
     """
     reasons = {errno.ENOSPC: "full", errno.EDQUOT: "full", errno.EFBIG: "full", errno.EROFS: "read-only"}
     current: BaseException | None = error
@@ -42,10 +42,10 @@ def full_disk(error: BaseException) -> str | None:
         if isinstance(current, OSError):
             if current.errno in reasons:
                 return reasons[current.errno]
-        elif _TORCH_SAVE.search(str(current)):  # which has no number
+        elif _TORCH_SAVE.search(str(current)):  # torch gives no errno
             return "full"
         else:
-            for number, reason in reasons.items():  # safetensors and others that are written in Rust
+            for number, reason in reasons.items():  # safetensors and other libraries in Rust
                 if f"(os error {number})" in str(current):
                     return reason
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
@@ -54,10 +54,10 @@ def full_disk(error: BaseException) -> str | None:
 
 @contextmanager
 def naming_full_disk(path: str | os.PathLike | None = None) -> Iterator[None]:
-    """Turns whatever a full disk raises into one sentence.
+    """Turns any error of a full or read-only disk into one sentence.
 
     Args:
-        path (`str` or `os.PathLike`, *optional*): What is written; that of the error, by default.
+        path (`str` or `os.PathLike`, *optional*): The file written. Default: that of the error.
 
     Raises:
         `FullDiskError`: If the disk is full or read-only.
@@ -73,15 +73,15 @@ def naming_full_disk(path: str | os.PathLike | None = None) -> Iterator[None]:
         named = path or getattr(error, "filename", None)
         raise FullDiskError(
             f"The disk is {reason}: {f'{named} cannot be written' if named else error}. "
-            f"{'Make room' if reason == 'full' else 'Make it writable'} and rerun the same command."
+            f"{'Free some space' if reason == 'full' else 'Make it writable'} and rerun the same command."
         ) from error
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Lends a temporary name beside a file or folder, which takes its place at the end and is removed after an error.
+    """A temporary path next to a file or folder; renamed to it at the end, removed after an error.
 
-    What killed processes left of earlier attempts at anything in the same folder is removed too.
+    Temporary files that killed processes left in the same folder are removed too.
 
     Args:
         path (`str` or `os.PathLike`): The file.
@@ -111,7 +111,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file, or a folder with all that it holds."""
+    """Removes a file, or a folder with its contents."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -119,30 +119,30 @@ def _remove(path: Path) -> None:
 
 
 def write_json(content: Any, path: str | os.PathLike) -> None:
-    """Writes JSON that people can read, without the credentials of addresses in it."""
+    """Writes indented JSON, without credentials in URLs."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(without_credentials(content), indent=2) + "\n")
 
 
 def read_json(path: str | os.PathLike, shape: Any = dict, fix: str = "remove it") -> Any:
-    """Reads JSON that this package wrote.
+    """The content of a JSON file written by this package.
 
     Args:
         path (`str` or `os.PathLike`): The file.
-        shape (`Any`, defaults to `dict`): What it must hold: a type; `[shape]`, a list of such; or a dict of the
-            shapes of the keys that it must have, in which a type as key stands for all keys.
-        fix (`str`, defaults to `"remove it"`): What the user is to do if it is damaged.
+        shape (`Any`, defaults to `dict`): The expected content: a type; `[shape]` for a list; or a dict from
+            required keys to their shapes, where a type as key stands for all keys.
+        fix (`str`, defaults to `"remove it"`): What to do if it is damaged, for the message.
 
     Raises:
         `ValueError`: If it is damaged, naming the file and the fix.
-        `FileNotFoundError`: If there is none.
+        `FileNotFoundError`: If it does not exist.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{path} is damaged: it is cut off or no JSON; {fix}.") from error
+        raise ValueError(f"{path} is damaged: it is truncated or not JSON; {fix}.") from error
     if not _has_shape(content, shape):
-        raise ValueError(f"{path} is damaged: it does not hold what it was written with; {fix}.")
+        raise ValueError(f"{path} is damaged: its content is not as written; {fix}.")
     return content
 
 
@@ -163,10 +163,10 @@ def _has_shape(content: Any, shape: Any) -> bool:
 
 @contextmanager
 def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """Lends an empty temporary folder, which takes the folder's place at the end and is removed after an error.
+    """An empty temporary folder; replaces the folder at the end, removed after an error.
 
-    The older folder is renamed before the new one takes its name, and deleted last: at every moment one of them is
-    whole, and [`recover_folder`] finds it.
+    The old folder is renamed before the new one takes its name, and deleted last: at any time one of them is complete,
+    and [`recover_folder`] finds it.
 
     Args:
         folder (`str` or `os.PathLike`): The folder.
@@ -192,12 +192,12 @@ def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def partial_name(folder: Path) -> Path:
-    """What [`replacing_folder`] calls a folder until it is finished."""
+    """The temporary name that [`replacing_folder`] gives a folder."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def recover_folder(folder: str | os.PathLike) -> None:
-    """Undoes what a kill left in the midst of replacing or removing a folder."""
+    """Restores or finishes a folder whose replacement or removal was killed."""
     folder = Path(folder)
     if folder.is_symlink():
         folder = folder.resolve()
@@ -209,7 +209,7 @@ def recover_folder(folder: str | os.PathLike) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Renames before it removes, so that half a folder is never taken for a whole one."""
+    """Removes a folder, renamed first, so that a partial one is never taken as complete."""
     removed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
     os.replace(folder, removed)
@@ -221,13 +221,13 @@ def check_replaceable(
     is_own: Callable[[Path], bool],
     inputs: Iterable[str | os.PathLike | None] = (),
 ) -> None:
-    """Refuses, before the work, outputs that would replace an input or a file that this command did not make.
+    """Refuses, before the work, outputs that would overwrite an input or a foreign file.
 
     Args:
         outputs (`Iterable[str]`): The files that will be written.
-        is_own (`Callable`): Whether a file that is there already is one that this command makes, and may replace.
-        inputs (`Iterable[str]`): What the command reads; names that are no files, such as those of the Hub, and `None`
-            are passed over.
+        is_own (`Callable`): Whether an existing file was made by this command and may be replaced.
+        inputs (`Iterable[str]`): What the command reads; `None` and names that are not files (Hub ids) are
+            ignored.
 
     Raises:
         `ValueError`: Naming the file.
@@ -236,22 +236,20 @@ def check_replaceable(
     written: dict[str, Path] = {}
     for path in map(Path, outputs):
         if other := written.get(real := os.path.realpath(path)):
-            raise ValueError(f"{other} and {path} are one file, to which two results would be written; name another.")
+            raise ValueError(f"{other} and {path} are the same file, but two outputs; give another name.")
         written[real] = path
         if any(path.exists() and path.samefile(source) for source in read):
             raise ValueError(f"{path} is read by this command and would be overwritten; give another output.")
         if os.path.lexists(path) and not is_own(path):
-            raise ValueError(
-                f"{path} is there already and was not made by this command; remove it, or give another output."
-            )
+            raise ValueError(f"{path} exists and was not made by this command; remove it, or give another output.")
 
 
 def check_kind(paths: Iterable[str | os.PathLike], is_folder: bool) -> None:
-    """Refuses, before the work, a file where a folder of results goes, or a folder where a file goes.
+    """Refuses, before the work, a file where a folder is to be written, or a folder where a file is.
 
     Args:
-        paths (`Iterable[str]`): What will be written.
-        is_folder (`bool`): Whether these are folders.
+        paths (`Iterable[str]`): The outputs.
+        is_folder (`bool`): Whether they are folders.
 
     Raises:
         `ValueError`: Naming what is in the way.
@@ -263,11 +261,11 @@ def check_kind(paths: Iterable[str | os.PathLike], is_folder: bool) -> None:
 
 
 def check_outside(output: str | os.PathLike, folders: Iterable[str | os.PathLike | None]) -> None:
-    """Refuses an output that is, or lies in, a folder that the command reads, where it would become a part of it.
+    """Refuses an output that is, or lies in, a folder that the command reads: it would become part of the input.
 
     Args:
         output (`str` or `os.PathLike`): A file or folder that will be written.
-        folders (`Iterable[str]`): What the command reads; names that are no folders and `None` are passed over.
+        folders (`Iterable[str]`): What the command reads; `None` and names that are not folders are ignored.
 
     Raises:
         `ValueError`: Naming both.
@@ -282,11 +280,11 @@ def check_outside(output: str | os.PathLike, folders: Iterable[str | os.PathLike
 
 
 def check_place(folder: str | os.PathLike, flag: str = "--output") -> Path:
-    """Refuses, before the work, a folder for results that can neither be made nor written to. It is not made yet.
+    """The output folder, checked before the work to be writable; it is not made yet.
 
     Args:
         folder (`str` or `os.PathLike`): The folder.
-        flag (`str`, defaults to `"--output"`): What errors call it.
+        flag (`str`, defaults to `"--output"`): Name of the flag in errors.
 
     Raises:
         `ValueError`: Naming what is in the way.
@@ -297,15 +295,15 @@ def check_place(folder: str | os.PathLike, flag: str = "--output") -> Path:
     while not os.path.lexists(place):
         place = place.parent
     if not place.is_dir():
-        raise ValueError(f"{flag} {folder} cannot be made ({place} is no folder); give another folder.")
+        raise ValueError(f"{flag} {folder} cannot be made ({place} is not a folder); give another folder.")
     _check_writable(place, f"{flag} {folder}")
     return Path(folder)
 
 
 def check_parent(path: str | os.PathLike, flag: str = "--output", suffix: str = "") -> None:
-    """Refuses, before the work, a file for results whose folder is not there or cannot be written to.
+    """Refuses, before the work, an output file whose folder does not exist or is not writable.
 
-    Only folders for results are made with those that lead to them, see [`check_place`].
+    Only output folders are made with their parents, see [`check_place`].
 
     Args:
         path (`str` or `os.PathLike`): The file.
@@ -319,22 +317,22 @@ def check_parent(path: str | os.PathLike, flag: str = "--output", suffix: str = 
         raise ValueError(f"{flag} {path} must end in {suffix}.")
     folder = Path(path).absolute().parent
     if not folder.is_dir():
-        raise ValueError(f"{flag} {path}: there is no folder {folder}; make it first.")
+        raise ValueError(f"{flag} {path}: the folder {folder} does not exist; make it first.")
     _check_writable(folder, f"{flag} {path}")
 
 
 def _check_writable(folder: Path, what: str) -> None:
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"{what}: you may not write into {folder}; give another, or make it writable.")
+        raise ValueError(f"{what}: {folder} is not writable; give another, or make it writable.")
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any], content_of: Mapping[str, str]) -> list[str]:
-    """The settings in which two records differ, those that only name something compared by its content.
+    """Names of the settings in which two records differ; files are compared by content, not by name.
 
     Args:
         old (`Mapping`), new (`Mapping`): The records.
-        content_of (`Mapping[str, str]`): Of such settings, the entry that holds a hash of what they name. Where both
-            records have that (those of older versions may not), equal hashes make the name free.
+        content_of (`Mapping[str, str]`): For a setting that names a file, the entry with the hash of its content. If
+            both records have it (older versions may not), only the hashes are compared.
     """
     hashed = {entry for entry in content_of.values() if None not in (old.get(entry), new.get(entry))}
     equal = {entry for entry in hashed if old[entry] == new[entry]}
@@ -347,17 +345,17 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any], content_of: Mappin
     ]
 
 
-_locks: set[int] = set()  # descriptors of folders that this process alone may write to
+_locks: set[int] = set()  # descriptors of folders that this process has locked
 
 
 @contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
-    """Keeps other processes that ask for the same out of a folder. The lock ends with the process, and leaves no file.
+    """Locks a folder against other processes. The lock ends with the process, and leaves no file.
 
-    Where folders cannot be locked, on Windows and some network disks, nothing is refused.
+    Where folders cannot be locked (Windows, some network disks), it does nothing.
 
     Args:
-        folder (`str` or `os.PathLike`): The folder, which is there.
+        folder (`str` or `os.PathLike`): An existing folder.
 
     Raises:
         `ValueError`: If another process has locked it.
@@ -374,7 +372,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
             raise ValueError(
                 f"Another process is writing to {folder}; wait until it has ended, or give another folder."
             ) from None
-        except OSError:  # of a disk without locks
+        except OSError:  # a disk without locks
             pass
         yield
     finally:
@@ -383,7 +381,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def _leave_locks() -> None:
-    """A loader's worker that outlives its killed parent would keep the folder locked."""
+    """Closes the locks in a forked worker: one that outlives its killed parent would keep the folder locked."""
     while _locks:
         os.close(_locks.pop())
 
@@ -393,7 +391,7 @@ if fcntl is not None:
 
 
 def has_json(path: str | os.PathLike, *keys: str) -> bool:
-    """Whether a file holds a JSON object with these keys, by which its maker is known."""
+    """Whether a file holds a JSON object with these keys, which identify what wrote it."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):

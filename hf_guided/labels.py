@@ -1,6 +1,6 @@
-"""Class names: resolving, suggesting, matching those of two models, making unique; one place for all rooms.
+"""Class names: resolving, suggesting, matching between models, making unique.
 
-Names are compared in Unicode's composed form (NFC): "é" is one letter however a keyboard or a file system spells it.
+Names are compared in Unicode's composed form (NFC): "é" is one letter in every encoding.
 """
 
 import difflib
@@ -16,33 +16,33 @@ from .schedulers.schedules import whole_number
 
 
 def composed(name: str) -> str:
-    """A class name as it is compared: in Unicode's composed form (NFC)."""
+    """A class name in Unicode's composed form (NFC), as names are compared."""
     return unicodedata.normalize("NFC", name)
 
 
 def caseless(name: str) -> str:
-    """A class name as it is compared where none is spelled alike: without case and spaces around it."""
+    """A class name without case and surrounding spaces, for comparison where no exact match exists."""
     return composed(unicodedata.normalize("NFD", name).casefold()).strip()
 
 
 def spellings(name: str) -> set[str]:
-    """A class name as a whole and each of its synonyms, separated by commas; case does not matter."""
+    """A class name and each of its comma-separated synonyms, without case."""
     return {spelling for part in (name, *name.split(",")) if (spelling := caseless(part))}
 
 
 def resolve_labels(class_labels: Any, id2label: Mapping[int, str], num_classes: int) -> list[int]:
-    """The class ids of what a user gives, ids or names, one or several.
+    """Class ids from ids or names, one or several.
 
-    A string that is the name of a class is that class. Other strings of digits are ids, unless a number is the name of
-    one class and the id of another: then a number that is no name is refused, for it might mean either.
+    A string that is a class name means that class. Other strings of digits are ids, unless numbers are both names and
+    ids of different classes: then a number that is not a name is refused as ambiguous.
 
     Args:
         class_labels (`int`, `str`, a list, array or tensor of them): Integers of any type are ids.
         id2label (`Mapping[int, str]`): Class names by id; may be empty.
-        num_classes (`int`): Classes that there are.
+        num_classes (`int`): Number of classes.
 
     Raises:
-        `ValueError`: For anything else, floats and booleans included; for no labels; for unknown ids and names.
+        `ValueError`: For other types, floats and booleans included; for an empty list; for unknown ids and names.
     """
     if hasattr(class_labels, "tolist"):  # tensors and arrays
         class_labels = class_labels.tolist()
@@ -67,10 +67,10 @@ def resolve_labels(class_labels: Any, id2label: Mapping[int, str], num_classes: 
 
 
 def id_of_name(name: str, id2label: Mapping[int, str]) -> int:
-    """The id of a class name: of the one spelled alike, else alike but for case, else that has it as a synonym.
+    """The id of a class name: the exact match, else one without case, else one with it as a synonym.
 
     Raises:
-        `ValueError`: For a name that no class has, with the nearest, or that several have.
+        `ValueError`: For an unknown name (the message suggests the nearest), or an ambiguous one.
     """
     ids = _ids_of_name(name, id2label)
     if len(ids) > 1:
@@ -82,7 +82,7 @@ def id_of_name(name: str, id2label: Mapping[int, str]) -> int:
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """Class names by id, each once: classes of one name, such as ImageNet's two cranes, have their ids beside it."""
+    """Unique class names, in order of ids; equal names, such as ImageNet's two cranes, get their id appended."""
     unique = list(names)
     while repeated := {name for name, count in Counter(map(composed, unique)).items() if count > 1}:
         unique = [f"{name} ({label})" if composed(name) in repeated else name for label, name in enumerate(unique)]
@@ -90,15 +90,15 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 
 def match_labels(pipeline: Any, classifier: Any, labels: torch.Tensor) -> torch.Tensor:
-    """The classifier's ids of the pipeline's class ids, see [`match_classes`].
+    """Class ids of the classifier, `(batch,)`, for class ids of the pipeline; see [`match_classes`].
 
     Args:
-        pipeline ([`ClassifierGuidedPipeline`]): Whose `id2label` names the labels.
-        classifier (`PreTrainedModel`): Whose `config.id2label` names its outputs.
+        pipeline ([`ClassifierGuidedPipeline`]): Its `id2label` names the labels.
+        classifier (`PreTrainedModel`): Its `config.id2label` names its outputs.
         labels (`torch.Tensor` of shape `(batch,)`): Class ids of the pipeline.
 
     Raises:
-        `ValueError`: For a class that the classifier does not know, or does not know by one name.
+        `ValueError`: For a class that the classifier does not have, or has several times.
     """
     theirs = {int(label): name for label, name in classifier.config.id2label.items()}
     ours = {label: pipeline.id2label.get(label, f"LABEL_{label}") for label in range(pipeline.num_classes or 0)}
@@ -109,17 +109,16 @@ def match_labels(pipeline: Any, classifier: Any, labels: torch.Tensor) -> torch.
 def match_classes(
     ours: Mapping[int, str], theirs: Mapping[int, str], wanted: set[int], classifier: str
 ) -> dict[int, int]:
-    """A classifier's id of each class id: by name if both name their classes, by id otherwise.
+    """The classifier's class id for each of ours: by name if both have names, by id otherwise.
 
     Args:
-        ours (`Mapping[int, str]`): Names of the classes by id; `LABEL_0` and the like, as transformers fills in, are
-            none.
+        ours (`Mapping[int, str]`): Names of the classes by id; the defaults of transformers (`LABEL_0`) do not count.
         theirs (`Mapping[int, str]`): Those of the classifier's outputs.
         wanted (`set[int]`): The ids of ours to match.
-        classifier (`str`): What the classifier is called in errors.
+        classifier (`str`): Name of the classifier in errors.
 
     Raises:
-        `ValueError`: For a class that the classifier does not know, or does not know by one name.
+        `ValueError`: For a class that the classifier does not have, or has several times.
     """
     our_names, their_names = (
         {label: composed(name) for label, name in names.items() if name != f"LABEL_{label}"} for names in (ours, theirs)
@@ -127,7 +126,7 @@ def match_classes(
     if not our_names or not their_names or our_names == their_names:
         if len(ours) != len(theirs):
             raise ValueError(
-                f"The classifier knows {len(theirs)} classes and the UNet {len(ours)}, and "
+                f"The classifier has {len(theirs)} classes and the UNet {len(ours)}, and "
                 f"they have no names to match them by; give both an id2label, or take models of the same classes."
             )
         return {label: label for label in wanted}
@@ -148,7 +147,7 @@ def match_classes(
     if unmatched:
         more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
         raise ValueError(
-            f"The classifier {classifier} has no class of the name {', '.join(unmatched[:3])}{more}, or "
+            f"The classifier {classifier} has no class named {', '.join(unmatched[:3])}{more}, or "
             f"several; rename them in its config.id2label, or take a classifier of the same classes."
         )
     return {label: match for label, match in matched.items() if match is not None}
@@ -162,14 +161,14 @@ def _id_of_word(word: str, id2label: Mapping[int, str], num_classes: int) -> int
         for spelling in spellings(name):
             if spelling.isdecimal() and int(spelling) != label and 0 <= int(spelling) < num_classes:
                 raise ValueError(
-                    f"There is no class named {word!r}; {_nearest(word, id2label)}. It is not taken for an id, because "
+                    f"There is no class named {word!r}; {_nearest(word, id2label)}. It is not taken as an id, because "
                     f"numbers are names here ({spelling!r} is that of class {label})."
                 )
     return int(word)
 
 
 def _ids_of_name(name: str, id2label: Mapping[int, str]) -> list[int]:
-    """The ids of the classes that a name may mean."""
+    """The ids of all classes that match a name."""
     for spell in (composed, lambda name: composed(name).strip(), caseless):
         if ids := [label for label, other in id2label.items() if spell(other) == spell(name)]:
             return ids
@@ -177,7 +176,7 @@ def _ids_of_name(name: str, id2label: Mapping[int, str]) -> list[int]:
 
 
 def _nearest(name: str, id2label: Mapping[int, str]) -> str:
-    """What may have been meant, as the end of a sentence."""
+    """The nearest names, as the end of a sentence."""
     label_of = {spelling: label for label, other in id2label.items() for spelling in spellings(other)}
     near = difflib.get_close_matches(caseless(name), label_of, n=3, cutoff=0.5)
     known = [repr(id2label[label_of[spelling]]) for spelling in near]

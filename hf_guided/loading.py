@@ -1,4 +1,4 @@
-"""Saved models are loaded whole or not at all: damaged files are named, and so are weights that do not fit."""
+"""Checks of saved models: damaged files and weights that do not fit raise errors that name them."""
 
 import json
 import os
@@ -17,18 +17,18 @@ from .settings import check_names
 
 _CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
 _MOST_NAMES = 5  # in one message
-# What loading raises for files that are not what they should be, besides sentences
+# Errors that loading raises for damaged files
 _DAMAGED = (SafetensorError, UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class WeightsError(ValueError, RuntimeError):
-    """Weights do not cover a model: a mistake in what was given, and the `RuntimeError` that torch makes of it."""
+    """Weights do not fit a model; a `ValueError`, and a `RuntimeError` as torch raises."""
 
 
 class SavedConfigMixin:
-    """Of a class of diffusers with a config: a damaged file is refused, and what is saved names no folder.
+    """Mixin for configs of diffusers: refuses damaged files, and saves no local paths.
 
     It comes before diffusers' own classes among the bases.
     """
@@ -37,10 +37,10 @@ class SavedConfigMixin:
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Reads the config, as [`~diffusers.ConfigMixin.load_config`] does.
+        """The saved config, see [`~diffusers.ConfigMixin.load_config`].
 
         Raises:
-            `ValueError`: If its file holds no settings; of a pipeline, also if the file of a component does not.
+            `ValueError`: If its file is damaged; for a pipeline, also that of a component.
         """
         if not isinstance(pretrained_model_name_or_path, Mapping):
             folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
@@ -56,14 +56,14 @@ class SavedConfigMixin:
         )
 
     def to_json_string(self) -> str:
-        """The config as it is saved: without the folder that it was loaded from, which is nobody's business."""
+        """The saved config as JSON, without the local folder that it was loaded from."""
         config = json.loads(super().to_json_string())  # type: ignore[misc]
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 class WholeModelMixin(SavedConfigMixin, ModelMixin):
-    """A model of diffusers that refuses weights which do not cover it."""
+    """A model of diffusers that refuses incomplete or unexpected weights."""
 
     @classmethod
     def _load_pretrained_model(
@@ -75,10 +75,10 @@ class WholeModelMixin(SavedConfigMixin, ModelMixin):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if kwargs.get("hf_quantizer") is None:  # which has names and shapes of its own
+        if kwargs.get("hf_quantizer") is None:  # a quantizer has names and shapes of its own
             if state_dict is not None:
                 given: Shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-            else:  # shards, whose index may name what they lack
+            else:  # shards: their index may list tensors that they lack
                 given = {name: shape for file in resolved_model_file for name, shape in read_shapes(file).items()}
             expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
             mismatched = [
@@ -101,12 +101,12 @@ def check_cover(
     unexpected: Collection[str] = (),
     mismatched: Collection[tuple[str, Collection[int], Collection[int]]] = (),
 ) -> None:
-    """Refuses weights that do not cover a model, which would be filled with random numbers.
+    """Refuses weights that do not fit a model; missing ones would be initialised at random.
 
     Args:
         source (`str` or `os.PathLike`, *optional*): Where the weights come from.
-        missing, unexpected (`Collection[str]`): Tensors that the model has and the weights lack, and the other way.
-        mismatched: Tensors of another shape, each with that in the weights and that in the model.
+        missing, unexpected (`Collection[str]`): Tensors of the model that the weights lack, and vice versa.
+        mismatched: Tensors of another shape: name, shape in the weights, shape in the model.
 
     Raises:
         [`WeightsError`]: If there are any, naming them.
@@ -139,8 +139,8 @@ def check_cover(
 def check_finite_vectors(source: str | os.PathLike | None, model: nn.Module) -> None:
     """Refuses biases and scales that are not finite.
 
-    They are a thousandth of the weights, and a ReLU may hide an infinite one; other weights show in what the model
-    puts out, which is looked at wherever it is used.
+    They are a thousandth of the weights, and a ReLU may hide an infinite one. Other weights show in the model's output,
+    which is checked wherever it is used.
 
     Raises:
         [`WeightsError`]: Naming them.
@@ -152,15 +152,15 @@ def check_finite_vectors(source: str | os.PathLike | None, model: nn.Module) -> 
     ]
     if broken:
         raise WeightsError(
-            f"The weights of {source or 'the state dict'} hold infinite values or NaN ({_listed(broken)}): their "
+            f"The weights of {source or 'the state dict'} have infinite values or NaN ({_listed(broken)}): their "
             f"training diverged, or the file is damaged."
         )
 
 
 def check_loaded(name: str, component: Any) -> None:
-    """Refuses a pipeline's component of another library that was loaded from weights which do not cover it.
+    """Refuses a component of another library that was loaded from incomplete weights.
 
-    Our own models refuse such weights themselves; others are filled with random numbers, or stay empty.
+    Our own models refuse them when loaded; others initialise missing weights at random, or leave them empty.
 
     Raises:
         [`WeightsError`]: Naming the tensors.
@@ -170,7 +170,7 @@ def check_loaded(name: str, component: Any) -> None:
         return  # made here, or offloaded
     tensors = component.state_dict(keep_vars=True)
     missing = [key for key, tensor in tensors.items() if tensor.is_meta]
-    # What is put together by hand may have been trained since it was loaded, a new head above all.
+    # A component passed by hand may have been trained since it was loaded, for example a new head.
     of_pipeline = Path(source).name == name and (Path(source).parent / "model_index.json").is_file()
     if of_pipeline and getattr(component, "_is_hf_initialized", False):  # as transformers marks what it has loaded
         missing += [key for key, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
@@ -179,10 +179,10 @@ def check_loaded(name: str, component: Any) -> None:
 
 @contextmanager
 def naming_damage(source: str | os.PathLike) -> Iterator[None]:
-    """Lets what fails in loading a model say which of its files is damaged, if one is.
+    """Turns errors of loading a model into one that names the damaged file, if there is one.
 
     Args:
-        source (`str` or `os.PathLike`): The model's folder, or its name on the Hub.
+        source (`str` or `os.PathLike`): The model's folder, or its Hub id.
 
     Raises:
         `ValueError`: Naming the file.
@@ -199,7 +199,7 @@ def naming_damage(source: str | os.PathLike) -> Iterator[None]:
                 check_file(file)
         except ValueError as damage:
             raise damage from error
-        if "ignore_mismatched_sizes" in str(error):  # transformers' report has named the tensors
+        if "ignore_mismatched_sizes" in str(error):  # the report of transformers names the tensors
             raise ValueError(
                 f"Weights of {source} have other shapes than its config says, see the report above: save or download "
                 f"the model again."
@@ -214,7 +214,7 @@ def naming_damage(source: str | os.PathLike) -> Iterator[None]:
 
 
 def check_component(folder: Path) -> None:
-    """Refuses a component of a pipeline that has damaged settings, or weights and no settings.
+    """Refuses a component of a pipeline with a damaged config, or with weights and no config.
 
     Raises:
         `ValueError`: Naming the file.
@@ -227,7 +227,7 @@ def check_component(folder: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Refuses a damaged file of a model; files of other kinds are not looked at.
+    """Refuses a damaged file of a model; other kinds of files are ignored.
 
     Raises:
         `ValueError`: Naming the file.
@@ -251,14 +251,14 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """The settings in a JSON file of a model.
 
     Raises:
-        `ValueError`: If the file holds no settings, naming it.
+        `ValueError`: If the file is damaged, naming it.
     """
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict) or not config:
-        what = foreign_content(path) or "damaged, it holds no JSON object of settings"
+        what = foreign_content(path) or "damaged, it is not a JSON object of settings"
         raise ValueError(f"{path} is {what}: save or download it again.")
     return config
 
@@ -276,12 +276,12 @@ def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        what = foreign_content(path) or f"damaged or ends too early ({error})"
+        what = foreign_content(path) or f"damaged or truncated ({error})"
         raise ValueError(f"{path} is {what}: save or download it again.") from None
 
 
 def foreign_content(path: str | os.PathLike) -> str:
-    """What a file is that lies where weights should: empty, a web page, a Git LFS pointer; `""` if none of them."""
+    """What a file is that is not weights: empty, a web page, a Git LFS pointer; `""` if none of these."""
     with open(path, "rb") as file:
         start = file.read(64)
     if not start:

@@ -1,6 +1,6 @@
-"""How a command begins and ends, in one process or in those that `accelerate launch` or `torch.distributed.run` start.
+"""Start and end of a command, in one process or in several (`accelerate launch`, `torch.distributed.run`).
 
-Exit statuses: 0 if all is done, 1 after an error, 2 for wrong flags, 130 after Ctrl-C, 143 after SIGTERM.
+Exit statuses: 0 on success, 1 after an error, 2 for wrong flags, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 import os
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-HEARTBEAT = 10.0  # seconds between two signs of life of a process
-MISSED_HEARTBEATS = 30  # after which the others take it for dead
+HEARTBEAT = 10.0  # seconds between two heartbeats of a process
+MISSED_HEARTBEATS = 30  # after these the others take it to be dead
 
 
 class StoppedError(KeyboardInterrupt):
     """A signal has stopped a command.
 
     Args:
-        signum (`int`): The signal, of which the exit status tells: 128 and its number.
+        signum (`int`): The signal; the exit status is 128 + signum.
         message (`str`): What was saved, and how to resume.
     """
 
@@ -42,9 +42,9 @@ class StoppedError(KeyboardInterrupt):
 
 @contextmanager
 def user_command() -> Iterator[None]:
-    """Ends what a user has started as the user expects: a mistake in one sentence, a signal in its exit status.
+    """Turns user errors into one sentence, and signals into their exit status.
 
-    What a user cannot have caused is a mistake of this package: it keeps its traceback and asks to be reported.
+    Any other error is a bug of this package: it keeps its traceback and asks to be reported.
 
     Raises:
         `SystemExit`: With the exit status of the module's docstring.
@@ -65,7 +65,7 @@ def user_command() -> Iterator[None]:
             try:
                 yield
             except Exception:
-                if requested:  # a library has made another exception of it
+                if requested:  # a library has turned it into another exception
                     raise StoppedError(requested[0]) from None
                 raise
         is_done = True
@@ -80,7 +80,7 @@ def user_command() -> Iterator[None]:
     except Exception:
         print(without_credentials(traceback.format_exc()), file=sys.stderr)
         raise SystemExit(
-            "error: This is a mistake of hf-guided. Please report it to the project, with the above."
+            "error: This is a bug of hf-guided. Please report it to the project, with the above."
         ) from None
     finally:
         leave_processes(is_done)
@@ -89,8 +89,8 @@ def user_command() -> Iterator[None]:
 
 
 @contextmanager
-def resumable(message: str = "Stopped; what is made is kept. Rerun the same command to resume.") -> Iterator[None]:
-    """Says of a part of a command that is stopped how to resume it."""
+def resumable(message: str = "Stopped; finished parts are kept. Rerun the same command to resume.") -> Iterator[None]:
+    """Adds how to resume to the message of a stopped command."""
     try:
         yield
     except StoppedError as stop:
@@ -106,9 +106,9 @@ def print_once(*lines: str) -> None:
 
 
 def use_processor() -> None:
-    """Lets this process use its share of the processor's cores.
+    """Lets this process use its share of the CPU cores.
 
-    accelerate launches with one thread a process, also where the processor is all there is to compute on.
+    accelerate launches one thread per process, even on a CPU.
     """
     if (
         "ACCELERATE_MIXED_PRECISION" in os.environ
@@ -121,9 +121,9 @@ def use_processor() -> None:
 
 
 def join_processes() -> "PartialState":
-    """This process's place among them, with a GPU of its own where there is one.
+    """The state of this process among those of the run, each with its own GPU if there is one.
 
-    [`~accelerate.PartialState`] alone takes processes that share a processor for single ones.
+    [`~accelerate.PartialState`] alone takes processes on a shared CPU for independent ones.
     """
     import torch
     from accelerate import PartialState
@@ -131,11 +131,11 @@ def join_processes() -> "PartialState":
 
     accelerator = torch.accelerator.current_accelerator()
     is_shared = int(os.environ.get("WORLD_SIZE", 1)) > 1 and (accelerator is None or accelerator.type == "mps")
-    # One may have work for hours when the others have done theirs; if one is dead, their heartbeats tell.
+    # One may still work for hours when the others are done; heartbeats detect a dead one.
     timeout = timedelta(days=7)
     state = PartialState(cpu=is_shared or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timeout)
     if state.device.type == "cpu":
-        # By the name "cpu:0" weights would be copied, and in memory of another alignment the last bits are others.
+        # With "cpu:0" weights would be copied, and in memory of another alignment the last bits differ.
         state.device = torch.device("cpu")
     if state.num_processes > 1 and "MASTER_ADDR" in os.environ and Heartbeat.running is None:
         Heartbeat.running = Heartbeat(state.process_index, state.num_processes)
@@ -143,7 +143,7 @@ def join_processes() -> "PartialState":
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """Calls a function in the main process; returns, or raises, what it does there in all processes."""
+    """The result of a function called in the main process, returned or raised in all processes."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
@@ -160,10 +160,10 @@ def from_main(function: Callable[[], T]) -> T:
 
 
 def leave_processes(is_done: bool = True) -> None:
-    """Ends what [`join_processes`] began, if anything.
+    """Leaves the process group of [`join_processes`], if any.
 
     Args:
-        is_done (`bool`, defaults to `True`): Whether this process did its part, or else ends the others too.
+        is_done (`bool`, defaults to `True`): Whether this process finished; otherwise the others end too.
     """
     heartbeat, Heartbeat.running = Heartbeat.running, None
     if heartbeat is not None:
@@ -174,14 +174,14 @@ def leave_processes(is_done: bool = True) -> None:
 
 
 class Heartbeat:
-    """Ends this process if another one of the run is dead: killed, stopped for good, or ended by an error.
+    """Ends this process if another one of the run is dead: killed, suspended, or ended by an error.
 
-    Each process counts up a number of its own, from a thread that runs while it computes, and looks at those of the
-    others. What waits for a dead process would wait for days: in a collective, which no signal interrupts.
+    Each process increments its own counter from a thread, and reads those of the others. Without it, a collective would
+    wait for a dead process for days, and no signal interrupts it.
 
     Args:
-        rank (`int`): Of this process.
-        num_processes (`int`): How many there are.
+        rank (`int`): Rank of this process.
+        num_processes (`int`): Number of processes.
     """
 
     running: "Heartbeat | None" = None
@@ -189,7 +189,7 @@ class Heartbeat:
     def __init__(self, rank: int, num_processes: int):
         from torch.distributed import PrefixStore, TCPStore
 
-        # A connection of its own: the process group's is locked while something waits on it.
+        # Its own connection: that of the process group is locked while something waits on it.
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(address, port, timeout=timedelta(seconds=HEARTBEAT * MISSED_HEARTBEATS))
         self.store = PrefixStore(f"hf-guided/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -199,7 +199,7 @@ class Heartbeat:
         self.thread.start()
 
     def watch(self) -> None:
-        """Until the end of this process, or to end it after that of another one."""
+        """Runs until this process ends, or ends it after another one has."""
         why = ""
         last, missed = dict.fromkeys(self.peers, -1), dict.fromkeys(self.peers, 0)
         while not self.ended.wait(HEARTBEAT):
@@ -207,22 +207,22 @@ class Heartbeat:
                 self.store.add(f"beats/{self.rank}", 1)
                 beats = {peer: self.store.add(f"beats/{peer}", 0) for peer in self.peers}
                 done = {peer for peer in self.peers if self.store.add(f"done/{peer}", 0)}
-            except RuntimeError:  # the store is the main process's, or its launcher's
-                why = "The main process of this run, or what launched it, has ended"
+            except RuntimeError:  # the store belongs to the main process or its launcher
+                why = "The main process of this run, or its launcher, has ended"
                 break
-            # Its own beats are counted, not seconds, which pass while all processes are suspended too.
+            # Counted in own heartbeats, not seconds, which also pass while all processes are suspended.
             for peer in self.peers:
                 missed[peer] = 0 if beats[peer] != last[peer] or peer in done else missed[peer] + 1
             last = beats
             if dead := [peer for peer in self.peers if missed[peer] >= MISSED_HEARTBEATS]:
-                why = f"Process {dead[0]} of this run has shown no sign of life for {_limit()}"
+                why = f"Process {dead[0]} of this run has sent no heartbeat for {_limit()}"
                 break
-        if not self.ended.wait(HEARTBEAT):  # a main thread that knows by itself ends in order
+        if not self.ended.wait(HEARTBEAT):  # a main thread that notices it itself ends cleanly
             print(f"error: {why}. Rerun the same command to resume.", file=sys.stderr, flush=True)
             os._exit(1)
 
     def stop(self, is_done: bool) -> None:
-        """Stops watching; unless this process did its part, the others take it for dead from now on."""
+        """Stops watching; unless this process is done, the others now take it to be dead."""
         self.ended.set()
         self.thread.join(HEARTBEAT)
         if is_done:
@@ -236,7 +236,7 @@ def _limit() -> str:
 
 
 def _lost_process(error: Exception) -> str | None:
-    """What to say if a collective failed, as it does once another process is not there any more."""
+    """The message for a collective that failed because another process has ended; `None` for other errors."""
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
     is_network = distributed is not None and distributed.is_available() and isinstance(error, distributed.DistError)
     if not is_network and "/gloo/" not in str(error):

@@ -1,4 +1,4 @@
-"""What the settings of models and schedulers may be: one rule for each name, whichever class has it."""
+"""Allowed settings of models and schedulers: one rule for each name, in whichever class."""
 
 import inspect
 import math
@@ -6,21 +6,21 @@ from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-MOST = 65_536  # of what is counted in a model; more is a damaged file, and would fill the memory
+MOST = 65_536  # upper bound of counts in a model; more is a damaged file, and would exhaust the memory
 
 
 def is_whole(value: Any, at_most: int = MOST) -> bool:
-    """Whether it is a whole number from 1 up to a bound; booleans are none."""
+    """Whether it is a whole number from 1 up to a bound; not a boolean."""
     return isinstance(value, Integral) and not isinstance(value, bool) and 1 <= int(value) <= at_most
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number; booleans are none."""
+    """Whether it is a finite number; not a boolean."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_list(value: Any, fits: Callable[[Any], bool], shortest: int, longest: int) -> bool:
-    """Whether it is a list or tuple of such a length, every entry of which fits."""
+    """Whether it is a list or tuple of a length in the range, and every entry fits."""
     return isinstance(value, list | tuple) and shortest <= len(value) <= longest and all(map(fits, value))
 
 
@@ -29,7 +29,7 @@ REPEATS = ("a whole number from 1 to 1000", lambda value: is_whole(value, 1000))
 SWITCH = ("true or false", lambda value: isinstance(value, bool))
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sample_size": (
-        f"the side in pixels, a whole number from 1 to {MOST}, or a pair [height, width] of such",
+        f"the side in pixels, a whole number from 1 to {MOST}, or a pair [height, width]",
         lambda value: is_whole(value) or is_list(value, is_whole, 2, 2),
     ),
     **dict.fromkeys(("in_channels", "out_channels", "image_channels", "low_res_channels"), COUNT),
@@ -63,11 +63,11 @@ def check_settings(owner: type, values: Mapping[str, Any]) -> None:
     """Refuses settings of a class that [`RULES`] do not allow; `None` is allowed where it is the default.
 
     Args:
-        owner (`type`): The class whose settings they are.
-        values (`Mapping`): The settings by name; those without a rule are not looked at.
+        owner (`type`): The class that has the settings.
+        values (`Mapping`): The settings by name; those without a rule are ignored.
 
     Raises:
-        `ValueError`: For the first that is not allowed, naming it, the class, and what is allowed.
+        `ValueError`: For the first that is not allowed, naming it, the class, and the allowed values.
     """
     parameters = inspect.signature(owner).parameters
     for name, value in values.items():
@@ -86,25 +86,25 @@ def check_names(id2label: Any, num_classes: int | None, whole: bool = False) -> 
     """Refuses class names that are not a mapping from ids to texts.
 
     Args:
-        id2label: Class names by id, whole numbers or texts of such, as JSON has them.
+        id2label: Class names by id, whole numbers, or strings of them as in JSON.
         num_classes (`int`, *optional*): Ids lie below it.
-        whole (`bool`, defaults to `False`): All ids from 0 up must have a name.
+        whole (`bool`, defaults to `False`): Every id from 0 up must have a name.
 
     Raises:
         `ValueError`: Naming the entry.
     """
     wanted = 'give the names of the classes by id, such as {"0": "cat", "1": "dog"}'
     if not isinstance(id2label, Mapping):
-        raise ValueError(f"id2label={shortened(id2label)} is no mapping; {wanted}.")
+        raise ValueError(f"id2label={shortened(id2label)} is not a mapping; {wanted}.")
     ids = set()
     for label, name in id2label.items():
         text = str(label)
         if isinstance(label, bool) or not (text.isascii() and text.isdecimal() and len(text) < 10) or int(text) in ids:
             raise ValueError(
-                f"id2label has the id {shortened(label)}, which is no whole number or is repeated; {wanted}."
+                f"id2label has the id {shortened(label)}, which is not a whole number or is repeated; {wanted}."
             )
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"id2label names class {label} {shortened(name)}, which is no text; {wanted}.")
+            raise ValueError(f"id2label names class {label} {shortened(name)}, which is not a string; {wanted}.")
         ids.add(int(text))
     if num_classes is not None and ids and max(ids) >= num_classes:
         raise ValueError(
@@ -115,6 +115,6 @@ def check_names(id2label: Any, num_classes: int | None, whole: bool = False) -> 
 
 
 def shortened(value: Any) -> str:
-    """A value as errors show it."""
+    """A value as text, shortened for errors."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:79]}…"

@@ -1,1 +1,1 @@
-"""The pipelines, one a file, each readable from top to bottom. Sampling alone: no files of samples, no metrics."""
+"""The pipelines, one per file, each readable from top to bottom. They only sample: no files, no metrics."""

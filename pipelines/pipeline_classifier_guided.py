@@ -278,7 +278,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 `"pt"` `(batch, channels, height, width)` in [0, 1]; `"latent"`, the same in [-1, 1], not clipped.
             return_dict (`bool`, defaults to `True`): Return an output object instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `(pipeline, step, timestep, tensors)` after each
-                step; the `"latents"` of a returned dict replace them.
+                step; the `"latents"` of a returned dict replace them, `None` replaces nothing.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`): Tensors passed to the
                 callback, of `latents`, `model_output` and `gradient`.
             image (PIL image, array, tensor or a list of them, *optional*): The image to edit, of the UNet's size, see

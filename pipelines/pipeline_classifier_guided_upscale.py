@@ -96,7 +96,7 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         nonfinite_gradient: str = "raise",
         return_cost: bool = False,
     ) -> GuidedPipelineOutput | tuple:
-        r"""Samples large images: noise -> (UNet given the small image -> guidance -> scheduler step) x N -> image.
+        r"""Samples images: noise -> (UNet given the small image -> guidance -> scheduler step) x N -> large image.
 
         Args:
             image (PIL image, array, tensor or a list of them, or a path): The small images, one or one for each label,

@@ -43,7 +43,7 @@ def assert_refused(start: Callable[[], Any], place: Path, capsys) -> str:
     assert status in (1, 2), said
     assert "error: " in said
     assert "\n" not in said.strip()
-    assert "mistake of hf-guided" not in said
+    assert "bug of hf-guided" not in said
     left = sorted(path for path in {*before, *after} if before.get(path, 0) != after.get(path, 0))
     assert not left
     assert seconds < LIMIT

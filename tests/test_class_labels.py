@@ -196,7 +196,7 @@ def test_names(names, given, expected):
     [
         (NAMES, "CAT", "belongs to several ids: 0 .cat., 2 .Cat."),
         ({0: "café", 1: nfd("café")}, "café", "belongs to several ids: 0 .*, 1 .*. Give the id"),
-        (NUMBERED, "0", "no class named '0'.*not taken for an id, because numbers are names here"),
+        (NUMBERED, "0", "no class named '0'.*not taken as an id, because numbers are names here"),
         (NUMBERED, ["0", "1"], "no class named '0'"),
         (NUMBERED, "01", "no class named '01'"),
         ({0: "001", 1: "002"}, "1", "no class named '1'; the nearest are '001'"),

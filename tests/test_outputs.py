@@ -21,7 +21,7 @@ from hf_guided.training.train_classifier import ClassifierArguments
 from hf_guided.training.train_diffusion import DiffusionArguments
 
 IS_READ = "is read by this command and would be overwritten"
-NOT_OURS = "is there already and was not made by this command"
+NOT_OURS = "exists and was not made by this command"
 LIES_IN = "which is read here; give one outside of it"
 TRAINING = {"seed": 0, "rows": []}
 COMPARISON = {"settings": {}, "real": None, "runs": []}
@@ -75,7 +75,7 @@ def refused(argv, message):
         (["evaluate", "real.npz", "real.npz", "--held_out", "small.npz", "--save_statistics", "small.npz"], IS_READ),
         (["evaluate", "small.npz", "real.npz", "--save_statistics", "published.npz"], NOT_OURS),
         (["evaluate", "small.npz", "photos:held_out", "--save_statistics", "real.npz"], NOT_OURS),
-        (["evaluate", "small.npz", "real.npz", "--save_statistics", "./evaluation/samples.npz"], "are one file"),
+        (["evaluate", "small.npz", "real.npz", "--save_statistics", "./evaluation/samples.npz"], "are the same file"),
         (["evaluate", "small.npz", "real.npz", "--output", "outputs"], f"outputs/report.json {NOT_OURS}"),
         (["evaluate", "small.npz", "real.npz", "--output", "."], f"report.json {NOT_OURS}"),
         (["evaluate", "small.npz", "photos", "--output", "photos"], LIES_IN),
@@ -206,7 +206,7 @@ def test_the_same_upscaling_may_run_again(work, tiny_unet):
 
 
 def test_the_helpers(work):
-    with pytest.raises(ValueError, match="are one file, to which two results would be written"):
+    with pytest.raises(ValueError, match="are the same file"):
         check_replaceable(["new.npz", "./new.npz"], lambda path: True)
     check_replaceable(["new.npz", "photo.png"], lambda path: True, ["digits", None, "user/name", "small.npz"])
     check_outside("photos-2/new", ["photos", "digits", None, "small.npz"])

@@ -144,7 +144,7 @@ def test_a_run_that_is_suspended_resumes():
 
 @pytest.mark.parametrize("mistake", [KeyError("unet"), TypeError("no"), AssertionError()])
 def test_our_own_mistakes_keep_their_traceback_and_ask_to_be_reported(mistake, capsys):
-    with pytest.raises(SystemExit, match=r"error: This is a mistake of hf-guided\. Please report it"), user_command():
+    with pytest.raises(SystemExit, match=r"error: This is a bug of hf-guided\. Please report it"), user_command():
         raise mistake
     assert "Traceback" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="error: a sentence"), user_command():

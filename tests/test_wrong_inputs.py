@@ -37,11 +37,11 @@ def inputs(tmp_path_factory) -> Path:
     classifier.save_pretrained(folder / "classifier")
     unet = {"in_channels": 3, "out_channels": 6, **SIZES}
     defaults = {"sampling_defaults": {"respacing": "2"}}
-    told = ADMUNet2DModel(**unet, num_class_embeds=3, null_class_label=True)
-    untold = ADMUNet2DModel(**unet)
+    conditional = ADMUNet2DModel(**unet, num_class_embeds=3, null_class_label=True)
+    unconditional = ADMUNet2DModel(**unet)
     upsampler = ADMUNet2DModel(**unet, low_res_channels=3)
-    ClassifierGuidedPipeline(told, ADMScheduler(), classifier, **defaults).save_pretrained(folder / "pipeline")
-    ClassifierGuidedPipeline(untold, ADMScheduler(), **defaults).save_pretrained(folder / "unconditional")
+    ClassifierGuidedPipeline(conditional, ADMScheduler(), classifier, **defaults).save_pretrained(folder / "pipeline")
+    ClassifierGuidedPipeline(unconditional, ADMScheduler(), **defaults).save_pretrained(folder / "unconditional")
     ClassifierGuidedUpscalePipeline(upsampler, ADMScheduler(), **defaults, low_res_size=4).save_pretrained(
         folder / "upscaler"
     )

@@ -1,7 +1,7 @@
-"""Flags and recipes: what a training script may be told, and where it reads the rest.
+"""Flags and recipes of the training scripts.
 
 A recipe is a YAML file with a section for the data and one for each stage; a flag overrides its key. A stage that needs
-the data otherwise says so in a `data` of its own. Scripts of several stages take a flag for all stages
+other data settings has a `data` section of its own. Scripts of several stages take a flag for all stages
 (`--max_train_steps`) or for one (`--classifier_max_train_steps`). Both are checked against the type and range that the
 field is declared with (`hf_guided/fields.py`).
 """
@@ -52,27 +52,27 @@ from .checkpoints import HISTORY, RUN_FILE, check_named
 
 RECIPES = Path(__file__).parent / "recipes"
 SECTIONS = {"data", "judge", "classifier", "diffusion", "upscaler", *BASELINES, "report"}
-# Without the one that needs rules for its steps, which no flag gives
+# All but the one that needs step rules, for which there is no flag
 LR_SCHEDULERS = [schedule.value for schedule in SchedulerType if schedule is not SchedulerType.PIECEWISE_CONSTANT]
 TRACKERS = [*(tracker.value for tracker in LoggerType), "none"]
 
 
 @dataclass
 class RunArguments(CheckedFields):
-    """Where results go."""
+    """Flags for the output folder, the seed and the Hub."""
 
     output_dir: str = flag("outputs", "Folder for checkpoints, previews and the finished model.")
     seed: Annotated[int, Range(at_least=0, at_most=2**63 - 1)] = flag(0, "Seed of everything random.")
-    push_to_hub: bool = flag(False, "Push to the Hub: at checkpoints, beside the training, and the finished folder.")
+    push_to_hub: bool = flag(False, "Push to the Hub: checkpoints in the background, and the finished folder.")
     hub_model_id: str | None = flag(None, "Repository to push to, user/name.")
     hub_private: bool = flag(False, "Make the repository private, if it is new.")
     hub_token: str | None = flag(
         None,
-        "Token to push with. By default that of `hf auth login` or HF_TOKEN: prefer those, for the machine's list of "
-        "processes shows a flag to everybody on it.",
+        "Token to push with. Default: that of `hf auth login` or HF_TOKEN. Prefer those: a flag is visible in the list "
+        "of processes.",
         repr=False,
     )
-    hub_license: str | None = flag(None, "Licence of what is pushed, as the Hub spells it: apache-2.0, mit ...")
+    hub_license: str | None = flag(None, "Licence of the pushed model, as the Hub spells it: apache-2.0, mit ...")
     recipe: str | None = field(default=None, init=False)  # its name, for the model card
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class RunArguments(CheckedFields):
 
 @dataclass
 class LoopArguments(RunArguments):
-    """What the training loop needs, whatever it trains."""
+    """Flags of the training loop, for every model."""
 
     train_batch_size: PositiveInt = flag(64, "Images per process and forward pass.")
     gradient_accumulation_steps: PositiveInt = flag(1, "Forward passes per update of the weights.")
@@ -107,20 +107,18 @@ class LoopArguments(RunArguments):
     adam_epsilon: PositiveFloat = flag(1e-8, "AdamW's epsilon.")
     max_grad_norm: PositiveFloat = flag(1.0, "The gradient's norm is clipped to this.")
     mixed_precision: str | None = flag(
-        None, "Precision of the forward pass; accelerate's, by default.", choices=("no", "fp16", "bf16")
+        None, "Precision of the forward pass. Default: accelerate's.", choices=("no", "fp16", "bf16")
     )
-    gradient_checkpointing: bool = flag(False, "Compute activations again instead of keeping them: less memory.")
+    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory.")
     ema_decay: Share = flag(0.9999, "Decay of the exponential moving average of the weights, after its ramp.")
-    checkpointing_steps: PositiveInt = flag(500, "Save a checkpoint every so many updates.")
-    checkpoints_total_limit: PositiveInt = flag(2, "Keep the newest so many checkpoints of this run.")
+    checkpointing_steps: PositiveInt = flag(500, "Updates between two checkpoints.")
+    checkpoints_total_limit: PositiveInt = flag(2, "Number of newest checkpoints of this run to keep.")
     resume_from_checkpoint: str = flag(
-        "latest", "A checkpoint's folder, or 'latest': the newest whole one of this run in --output_dir, if any."
+        "latest", "A checkpoint's folder, or 'latest': the newest complete one of this run in --output_dir, if any."
     )
-    validation_steps: NonNegativeInt = flag(
-        250, "Measure the loss on held-out images every so many updates; 0 is never."
-    )
-    preview_steps: NonNegativeInt = flag(0, "Draw a grid of samples every so many updates; 0 is never.")
-    logging_steps: PositiveInt = flag(10, "Log every so many updates.")
+    validation_steps: NonNegativeInt = flag(250, "Updates between two validations on held-out images; 0 is never.")
+    preview_steps: NonNegativeInt = flag(0, "Updates between two grids of samples; 0 is never.")
+    logging_steps: PositiveInt = flag(10, "Updates between two log entries.")
     report_to: str = flag("tensorboard", "Tracker, as accelerate names them; 'none' for none.", choices=TRACKERS)
 
 
@@ -130,7 +128,7 @@ class ScheduleArguments(CheckedFields):
 
     beta_schedule: str = flag("squaredcos_cap_v2", "Noise schedule.", choices=("linear", "squaredcos_cap_v2"))
     num_train_timesteps: Annotated[int, Range(at_least=2, at_most=10**6)] = flag(1000, "Timesteps of the schedule.")
-    rescale_timesteps: bool = flag(False, "Tell the models timesteps scaled to [0, 1000).")
+    rescale_timesteps: bool = flag(False, "Scale the timesteps that models take to [0, 1000).")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,19 +141,19 @@ class ScheduleArguments(CheckedFields):
 
 @dataclass
 class SamplingArguments(CheckedFields):
-    """How many steps make samples, in previews and by default in the finished pipeline."""
+    """Flags for the sampling steps, of previews and as the default of the finished pipeline."""
 
     num_inference_steps: PositiveInt = flag(FEW_STEPS, "Steps of the second-order solver.")
     respacing: str | None = flag(None, "Instead: the published sampler's timesteps, in OpenAI's notation.")
 
     def steps(self) -> dict[str, Any]:
-        """The pipeline's argument."""
+        """The steps as the pipeline's argument."""
         if self.respacing is not None:
             return {"respacing": self.respacing}
         return {"num_inference_steps": self.num_inference_steps}
 
     def check_steps(self, num_train_timesteps: int) -> None:
-        """Refuses, before the training, what the schedule has not enough timesteps for."""
+        """Refuses, before the training, more steps than the schedule has."""
         if self.respacing is not None:
             space_timesteps(num_train_timesteps, self.respacing)
         elif self.num_inference_steps >= num_train_timesteps:
@@ -167,7 +165,7 @@ class SamplingArguments(CheckedFields):
 
 @dataclass
 class ArchitectureArguments(CheckedFields):
-    """What UNet and classifier have in common; the defaults suit images of 64x64 on one GPU."""
+    """Flags of the architecture of UNet and classifier; the defaults suit images of 64x64 on one GPU."""
 
     model_channels: Width = flag(128, "Base width.")
     channel_mult: Annotated[list[Factor], Length(1)] = flag(
@@ -185,7 +183,7 @@ class ArchitectureArguments(CheckedFields):
     def __post_init__(self) -> None:
         super().__post_init__()
         widths = level_widths(self.model_channels, self.channel_mult)
-        count_heads(widths[-1], self.num_heads, self.attention_head_dim)  # of the middle, which always has attention
+        count_heads(widths[-1], self.num_heads, self.attention_head_dim)  # the middle block always has attention
 
     def architecture(self) -> dict[str, Any]:
         """The arguments of the models' constructors."""
@@ -195,19 +193,18 @@ class ArchitectureArguments(CheckedFields):
 def parse_arguments(
     stages: dict[str, type], argv: Sequence[str] | None = None, description: str | None = None
 ) -> tuple[DataArguments, dict[str, Any]]:
-    """Reads flags and recipe.
+    """Data arguments and one dataclass per stage, from flags and recipe.
 
     Args:
-        stages (`dict[str, type]`): A dataclass of flags for each stage, by the name of its section in the recipe.
-        argv (`Sequence[str]`, *optional*): The command line; the process's, by default.
+        stages (`dict[str, type]`): The dataclass of flags of each stage, by its section in the recipe.
+        argv (`Sequence[str]`, *optional*): The command line. Default: that of the process.
         description (`str`, *optional*): For `--help`.
 
     Returns:
         The data's arguments, and an instance of each stage's dataclass.
 
     Raises:
-        `ValueError`: For a recipe that does not exist, a key that its section does not know, and a value of a flag or
-            key that its field does not allow.
+        `ValueError`: For a missing recipe, an unknown key, or a value of a flag or key that is not allowed.
     """
     parser = HfArgumentParser(
         [DataArguments, _flags_of(list(stages.values()))],
@@ -218,12 +215,12 @@ def parse_arguments(
         "--recipe",
         help=f"A recipe's name ({', '.join(sorted(path.stem for path in RECIPES.glob('*.yaml')))}) or a YAML file. "
         f"Without one: that of the built-in dataset, digits by default; with other images: images. Its values are "
-        f"checked as flags are; numbers may be written as 1e-4.",
+        f"checked like flags; numbers may be written as 1e-4.",
     )
     if len(stages) > 1:
         for name, stage in stages.items():
             parser._add_dataclass_arguments(_flags_of([stage], prefix=f"{name}_"))
-    for action in parser._actions:  # only what was said counts: the rest is the recipe's
+    for action in parser._actions:  # only given flags count: the rest comes from the recipe
         action.default = argparse.SUPPRESS
     given = vars(parser.parse_args(argv))
 
@@ -233,7 +230,7 @@ def parse_arguments(
     recipe = read_recipe(recipe_name)
     if len(recipe) > 1 and not set(recipe) & set(stages):
         raise ValueError(
-            f"The recipe has nothing for {' or '.join(stages)}, only for {', '.join(sorted(set(recipe) - {'data'}))}; "
+            f"The recipe has no section {' or '.join(stages)}, only {', '.join(sorted(set(recipe) - {'data'}))}; "
             f"give another --recipe."
         )
     for name in stages:
@@ -241,7 +238,7 @@ def parse_arguments(
         if of_stage and len(stages) > 1:
             raise ValueError(f"The recipe's section {name!r} has data of its own; here all stages share theirs.")
         recipe["data"].update(of_stage)
-    if has_data:  # the recipe's own data make way
+    if has_data:  # they replace the recipe's own data
         for key in ("dataset_name", "train_data_dir"):
             recipe["data"].pop(key, None)
     data = _fill(DataArguments, "data", recipe["data"], recipe_name, {"": given})
@@ -256,10 +253,10 @@ def parse_arguments(
 
 
 def check_output_dir(name: str, stage: RunArguments, data: DataArguments) -> None:
-    """Refuses an `output_dir` that cannot be written, lies among the images or holds something else where results go.
+    """Refuses an `output_dir` that is not writable, lies among the images or has foreign files in place of results.
 
     Args:
-        name (`str`): The stage's.
+        name (`str`): The stage.
         stage ([`RunArguments`]), data ([`DataArguments`]): The flags.
 
     Raises:
@@ -283,12 +280,12 @@ def check_output_dir(name: str, stage: RunArguments, data: DataArguments) -> Non
 
 
 def read_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
-    """The sections of a recipe of this package, by its name, or of a YAML file.
+    """The sections of a recipe, by its name in this package or from a YAML file.
 
-    Numbers may be written as `1e-4`, which YAML 1.1 takes for a string.
+    Numbers may be written as `1e-4`, which YAML 1.1 reads as a string.
 
     Raises:
-        `ValueError`: If there is no such recipe, or it is no YAML of sections with unique keys.
+        `ValueError`: If there is no such recipe, or it is not YAML with sections of unique keys.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
@@ -303,7 +300,7 @@ def read_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
         raise ValueError(f"The recipe {path} cannot be read{line}: {error.problem}; correct its YAML.") from None
-    # Of characters and of dates that there are not, and of a value that does not fit its tag
+    # Raised for invalid characters and dates, and for a value that does not fit its tag
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"The recipe {path} cannot be read: {' '.join(str(error).split())}; correct it.") from None
     if not isinstance(recipe, dict):
@@ -313,14 +310,12 @@ def read_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
         )
     unknown = set(recipe) - SECTIONS
     if unknown:
-        raise ValueError(
-            f"The recipe {path} has sections that no script knows: {_with_suggestions(unknown, SECTIONS)}."
-        )
+        raise ValueError(f"The recipe {path} has unknown sections: {_with_suggestions(unknown, SECTIONS)}.")
     return {"data": {}, **{name: _section(values, name, str(path)) for name, values in recipe.items()}}
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML without its traps: keys that are given twice, and whole numbers in other bases."""
+    """YAML that refuses duplicate keys, and whole numbers in other bases."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -351,7 +346,7 @@ def _section(values: Any, name: str, recipe: str) -> dict[str, Any]:
 
 
 def _with_suggestions(unknown: Collection[Any], known: Collection[str]) -> str:
-    """Unknown names, each with the known one that is most like it."""
+    """Unknown names, each with the nearest known one."""
     similar = {name: difflib.get_close_matches(str(name), known, n=1) for name in unknown}
     return ", ".join(
         sorted(f"{name} (did you mean {found[0]}?)" if found else f"{name}" for name, found in similar.items())
@@ -359,13 +354,13 @@ def _with_suggestions(unknown: Collection[Any], known: Collection[str]) -> str:
 
 
 def quiet_libraries() -> None:
-    """Leaves the log to this package, and to warnings of others."""
+    """Limits other libraries to warnings."""
     for noisy in ("httpx", "httpx2", "huggingface_hub", "datasets", "transformers", "diffusers", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def run_script(main: Any) -> None:
-    """Runs a training script."""
+    """Runs a training script, with its exit status."""
     log_to_screen()
     quiet_libraries()
     with user_command(), resumable("Stopped. Rerun the same command to resume from the last checkpoint."):
@@ -373,7 +368,7 @@ def run_script(main: Any) -> None:
 
 
 def _flags_of(stages: list[type], prefix: str = "") -> type:
-    """A dataclass of every field of some dataclasses, each once, under prefixed names."""
+    """A dataclass with every field of some dataclasses, each once, under prefixed names."""
     fields = {
         prefix + f.name: (prefix + f.name, f.type, _copy(f))
         for stage in stages
@@ -390,7 +385,7 @@ def _copy(f: dataclasses.Field) -> Any:
 
 
 def _fill(stage: type, section: str, recipe: dict[str, Any], recipe_name: str, given: dict[str, dict[str, Any]]) -> Any:
-    """An instance of a dataclass, of a recipe's section and of flags by their prefix, of which later ones count."""
+    """A stage's dataclass from a recipe's section and from flags by their prefix; later ones override."""
     names = {f.name for f in dataclasses.fields(stage) if f.init}
     if unknown := set(recipe) - names:
         raise ValueError(

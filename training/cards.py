@@ -1,4 +1,4 @@
-"""What model cards say of a training: its data, its steps and time, its machine."""
+"""Entries of model cards about a training: data, steps and time, hardware."""
 
 import platform
 import re
@@ -15,22 +15,22 @@ from hf_guided.training.checkpoints import list_checkpoints, read_state
 
 
 def describe_data(data_args: DataArguments) -> dict[str, Any]:
-    """What it was trained on."""
+    """Entries about the data."""
     return {"dataset": data_args.title, "dataset_id": on_hub(data_args.dataset_name)}
 
 
 def on_hub(name: str | None) -> str | None:
-    """The name, if it is one of the Hub's."""
+    """The name, if it is a Hub id; else `None`."""
     return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) and not Path(name).exists() else None
 
 
 def describe_images(images: tuple[LabelledImages, LabelledImages | None]) -> str:
-    """How many there were."""
+    """The numbers of images to train on and held out, as text."""
     return f"{len(images[0])} to train on, {len(images[1] or ())} held out"
 
 
 def describe_steps(args: LoopArguments, stage: str) -> str:
-    """How long a stage was trained, in steps and, as its newest checkpoint tells, in time."""
+    """The length of a training as text: steps, and minutes or hours from its newest checkpoint."""
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
     text = f"{args.max_train_steps} steps of {batch_size} images"
     checkpoints = list_checkpoints(Path(args.output_dir) / stage)
@@ -44,7 +44,7 @@ def describe_steps(args: LoopArguments, stage: str) -> str:
 
 
 def describe_run(args: RunArguments) -> dict[str, Any]:
-    """What it was trained with."""
+    """Entries about precision, hardware and software."""
     is_gpu = PartialState().device.type == "cuda"
     hardware = torch.cuda.get_device_name() if is_gpu else f"{torch.get_num_threads()} CPU threads"
     packages = ("hf-guided", "torch", "diffusers", "transformers", "accelerate")

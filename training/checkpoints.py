@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there at all, and that say what they were trained with.
+"""Atomic checkpoints that record their settings.
 
-A folder belongs to one run at a time. Of what is in it, only `checkpoint-<step>` that this run has saved is ever taken
-for its checkpoint, or deleted; copies under other names, and checkpoints of other runs, are the user's.
+A folder belongs to one run at a time. In it, only a `checkpoint-<step>` that this run has saved is used as its
+checkpoint, or deleted. Copies under other names, and checkpoints of other runs, belong to the user.
 """
 
 import dataclasses
@@ -34,17 +34,16 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.json"
 OTHERS_FILE = "loop_state.pt"
 INDEX_FILE, CONFIG_FILE = "model_index.json", "config.json"
-MADE_FILE = ".hf-guided.json"  # in a finished folder: which files are ours, and the entries of configs as we wrote them
+MADE_FILE = ".hf-guided.json"  # in a finished folder: our files, and the entries of configs as written
 HISTORY = "history.json"
-RUN_FILE = ".run.json"  # which run a folder belongs to
+RUN_FILE = ".run.json"  # the run that a folder belongs to
 _NAME = re.compile("checkpoint-(0|[1-9][0-9]*)")  # as this module writes it
 _STATE = {"step": int, "fingerprint": dict}
 _ROW = {"step": int, "seconds": int | float}
-# What damaged files of tensors raise.
+# Errors of damaged files of tensors.
 UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
-# Flags that may change between two sittings of one training: they decide where, how often and what is told, not what is
-# computed.
+# Flags that may change when a training is resumed: they concern folders, intervals and logs, not what is computed.
 FREE_FLAGS = {
     "output_dir",
     "resume_from_checkpoint",
@@ -66,7 +65,7 @@ FREE_FLAGS = {
     "cache_dir",
 }
 
-# Flags that name something, and the entry of the fingerprint that is a hash of it: that alone is compared.
+# Flags that name a file, and the fingerprint's entry with a hash of its content: only the hash is compared.
 CONTENT_OF = {
     **dict.fromkeys(("dataset_name", "dataset_config_name", "train_data_dir"), "images"),
     **dict.fromkeys(("train_split", "validation_split", "held_out_fraction", "image_column", "label_column"), "images"),
@@ -77,23 +76,23 @@ CONTENT_OF = {
 def fingerprint(
     arguments: list[Any], images: tuple[Any, Any], model: torch.nn.Module, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Everything that a resumed training must have in common with what it resumes, by flag or by name.
+    """The settings that a resumed training must share with its checkpoint, by flag or name.
 
-    Images and pretrained weights are compared by content: they may have been moved, or their path spelled otherwise.
-    Addresses are saved without their credentials, which may change.
+    Images and pretrained weights are compared by content: they may have been moved, or their path spelled differently.
+    URLs are saved without their credentials, which may change.
 
     Args:
         arguments (`list`): The flags, as dataclasses.
-        images (a pair of [`LabelledImages`]): Trained on, and held out, if any are.
-        model (`nn.Module`): As it is before the first step.
-        accelerator (`Accelerator`): Of the training.
+        images (a pair of [`LabelledImages`]): Images to train on, and held out, if any.
+        model (`nn.Module`): The model before the first step.
+        accelerator (`Accelerator`): The training's accelerator.
     """
     train_images = images[0]
     merged: dict[str, Any] = {}
     for part in arguments:
         merged.update(dataclasses.asdict(part))
     if merged["lr_scheduler"] in ("constant", "constant_with_warmup"):
-        merged.pop("max_train_steps")  # the other schedules depend on where training ends
+        merged.pop("max_train_steps")  # other schedules depend on the last step
     known = {name: value for name, value in merged.items() if name not in FREE_FLAGS}
     names = None if train_images.id2label is None else [composed(name) for name in train_images.id2label.values()]
     is_pretrained = merged.get("pretrained_model") is not None
@@ -110,12 +109,12 @@ def fingerprint(
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
-    """The newest whole checkpoint of the folder's run for `"latest"`, or the one named; `None` if there is none yet.
+    """The newest complete checkpoint of the folder's run for `"latest"`, or the one named; `None` if there is none yet.
 
-    Damaged ones that are newer are renamed, with a warning.
+    Newer damaged ones are renamed, with a warning.
 
     Raises:
-        `ValueError`: If the folder named is not a whole checkpoint or older than what is there, or none is whole.
+        `ValueError`: If the folder named is not a complete checkpoint or not the newest, or none is complete.
     """
     run = _run_of(output_dir)
     if wanted != "latest":
@@ -139,10 +138,10 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         except ValueError as error:
             damaged[path] = error
         else:
-            if state["step"] == step_of(path):  # or else it is a copy
+            if state["step"] == step_of(path):  # otherwise it is a copy
                 states[path] = state
     if not any(state["run"] in (None, run) for state in states.values()):
-        run = None  # those of another run were copied here to resume from
+        run = None  # checkpoints of another run were copied here to resume from
     newest = None
     for path, state in reversed(states.items()):
         if run is None or state["run"] in (None, run):
@@ -155,7 +154,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
                 break
     if newest is None and damaged:
         reasons = " ".join(map(str, damaged.values()))
-        raise ValueError(f"{reasons} No checkpoint in {output_dir} is whole; remove them to start from scratch.")
+        raise ValueError(f"{reasons} No checkpoint in {output_dir} is complete; remove them to start from scratch.")
     for path, why in damaged.items():
         if newest is not None and step_of(path) > step_of(newest):
             logger.warning(f"{why} It is now called {move_aside(path, 'damaged').name}; {newest.name} takes its place.")
@@ -163,14 +162,14 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
 
 
 def check_named(wanted: str, output_dir: Path) -> None:
-    """Refuses a `--resume_from_checkpoint` that names no checkpoint.
+    """Refuses a `--resume_from_checkpoint` that is not a checkpoint.
 
     Raises:
         `ValueError`: Naming it.
     """
     if wanted != "latest" and not (Path(wanted) / STATE_FILE).is_file():
         raise ValueError(
-            f"--resume_from_checkpoint {wanted} is not a whole checkpoint ({STATE_FILE} is missing); name a folder "
+            f"--resume_from_checkpoint {wanted} is not a complete checkpoint ({STATE_FILE} is missing); name a folder "
             f"such as {output_dir}/checkpoint-500, or 'latest'."
         )
 
@@ -181,7 +180,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     for path in _numbered(output_dir):
         try:
             state = read_state(path)
-        except (ValueError, OSError):  # damaged, or gone by now
+        except (ValueError, OSError):  # damaged, or deleted meanwhile
             continue
         if state["step"] == step_of(path) and (run is None or state["run"] in (None, run)):
             found.append(path)
@@ -189,28 +188,29 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def _numbered(output_dir: Path) -> list[Path]:
-    """What is named like a checkpoint and has a state, oldest first."""
+    """Folders named like a checkpoint with a state file, oldest first."""
     named = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     return sorted((path for path in named if (path / STATE_FILE).is_file()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number of updates that a checkpoint's name tells."""
+    """The number of updates in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _run_of(output_dir: Path) -> str | None:
-    """The run that a folder belongs to, if it says so."""
+    """The run that a folder belongs to, if recorded."""
     path = output_dir / RUN_FILE
     return read_json(path, {"run": str})["run"] if path.is_file() else None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: `step` and `seconds` trained, its `fingerprint`, its `run` and the `digests` of
-    its files (`None` in those of older versions).
+    """A checkpoint's record: `step` and `seconds` trained, `fingerprint`, `run`, and the `digests` of its files.
+
+    `digests` is `None` in checkpoints of older versions.
 
     Raises:
-        `ValueError`: If that is damaged.
+        `ValueError`: If it is damaged.
     """
     try:
         state = read_json(checkpoint / STATE_FILE, _STATE)
@@ -222,7 +222,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_files(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Compares the files with what was saved; those of older versions, without digests, are just looked at.
+    """Compares the files with their digests; those of older versions without digests are only opened.
 
     Raises:
         `ValueError`: If one is missing or damaged, naming it.
@@ -235,11 +235,11 @@ def check_files(checkpoint: Path, state: dict[str, Any]) -> None:
     else:
         wrong = {name for name in ("model.safetensors", "optimizer.bin", OTHERS_FILE) if not _opens(checkpoint / name)}
     if wrong:
-        raise ValueError(f"{checkpoint / min(wrong)} is missing or not as it was saved.")
+        raise ValueError(f"{checkpoint / min(wrong)} is missing or damaged.")
 
 
 def digests(folder: Path, names: list[str]) -> dict[str, str]:
-    """The SHA-256 of files by name."""
+    """The SHA-256 of each file, by name."""
 
     def digest(name: str) -> str:
         with open(folder / name, "rb") as file:
@@ -254,7 +254,7 @@ def _digest_of_state(state: dict[str, Any]) -> str:
 
 
 def _opens(path: Path) -> bool:
-    """Whether a file of tensors is there up to its end."""
+    """Whether a file of tensors is not truncated."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt"):
@@ -267,7 +267,7 @@ def _opens(path: Path) -> bool:
 
 
 def move_aside(path: Path, why: str) -> Path:
-    """Gives a file or folder another name, under which nothing is looked for."""
+    """The new path of a file or folder, renamed so that nothing finds it as a checkpoint."""
     target, number = path.with_name(f"{path.name}-{why}"), 1
     while os.path.lexists(target):
         number += 1
@@ -279,20 +279,19 @@ def move_aside(path: Path, why: str) -> Path:
 def load_checkpoint(
     accelerator: Accelerator, folder: Path, current: dict[str, Any], others: dict[str, Any]
 ) -> dict[str, Any]:
-    """Restores everything.
+    """Restores a training from a checkpoint, and returns its record.
 
     Args:
-        accelerator (`Accelerator`): Restores what it prepared: model and optimizer.
+        accelerator (`Accelerator`): Restores model and optimizer, which it prepared.
         folder (`Path`): The checkpoint.
         current (`dict`): The [`fingerprint`] of this training.
-        others (`dict`): What else has a `load_state_dict`, by name.
+        others (`dict`): Other objects with a `load_state_dict`, by name.
 
     Returns:
-        `dict`: Its [`read_state`], with the `history` that was logged until then.
+        `dict`: Its [`read_state`], and the `history` of logged values.
 
     Raises:
-        `ValueError`: If it was trained with other flags, data or another number of processes, naming each, or does not
-            fit the model.
+        `ValueError`: If flags, data or number of processes differ, naming each, or it does not fit the model.
     """
     state = read_state(folder)
     saved = without_credentials(state["fingerprint"])
@@ -306,7 +305,7 @@ def load_checkpoint(
     ]
     if changes:
         raise ValueError(
-            f"{folder} cannot be resumed from, since it was trained with other settings: {'; '.join(changes)}. Use "
+            f"{folder} cannot be resumed: it was trained with other settings: {'; '.join(changes)}. Use "
             f"the same flags, or another --output_dir to start from scratch."
         )
     try:
@@ -316,15 +315,15 @@ def load_checkpoint(
             other.load_state_dict(states[name])
     except (*UNREADABLE, KeyError) as error:
         raise ValueError(
-            f"{folder} is damaged, or of another model; remove it to resume from an older one. "
+            f"{folder} is damaged, or from another model; remove it to resume from an older one. "
             f"({str(error).partition(chr(10))[0]})"
         ) from error
-    # Those of older versions have their history beside them.
+    # Older versions saved the history next to the checkpoints.
     return {**state, "history": read_history(folder if (folder / HISTORY).is_file() else folder.parent)}
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
-    """What a stage logged, beside the step and the seconds of training.
+    """The values that a stage logged, each with the step and the seconds of training.
 
     Raises:
         `ValueError`: If the file is damaged.
@@ -342,22 +341,22 @@ def save_checkpoint(
     history: list[dict[str, float]],
     total_limit: int,
 ) -> Path:
-    """Saves all under a temporary name, renames it, and only then removes the oldest; called by all processes.
+    """Saves a checkpoint atomically, then removes the oldest; called by all processes.
 
     Args:
-        accelerator (`Accelerator`): Saves what it prepared.
-        output_dir (`Path`): Where the checkpoint goes.
+        accelerator (`Accelerator`): Saves model and optimizer.
+        output_dir (`Path`): The folder of the checkpoints.
         state (`dict`): Its `step`, `seconds`, `fingerprint` and `run`.
-        others (`dict`): What else has a `state_dict`, by name.
-        history (`list[dict]`): What was logged.
-        total_limit (`int`): The newest so many checkpoints stay.
+        others (`dict`): Other objects with a `state_dict`, by name.
+        history (`list[dict]`): The logged values.
+        total_limit (`int`): Number of newest checkpoints to keep.
 
     Raises:
-        `FullDiskError`: If the disk is full; the older checkpoints are whole.
+        `FullDiskError`: If the disk is full; older checkpoints stay complete.
     """
     folder = output_dir / f"checkpoint-{state['step']}"
     if accelerator.is_main_process and os.path.lexists(folder):
-        logger.warning(f"{folder} is not of this run, and now called {move_aside(folder, 'other').name}.")
+        logger.warning(f"{folder} is of another run, and is now called {move_aside(folder, 'other').name}.")
     replacing = replacing_folder(folder) if accelerator.is_main_process else nullcontext(partial_name(folder))
     with replacing as partial:
         accelerator.wait_for_everyone()
@@ -377,13 +376,13 @@ def save_checkpoint(
 
 
 def prune(output_dir: Path, total_limit: int) -> None:
-    """Removes the run's oldest checkpoints beyond a limit, but none in which a user keeps files."""
+    """Removes the run's oldest checkpoints beyond a limit, except those with files of the user."""
     own = [path for path in list_checkpoints(output_dir) if not path.is_symlink()]
     for path in own[:-total_limit]:
         known = read_state(path)["digests"]
         others = [] if known is None else sorted({*_files(path)} - {STATE_FILE, *known})
         if others:
-            logger.warning(f"{path} stays beyond --checkpoints_total_limit, since it holds {', '.join(others)}.")
+            logger.warning(f"{path} is kept beyond --checkpoints_total_limit, since it holds {', '.join(others)}.")
         else:
             remove_folder(path)
 
@@ -393,12 +392,12 @@ def _files(folder: Path) -> list[str]:
 
 
 def start_run(output_dir: Path, run: str | None, total_limit: int) -> str:
-    """Makes a folder that of a run, and moves aside what another run left there.
+    """The run that a folder now belongs to; files of another run are moved to a subfolder.
 
     Args:
         output_dir (`Path`): The folder.
-        run (`str`, *optional*): The run that is resumed; that of the folder by default, or a new one.
-        total_limit (`int`): The newest so many checkpoints of the run stay.
+        run (`str`, *optional*): The run to resume. Default: that of the folder, or a new one.
+        total_limit (`int`): Number of newest checkpoints of the run to keep.
 
     Returns:
         `str`: The run.
@@ -422,15 +421,14 @@ def start_run(output_dir: Path, run: str | None, total_limit: int) -> str:
 
 
 def save_folder(save: Callable[[str], Any], folder: Path) -> None:
-    """Writes a finished model or pipeline in the place of an older one, whole, and keeps what is not ours in it.
+    """Replaces a finished model or pipeline atomically, and keeps the user's files and edits in it.
 
-    Kept are files that no earlier call has written, and what was changed since in `model_index.json`: the defaults that
-    a sweep or a user has saved, a component that was added; of a model's config, the class names. `save` finds the
-    older model card, for its edits.
+    Kept are files that no earlier call has written, and changes since in `model_index.json` (saved defaults, added
+    components) and of the class names in a model's config. `save` finds the older model card, to keep its edits.
 
     Args:
-        save (`Callable`): Writes into the folder that it is given.
-        folder (`Path`): The folder's final name.
+        save (`Callable`): Writes into the given folder.
+        folder (`Path`): The final folder.
     """
     with replacing_folder(folder) as partial:
         if (folder / "README.md").is_file():
@@ -453,32 +451,32 @@ def save_folder(save: Callable[[str], Any], folder: Path) -> None:
 
 
 def _editable(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """What a user may change in a config: of a model all but its class names describes the weights."""
+    """The entries of a config that a user may change; of a model's config only the class names."""
     if Path(name).name == INDEX_FILE:
         return config
     return {key: config[key] for key in ("id2label", "label2id") if key in config}
 
 
 def read_record(path: Path, shape: Any = dict) -> dict[str, Any]:
-    """What a file of [`read_json`] holds; nothing of one that is not there, or damaged: too late to ask for help."""
+    """The content of a JSON file, empty if it is missing or damaged: too late to stop for that."""
     try:
         return read_json(path, shape)
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        logger.warning(f"{error} What was changed in it is not kept.")
+        logger.warning(f"{error} Changes in it are lost.")
         return {}
 
 
 def changed_entries(name: str, written: Any, now: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a config that were changed since it was written last, but for class names of other classes.
+    """The entries of a config changed since it was last written, except class names of other classes.
 
     Args:
-        name (`str`): The file's.
-        written (`dict`): The entries as they were written; anything else, if there is no record of it.
-        now (`dict`), new (`dict`): The entries as they are, and as they would be written now.
+        name (`str`): The file.
+        written (`dict`): The entries as written; another type if there is no record.
+        now (`dict`), new (`dict`): The current entries, and those to write.
     """
-    if not isinstance(written, dict):  # by an earlier version, which kept no record
+    if not isinstance(written, dict):  # an older version kept no record
         written = {key: value for key, value in now.items() if key != "sampling_defaults"}
     if Path(name).name == CONFIG_FILE and _classes(now) != _classes(new):
         return {}
@@ -486,7 +484,7 @@ def changed_entries(name: str, written: Any, now: dict[str, Any], new: dict[str,
     changed = {key: now.get(key) for key in keys if now.get(key) != written.get(key)}
     for key, value in changed.items():
         if value != new.get(key):
-            logger.info(f"Kept {key} as it was changed in {name}: {value}.")
+            logger.info(f"Kept the changed {key} of {name}: {value}.")
     return changed
 
 
@@ -496,7 +494,7 @@ def _classes(config: dict[str, Any]) -> set[str]:
 
 
 def keep_foreign_files(old: Path, new: Path, ours: set[Path]) -> None:
-    """Links the files of an older folder that are not ours into a newer one."""
+    """Links the user's files of an older folder into a newer one."""
     for path in sorted(old.rglob("*")):
         name = path.relative_to(old)
         if path.is_dir() and not path.is_symlink():
@@ -511,7 +509,7 @@ def keep_foreign_files(old: Path, new: Path, ours: set[Path]) -> None:
 
 
 def recover_folders(output_dir: Path) -> None:
-    """Undoes what a killed process left unfinished."""
+    """Restores folders that a killed process left unfinished."""
     for path in output_dir.glob(".*"):
         if path.suffix in (".partial", ".old", ".removed"):
             recover_folder(path.with_name(path.stem[1:]))

@@ -1,4 +1,4 @@
-"""Going on from a model that is already trained: whatever fits is kept, and what does not begins anew."""
+"""Fine-tuning: weights of a pretrained model that fit are kept, the others are reinitialised."""
 
 import logging
 import os
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Pretrained:
-    """A pipeline with an ADM UNet, or such a UNet alone, of which only the configs have been read.
+    """The configs of a pretrained pipeline with an ADM UNet, or of such a UNet alone.
 
     Attributes:
         name (`str`): Its folder or Hub id.
         config (`dict`): The UNet's arguments.
         scheduler_config (`dict`, *optional*): The scheduler's; `None` for a UNet alone.
-        id2label (`dict[int, str]`, *optional*): The names of its classes, if they are known.
+        id2label (`dict[int, str]`, *optional*): The names of its classes, if known.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Pretrained:
 
     @classmethod
     def find(cls, name: str) -> "Pretrained":
-        """Reads the configs of a folder or Hub repository.
+        """The configs of a folder or Hub repository.
 
         Raises:
             `ValueError`: If there is no pipeline and no ADM UNet, or a config is damaged.
@@ -48,38 +48,40 @@ class Pretrained:
             config = ADMUNet2DModel.load_config(name, subfolder="unet" if index else None)
         except OSError as error:
             reason = " ".join(str(error).split()).rstrip(".")
-            raise ValueError(f"--pretrained_model {name} is no pipeline with a UNet and no UNet ({reason}).") from error
+            raise ValueError(
+                f"--pretrained_model {name} is neither a pipeline with a UNet nor a UNet ({reason})."
+            ) from error
         if config.get("_class_name") != ADMUNet2DModel.__name__:
             raise ValueError(
                 f"--pretrained_model {name} has a {config.get('_class_name')}; only an ADMUNet2DModel is fine-tuned."
             )
         with naming_damage(name):
-            with torch.device("meta"):  # where making a model costs nothing
+            with torch.device("meta"):  # without memory for the weights
                 ADMUNet2DModel.from_config(config)
             scheduler_config = ADMScheduler.load_config(name, subfolder="scheduler") if index else None
             id2label = index.get("id2label") and {int(label): text for label, text in index["id2label"].items()}
         return cls(name, config, scheduler_config, id2label)
 
     def check(self, wanted: Mapping[str, Any], is_upsampler: bool) -> None:
-        """Refuses a model for another task, and a noise schedule other than that which it was trained on.
+        """Refuses a model for another task, and a noise schedule that it was not trained on.
 
         Args:
             wanted (`Mapping`): The arguments of the scheduler to train with.
             is_upsampler (`bool`): Whether an upsampler is to be trained.
         """
         if (self.config.get("low_res_channels") is not None) != is_upsampler:
-            here, script = ("an", "train_upscaler.py") if not is_upsampler else ("no", "train_diffusion.py")
+            here, script = ("an", "train_upscaler.py") if not is_upsampler else ("not an", "train_diffusion.py")
             raise ValueError(f"--pretrained_model {self.name} is {here} upsampler; train it with {script}.")
         known = {**wanted, **(self.scheduler_config or {})}
         mend = [f"--{name} {known[name]}" for name in wanted if known[name] != wanted[name]]
         if mend:
             raise ValueError(
-                f"--pretrained_model {self.name} was trained with another noise schedule or objective than the flags "
-                f"say; add {' '.join(mend)}."
+                f"--pretrained_model {self.name} was trained with another noise schedule or objective than these "
+                f"flags; add {' '.join(mend)}."
             )
 
     def architecture(self, resolution: tuple[int, int]) -> dict[str, Any]:
-        """The UNet's arguments that its weights depend on, attention at the same levels for images of another size."""
+        """The UNet's arguments that fix its weights; attention stays at the same levels for other image sizes."""
         names = {"num_heads_upsample", *ArchitectureArguments().architecture()}
         config = {name: value for name, value in self.config.items() if name in names}
         levels = range(len(config["channel_mult"]))
@@ -88,7 +90,7 @@ class Pretrained:
         return config
 
     def unet(self, config: dict[str, Any], id2label: dict[int, str]) -> ADMUNet2DModel:
-        """A UNet of another config, with every tensor that fits; the class embedding fits classes of the same names.
+        """A UNet of another config with all pretrained tensors that fit; class embeddings fit if class names are equal.
 
         Args:
             config (`dict`): The UNet's arguments.
@@ -96,7 +98,7 @@ class Pretrained:
         """
         subfolder = None if self.scheduler_config is None else "unet"
         weights = ADMUNet2DModel.from_pretrained(self.name, subfolder=subfolder, torch_dtype=torch.float32).state_dict()
-        with torch.device("meta"):  # only what begins anew is filled with random numbers
+        with torch.device("meta"):  # only reinitialised modules allocate and draw weights
             unet = ADMUNet2DModel(**config)
         reasons = {}
         for name, tensor in unet.state_dict().items():
@@ -106,14 +108,16 @@ class Pretrained:
                 reasons[name] = f"{_shape(tensor)} instead of {_shape(weights[name])}"
             elif name == "class_embedding.weight" and _compared(self.id2label) != _compared(id2label):
                 reasons[name] = "other classes"
-        for module_name in dict.fromkeys(name.rpartition(".")[0] for name in reasons):  # in one order, for the seed
+        for module_name in dict.fromkeys(name.rpartition(".")[0] for name in reasons):  # a fixed order, for the seed
             unet.get_submodule(module_name).to_empty(device="cpu").reset_parameters()
         kept = {name: tensor for name, tensor in weights.items() if name not in reasons}
         unused = unet.load_state_dict(kept, strict=False, assign=True).unexpected_keys
         if os.environ.get("RANK", "0") == "0":
-            anew = "".join(f"; initialised anew: {name} ({reason})" for name, reason in reasons.items())
-            left = f"; left out: {', '.join(unused)}" if unused else ""
-            logger.info(f"Kept {len(kept) - len(unused)} of {len(weights)} tensors of {self.name}{anew}{left}.")
+            reinitialised = "".join(f"; reinitialised: {name} ({reason})" for name, reason in reasons.items())
+            left = f"; not used: {', '.join(unused)}" if unused else ""
+            logger.info(
+                f"Kept {len(kept) - len(unused)} of {len(weights)} tensors of {self.name}{reinitialised}{left}."
+            )
         return unet
 
 

@@ -1,7 +1,7 @@
 """The training loop, one for all trainers.
 
-Whatever is random in a step follows from (seed, step, process): resuming is running the same command again, and gives
-the same bits as never having stopped.
+All randomness of a step follows from (seed, step, process). Rerun the same command to resume: the result is
+bit-identical to a training without a stop.
 """
 
 import copy
@@ -52,19 +52,19 @@ logger = logging.getLogger(__name__)
 
 LAUNCHER = os.getppid()
 
-check_once = functools.lru_cache(maxsize=1)(check_images)  # the stages of one script share their images
+check_once = functools.lru_cache(maxsize=1)(check_images)  # stages of one script share images
 
 Batch = dict[str, torch.Tensor]
 
 
 class Task(ABC):
-    """What is trained: a model, its loss, and how progress shows.
+    """A model to train, its loss, and its previews and logs.
 
     Attributes:
-        name (`str`): Of the stage, for logs and folders.
-        model (`nn.Module`): Is trained.
-        timestep_sampler (`TimestepSampler`): Which timesteps batches are noised to; of a model without noise, the only
-            one.
+        name (`str`): The stage, for logs and folders.
+        model (`nn.Module`): The model to train.
+        timestep_sampler (`TimestepSampler`): Draws the timesteps that batches are noised to; a single one for a model
+            without noise.
     """
 
     name: str
@@ -73,22 +73,22 @@ class Task(ABC):
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The loss of each image at its timestep, `(batch,)`, and tensors `(batch,)` worth logging, by name."""
+        """The loss of each image at its timestep, `(batch,)`, and tensors `(batch,)` to log, by name."""
 
     @abstractmethod
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """The model's arguments for a batch, to estimate the memory that it needs."""
+        """The model's arguments for a batch, to estimate memory."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What is trained, for the optimizer: groups of parameters, each perhaps with a learning rate of its own."""
+        """Parameter groups for the optimizer, each with an optional learning rate."""
         return [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
 
     def preview(self, model: nn.Module, path: Path) -> None:
-        """Draws what the model can do by now, if there is something to draw."""
+        """Writes a picture of the model's current output, if it has one."""
         return None
 
     def watch(self) -> dict[str, float]:
-        """Numbers worth logging beside the losses on held-out images, of the model as it is now."""
+        """Further values of the current model to log with the losses on held-out images, by name."""
         return {}
 
 
@@ -100,19 +100,19 @@ def train(
     data_args: DataArguments,
     save: Callable[[str], Any],
 ) -> None:
-    """Trains `task.model`; at the end it holds the moving average of its weights.
+    """Trains `task.model`, which ends up with the moving average of its weights.
 
     Args:
-        task ([`Task`]): What is trained.
-        train_images, held_out_images ([`LabelledImages`]): What it is trained on, and what its loss is watched on.
+        task ([`Task`]): Model and loss.
+        train_images, held_out_images ([`LabelledImages`]): Images to train and to validate on.
         args ([`LoopArguments`]): The loop's flags.
-        data_args ([`DataArguments`]): The data's, for the record.
-        save (`Callable`): Writes the model into a folder as its users load it: what is pushed at checkpoints.
+        data_args ([`DataArguments`]): The data's flags, for the fingerprint.
+        save (`Callable`): Writes the model into a folder in its final format, to push it at checkpoints.
 
     Raises:
-        `StoppedError`: If a signal stopped it; its state is then saved, and the same call resumes from there.
-        `ValueError`: If a checkpoint to resume from was trained otherwise, the loss is not finite, or another process
-            trains in the same folder.
+        `StoppedError`: If a signal stopped it; its state is then saved, and the same call resumes it.
+        `ValueError`: If a checkpoint has other settings, the loss is not finite, or another process trains in the
+            same folder.
         `OSError`: If `output_dir` cannot be written.
     """
     with ExitStack() as lock:
@@ -128,10 +128,10 @@ def train_alone(
     save: Callable[[str], Any],
     lock: ExitStack,
 ) -> None:
-    """[`train`]; `lock` takes the lock of its folder."""
+    """[`train`] with a given `lock` for its folder."""
     output_dir = Path(args.output_dir) / task.name
     join_processes()
-    AcceleratorState._reset_state()  # an earlier stage of this process may have had another precision
+    AcceleratorState._reset_state()  # an earlier stage may have had another precision
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -172,8 +172,8 @@ def train_alone(
     ema.to(accelerator.device)
     if step > args.max_train_steps:
         raise ValueError(
-            f"{checkpoint} has {step} steps, more than --max_train_steps {args.max_train_steps}; ask for more, or use "
-            f"another --output_dir to start anew."
+            f"{checkpoint} has {step} steps, more than --max_train_steps {args.max_train_steps}; raise it, or use "
+            f"another --output_dir to start from scratch."
         )
     run = from_main(lambda: start_run(output_dir, state["run"], args.checkpoints_total_limit))
     if accelerator.is_main_process:
@@ -182,7 +182,7 @@ def train_alone(
             logger.info(f"Resuming from {checkpoint}, after {step} of {args.max_train_steps} steps.")
     if accelerator.log_with:
         config = {name: printable(str(value)) for name, value in current.items()}  # paths need not be UTF-8
-        # What a run logged after its newest checkpoint before it was killed is hidden.
+        # Purges log entries of a killed run after its newest checkpoint.
         accelerator.init_trackers(task.name, config, {"tensorboard": {"purge_step": step + 1}})
 
     sampler = StepBatchSampler(
@@ -299,7 +299,7 @@ def train_alone(
 
 
 def finish(save: Callable[[str], Any], folder: Path) -> Path:
-    """Has the main process write the finished folder, whole or not at all."""
+    """The finished folder, written atomically by the main process."""
     if PartialState().is_main_process:
         with locked(folder.parent):
             save_folder(save, folder)
@@ -311,7 +311,7 @@ def publish(folder: Path, args: RunArguments) -> None:
     """Pushes the finished folder, if `args` ask for it.
 
     Raises:
-        `PushError`: If that fails, with the command that does it later.
+        `PushError`: If that fails, with the command to do it later.
     """
     if not args.push_to_hub or not args.hub_model_id or not PartialState().is_main_process:
         return
@@ -319,7 +319,7 @@ def publish(folder: Path, args: RunArguments) -> None:
         url = push_folder(folder, args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
     except PushError as error:
         command = push_command(folder, args.hub_model_id, args.hub_private)
-        raise PushError(f"{error}\nAll is trained and saved. To push it:\n  {command}") from error
+        raise PushError(f"{error}\nThe training is done and saved. To push it:\n  {command}") from error
     logger.info(f"Pushed to {url}")
 
 
@@ -331,7 +331,7 @@ def preflight(
     output_dir: Path,
     lock: ExitStack,
 ) -> None:
-    """Says what will happen, and finds out early what would go wrong late; the folder is made last, and locked."""
+    """Prints a summary of the training and raises early what would fail late; then makes and locks the folder."""
     if accelerator.is_main_process:
         check_batch(images, args.train_batch_size, accelerator.device)
         report = check_once(images)
@@ -358,7 +358,7 @@ def preflight(
 
 
 def check_batch(images: LabelledImages, batch_size: int, device: torch.device) -> None:
-    """Refuses batches whose pixels alone no memory holds.
+    """Refuses batches whose pixels alone exceed the memory.
 
     Raises:
         `ValueError`: Naming the batch size.
@@ -375,7 +375,7 @@ def check_batch(images: LabelledImages, batch_size: int, device: torch.device) -
 
 
 def make_writable(output_dir: Path) -> None:
-    """Makes the folder, or says which one to change."""
+    """Makes the folder; an error names `--output_dir`."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / ".writable").touch()
@@ -387,13 +387,13 @@ def make_writable(output_dir: Path) -> None:
 
 
 def estimate_memory(task: Task, images: LabelledImages, batch_size: int) -> int:
-    """Bytes for weights, gradients, AdamW's moments, the moving average, and a batch's activations.
+    """Bytes of weights, gradients, AdamW's moments, the moving average, and a batch's activations.
 
     The activations are counted on the meta device, where nothing is computed.
     """
     model = copy.deepcopy(task.model).to("meta").train()
     weights = {parameter.untyped_storage()._cdata: parameter.nbytes for parameter in model.parameters()}
-    activations: dict[int, int] = {}  # by storage: what several layers keep is there once
+    activations: dict[int, int] = {}  # by storage: tensors that several layers keep count once
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -405,7 +405,7 @@ def estimate_memory(task: Task, images: LabelledImages, batch_size: int) -> int:
     batch = {"pixel_values": torch.empty(size, device="meta")}
     batch["labels"] = torch.zeros(batch_size, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(**task.inputs(batch))  # kept alive, and with it every storage counted
+        output = model(**task.inputs(batch))  # keeps every counted storage alive
     del output
     return 5 * sum(weights.values()) + sum(activations.values())
 
@@ -431,7 +431,7 @@ def validate(task: Task, images: LabelledImages, args: LoopArguments, device: to
 
 
 def seed_everything(seed: int, step: int, micro_step: int, process_index: int) -> None:
-    """Makes what is random in a forward pass a function of its place in the training."""
+    """Seeds all random generators from the position in the training."""
     digest = hashlib.sha256(f"{seed}/{step}/{micro_step}/{process_index}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -441,20 +441,21 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 class DivergedError(ValueError):
-    """A loss or weight is no number any more."""
+    """A loss or weight is not finite."""
 
 
 def check_finite(value: float, step: int) -> None:
     if not math.isfinite(value):
         raise DivergedError(
-            f"The training has diverged: a number is {value} at step {step}. Start anew in another --output_dir with a "
-            f"lower --learning_rate, more --lr_warmup_steps, or bf16 instead of fp16; saved checkpoints are finite."
+            f"The training has diverged: a loss or weight is {value} at step {step}. Start again in another "
+            f"--output_dir with a lower --learning_rate, more --lr_warmup_steps, or bf16 instead of fp16; saved "
+            f"checkpoints are finite."
         )
 
 
 @contextmanager
 def averaged_weights(ema: EMAModel, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Lends the model its moving average."""
+    """Swaps in the moving average of the weights temporarily."""
     ema.store(parameters)
     ema.copy_to(parameters)
     try:
@@ -465,19 +466,19 @@ def averaged_weights(ema: EMAModel, parameters: list[nn.Parameter]) -> Iterator[
 
 @contextmanager
 def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
-    """Turns Ctrl-C and SIGTERM into a question that the loop asks after each step: which signal came, 0 for none.
+    """A function for the loop to call after each step: the signal received (Ctrl-C, SIGTERM), 0 for none.
 
-    A second Ctrl-C ends at once.
+    A second Ctrl-C ends the process at once.
     """
     requested: list[int] = []
 
     def handle(signum: int, frame: Any) -> None:
-        # SIGTERM may well come several times: from a launcher, and from a cluster's scheduler
+        # SIGTERM may come several times: from a launcher, and from a cluster's scheduler
         if signum == signal.SIGINT and signum in requested:
             raise StoppedError(signum)
         requested.append(signum)
 
-    # `accelerate launch` of one process does not pass SIGTERM on: its end is then the sign
+    # `accelerate launch` of one process does not forward SIGTERM: watch for its end instead
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ
 
     def stop_requested() -> int:
@@ -498,7 +499,7 @@ def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
 
 
 class TimedBatches:
-    """The batches of a loader, which warns once if the training waits for them: with large files it easily does."""
+    """The batches of a loader; warns once if loading slows the training, as large files do."""
 
     def __init__(self, loader: DataLoader):
         self.batches, self.num_workers = iter(loader), loader.num_workers
@@ -508,30 +509,30 @@ class TimedBatches:
         started = time.monotonic()
         batch = next(self.batches)
         if math.isnan(self.since):
-            self.since = time.monotonic()  # the first batch takes the start of the workers too
+            self.since = time.monotonic()  # the first batch includes the start of the workers
         else:
             self.waited += time.monotonic() - started
         return batch
 
     def warn_if_slow(self) -> None:
-        """Looks at the time since the last call."""
+        """Checks the share of loading in the time since the last call."""
         share = self.waited / (time.monotonic() - self.since)
         self.waited, self.since = 0.0, time.monotonic()
         if share > 0.5 and not self.has_warned:
             self.has_warned = True
             logger.warning(
-                f"{share:.0%} of the time goes by loading images: raise --dataloader_num_workers, now "
-                f"{self.num_workers} on {os.cpu_count()} cores, or bring larger files near to the --resolution once."
+                f"{share:.0%} of the time is spent loading images: raise --dataloader_num_workers, now "
+                f"{self.num_workers} on {os.cpu_count()} cores, or resize the files to about the --resolution first."
             )
 
 
 def ignore_signals(worker_id: int) -> None:
-    """Signals may reach the loader's workers too, which must live until the step is done."""
+    """Lets the loader's workers ignore signals: they must live until the step is done."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
 
 
 def finish_trackers(accelerator: Accelerator) -> None:
-    """Ends the logs, but not the processes' connection, which later stages need."""
+    """Closes the trackers, but not the process group, which later stages need."""
     for tracker in accelerator.trackers:
         tracker.finish()

@@ -1,4 +1,4 @@
-"""Which timesteps a batch is noised to."""
+"""Sampling of the timesteps that a training batch is noised to."""
 
 import numpy as np
 import torch
@@ -17,21 +17,21 @@ class TimestepSampler:
         self.num_train_timesteps = num_train_timesteps
 
     def sample(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws from torch's global generator.
+        """Timesteps and loss weights, drawn with torch's global generator.
 
         Returns:
-            Timesteps and the weights of their losses that keep the mean unbiased, each of shape `(batch_size,)`.
+            Timesteps, and importance weights that keep the mean loss unbiased, each of shape `(batch_size,)`.
         """
         probabilities = self.probabilities()
         timesteps = torch.multinomial(probabilities, batch_size, replacement=True)
         return timesteps, (1 / (self.num_train_timesteps * probabilities[timesteps])).float()
 
     def probabilities(self) -> torch.Tensor:
-        """Of each timestep, `(num_train_timesteps,)`, float64."""
+        """The probability of each timestep, `(num_train_timesteps,)`, float64."""
         return torch.full((self.num_train_timesteps,), 1 / self.num_train_timesteps, dtype=torch.float64)
 
     def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
-        """Is told the losses of all processes at the timesteps drawn."""
+        """Records the losses of all processes at the drawn timesteps."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {}
@@ -48,8 +48,8 @@ class LossSecondMomentSampler(TimestepSampler):
 
     Args:
         num_train_timesteps (`int`): Number of timesteps of the schedule.
-        history (`int`, defaults to 10): Losses that are remembered for each timestep.
-        uniform (`float`, defaults to 0.001): Share of uniform draws, so that no timestep is forgotten.
+        history (`int`, defaults to 10): Number of last losses kept for each timestep.
+        uniform (`float`, defaults to 0.001): Share of uniform draws, so that every timestep is drawn.
     """
 
     learns_from_losses = True

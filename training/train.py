@@ -1,12 +1,12 @@
-"""The whole walk: a judge, a noisy classifier, an ADM UNet, a guided pipeline, and what guidance does to its samples.
+"""The main job: trains an evaluation classifier, a noisy classifier and an ADM UNet, and reports on guided samples.
 
     accelerate launch training/train.py                                              # the built-in digits, minutes
     accelerate launch training/train.py --train_data_dir photos --resolution 64 --mixed_precision bf16
     accelerate launch training/train.py --recipe digits --diffusion_max_train_steps 300 --output_dir outputs/short
     accelerate launch -m hf_guided.training.train                                    # from an installed wheel
 
-A flag such as `--max_train_steps` holds for every stage, `--classifier_max_train_steps` for one. `--output_dir` ends up
-with `pipeline/` (for `ClassifierGuidedPipeline.from_pretrained`), grids, curves and `report.json`. After a
+A flag such as `--max_train_steps` holds for every stage, `--classifier_max_train_steps` for one. `--output_dir` then
+has `pipeline/` (for `ClassifierGuidedPipeline.from_pretrained`), grids, curves and `report.json`. After a
 stop or a kill, rerun the same command to resume. Exit statuses: see `hf_guided/processes.py`.
 """
 
@@ -59,21 +59,21 @@ from hf_guided.training.train_diffusion import DiffusionArguments, train_diffusi
 
 logger = logging.getLogger(__name__)
 
-MAX_REAL_IMAGES = 10_000  # that samples are measured against
+MAX_REAL_IMAGES = 10_000  # to measure samples against
 
 
 @dataclass
 class ReportArguments(RunArguments, SamplingArguments):
-    """What is sampled and judged at the end."""
+    """Flags of the samples and their evaluation at the end."""
 
     num_images: Annotated[int, Range(at_least=FEWEST_IMAGES, at_most=MOST)] = flag(
-        500, "Samples judged at each setting."
+        500, "Samples evaluated at each setting."
     )
     sampling_batch_size: PositiveInt = flag(250, "Samples made at once.")
     guidance_scales: list[NonNegativeFloat] = flag(
         [0.0, 1.0, 3.0, 10.0], "Scales at which the classifier alone guides."
     )
-    conditional_scales: list[NonNegativeFloat] = flag([0.0, 1.0], "Scales beside a class-conditional UNet.")
+    conditional_scales: list[NonNegativeFloat] = flag([0.0, 1.0], "Scales with a class-conditional UNet.")
     default_scale: NonNegativeFloat = flag(3.0, "Scale that the pipeline saves as its default.")
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     data_args, stages = parse_arguments(stage_types, description=__doc__)
     args: ReportArguments = stages["report"]
     output_dir = Path(args.output_dir)
-    for name in ("judge", "classifier"):  # the UNet is pushed at its checkpoints, and the finished pipeline
+    for name in ("judge", "classifier"):  # only the UNet's checkpoints and the finished pipeline are pushed
         stages[name].push_to_hub = False
 
     check_kind([output_dir / "pipeline"], is_folder=True)
@@ -99,7 +99,7 @@ def main() -> None:
         [stages["diffusion"].pretrained_model],
     )
 
-    # 1. Train: what judges, what guides, what makes images
+    # 1. Train the evaluation classifier, the guiding classifier and the UNet
     check_stages(stages)
     images = load_labelled_images(data_args, seed=args.seed)
     check_models(stages, images[0])
@@ -111,7 +111,7 @@ def main() -> None:
     if not PartialState().is_main_process:
         return
 
-    # 2. Assemble, and save what can already be used
+    # 2. Assemble and save the pipeline
     device = PartialState().device
     judge = AutoModelForImageClassification.from_pretrained(judge_folder).to(device)
     pipeline = ClassifierGuidedPipeline.from_pretrained(
@@ -122,7 +122,7 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     save_folder(pipeline.save_pretrained, output_dir / "pipeline")
 
-    # 3. Sample, judge, publish
+    # 3. Sample, evaluate, publish
     logger.info("\n== report ==")
     report = make_report(pipeline, judge, images, args, output_dir)
     write_json({"seed": args.seed, "rows": report}, output_dir / "report.json")
@@ -162,34 +162,34 @@ def main() -> None:
 
 
 def check_stages(stages: dict[str, Any]) -> None:
-    """Refuses, before any image is loaded, stages whose flags contradict each other."""
+    """Refuses stages whose flags contradict each other, before any image is loaded."""
     classifier, diffusion, report = stages["classifier"], stages["diffusion"], stages["report"]
     for name in classifier.schedule():
         if getattr(classifier, name) != getattr(diffusion, name):
             raise ValueError(
                 f"The classifier's {name} is {getattr(classifier, name)!r} and the UNet's "
-                f"{getattr(diffusion, name)!r}; both must see the same noise, so give --{name} once, for all stages."
+                f"{getattr(diffusion, name)!r}; both need one noise schedule, so give --{name} once, for all stages."
             )
     if stages["judge"].noisy or not classifier.noisy:
         raise ValueError(
-            "The classifier guides and must be trained on noised images (--classifier_noisy true); the judge judges "
-            "clean ones (--judge_noisy false)."
+            "The classifier guides and must be trained on noised images (--classifier_noisy true); the evaluation "
+            "classifier on clean ones (--judge_noisy false)."
         )
     report.check_steps(diffusion.num_train_timesteps)
     if diffusion.class_conditional and diffusion.label_dropout == 0 and report.guidance_scales:
         raise ValueError(
-            "The report's guidance_scales are for a classifier that steers alone, beside a UNet that is not told the "
-            "class; with label_dropout 0 this UNet must always be told. Give --label_dropout 0.1, or a recipe whose "
-            "report has guidance_scales: []."
+            "The report's guidance_scales are for the classifier guiding alone, with the null label for the UNet; with "
+            "label_dropout 0 this UNet has no null label. Give --label_dropout 0.1, or a recipe whose report has "
+            "guidance_scales: []."
         )
 
 
 def check_models(stages: dict[str, Any], images: LabelledImages) -> None:
-    """Refuses at once images that are too few or that a later stage's model does not take."""
+    """Refuses too few images, and images of a size that a later stage's model does not take."""
     if len(images) < FEWEST_IMAGES:
-        raise ValueError(f"{len(images)} images are too few to train on and to judge by; give {FEWEST_IMAGES} or more.")
+        raise ValueError(f"{len(images)} images are too few to train and to evaluate; give {FEWEST_IMAGES} or more.")
     diffusion = stages["diffusion"]
-    with torch.device("meta"):  # where making a model and passing an image through it costs nothing
+    with torch.device("meta"):  # a forward pass costs nothing there
         noisy = torch.empty(1, images.image_channels, *images.resolution)
         for name in ("judge", "classifier"):
             make_classifier(stages[name], images)(noisy)
@@ -204,12 +204,12 @@ def make_report(
     args: ReportArguments,
     output_dir: Path,
 ) -> list[dict[str, Any]]:
-    """Samples at every setting, judged by a network that never guides; the held-out images show the best to be had."""
+    """Metrics of samples at every setting, by the evaluation classifier; held-out images show the best possible."""
     extractor = ModelFeatures(judge, "judge")
 
     def features(images: ImageSet) -> FeatureSet:
         collected = collect_features(images, extractor, batch_size=args.sampling_batch_size)
-        assert collected is not None  # this is the main process, and the others have ended
+        assert collected is not None  # this is the main process
         return collected
 
     train = features(LoadedImages(images[0].plain(MAX_REAL_IMAGES)))
@@ -239,17 +239,17 @@ def make_report(
 def draw_grid(
     pipeline: ClassifierGuidedPipeline, scale: float, path: Path, batch_size: int, condition_unet: bool = True
 ) -> None:
-    """Ten samples of each of the first ten classes, a row each."""
+    """Writes a grid: ten samples of each of the first ten classes, one class per row."""
     names = list(pipeline.id2label.values())[:10]
     labels = torch.arange(len(names)).repeat_interleave(10)
     samples = SampledImages(pipeline, labels, guidance_scale=scale, condition_unet=condition_unet)
-    told = condition_unet and pipeline.unet.config.num_class_embeds is not None
-    title = f"guidance scale {scale:g}, the UNet is {'told' if told else 'not told'} the class"
+    conditional = condition_unet and pipeline.unet.config.num_class_embeds is not None
+    title = f"guidance scale {scale:g}, {'class-conditional' if conditional else 'unconditional'} UNet"
     save_png(labelled_grid(samples.pictures(batch_size), names, title=title), path)
 
 
 def describe(stages: dict[str, Any], images: tuple[LabelledImages, LabelledImages | None]) -> dict[str, Any]:
-    """How it was trained, for the model card."""
+    """Entries about the training for the model card."""
     diffusion = stages["diffusion"]
     return {
         "images": describe_images(images),
@@ -262,13 +262,15 @@ def describe(stages: dict[str, Any], images: tuple[LabelledImages, LabelledImage
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """The report on the screen."""
+    """Prints the report."""
     shown = [metric for metric in METRICS.values() if any(f"{metric.name}/judge" in row for row in rows)]
     lines = ["\n" + " " * 34 + "".join(f"  {metric.title}" for metric in shown)]
     for row in rows:
         name = row["samples"]
         if row["guidance_scale"] is not None:
-            name = f"scale {row['guidance_scale']:g}, UNet {'told' if row['condition_unet'] else 'not told'} the class"
+            name = (
+                f"scale {row['guidance_scale']:g}, {'conditional' if row['condition_unet'] else 'unconditional'} UNet"
+            )
         line = f"{name:34}"
         for metric in shown:
             value = row.get(f"{metric.name}/judge")

@@ -1,4 +1,4 @@
-"""Trains a model of the families that diffusion is compared with: a VAE, a GAN or a normalizing flow, told the class.
+"""Trains a class-conditional baseline to compare with diffusion: a VAE, a GAN or a normalizing flow.
 
     accelerate launch training/train_baseline.py --family vae                        # the built-in digits
     accelerate launch training/train_baseline.py --family gan --train_data_dir photos --resolution 64
@@ -48,8 +48,8 @@ from hf_guided.training.loop import Batch, Task, finish, publish, train
 
 logger = logging.getLogger(__name__)
 
-_WATCHED = 64  # images of a class whose spread is watched
-COLLAPSED = 0.5  # of the real images' spread: below it a class has collapsed
+_WATCHED = 64  # images per class to measure the spread on
+COLLAPSED = 0.5  # share of the real images' spread: below it a class has collapsed
 
 
 @dataclass
@@ -61,10 +61,10 @@ class VAEArguments(LoopArguments):
     channel_mult: Annotated[list[Depth], Length(1)] = flag([1, 2, 4], "Width of each level, as a multiple of the base.")
     num_res_blocks: Depth = flag(2, "Residual blocks per level.")
     kl_weight: NonNegativeFloat = flag(
-        1.0, "Weight of the rate, KL(q(z|x) || p(z)), in the loss; 1 is the bound itself."
+        1.0, "Weight of the rate, KL(q(z|x) || p(z)), in the loss; 1 is the negative ELBO."
     )
     decoder_variance: PositiveFloat | None = flag(
-        None, "Variance of the decoder, of images in [-1, 1]; learned, by default."
+        None, "Variance of the decoder, for images in [-1, 1]. Default: learned."
     )
 
 
@@ -72,14 +72,14 @@ class VAEArguments(LoopArguments):
 class GANArguments(LoopArguments):
     """A GAN's flags; `--learning_rate` is the generator's."""
 
-    discriminator_learning_rate: PositiveFloat = flag(4e-4, "The discriminator's: two time scales (arXiv 1706.08500).")
+    discriminator_learning_rate: PositiveFloat = flag(4e-4, "The discriminator's learning rate (arXiv 1706.08500).")
     adam_beta1: Share = flag(0.0, "AdamW's first decay rate.")
     latent_dim: Width = flag(120, "Length of the latent vector.")
     model_channels: Width = flag(64, "Base width of the generator.")
     discriminator_channels: Width = flag(64, "Base width of the discriminator.")
     channel_mult: Annotated[list[Depth], Length(1)] = flag([1, 2, 4], "Width of each level, as a multiple of the base.")
     translation: NonNegativeInt = flag(
-        0, "Shift what the discriminator sees by up to so many pixels, if images are few."
+        0, "Largest random shift in pixels of the discriminator's images; helps with few images."
     )
 
 
@@ -89,9 +89,9 @@ class FlowArguments(LoopArguments):
 
     num_levels: Depth = flag(3, "Levels, each of half the side length.")
     num_blocks: Depth = flag(8, "Steps of flow per level.")
-    hidden_channels: Width = flag(128, "Width of the couplings' networks.")
+    hidden_channels: Width = flag(128, "Width of the networks in the couplings.")
     dequantization_width: Annotated[float, Range(at_least=1, at_most=255)] = flag(
-        1.0, "Steps of the 8-bit scale between the levels that the images have."
+        1.0, "Steps of the 8-bit scale between two levels of the images."
     )
 
 
@@ -100,7 +100,7 @@ class BaselineTask(Task):
 
     Args:
         args ([`LoopArguments`]): The family's flags.
-        images ([`LabelledImages`]): What it is trained on.
+        images ([`LabelledImages`]): Images to train on.
     """
 
     widths: tuple[str, ...]  # flags that make the model larger
@@ -117,11 +117,11 @@ class BaselineTask(Task):
 
     @abstractmethod
     def make_model(self) -> nn.Module:
-        """A fresh model of the images' size, channels and classes."""
+        """A new model for the images' size, channels and classes."""
 
     @abstractmethod
     def pipeline(self) -> Any:
-        """The model as it is now, ready to sample and to be saved."""
+        """The current model as a pipeline, to sample from and to save."""
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         return {"sample": batch["pixel_values"], "class_labels": batch["labels"]}
@@ -135,12 +135,12 @@ class BaselineTask(Task):
         model.train(was_training)
 
     def findings(self, held_out: LabelledImages | None) -> dict[str, Any]:
-        """What the finished model's card says of it."""
+        """Entries about the finished model for its card."""
         return {}
 
 
 class VAETask(BaselineTask):
-    """The bound: distortion and rate."""
+    """The negative ELBO: distortion and rate."""
 
     name, widths = "vae", ("model_channels",)
     summary = "A class-conditional variational autoencoder"
@@ -160,7 +160,7 @@ class VAETask(BaselineTask):
 
 
 class FlowTask(BaselineTask):
-    """The exact likelihood of dequantised images."""
+    """The exact negative log-likelihood of dequantised images."""
 
     name, widths = "flow", ("hidden_channels",)
     summary = "A class-conditional normalizing flow"
@@ -188,7 +188,7 @@ class FlowTask(BaselineTask):
 
     @torch.no_grad()
     def inversion_error(self, images: LabelledImages) -> float:
-        """How far images are from themselves after the way to the latents and back, at most, of values in [0, 1]."""
+        """Largest absolute error of images encoded and decoded again, for values in [0, 1]."""
         batch = [images[index] for index in range(min(len(images), 64))]
         labels = torch.tensor([item["labels"] for item in batch], device=self.model.device)
         values = self.model.dequantize(torch.stack([item["pixel_values"] for item in batch]).to(self.model.device))
@@ -201,15 +201,15 @@ class FlowTask(BaselineTask):
 
 
 class GANTask(BaselineTask):
-    """Generator and discriminator against each other, each with its own learning rate; collapse is watched for."""
+    """Adversarial training of generator and discriminator, each with its own learning rate; detects mode collapse."""
 
     name, widths = "gan", ("model_channels", "discriminator_channels")
     summary = "A class-conditional GAN, a small BigGAN"
 
     @cached_property
     def real_spread(self) -> list[float]:
-        """Of each class, how much its real images differ from each other; computed when it is first asked for."""
-        assert self.images.labels is not None  # the loader insists on them
+        """The spread of the real images of each class; computed on first use."""
+        assert self.images.labels is not None  # required by the loader
         spreads = []
         for label in range(self.images.num_classes):
             rows = np.flatnonzero(self.images.labels == label)[:_WATCHED]
@@ -261,7 +261,7 @@ class GANTask(BaselineTask):
         return {"collapse": self.collapsed(self.spreads()) or "none was seen"}
 
     def spreads(self) -> list[float]:
-        """Of each class, how much its samples differ from each other, as a share of how much its real images do."""
+        """The spread of the samples of each class, as a share of that of its real images."""
         pipeline = self.pipeline()
         generator = torch.Generator().manual_seed(0)
         return [
@@ -271,14 +271,14 @@ class GANTask(BaselineTask):
         ]
 
     def collapsed(self, spreads: Sequence[float]) -> str:
-        """The classes whose samples are nearly the same, in words; empty if there are none."""
+        """A sentence naming the classes that have collapsed; empty if there are none."""
         names = [f"{self.images.id2label[i]} ({share:.0%})" for i, share in enumerate(spreads) if share < COLLAPSED]
         listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         return f"samples of a class differ far less than its real images do: {listed}" if names else ""
 
 
 def spread(images: torch.Tensor) -> float:
-    """The mean distance between two of some images `(n, channels, height, width)`; of a single one, 0."""
+    """The mean distance between two of the images `(n, channels, height, width)`; 0 for a single one."""
     distances = torch.pdist(images.flatten(1).float())
     return distances.mean().item() if len(distances) else 0.0
 
@@ -301,7 +301,7 @@ def train_baseline(
     Args:
         family (`str`): `"vae"`, `"gan"` or `"flow"`.
         data_args ([`DataArguments`]), args ([`LoopArguments`]): The flags; the latter of the family's own class.
-        images (a pair of [`LabelledImages`], *optional*): To train on and to watch the loss on, if loaded already.
+        images (a pair of [`LabelledImages`], *optional*): Images to train and to validate on, if already loaded.
 
     Returns:
         `Path`: The finished folder.

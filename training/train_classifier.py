@@ -1,4 +1,4 @@
-"""Trains a classifier of noisy images, which guides, or of clean ones, which judges.
+"""Trains a classifier of noisy images, to guide, or of clean ones, to evaluate.
 
     accelerate launch training/train_classifier.py                                   # the built-in digits
     accelerate launch training/train_classifier.py --train_data_dir photos --resolution 64
@@ -6,8 +6,8 @@
     accelerate launch -m hf_guided.training.train_classifier                         # from an installed wheel
 
 arXiv 2105.05233, section 4.3: the encoder of the UNet with an attention pool, trained on images noised to uniformly
-drawn timesteps. The finished classifier is `<output_dir>/classifier/model`, with a card that says how good it is at
-each level of noise, and where to guide with it.
+drawn timesteps. The finished classifier is `<output_dir>/classifier/model`, with a card that reports its
+accuracy at each noise level, and the timesteps to guide at.
 """
 
 if __name__ == "__main__":  # before what takes seconds to import
@@ -53,7 +53,7 @@ class ClassifierArguments(LoopArguments, ScheduleArguments, ArchitectureArgument
     """A classifier's flags."""
 
     pool: str = flag("attention", "Pooling head.", choices=("adaptive", "attention", "spatial", "spatial_v2"))
-    noisy: bool = flag(True, "Train on noised images, to guide; otherwise on clean ones, to judge.")
+    noisy: bool = flag(True, "Train on noised images, to guide; otherwise on clean ones, to evaluate.")
 
 
 class ClassifierTask(Task):
@@ -85,12 +85,12 @@ def train_classifier(
     images: tuple[LabelledImages, LabelledImages | None] | None = None,
     name: str = "classifier",
 ) -> Path:
-    """Trains and saves a classifier.
+    """Trains and saves a classifier; returns its folder.
 
     Args:
         data_args ([`DataArguments`]), args ([`ClassifierArguments`]): The flags.
-        images (a pair of [`LabelledImages`], *optional*): To train on and to watch the loss on, if loaded already.
-        name (`str`, defaults to `"classifier"`): What it is called in logs and in `output_dir`.
+        images (a pair of [`LabelledImages`], *optional*): Images to train and to validate on, if already loaded.
+        name (`str`, defaults to `"classifier"`): Name in logs and in `output_dir`.
 
     Returns:
         `Path`: The finished folder.
@@ -130,13 +130,13 @@ def train_classifier(
 def inspect(
     folder: str, train_images: LabelledImages, held_out_images: LabelledImages | None, args: ClassifierArguments
 ) -> dict[str, Any] | None:
-    """Measures a saved classifier at each level of noise, into `inspection.png` and `inspection.json` beside it."""
+    """Measures a saved classifier at each noise level, into `inspection.png` and `inspection.json` in its folder."""
     try:
         if held_out_images is None:
             raise ValueError("no images are held out.")
         classifier = ADMForImageClassification.from_pretrained(folder).to(PartialState().device)
         inspection = inspect_classifier(classifier, held_out_images, train_images, batch_size=args.train_batch_size)
-    except ValueError as error:  # of the images: too late to refuse the training
+    except ValueError as error:  # the images do not allow it: too late to refuse the training
         logger.warning(f"The classifier is not inspected: {error}")
         return None
     logger.info(f"\n{inspection}")
@@ -146,7 +146,7 @@ def inspect(
 
 
 def make_classifier(args: ClassifierArguments, images: LabelledImages) -> ADMForImageClassification:
-    """A fresh classifier of the images' size, channels and classes."""
+    """A new classifier for the images' size, channels and classes."""
     return ADMForImageClassification(
         ADMClassifierConfig(
             sample_size=list(images.resolution),

@@ -6,7 +6,7 @@
     accelerate launch -m hf_guided.training.train_diffusion                          # from an installed wheel
 
 arXiv 2105.05233, sections 2 and 3: the hybrid objective with a learned variance. The finished pipeline, UNet and
-scheduler without a classifier, is `<output_dir>/diffusion/pipeline`. `--pretrained_model` fine-tunes one that is there.
+scheduler without a classifier, is `<output_dir>/diffusion/pipeline`. `--pretrained_model` fine-tunes an existing one.
 """
 
 if __name__ == "__main__":  # before what takes seconds to import
@@ -48,7 +48,7 @@ from hf_guided.training.timestep_sampling import LossSecondMomentSampler, Timest
 class DiffusionArguments(LoopArguments, ScheduleArguments, SamplingArguments, ArchitectureArguments):
     """A diffusion model's flags."""
 
-    num_heads_upsample: PositiveInt | None = flag(None, "Another number of heads in the decoder.")
+    num_heads_upsample: PositiveInt | None = flag(None, "Number of heads in the decoder, if it differs.")
     variance_type: str = flag(
         "learned_range", "Variance of the reverse process.", choices=("learned_range", "fixed_small", "fixed_large")
     )
@@ -57,11 +57,11 @@ class DiffusionArguments(LoopArguments, ScheduleArguments, SamplingArguments, Ar
     timestep_sampler: str = flag(
         "uniform", "How timesteps are drawn (Improved DDPM, section 3.3).", choices=("uniform", "loss_second_moment")
     )
-    class_conditional: bool = flag(True, "Tell the UNet the class.")
-    label_dropout: Share = flag(0.1, "Share of images whose class is withheld, so that one UNet does both.")
+    class_conditional: bool = flag(True, "Train a class-conditional UNet.")
+    label_dropout: Share = flag(0.1, "Share of images that get the null label, for classifier-free guidance.")
     pretrained_model: str | None = flag(
         None,
-        "Pipeline or UNet to start from, a folder or a Hub id. Its architecture takes the place of the flags, from "
+        "Pipeline or UNet to start from, a folder or a Hub id. Its architecture replaces the flags from "
         "--model_channels to --use_scale_shift_norm except --dropout; size, channels and classes are the data's.",
     )
 
@@ -82,7 +82,7 @@ class DiffusionArguments(LoopArguments, ScheduleArguments, SamplingArguments, Ar
 
 
 class DiffusionTask(Task):
-    """The diffusion loss, some labels withheld."""
+    """The diffusion loss, with label dropout."""
 
     name = "diffusion"
     kind = "Diffusion model"
@@ -106,7 +106,7 @@ class DiffusionTask(Task):
         return loss.loss, {"mse": loss.mse.detach(), "vb": loss.vb.detach()}
 
     def conditions(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """What the UNet is told: nothing, or the batch's labels, a share of them replaced by the null label."""
+        """The UNet's labels: none, or the batch's with label dropout."""
         if not self.args.class_conditional:
             return {}
         withheld = torch.rand(len(batch["labels"]), device=batch["labels"].device) < self.args.label_dropout
@@ -118,7 +118,7 @@ class DiffusionTask(Task):
         return {"sample": batch["pixel_values"], "timestep": timesteps, **labels}
 
     def pipeline(self) -> ClassifierGuidedPipeline:
-        """The model as it is now, ready to sample and to be saved."""
+        """The current model as a pipeline, to sample from and to save."""
         id2label = self.id2label if self.args.class_conditional else None
         scheduler = ADMScheduler.from_config(self.scheduler.config, solver_order=2)
         return ClassifierGuidedPipeline(self.model, scheduler, id2label=id2label, sampling_defaults=self.args.steps())
@@ -135,7 +135,7 @@ class DiffusionTask(Task):
         model.train(was_training)
 
     def report(self, folder: Path) -> list[dict[str, Any]]:
-        """Draws what the finished model makes into its folder; returns rows of numbers for its card, if any."""
+        """Draws samples of the finished model into its folder; returns rows of numbers for its card, if any."""
         self.preview(self.model, folder / "grid.png")
         return []
 
@@ -145,11 +145,11 @@ def train_diffusion(
     args: DiffusionArguments,
     images: tuple[LabelledImages, LabelledImages | None] | None = None,
 ) -> Path:
-    """Trains a UNet and saves it as a pipeline.
+    """Trains a UNet and saves it as a pipeline; returns its folder.
 
     Args:
         data_args ([`DataArguments`]), args ([`DiffusionArguments`]): The flags.
-        images (a pair of [`LabelledImages`], *optional*): To train on and to watch the loss on, if loaded already.
+        images (a pair of [`LabelledImages`], *optional*): Images to train and to validate on, if already loaded.
 
     Returns:
         `Path`: The finished folder.
@@ -166,7 +166,7 @@ def train_and_save(
     args: DiffusionArguments,
     data_args: DataArguments,
 ) -> Path:
-    """Trains a task and saves its pipeline with a card, and returns the folder."""
+    """Trains a task and saves its pipeline with a card; returns the folder."""
 
     def save(folder: str, results: Sequence[dict[str, Any]] = ()) -> None:
         pipeline = task.pipeline()
@@ -204,7 +204,7 @@ def unet_config(
     """The UNet's arguments: the images' size, channels and classes, the flags' or the pretrained model's architecture.
 
     Raises:
-        `ValueError`: If the pretrained model cannot be gone on from with these flags.
+        `ValueError`: If the pretrained model cannot be fine-tuned with these flags.
     """
     channels = images.image_channels
     of_images = {
@@ -224,7 +224,7 @@ def unet_config(
 
 
 def make_unet(args: DiffusionArguments, images: LabelledImages, low_res_channels: int | None = None) -> ADMUNet2DModel:
-    """A UNet of the images' size, channels and classes: a fresh one, or of the pretrained one whatever fits."""
+    """A UNet for the images' size, channels and classes: new, or with the pretrained weights that fit."""
     config = unet_config(args, images, low_res_channels)
     if args.pretrained_model is None:
         return ADMUNet2DModel(**config)

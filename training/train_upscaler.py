@@ -1,4 +1,4 @@
-"""Trains an upsampler: an ADM UNet that is shown a small image and makes the large one.
+"""Trains an upsampler: an ADM UNet conditioned on a small image that samples the large one.
 
     accelerate launch training/train_upscaler.py                                     # the built-in digits, 8x8 to 16x16
     accelerate launch training/train_upscaler.py --recipe photographs                # crops of two photographs, 8 to 32
@@ -48,18 +48,18 @@ class UpscalerArguments(DiffusionArguments):
     )
     low_res_noise: NonNegativeFloat = flag(
         0.0,
-        "Gaussian conditioning augmentation (arXiv 2106.15282, section 4): each small image gets noise of a standard "
-        "deviation drawn from 0 to this. Published upsamplers have none.",
+        "Gaussian conditioning augmentation (arXiv 2106.15282, section 4): noise with a standard deviation drawn "
+        "from 0 to this is added to each small image. Published upsamplers have none.",
     )
 
 
 class UpscalerTask(DiffusionTask):
-    """The diffusion loss of images of which a smaller version is told.
+    """The diffusion loss of images conditioned on a downsampled version.
 
     Args:
         model, scheduler, args: As for [`DiffusionTask`].
         low_size (`tuple[int, int]`): Height and width of the small images.
-        examples ([`LabelledImages`]): What previews upsample.
+        examples ([`LabelledImages`]): Images for previews.
     """
 
     name = "upscaler"
@@ -103,7 +103,7 @@ class UpscalerTask(DiffusionTask):
         model.train(was_training)
 
     def show(self, path: Path, num_measured: int) -> dict[str, dict[str, float]]:
-        """Draws the first of some examples, upsampled twice and bicubically, and measures them all."""
+        """Errors of the upsampled examples, and a picture of the first ones: bicubic, two samples, original."""
         self.model.eval()
         spread = torch.linspace(0, len(self.examples) - 1, min(num_measured, len(self.examples))).long()
         items = [self.examples[index] for index in spread.tolist()]
@@ -118,7 +118,7 @@ class UpscalerTask(DiffusionTask):
         def samples() -> torch.Tensor:
             batches = [
                 pipeline(
-                    ((low_res[batch] + 1) / 2).clamp(0, 1),  # negative values would mean another range
+                    ((low_res[batch] + 1) / 2).clamp(0, 1),  # negative values would be read as another range
                     None if labels is None else labels[batch],
                     generator=generator,
                     output_type="latent",
@@ -156,11 +156,11 @@ def train_upscaler(
     args: UpscalerArguments,
     images: tuple[LabelledImages, LabelledImages | None] | None = None,
 ) -> Path:
-    """Trains an upsampler and saves it as a pipeline that shows what it makes of held-out images.
+    """Trains an upsampler and saves it as a pipeline with upsampled held-out images; returns its folder.
 
     Args:
         data_args ([`DataArguments`]), args ([`UpscalerArguments`]): The flags.
-        images (a pair of [`LabelledImages`], *optional*): To train on and to watch the loss on, if loaded already.
+        images (a pair of [`LabelledImages`], *optional*): Images to train and to validate on, if already loaded.
 
     Returns:
         `Path`: The finished folder.
@@ -179,14 +179,14 @@ def train_upscaler(
 
 
 def small_size(low_resolution: int | None, resolution: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the small images.
+    """Height and width of the small images, in pixels.
 
     Args:
-        low_resolution (`int`, *optional*): Their height; a quarter, as published (64 to 256, 128 to 512), by default.
+        low_resolution (`int`, *optional*): Their height. Default: a quarter, as published (64 to 256, 128 to 512).
         resolution (`tuple[int, int]`): Height and width of the large images.
 
     Raises:
-        `ValueError`: Unless both are a whole multiple, two or more, of the small ones.
+        `ValueError`: Unless the large sides are an integer multiple, two or more, of the small ones.
     """
     height, width = resolution
     low_height = height // 4 if low_resolution is None else low_resolution
@@ -200,16 +200,16 @@ def small_size(low_resolution: int | None, resolution: tuple[int, int]) -> tuple
 
 
 def downsample(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Each pixel the mean of those that it stands for."""
+    """Images downsampled by averaging blocks of pixels."""
     return F.interpolate(images, size, mode="area")
 
 
 def measure(upsampled: torch.Tensor, original: torch.Tensor, low_res: torch.Tensor) -> dict[str, float]:
-    """How far large images are from the truth, and how much of it they make up for.
+    """Errors of upsampled images (mean squares), and their share of detail.
 
-    An error per pixel alone prefers a blur to any detail, for detail is never quite where it was. So there is also the
-    error after downsampling (does the large image belong to the small one?) and the share of the original's detail,
-    the energy that downsampling takes away (is the large image sharp?).
+    A pixel error alone favours blur over detail that is slightly displaced. So there is also the error after
+    downsampling (is the large image consistent with the small one?) and the share of the original's detail, the energy
+    that downsampling removes (is the large image sharp?).
     """
     size, low_size = original.shape[-2:], (low_res.shape[-2], low_res.shape[-1])
 
@@ -225,7 +225,7 @@ def measure(upsampled: torch.Tensor, original: torch.Tensor, low_res: torch.Tens
 
 
 def print_table(report: dict[str, dict[str, float]]) -> None:
-    """The report on the screen."""
+    """Prints the report."""
     lines = [f"\nheld-out images, mean squares{'error':>9}{'error after downsampling':>26}{'share of detail':>17}"]
     for name, row in report.items():
         error, after, share = row.values()

@@ -1,4 +1,4 @@
-"""Models of the families that diffusion is compared with: a VAE, a GAN and a normalizing flow, each told the class."""
+"""Models of the families to compare with diffusion: a VAE, a GAN and a normalizing flow, all class-conditional."""
 
 from .flow import ClassConditionalGlow
 from .gan import AdversarialPair, BigGANDiscriminator, BigGANGenerator

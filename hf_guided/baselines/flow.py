@@ -1,4 +1,4 @@
-"""A class-conditional multi-scale Glow (arXiv 1807.03039), of the parts of normflows."""
+"""A class-conditional multi-scale Glow (arXiv 1807.03039), built from parts of normflows."""
 
 import math
 import warnings
@@ -19,17 +19,19 @@ _ALPHA = 0.05  # keeps the logit of 0 and 1 finite (RealNVP, arXiv 1605.08803, s
 
 @register_with_diffusers
 class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
-    r"""An invertible map between images and latents; the couplings and the latents' Gaussian are told the class.
+    r"""An invertible map between images and latents, with class-conditional couplings and Gaussians of the latents.
 
     Args:
         sample_size (`int` or a pair, defaults to 32): Height and width in pixels.
         image_channels (`int`, defaults to 3): Channels of the images.
         num_class_embeds (`int`, defaults to 10): Number of classes.
-        num_levels (`int`, defaults to 3): Levels, each of half the side length; half of the channels leave at each.
+        num_levels (`int`, defaults to 3): Levels, each of half the side length; half of the channels become
+            latents at each.
         num_blocks (`int`, defaults to 8): Steps of flow per level.
-        hidden_channels (`int`, defaults to 128): Width of the couplings' networks.
-        dequantization_width (`float`, defaults to 1): Steps of the 8-bit scale that dequantisation spreads a value over
-            in training. Images of fewer than 256 levels want the distance of these: a narrower comb is hard to learn.
+        hidden_channels (`int`, defaults to 128): Width of the networks in the couplings.
+        dequantization_width (`float`, defaults to 1): Width of the dequantisation noise in training, in steps of the
+            8-bit scale. For images of fewer than 256 levels take the distance of two levels: densities with gaps
+            between them are hard to learn.
 
     Raises:
         `ValueError`: If the size cannot be halved that often.
@@ -61,7 +63,7 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
                 nn.ModuleList(GlowStep(channels, hidden_channels, hidden_channels) for _ in range(num_blocks))
             )
             if level < num_levels - 1:
-                channels //= 2  # the other half goes on
+                channels //= 2  # the other half stays in the flow
             factor = 2 ** (num_levels - 1 - level)
             shape = (channels, height * factor, width * factor)
             self.bases.append(nf.distributions.ClassCondDiagGaussian(shape, num_class_embeds))
@@ -69,9 +71,9 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
     def forward(
         self, sample: torch.Tensor, class_labels: torch.Tensor, noise: torch.Tensor | None = None
     ) -> torch.Tensor:
-        r"""Bits per dimension, exact of the dequantised images (arXiv 1511.01844, section 3.1).
+        r"""Bits per dimension, exact for the dequantised images (arXiv 1511.01844, section 3.1).
 
-        In the mean over noise of one step of the 8-bit scale it is an upper bound of the 8-bit images' own.
+        Averaged over noise of one step of the 8-bit scale, it is an upper bound for the 8-bit images.
 
         Args:
             sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Images in [-1, 1].
@@ -91,19 +93,19 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
 
         Args:
             sample (`torch.Tensor`): Images in [-1, 1].
-            noise (`torch.Tensor` of the same shape, *optional*): In steps of the 8-bit scale, from the middle of a
-                value: uniform in [-1/2, 1/2) to measure likelihood. By default it is drawn as for training, uniform
-                over the `dequantization_width`.
+            noise (`torch.Tensor` of the same shape, *optional*): In steps of the 8-bit scale, centred: uniform in
+                [-1/2, 1/2) to measure likelihood. Default: drawn as in training, uniform over the
+                `dequantization_width`.
         """
         width = self.config.dequantization_width
         noise = (torch.rand_like(sample) - 0.5) * width if noise is None else noise
         return ((sample + 1) * 127.5 + width / 2 + noise) / (255 + width)
 
     def encode(self, values: torch.Tensor, class_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The latents of dequantised images, standard normal for the images of the model.
+        """The latents of dequantised images; those of the model's own images are standard normal.
 
         Args:
-            values (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Of [`dequantize`].
+            values (`torch.Tensor` of shape `(batch, image_channels, height, width)`): From [`dequantize`].
             class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
 
         Returns:
@@ -127,7 +129,7 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
         return torch.cat(latents, dim=1), log_det
 
     def decode(self, latents: torch.Tensor, class_labels: torch.Tensor) -> DecoderOutput:
-        """Images of latents: what [`encode`] undoes.
+        """Images from latents, the inverse of [`encode`].
 
         Args:
             latents (`torch.Tensor` of shape `(batch, image_channels * height * width)`): Standard normal.
@@ -135,7 +137,7 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
 
         Returns:
             `DecoderOutput`: `.sample` of shape `(batch, image_channels, height, width)` in [-1, 1], half a step of the
-            8-bit scale higher, for those who cut off to 8 bits.
+            8-bit scale higher, so that truncation to 8 bits rounds.
         """
         embedding = self.class_embedding(class_labels)
         parts = latents.split([math.prod(base.shape) for _, base in self._levels()], dim=1)
@@ -148,13 +150,13 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
                 hidden = step.decode(hidden, embedding)
             hidden, _ = self.squeeze(hidden)
         values, _ = self.logit(hidden)
-        values = values.where(hidden.isfinite(), torch.nan)  # which the sigmoid would make a clean image of
+        values = values.where(hidden.isfinite(), torch.nan)  # the sigmoid would turn it into a valid image
         width = self.config.dequantization_width
         return DecoderOutput(sample=(values * (255 + width) - width / 2 + 0.5) / 127.5 - 1)
 
     @torch.no_grad()
     def initialize(self, sample: torch.Tensor, class_labels: torch.Tensor) -> None:
-        """Lets activation norm begin with unit variance on these images (Glow, section 3.1)."""
+        """Initialises activation norm to zero mean and unit variance on these images (Glow, section 3.1)."""
         for steps, _ in self._levels():
             for step in steps:
                 step.norm.data_dep_init_done = torch.tensor(0.0)
@@ -166,20 +168,20 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
 
 
 class GlowStep(nn.Module):
-    """Activation norm, 1x1 convolution, affine coupling (Glow, table 1); the coupling is told the class."""
+    """Activation norm, 1x1 convolution, affine coupling (Glow, table 1); the coupling is class-conditional."""
 
-    def __init__(self, channels: int, hidden_channels: int, told_channels: int):
+    def __init__(self, channels: int, hidden_channels: int, class_channels: int):
         super().__init__()
         nf = _import_normflows()
         self.norm = nf.flows.ActNorm((channels, 1, 1))
-        del self.norm.data_dep_init_done  # a buffer, which the meta device could not be asked for
+        del self.norm.data_dep_init_done  # a buffer whose value the meta device does not have
         self.norm.data_dep_init_done = torch.tensor(1.0)
         self.conv = _invertible_convolution(channels)
-        widths = (channels // 2 + told_channels, hidden_channels, hidden_channels, channels)
+        widths = (channels // 2 + class_channels, hidden_channels, hidden_channels, channels)
         self.coupling = nf.nets.ConvNet2d(widths, (3, 1, 3), init_zeros=True)
 
     def encode(self, hidden: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From the image towards the latents, with the logarithm of the Jacobian determinant."""
+        """One step towards the latents, and the logarithm of its Jacobian determinant, `(batch,)`."""
         hidden, of_norm = self.norm.inverse(hidden)
         hidden, of_conv = self.conv.inverse(hidden)
         kept, changed = hidden.chunk(2, dim=1)
@@ -199,16 +201,16 @@ class GlowStep(nn.Module):
     def _affine(self, kept: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         planes = embedding[:, :, None, None].expand(-1, -1, *kept.shape[2:])
         shift, log_scale = self.coupling(torch.cat([kept, planes], dim=1)).chunk(2, dim=1)
-        return shift, 2 * torch.tanh(log_scale / 2)  # bounded, or unusual latents end in infinite images
+        return shift, 2 * torch.tanh(log_scale / 2)  # bounded, or outlying latents give infinite images
 
 
 def _invertible_convolution(channels: int) -> Any:
-    """Begins as a rotation, which is decomposed in float32, whatever type the weights are loaded in."""
+    """A 1x1 convolution initialised as a rotation, decomposed in float32 for every dtype of the weights."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of `Tensor.lu`, which it calls
+            warnings.simplefilter("ignore", UserWarning)  # it calls `Tensor.lu`
             return _import_normflows().flows.Invertible1x1Conv(channels, use_lu=True)
     finally:
         torch.set_default_dtype(dtype)
@@ -223,5 +225,5 @@ def _import_normflows() -> Any:
     try:
         import normflows
     except ImportError as error:
-        raise ImportError("The flow is made of parts of normflows: pip install normflows.") from error
+        raise ImportError("The flow needs normflows: pip install normflows.") from error
     return normflows

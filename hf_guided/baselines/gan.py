@@ -1,4 +1,4 @@
-"""A small BigGAN (arXiv 1809.11096): the GAN that the ADM paper compares itself with."""
+"""A small BigGAN (arXiv 1809.11096), the GAN that the ADM paper compares with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ from .sizes import bottom_size
 
 @dataclass
 class GeneratorOutput(BaseOutput):
-    """
+    """Output of the generator.
+
     Args:
         sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Images in [-1, 1].
     """
@@ -30,7 +31,7 @@ class GeneratorOutput(BaseOutput):
 
 @register_with_diffusers
 class BigGANGenerator(WholeModelMixin, ConfigMixin):
-    r"""Makes images of latents and a class, which class-conditional batch norm tells every residual block.
+    r"""Images from latents and a class; both condition the batch norm of every residual block.
 
     Args:
         sample_size (`int` or a pair, defaults to 32): Height and width in pixels.
@@ -85,16 +86,16 @@ class BigGANGenerator(WholeModelMixin, ConfigMixin):
         for block in self.up_blocks:
             hidden = block(hidden, conditions)
         hidden = self.conv_out(F.relu(self.norm_out(hidden)))
-        # What is infinite stays broken, for tanh would make a clean image of it.
+        # Infinite values become NaN: tanh would turn them into a valid image.
         sample = torch.tanh(hidden).where(hidden.isfinite(), torch.nan)
         return GeneratorOutput(sample=sample) if return_dict else (sample,)
 
     @torch.no_grad()
     def set_standing_statistics(self, num_batches: int = 16, batch_size: int = 128, seed: int = 0) -> None:
-        """Gives batch norm the statistics of these weights' own images, of all classes; sets evaluation mode.
+        """Sets batch norm's statistics to those of this generator's images of all classes, and evaluation mode.
 
-        Those gathered in training are of weights that have moved on, and none are of a moving average of weights
-        (BigGAN, appendix B: standing statistics).
+        The running statistics of training are of earlier weights, and a moving average of weights has none (BigGAN,
+        appendix B: standing statistics).
         """
         norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
         for norm in norms:
@@ -111,7 +112,7 @@ class BigGANGenerator(WholeModelMixin, ConfigMixin):
 
 @register_with_diffusers
 class BigGANDiscriminator(WholeModelMixin, ConfigMixin):
-    r"""Scores how real an image of a class looks, by projection (arXiv 1802.05637).
+    r"""Scores how real an image of a class is, a projection discriminator (arXiv 1802.05637).
 
     Args: as those of [`BigGANGenerator`], without `latent_dim`.
     """
@@ -144,7 +145,7 @@ class BigGANDiscriminator(WholeModelMixin, ConfigMixin):
             class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
 
         Returns:
-            `torch.Tensor` of shape `(batch,)`: The higher, the more real.
+            `torch.Tensor` of shape `(batch,)`: Scores; the higher, the more real.
         """
         hidden = sample
         for block in self.down_blocks:
@@ -155,26 +156,27 @@ class BigGANDiscriminator(WholeModelMixin, ConfigMixin):
 
 @dataclass
 class AdversarialOutput(BaseOutput):
-    """Scores of shape `(batch,)`.
+    """The discriminator's scores, each of shape `(batch,)`.
 
     Args:
-        real, fake (`torch.Tensor`): Of real images and of samples, for the discriminator: they are constants to the
-            generator.
-        judged (`torch.Tensor`): Of the same samples, for the generator: the discriminator is a constant.
+        real, fake (`torch.Tensor`): Scores of real images and of samples, for the discriminator's loss: no gradient
+            reaches the generator.
+        fake_for_generator (`torch.Tensor`): Scores of the same samples, for the generator's loss: no gradient reaches
+            the discriminator.
     """
 
     real: torch.Tensor
     fake: torch.Tensor
-    judged: torch.Tensor
+    fake_for_generator: torch.Tensor
 
 
 class AdversarialPair(nn.Module):
-    """Generator and discriminator, trained together: one forward pass gives both their losses.
+    """Generator and discriminator: one forward pass gives the scores for both losses.
 
     Args:
         generator ([`BigGANGenerator`]), discriminator ([`BigGANDiscriminator`]): The two.
-        translation (`int`, defaults to 0): What the discriminator sees, real or not, is shifted at random by up to so
-            many pixels, against overfitting (DiffAugment, arXiv 2006.10738).
+        translation (`int`, defaults to 0): Real images and samples are randomly shifted by up to this many pixels
+            before the discriminator, against overfitting (DiffAugment, arXiv 2006.10738).
     """
 
     def __init__(self, generator: BigGANGenerator, discriminator: BigGANDiscriminator, translation: int = 0):
@@ -192,11 +194,11 @@ class AdversarialPair(nn.Module):
         both = torch.cat([sample, made.detach()])
         real, fake = self.discriminator(self._shift(both), class_labels.repeat(2)).chunk(2)
         constants = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-        judged = functional_call(self.discriminator, constants, (self._shift(made), class_labels))
-        return AdversarialOutput(real=real, fake=fake, judged=judged)
+        fake_for_generator = functional_call(self.discriminator, constants, (self._shift(made), class_labels))
+        return AdversarialOutput(real=real, fake=fake, fake_for_generator=fake_for_generator)
 
     def _shift(self, images: torch.Tensor) -> torch.Tensor:
-        """Each image moved by whole pixels; what comes in at the edge is as dark as can be."""
+        """Each image shifted by whole pixels, padded with black."""
         reach = self.translation
         if reach == 0:
             return images
@@ -214,13 +216,13 @@ def hinge_losses(output: AdversarialOutput) -> tuple[torch.Tensor, torch.Tensor]
     """The losses of discriminator and generator, each of shape `(batch,)` (arXiv 1705.02894; BigGAN, section 3).
 
     Args:
-        output ([`AdversarialOutput`]): The scores.
+        output ([`AdversarialOutput`]): Of [`AdversarialPair`].
     """
-    return F.relu(1 - output.real) + F.relu(1 + output.fake), -output.judged
+    return F.relu(1 - output.real) + F.relu(1 + output.fake), -output.fake_for_generator
 
 
 class GeneratorBlock(nn.Module):
-    """(class-conditional norm -> ReLU -> convolution) twice, beside a shortcut (BigGAN, figure 15 b)."""
+    """(class-conditional norm -> ReLU -> convolution) twice, with a shortcut (BigGAN, figure 15 b)."""
 
     def __init__(self, in_channels: int, out_channels: int, conditions: int, upsample: bool):
         super().__init__()
@@ -241,7 +243,7 @@ class GeneratorBlock(nn.Module):
 
 
 class DiscriminatorBlock(nn.Module):
-    """(ReLU -> convolution) twice, beside a shortcut (BigGAN, figure 15 c); the first sees the image without ReLU."""
+    """(ReLU -> convolution) twice, with a shortcut (BigGAN, figure 15 c); the first has no ReLU on the image."""
 
     def __init__(self, in_channels: int, out_channels: int, is_first: bool = False, downsample: bool = False):
         super().__init__()
@@ -261,7 +263,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class ConditionalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose gain and bias are linear in what it is told (arXiv 1610.07629)."""
+    """Batch norm whose gain and bias are linear in the conditions (arXiv 1610.07629)."""
 
     def __init__(self, num_channels: int, conditions: int):
         super().__init__(num_channels, affine=False)
@@ -274,9 +276,9 @@ class ConditionalBatchNorm2d(nn.BatchNorm2d):
 
 
 def _normalised(layer: Any) -> nn.Module:
-    """A layer of spectral norm 1 whose weights begin orthogonal (arXiv 1802.05957; BigGAN, section 3).
+    """A layer with spectral normalisation and orthogonal initial weights (arXiv 1802.05957; BigGAN, section 3).
 
-    They are decomposed in float32, whatever type the weights are loaded in.
+    They are decomposed in float32 for every dtype of the weights.
     """
     layer.weight.data.copy_(nn.init.orthogonal_(torch.empty_like(layer.weight, dtype=torch.float32)))
     if getattr(layer, "bias", None) is not None:

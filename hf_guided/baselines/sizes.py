@@ -2,7 +2,7 @@
 
 
 def bottom_size(sample_size: int | tuple[int, int] | list[int], num_levels: int) -> tuple[int, int]:
-    """Height and width of the lowest of some levels, each of half the side length of the one above.
+    """Height and width in pixels at the lowest level, after `num_levels - 1` halvings.
 
     Raises:
         `ValueError`: If the size cannot be halved that often.

@@ -1,4 +1,4 @@
-"""A class-conditional variational autoencoder (arXiv 1312.6114), of the convolutional blocks of diffusers."""
+"""A class-conditional variational autoencoder (arXiv 1312.6114), built from convolutional blocks of diffusers."""
 
 import math
 from collections.abc import Sequence
@@ -16,16 +16,17 @@ from ..registration import register_with_diffusers
 from ..settings import check_settings
 from .sizes import bottom_size
 
-_FIRST_LOG_VARIANCE = -3.0  # of a learned decoder variance: a standard deviation of 0.22, in images from -1 to 1
+_FIRST_LOG_VARIANCE = -3.0  # initial learned decoder variance: a standard deviation of 0.22, for images in [-1, 1]
 
 
 @dataclass
 class VAEOutput(BaseOutput):
-    """
+    """Output of a forward pass.
+
     Args:
         sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): The decoder's mean at latents drawn
             from the posterior.
-        posterior (`DiagonalGaussianDistribution`): Of the latents given the image, `(batch, latent_dim, 1, 1)`.
+        posterior (`DiagonalGaussianDistribution`): q(z|x) of the latents, `(batch, latent_dim, 1, 1)`.
     """
 
     sample: torch.Tensor
@@ -34,7 +35,7 @@ class VAEOutput(BaseOutput):
 
 @register_with_diffusers
 class ClassConditionalVAE(WholeModelMixin, ConfigMixin):
-    r"""Encodes an image of a class as a Gaussian of latents, and decodes latents of a class as a Gaussian of images.
+    r"""Encodes images as Gaussians over latents and decodes latents as Gaussians over images, given the class.
 
     The prior of the latents is the standard normal distribution for every class.
 
@@ -47,8 +48,8 @@ class ClassConditionalVAE(WholeModelMixin, ConfigMixin):
         channel_mult (`Sequence[int]`, defaults to `(1, 2, 4)`): Width of each level, as a multiple of the base; each
             level has half the side length of the one before.
         num_res_blocks (`int`, defaults to 2): Residual blocks per level.
-        decoder_variance (`float`, *optional*): Fixed variance of the decoder's Gaussian, of images in [-1, 1]. By
-            default one variance for all pixels is learned (sigma-VAE, arXiv 2006.13202).
+        decoder_variance (`float`, *optional*): Fixed variance of the decoder's Gaussian, for images in [-1, 1].
+            Default: one variance for all pixels is learned (sigma-VAE, arXiv 2006.13202).
 
     Raises:
         `ValueError`: If the size cannot be halved that often.
@@ -73,7 +74,7 @@ class ClassConditionalVAE(WholeModelMixin, ConfigMixin):
         options = {"block_out_channels": widths, "norm_num_groups": math.gcd(32, *widths)}
         self.class_embedding = nn.Embedding(num_class_embeds, model_channels)
         self.encoder = Encoder(
-            image_channels + model_channels,  # the class as planes beside the image
+            image_channels + model_channels,  # the class embedding as extra channels
             widths[-1],
             down_block_types=("DownEncoderBlock2D",) * len(widths),
             layers_per_block=num_res_blocks,
@@ -93,7 +94,7 @@ class ClassConditionalVAE(WholeModelMixin, ConfigMixin):
         self.decoder_log_variance = nn.Parameter(torch.tensor(log_variance), requires_grad=decoder_variance is None)
 
     def encode(self, sample: torch.Tensor, class_labels: torch.Tensor) -> DiagonalGaussianDistribution:
-        """The posterior of the latents.
+        """The posterior q(z|x) of the latents.
 
         Args:
             sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Images in [-1, 1].
@@ -103,10 +104,10 @@ class ClassConditionalVAE(WholeModelMixin, ConfigMixin):
         return DiagonalGaussianDistribution(self.to_posterior(features.flatten(1))[:, :, None, None])
 
     def decode(self, latents: torch.Tensor, class_labels: torch.Tensor) -> DecoderOutput:
-        """The mean of the images.
+        """The mean of the images given latents, in [-1, 1].
 
         Args:
-            latents (`torch.Tensor` of shape `(batch, latent_dim)`): Standard normal for the images of the model.
+            latents (`torch.Tensor` of shape `(batch, latent_dim)`): Standard normal to sample.
             class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
         """
         features = self.from_latents(latents).unflatten(1, self.bottom_shape)
@@ -119,21 +120,21 @@ class ClassConditionalVAE(WholeModelMixin, ConfigMixin):
         generator: torch.Generator | None = None,
         return_dict: bool = True,
     ) -> VAEOutput | tuple:
-        """Encodes, draws latents and decodes; arguments as those of [`encode`]. A tuple without `return_dict`."""
+        """The decoder's mean at latents drawn from the posterior, and the posterior; arguments as of [`encode`]."""
         posterior = self.encode(sample, class_labels)
         latents = posterior.sample(generator)[:, :, 0, 0]
         decoded = self.decode(latents, class_labels).sample
         return VAEOutput(sample=decoded, posterior=posterior) if return_dict else (decoded, posterior)
 
     def bound(self, images: torch.Tensor, output: VAEOutput) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""The two terms of the bound on the negative log-likelihood of 8-bit images (arXiv 1312.6114, equation 3).
+        r"""Distortion and rate of 8-bit images, in bits per dimension: the negative ELBO (arXiv 1312.6114, equation 3).
 
         Args:
-            images (`torch.Tensor`): In [-1, 1], as they were encoded.
-            output ([`VAEOutput`]): Of [`forward`].
+            images (`torch.Tensor`): The encoded images, in [-1, 1].
+            output ([`VAEOutput`]): From [`forward`].
 
         Returns:
-            Distortion `-log p(x|z)`, one draw of its mean over the posterior, and rate `KL(q(z|x) || p(z))`, each of
+            Distortion `-log p(x|z)`, with one sample from the posterior, and rate `KL(q(z|x) || p(z))`, each of
             shape `(batch,)` in bits per dimension.
         """
         log_scale = (0.5 * self.decoder_log_variance.float()).expand_as(images)

@@ -1,4 +1,4 @@
-"""`pipeline("image-classification")` of transformers, for pictures that are more than 8-bit RGB."""
+"""`pipeline("image-classification")` of transformers, for images beyond 8-bit RGB."""
 
 from typing import Any
 
@@ -9,8 +9,11 @@ from .image_processing_adm import ADMImageProcessor
 
 
 class ADMImageClassificationPipeline(ImageClassificationPipeline):
-    """Leaves the opening of pictures to [`ADMImageProcessor`]: transformers' makes RGB of them first, where 16 bits are
-    clipped and what is transparent shows. Models with another processor are as they were."""
+    """The image-classification pipeline of transformers, with images opened by [`ADMImageProcessor`].
+
+    transformers converts images to RGB first, which clips 16-bit values and shows transparent pixels. Models with
+    another processor are not affected.
+    """
 
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:
         if not isinstance(self.image_processor, ADMImageProcessor):
@@ -20,6 +23,8 @@ class ADMImageClassificationPipeline(ImageClassificationPipeline):
 
     @classmethod
     def register(cls) -> None:
-        """Makes this the pipeline of the task, in place of its base class. `PIPELINE_REGISTRY.register_pipeline` would
-        make every such pipeline save its code."""
+        """Replaces the task's pipeline by this one.
+
+        `PIPELINE_REGISTRY.register_pipeline` would make every such pipeline save its code.
+        """
         PIPELINE_REGISTRY.supported_tasks["image-classification"]["impl"] = cls

@@ -200,8 +200,7 @@ class ADMBlock(nn.Module):
     Args:
         resnets (`Sequence[nn.Module]`): Residual blocks, called with `(hidden_states, temb)`.
         attentions (`Sequence[nn.Module]`): As many attention layers, or none.
-        resampler (`nn.Module`, *optional*): Up- or downsampling at the end of the level, called with `(hidden_states,
-            temb)`.
+        resampler (`nn.Module`, *optional*): Up- or downsampling at the end, called with `(hidden_states, temb)`.
     """
 
     _gradient_checkpointing_func: Callable  # set by both libraries' models when they enable gradient checkpointing

@@ -62,7 +62,7 @@ def check_solver(scheduler: SchedulerMixin, shifted: bool) -> None:
     ):
         lacks = "" if hasattr(scheduler, "alphas_cumprod") else ": it has no alphas_cumprod"
         raise ValueError(
-            f"{name} is no scheduler of this diffusion process{lacks}. Take one such as DDIMScheduler or "
+            f"{name} is not a scheduler of this diffusion process{lacks}. Take one such as DDIMScheduler or "
             f"DPMSolverMultistepScheduler, made from the config of an ADMScheduler."
         )
     if config.get("use_flow_sigmas", False) or config.get("timestep_type") == "continuous":

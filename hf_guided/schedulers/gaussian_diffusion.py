@@ -100,14 +100,14 @@ class GaussianDiffusion:
             )
 
     def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor | int) -> torch.Tensor:
-        """Draws from `q(x_t | x_0)` with given noise (eq. 4)."""
+        """A sample of `q(x_t | x_0)` with given noise (eq. 4)."""
         signal, noise_scale = self.at(timestep, original, "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
         return signal * upcast(original) + noise_scale * upcast(noise)
 
     def predict_original(
         self, prediction: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor
     ) -> torch.Tensor:
-        """The clean image that a model's prediction stands for (eq. 15 for epsilon)."""
+        """The predicted clean image x_0 (eq. 15 for epsilon)."""
         sample, prediction = upcast(sample), upcast(prediction)
         if self.prediction_type == "sample":
             return prediction
@@ -117,12 +117,12 @@ class GaussianDiffusion:
         return self.original_of(prediction, timestep, sample)
 
     def original_of(self, epsilon: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor) -> torch.Tensor:
-        """The clean image that lies under `sample` if its noise is `epsilon` (eq. 15)."""
+        """The clean image x_0 of a sample x_t with noise `epsilon` (eq. 15)."""
         scale, epsilon_scale = self.at(timestep, sample, "sqrt_recip_alpha_bar", "sqrt_recipm1_alpha_bar")
         return scale * upcast(sample) - epsilon_scale * epsilon
 
     def epsilon_of(self, original: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor) -> torch.Tensor:
-        """The noise that leads from a clean image to `sample`."""
+        """The noise epsilon of a sample x_t with clean image `original` (eq. 15)."""
         scale, epsilon_scale = self.at(timestep, sample, "sqrt_recip_alpha_bar", "sqrt_recipm1_alpha_bar")
         return (scale * upcast(sample) - original) / epsilon_scale
 
@@ -172,7 +172,7 @@ class GaussianDiffusion:
         return gaussian
 
     def split(self, model_output: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Parts a model's output into its prediction and what it says of the variance, if that is learned."""
+        """Splits a model's output into its prediction and that of the variance, if it is learned."""
         expected = 2 * channels if self.variance_type == "learned_range" else channels
         if model_output.shape[1] != expected:
             raise ValueError(
@@ -187,7 +187,7 @@ class GaussianDiffusion:
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Float32, or float64 for a float64 tensor."""
+    """The dtype to compute in: float32, or float64 for a float64 tensor."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

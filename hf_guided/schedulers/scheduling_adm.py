@@ -77,7 +77,7 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
-    takes_gradient = True  # schedulers of diffusers are handed a corrected prediction instead
+    takes_gradient = True  # schedulers of diffusers get a corrected prediction instead
 
     @register_to_config
     def __init__(

@@ -60,12 +60,14 @@ def test_the_determinant_is_that_of_the_jacobian(num_levels):
     values = values_of(flow, 3).double()
     found = []
     for label, image in enumerate(values):
-        told = torch.tensor([label])
-        jacobian = torch.autograd.functional.jacobian(lambda x, told=told: flow.encode(x[None], told)[0][0], image)
+        class_labels = torch.tensor([label])
+        jacobian = torch.autograd.functional.jacobian(
+            lambda x, class_labels=class_labels: flow.encode(x[None], class_labels)[0][0], image
+        )
         expected = torch.linalg.slogdet(jacobian.reshape(16, 16)).logabsdet
-        log_det = flow.encode(image[None], told)[1]
+        log_det = flow.encode(image[None], class_labels)[1]
         torch.testing.assert_close(log_det[0], expected, atol=1e-10, rtol=0)
-        found.append(flow.encode(values[:1], told)[1].item())
+        found.append(flow.encode(values[:1], class_labels)[1].item())
     assert len({round(log_det, 6) for log_det in found}) == 3  # the class matters
 
 

@@ -45,7 +45,7 @@ def test_shapes(size, channels, mult):
     assert images.shape == batch["sample"].shape
     assert images.abs().max() < 1
     output = pair(**batch)
-    assert output.real.shape == output.fake.shape == output.judged.shape == (6,)
+    assert output.real.shape == output.fake.shape == output.fake_for_generator.shape == (6,)
     pair.eval()
     classes = [torch.full((6,), label) for label in (0, 2)]
     images = [pair.generator(batch["latents"], labels).sample for labels in classes]
@@ -73,12 +73,12 @@ def test_each_loss_trains_its_own_player_and_no_other():
 
 
 def test_the_generator_follows_the_discriminator_that_there_is():
-    """What `judged` gives it is the gradient of the discriminator itself, of the very samples that it calls fake."""
+    """The gradient of `fake_for_generator` is that of the discriminator itself, for the samples it scores as fake."""
     pair = make_pair().eval()  # so that spectral norm stands still
     batch = batch_of(pair)
     output = pair(**batch)
-    torch.testing.assert_close(output.judged, output.fake, atol=1e-5, rtol=0)
-    output.judged.sum().backward()
+    torch.testing.assert_close(output.fake_for_generator, output.fake, atol=1e-5, rtol=0)
+    output.fake_for_generator.sum().backward()
     found = gradients(pair.generator)
     pair.zero_grad()
     made = pair.generator(batch["latents"], batch["class_labels"]).sample
@@ -91,7 +91,7 @@ def test_hinge_losses_by_hand():
     scores = AdversarialOutput(
         real=torch.tensor([2.0, 1.0, 0.25, -1.0]),
         fake=torch.tensor([-2.0, -1.0, 0.0, 3.0]),
-        judged=torch.tensor([0.5, -4.0, 0.0, 1.0]),
+        fake_for_generator=torch.tensor([0.5, -4.0, 0.0, 1.0]),
     )
     discriminator, generator = hinge_losses(scores)
     assert discriminator.tolist() == [0.0, 0.0, 1.75, 6.0]
@@ -117,17 +117,17 @@ def test_the_discriminator_sees_real_and_fake_moved_by_whole_pixels():
     made = []
     pair.generator.register_forward_hook(lambda module, arguments, output: made.append(output.sample))
     pair(**batch)
-    (both, labels), (judged, judged_labels) = seen
+    (both, labels), (for_generator, labels_for_generator) = seen
     assert torch.equal(labels, batch["class_labels"].repeat(2))
-    assert torch.equal(judged_labels, batch["class_labels"])
-    for images, moved in ((batch["sample"], both[:60]), (made[0], both[60:]), (made[0], judged)):
+    assert torch.equal(labels_for_generator, batch["class_labels"])
+    for images, moved in ((batch["sample"], both[:60]), (made[0], both[60:]), (made[0], for_generator)):
         shifts = [is_shift_of(*pairs, reach=2) for pairs in zip(moved, images, strict=True)]
         assert None not in shifts
         for axis in (0, 1):
             assert {shift[axis] for shift in shifts} == {-2, -1, 0, 1, 2}
     assert torch.equal(make_pair()._shift(batch["sample"]), batch["sample"])
     assert not both.requires_grad
-    assert judged.requires_grad
+    assert for_generator.requires_grad
 
 
 def norms_of(generator: BigGANGenerator) -> list[nn.BatchNorm2d]:

@@ -780,7 +780,7 @@ def test_what_cannot_be_shown_is_refused(make_pipe, judge, tiny_unet, tiny_class
     with pytest.raises(ValueError, match="guide is the pipeline's own classifier"):
         Session(pipe, ModelFeatures(pipe.classifier, "guide"))
     other = tiny_classifier(**{**SMALL, "channel_mult": [1, 1]}, num_labels=2, id2label={0: "cat", 1: "dog"})
-    with pytest.raises(ValueError, match=r"other cannot evaluate this pipeline's samples: .* has no class of the name"):
+    with pytest.raises(ValueError, match=r"other cannot evaluate this pipeline's samples: .* has no class named"):
         Session(pipe, ModelFeatures(other, "other"))
     with pytest.raises(ValueError, match="no classes, so that judge cannot evaluate it"):
         Session(make_pipe(classifier=False, num_class_embeds=None, null_class_label=False, names=None), judge)

@@ -507,7 +507,7 @@ def test_the_command_line(folders, capsys, monkeypatch):
 
     again = ["inspect-classifier", "classifier", "photos", "--held_out_fraction", "0.5", "--output"]
     (folders / "piped.json").write_text("{}")  # not its own any more
-    with pytest.raises(SystemExit, match=r"piped.json is there already and was not made by this command"):
+    with pytest.raises(SystemExit, match=r"piped.json exists and was not made by this command"):
         main([*again, "piped.png"])
     main([*again, "noisy.png", "--num_images", "6"])  # its own
     assert json.loads((folders / "noisy.json").read_text())["num_images"] == 6
@@ -546,15 +546,15 @@ def test_mistakes_end_in_one_sentence(folders, monkeypatch):
     classifier.save_pretrained("others")
     (folders / "empty").mkdir()
     for argv, message in [
-        (["clean", "photos"], "ViTForImageClassification takes no timestep: it is a classifier of clean images"),
+        (["clean", "photos"], "ViTForImageClassification takes no timestep: it is for clean images"),
         (["unguided", "photos"], "The pipeline unguided has no classifier"),
         (["unet", "photos"], "unet is no image classifier"),
         (["empty", "photos"], "neither config.json nor model_index.json"),
         (["./nowhere", "photos"], "There is no folder ./nowhere"),
         (["classifier", "photos", "--held_out_fraction", "0"], "Nothing of photos is held out"),
         (["classifier", "photos", "--output", "x.jpg"], "must end in .png"),
-        (["others", "photos"], "has no class of the name 'ape'"),
-        (["classifier", "digits"], "has no class of the name '0'"),
+        (["others", "photos"], "has no class named 'ape'"),
+        (["classifier", "digits"], "has no class named '0'"),
     ]:
         with pytest.raises(SystemExit, match="error: ") as caught:
             main(["inspect-classifier", *argv])

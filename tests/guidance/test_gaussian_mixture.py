@@ -107,7 +107,7 @@ def models(power):
 
 
 def sample(scheduler, noisy, count, guidance, power=1, labels=tuple(NAMES), condition_unet=False, **arguments):
-    """Samples `(labels, count)`: the classifier alone steers, unless asked otherwise."""
+    """Samples `(labels, count)`: the classifier alone guides, unless asked otherwise."""
     unet, classifier = models(power)
     pipe = ClassifierGuidedPipeline(unet, scheduler, classifier, id2label=NAMES)
     pipe.set_progress_bar_config(disable=True)

@@ -32,7 +32,7 @@ def unguided(pipe):
 
 @pytest.fixture(scope="module")
 def unguided_in_20(pipe):
-    """A random UNet's walk of 5 steps is too coarse to be led far."""
+    """5 steps of a random UNet are too coarse to be guided far."""
     return sample(pipe, LABELS, guidance=[], respacing="20")
 
 
@@ -160,8 +160,8 @@ def test_denoised_classifier_guidance_is_its_equation(through_unet, options, t, 
     if not through_unet:
         x = original = original.detach().requires_grad_()
     logits = classifier(original).logits
-    climbed = tau_1 * logits[range(3), targets] - (tau_2 * logits).exp().sum(dim=1).log()
-    (expected,) = torch.autograd.grad(climbed.sum(), x)
+    log_p = tau_1 * logits[range(3), targets] - (tau_2 * logits).exp().sum(dim=1).log()
+    (expected,) = torch.autograd.grad(log_p.sum(), x)
     expected *= 2.0 * (1 + options.get("sine", 0.3) * math.sin(math.pi * t / 1000))
     assert error(gradient, expected) < 2e-5
 
@@ -338,19 +338,19 @@ def test_a_loss_may_be_of_each_image_or_their_sum(pipe):
 @pytest.mark.parametrize("through_unet", [False, True])
 def test_a_loss_is_told_the_rows_of_the_batch(through_unet, pipe, unguided_in_20, noisy, error):
     targets = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 3, 8, 8)
-    told = []
+    seen = []
 
     def to_targets(images, rows):
-        told.append(rows.tolist())
+        seen.append(rows.tolist())
         return ((images - targets[rows]) ** 2).sum((1, 2, 3))
 
     guidance = LossGuidance(to_targets, 0.2, through_unet=through_unet)
     together = sample(pipe, LABELS, guidance=guidance, respacing="20")
-    assert told == [[0, 1, 2]] * 20
+    assert seen == [[0, 1, 2]] * 20
     _, gradient = single_step(pipe, noisy, guidance)
-    told.clear()
+    seen.clear()
     _, in_parts = single_step(pipe, noisy, guidance, gradient_batch_size=2)
-    assert told == [[0, 1], [2]]
+    assert seen == [[0, 1], [2]]
     assert error(in_parts, gradient) < 1e-5
     means = (together - unguided_in_20).mean((1, 2, 3))
     assert means[0] < -0.1

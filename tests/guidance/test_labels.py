@@ -43,7 +43,7 @@ def test_unnamed_classes_of_the_pipeline_are_matched_by_id(match):
 def test_only_the_labels_that_are_asked_for_need_a_match(match):
     theirs = {0: "daisy", 1: "pug"}
     assert match(theirs, labels=[4, 2, 4]) == [1, 0, 1]
-    with pytest.raises(ValueError, match="no class of the name 'tench, Tinca tinca', 'crane', 'agama', or several"):
+    with pytest.raises(ValueError, match="no class named 'tench, Tinca tinca', 'crane', 'agama', or several"):
         match(theirs)
     many = dict(enumerate("abcde"))
     with pytest.raises(ValueError, match="'a', 'b', 'c' and 2 more, or several"):
@@ -63,13 +63,13 @@ def test_duplicates(match):
     assert match({**twice, 0: "dog"}, twice, labels=[1, 3]) == [1, 3]
     moved = {0: "crane", 1: "tench", 2: "crane", 3: "daisy", 4: "pug"}
     assert match(moved, twice, labels=[0, 2, 4]) == [1, 3, 4]
-    with pytest.raises(ValueError, match="no class of the name 'crane', or several"):
+    with pytest.raises(ValueError, match="no class named 'crane', or several"):
         match(moved, twice)
 
 
 @pytest.mark.parametrize("number", [4, 6])
 def test_classes_without_names_must_be_as_many(number, match):
-    with pytest.raises(ValueError, match=f"The classifier knows {number} classes and the UNet 5"):
+    with pytest.raises(ValueError, match=f"The classifier has {number} classes and the UNet 5"):
         match({label: f"LABEL_{label}" for label in range(number)})
 
 

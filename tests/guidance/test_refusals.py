@@ -44,36 +44,36 @@ def guide(kind):
 
 @pytest.mark.parametrize("kind", [ClassifierGuidance(), DenoisedClassifierGuidance()])
 def test_no_classifier(kind, refused):
-    message = "needs a classifier and this pipeline has none; load one, or set the scale to 0"
+    message = "needs a classifier, and this pipeline has none; load one, or set the scale to 0"
     refused(message, guide(kind), classifier=None, clean_classifier=None)
 
 
 @pytest.mark.parametrize("name", ["classifier", "denoised", "classifier-free"])
 def test_no_labels(name, refused):
     neutral = KINDS[name][1](scale=1.0).neutral_scale
-    refused(f"needs class_labels to steer towards; .* scale to {neutral:g}", guide(make(name)), labels=None)
+    refused(f"needs class_labels; .* scale to {neutral:g}", guide(make(name)), labels=None)
 
 
 def test_no_null_label(refused, make_unet):
-    told = {"unet": make_unet(null_class_label=False)}
-    refused("this UNet has none: take one with null_class_label=True", guide(ClassifierFreeGuidance()), **told)
+    no_null_label = {"unet": make_unet(null_class_label=False)}
+    refused("this UNet has none: take one with null_class_label=True", guide(ClassifierFreeGuidance()), **no_null_label)
     unconditional = {"unet": make_unet(null_class_label=False, num_class_embeds=None)}
     refused("this UNet has none", guide(ClassifierFreeGuidance()), **unconditional)
 
 
-def test_a_class_that_the_unet_is_not_told(refused):
+def test_classifier_free_guidance_of_an_unconditional_unet(refused):
     arguments = {"guidance": [ClassifierGuidance(), ClassifierFreeGuidance()], "condition_unet": False}
-    refused("condition_unet=False tells the UNet none; leave one of them out", arguments)
+    refused("which condition_unet=False turns off; leave one of them out", arguments)
 
 
 def test_a_guide_unet_that_does_not_belong(refused, make_unet, components):
-    refused("a second, weaker UNet and this pipeline has none", guide(AutoGuidance()), guide_unet=None)
+    refused("a second, weaker UNet, and this pipeline has none", guide(AutoGuidance()), guide_unet=None)
     for name, other in {"in_channels": 1, "num_class_embeds": 4, "low_res_channels": 3}.items():
         arguments = {name: other, **({"out_channels": 2} if name == "in_channels" else {})}
         message = f"guide_unet's {name} is {other} and the UNet's {components['unet'].config.get(name)}"
         refused(message, guide(AutoGuidance()), guide_unet=make_unet(**arguments))
-    untold = make_unet(num_class_embeds=None, null_class_label=False)
-    refused("guide_unet's num_class_embeds is 5 and the UNet's None", guide(AutoGuidance()), unet=untold)
+    unconditional = make_unet(num_class_embeds=None, null_class_label=False)
+    refused("guide_unet's num_class_embeds is 5 and the UNet's None", guide(AutoGuidance()), unet=unconditional)
     no_null = make_unet(null_class_label=False)
     for arguments, labels in (({}, None), ({"condition_unet": False}, LABELS)):
         arguments = {**guide(AutoGuidance()), **arguments}
@@ -88,9 +88,7 @@ def test_a_classifier_of_other_channels(refused, make_classifier, make_resnet):
 
 
 def test_a_clean_classifier_where_a_noisy_one_is_due(refused, make_resnet):
-    refused(
-        "knows clean images only. Guide by it with guidance=Den", guide(ClassifierGuidance()), classifier=make_resnet()
-    )
+    refused("is for clean images. Guide with guidance=Den", guide(ClassifierGuidance()), classifier=make_resnet())
 
 
 @pytest.mark.parametrize("kind", [ClassifierGuidance(), DenoisedClassifierGuidance()])
@@ -100,7 +98,7 @@ def test_classes_that_do_not_match(kind, refused, make_classifier, make_resnet):
     )
     others = {0: "cat", 1: "dog", 2: "daisy", 3: "rat", 4: "crane"}
     refused(
-        "has no class of the name 'tench, Tinca tinca', or several; rename",
+        "has no class named 'tench, Tinca tinca', or several; rename",
         guide(kind),
         id2label=NAMES,
         **{component: make(id2label=others)},
@@ -155,7 +153,7 @@ def test_an_interval_that_is_none(interval, name):
 @pytest.mark.parametrize("name", GRADIENTS)
 @pytest.mark.parametrize("every", [0, -1])
 def test_every_no_step(every, name):
-    with pytest.raises(ValueError, match=f"every={every} of .* is no whole number from 1 up; 1 is each gradient"):
+    with pytest.raises(ValueError, match=f"every={every} of .* whole number from 1 up"):
         make(name, every=every)
 
 
@@ -170,8 +168,8 @@ def test_every_no_step(every, name):
         (lambda: DenoisedClassifierGuidance(sine=-1), "sine=-1"),
         (lambda: EntropyScaling(0.5), "max_factor=0.5"),
         (lambda: EntropyScaling(math.inf), "max_factor=inf"),
-        (lambda: CLIPGuidance(""), "prompt of CLIPGuidance is a text"),
-        (lambda: CLIPGuidance(3), "prompt of CLIPGuidance is a text"),
+        (lambda: CLIPGuidance(""), "prompt of CLIPGuidance must be a text"),
+        (lambda: CLIPGuidance(3), "prompt of CLIPGuidance must be a text"),
         (lambda: CLIPGuidance("a", num_cutouts=0), "num_cutouts=0"),
         (lambda: CLIPGuidance("a", min_cutout=0), "min_cutout=0"),
         (lambda: CLIPGuidance("a", min_cutout=1.5), "min_cutout=1.5"),
@@ -213,7 +211,7 @@ def test_guidance_beside_its_short_form(refused):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_scheduler_of_another_process(name, refused):
     scheduler = FlowMatchEulerDiscreteScheduler()
-    refused("is no scheduler of this diffusion process", guide(make(name)), scheduler=scheduler)
+    refused("is not a scheduler of this diffusion process", guide(make(name)), scheduler=scheduler)
 
 
 @pytest.mark.parametrize(
@@ -235,11 +233,11 @@ def test_gradients_need_to_be_taken(pipe):
         sample(pipe, [1], guidance=LossGuidance(lambda images: torch.zeros(len(images))))
 
 
-def test_a_guide_unet_that_must_be_told_and_is_not(make_pipe, make_unet):
+def test_a_class_conditional_guide_unet_without_a_class(make_pipe, make_unet):
     pipe = make_pipe(guide_unet=make_unet(null_class_label=False))
     assert sample(pipe, [1], guidance=make("auto")).isfinite().all()
     for labels, arguments in ((None, {}), ([1], {"condition_unet": False})):
-        with pytest.raises(ValueError, match="must be told a class, for it has no null label"):
+        with pytest.raises(ValueError, match="guide_unet is class-conditional without a null label"):
             sample(pipe, labels, guidance=make("auto"), **arguments)
 
 
@@ -249,7 +247,7 @@ def test_a_guide_unet_that_must_be_told_and_is_not(make_pipe, make_unet):
         (lambda: ClassifierGuidance("3"), "finite number from 0 up; got '3'"),
         (lambda: ClassifierGuidance(1.0, interval=500), "no pair"),
         (lambda: ClassifierGuidance({0: lambda t: 1.0}), "finite number from 0 up"),
-        (lambda: ClassifierGuidance(1.0, every=2.5), "every=2.5 .* no whole number"),
+        (lambda: ClassifierGuidance(1.0, every=2.5), "every=2.5 .* whole number"),
         (lambda: ClassifierGuidance(1.0, entropy_scaling="yes"), "takes an EntropyScaling; got 'yes'"),
     ],
 )

@@ -22,7 +22,7 @@ OURS = {
     "ADM ddpm, order 2": {"solver_order": 2},
     "ADM ddim, order 2": {"algorithm_type": "ddim", "solver_order": 2},
 }
-# Every solver in its default setting, and in those that change how it walks.
+# Every solver in its default setting, and in those that change its steps.
 # Those of two evaluations do not cross the first of these sigmas unless they begin a step later.
 LEADING = {"timestep_spacing": "leading"}
 TWICE = ("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler")
@@ -95,8 +95,8 @@ CROSSED = [name for name in SETTINGS if "Parallel" not in name and ("=" not in n
 def test_kinds_and_solvers(kind, solver, make_cosine_pipe, unguided):
     pipe = make_cosine_pipe(solver)
     kinds = [make(name, scale=5 * KINDS[name][2]) for name in (KINDS if kind == ALL else [kind])]
-    told, outputs = [], []
-    hook = pipe.unet.register_forward_pre_hook(lambda module, args: told.append(args))
+    calls, outputs = [], []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(args))
     watch = lambda pipe, i, t, tensors: outputs.append(tensors["model_output"]) or {}  # noqa: E731
     watching = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": ["model_output"]}
     arguments = {"num_inference_steps": STEPS, "guidance": kinds}
@@ -106,7 +106,7 @@ def test_kinds_and_solvers(kind, solver, make_cosine_pipe, unguided):
     assert images.isfinite().all()
     assert images.abs().max() < (10 if is_any(solver, OVERSHOOTING) else 1.05)
     assert not torch.equal(images, unguided(solver))
-    assert output.cost.calls["unet"] == len(pipe.scheduler.timesteps) == len(outputs) == len(told)
+    assert output.cost.calls["unet"] == len(pipe.scheduler.timesteps) == len(outputs) == len(calls)
     if kind == ALL:
         assert torch.equal(sample(pipe, LABELS, **arguments), images)
 
@@ -114,9 +114,9 @@ def test_kinds_and_solvers(kind, solver, make_cosine_pipe, unguided):
     if kind in ("clip through the UNet", ALL):  # cutouts seen through random weights say little, a sum of all nothing
         return
     if gradients:
-        assert climb(pipe, gradients, images) > climb(pipe, gradients, unguided(solver))
+        assert total_log_p(pipe, gradients, images) > total_log_p(pipe, gradients, unguided(solver))
     else:
-        noisy, timestep = told[0][0][: len(LABELS)], told[0][1]
+        noisy, timestep = calls[0][0][: len(LABELS)], calls[0][1]
         labels = torch.tensor(LABELS)
         with torch.no_grad():
             strong = pipe.unet(noisy, timestep, class_labels=labels).sample
@@ -128,8 +128,8 @@ def test_kinds_and_solvers(kind, solver, make_cosine_pipe, unguided):
         torch.testing.assert_close(outputs[0][:, :3], expected, atol=1e-4, rtol=1e-4)
 
 
-def climb(pipe, kinds, images):
-    """What kinds climb at once, for finished images."""
+def total_log_p(pipe, kinds, images):
+    """The sum of the log-probabilities of some kinds, for finished images."""
     labels, rows = torch.tensor(LABELS), torch.arange(len(LABELS))
     with torch.no_grad():
         terms = [kind.scale * kind.objective(pipe, labels).log_probability(images, 0.0, rows) for kind in kinds]
@@ -142,7 +142,7 @@ def climb(pipe, kinds, images):
 class GaussianUNet(ModelMixin, ConfigMixin):
     """The exact prediction for images whose pixels are drawn from a normal distribution, at fractional timesteps too.
 
-    Every deterministic walk ends at mean + std * z if it began at the z of the noise.
+    Every deterministic solver ends at mean + std * z if it starts at the z of the noise.
     """
 
     @register_to_config
@@ -176,7 +176,7 @@ def gaussian_pipe(name, prediction_type="epsilon", beta_schedule="linear", **com
 STOCHASTIC = ("ddpm", "DDPM", "Ancestral", "sde-", "SASolver", "LCM")
 
 
-def walk(pipe, noise, **arguments):
+def denoise(pipe, noise, **arguments):
     """Images from noise with the exact model, each of them with noise of its own."""
     arguments = {"num_images_per_label": len(noise), "latents": noise, **arguments}
     return sample(pipe, **{"num_inference_steps": 20, **arguments})
@@ -211,7 +211,7 @@ def test_alpha_bar_is_what_the_solver_reckons_with(beta_schedule, name):
 @pytest.mark.parametrize("name", [*OURS, *SETTINGS])
 def test_an_exact_model_is_sampled_exactly(name):
     noise = torch.randn(64, 1, 8, 8, generator=seeded())
-    images = walk(gaussian_pipe(name), noise, num_inference_steps=50)
+    images = denoise(gaussian_pipe(name), noise, num_inference_steps=50)
     assert abs(images.mean() - 0.3) < 0.01
     if "LCM" in name:  # is made for models that make an image in one step
         return
@@ -226,15 +226,15 @@ def test_a_walk_may_begin_at_an_image(name):
     noise, image = torch.randn(16, 1, 8, 8, generator=seeded()), torch.full((16, 1, 8, 8), 0.4)
     arguments = {"image": image, "strength": 0.5, "num_images_per_label": 1, "num_inference_steps": 50}
     if is_any(name, ("LMS", "PNDM")):
-        with pytest.raises(ValueError, match="counts on the steps from the first on"):
-            walk(pipe, noise, **arguments)
+        with pytest.raises(ValueError, match="needs all steps from the first"):
+            denoise(pipe, noise, **arguments)
         return
-    told = []
-    hook = pipe.unet.register_forward_pre_hook(lambda module, args: told.append(args[1]))
-    images = walk(pipe, noise, **arguments)
+    calls = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(args[1]))
+    images = denoise(pipe, noise, **arguments)
     hook.remove()
-    assert len(told) in (25, 49)
-    alpha = pipe.unet.half_log_snr.mul(2).sigmoid()[round(float(told[0]))].item()
+    assert len(calls) in (25, 49)
+    alpha = pipe.unet.half_log_snr.mul(2).sigmoid()[round(float(calls[0]))].item()
     start = alpha**0.5 * (2 * image - 1) + (1 - alpha) ** 0.5 * noise
     z = (start - alpha**0.5 * 0.3) / (alpha * 0.2**2 + 1 - alpha) ** 0.5
     assert (images - (0.3 + 0.2 * z)).square().mean().sqrt() < 0.15 * 0.2
@@ -256,20 +256,20 @@ def test_prediction_types_give_the_same_images(name, guided, make_classifier):
         for prediction_type in ("epsilon", "v_prediction", "sample")
     }
     known = KNOWN_PREDICTIONS.get(type(pipes["epsilon"].scheduler).__name__, tuple(pipes))
-    images = {prediction_type: walk(pipes[prediction_type], noise, **arguments) for prediction_type in known}
+    images = {prediction_type: denoise(pipes[prediction_type], noise, **arguments) for prediction_type in known}
     if guided:
-        unguided = walk(pipes["epsilon"], noise)
+        unguided = denoise(pipes["epsilon"], noise)
         if "PNDM" not in name:  # whose fourth order overshoots with so strong a guidance and nothing clipped
             assert lightness(images["epsilon"]).mean() < lightness(unguided).mean()
         assert (images["epsilon"] - unguided).abs().max() > 0.01
-    # Sigmas between timesteps are told to the UNet as the nearest timestep, for which its predictions differ in what
+    # Sigmas between timesteps are passed to the UNet as the nearest timestep, for which its predictions differ in what
     # they say of the image; the others differ by rounding alone: 4e-5 at most, or 8e-4 where KDPM2 is guided.
     tolerance = 5e-3 if is_any(name, ("karras", "lu_lambdas")) else 2e-3 if "KDPM2" in name else 1e-4
     for actual in images.values():
         torch.testing.assert_close(actual, images["epsilon"], atol=tolerance, rtol=0)
     for prediction_type in pipes.keys() - known:
         with pytest.raises(ValueError, match=f"prediction_type='{prediction_type}', of which only"):
-            walk(pipes[prediction_type], noise)
+            denoise(pipes[prediction_type], noise)
 
 
 # What is dropped, and what is refused
@@ -304,16 +304,16 @@ def their(name, **options):
         ("FlowMatchHeunDiscreteScheduler", {}, "it has no alphas_cumprod"),
         ("ScoreSdeVeScheduler", {}, "it has no alphas_cumprod"),
         ("CMStochasticIterativeScheduler", {}, "it has no alphas_cumprod"),
-        ("DDIMInverseScheduler", {}, "no scheduler of this diffusion process"),
-        ("DPMSolverMultistepInverseScheduler", {}, "no scheduler of this diffusion process"),
-        ("UnCLIPScheduler", {}, "no scheduler of this diffusion process"),
-        ("CogVideoXDDIMScheduler", {}, "no scheduler of this diffusion process"),
-        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "walks another process"),
-        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "walks another process"),
+        ("DDIMInverseScheduler", {}, "not a scheduler of this diffusion process"),
+        ("DPMSolverMultistepInverseScheduler", {}, "not a scheduler of this diffusion process"),
+        ("UnCLIPScheduler", {}, "not a scheduler of this diffusion process"),
+        ("CogVideoXDDIMScheduler", {}, "not a scheduler of this diffusion process"),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "follows another process"),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "follows another process"),
         ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
-        ("DDPMScheduler", {"variance_type": "learned_range"}, "is handed no variance"),
-        ("DDIMScheduler", {"rescale_betas_zero_snr": True}, "holds no signal at all"),
-        ("DDPMScheduler", {"eta": 0.5}, "takes no eta"),
+        ("DDPMScheduler", {"variance_type": "learned_range"}, "no scheduler of diffusers reads a learned variance"),
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True}, "is pure noise"),
+        ("DDPMScheduler", {"eta": 0.5}, "does not support eta"),
         ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "respacing": "6"}, "chooses its own timesteps"),
     ],
 )
@@ -322,12 +322,12 @@ def test_what_would_be_nonsense_is_refused(name, options, message, make_pipe):
     arguments = {k: v for k, v in options.items() if k not in scheduler_options}
     arguments = arguments if "respacing" in arguments else {"num_inference_steps": STEPS, **arguments}
     pipe = make_pipe(scheduler=their(name, **scheduler_options), sampling_defaults=None)
-    told = []
-    hook = pipe.unet.register_forward_pre_hook(lambda module, args: told.append(args))
+    calls = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(args))
     with pytest.raises(ValueError, match=message):
         pipe([1], guidance_scale=0, **arguments)
     hook.remove()
-    assert told == []
+    assert calls == []
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_a_saved_respacing_becomes_a_number_of_steps_where_sigmas_are_chosen(mak
 
 
 def test_ddim_of_diffusers_takes_the_noise_itself(make_pipe):
-    """Ours is the same walk, with the same noise of each step."""
+    """Ours takes the same steps, with the same noise of each step."""
     ours = ADMScheduler(algorithm_type="ddim")
     theirs = diffusers.DDIMScheduler.from_config(ours.config, timestep_spacing="leading")
     noise = torch.randn(5, 1, 3, 8, 8, generator=seeded())

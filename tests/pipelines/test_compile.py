@@ -55,5 +55,5 @@ def test_a_last_smaller_batch_is_not_compiled(make_pipe):
 def test_no_compiler(make_pipe, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(ValueError, match="install g\\+\\+ or clang\\+\\+, or do without"):
+    with pytest.raises(ValueError, match="install g\\+\\+ or clang\\+\\+"):
         make_pipe().compile()

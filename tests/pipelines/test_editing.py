@@ -44,17 +44,17 @@ def edit(pipe, *args, seed=0, **kwargs):
     return pipe(*args, **{"output_type": "latent", "generator": generator, **kwargs}).images
 
 
-def visited(pipe, *args, **kwargs):
+def timesteps_of(pipe, *args, **kwargs):
     timesteps = []
     edit(pipe, *args, callback_on_step_end=lambda pipe, i, t, tensors: timesteps.append(int(t)) or {}, **kwargs)
     return timesteps
 
 
 def test_strength_is_the_share_of_steps_that_is_left(pipe, picture):
-    complete = visited(pipe, 1)
+    complete = timesteps_of(pipe, 1)
     for strength, steps in ((1.0, 10), (0.75, 7), (0.8, 8), (0.1, 1)):
-        assert visited(pipe, 1, image=picture, strength=strength) == complete[10 - steps :]
-    assert visited(pipe, 1, image=picture) == complete[2:]
+        assert timesteps_of(pipe, 1, image=picture, strength=strength) == complete[10 - steps :]
+    assert timesteps_of(pipe, 1, image=picture) == complete[2:]
 
 
 def test_full_strength_forgets_the_image(pipe, picture):
@@ -93,7 +93,7 @@ def test_strength_with_schedulers_of_diffusers(name, tiny_unet, picture):
     near, far = (edit(pipe, 1, image=picture, strength=s, num_inference_steps=10) for s in (0.1, 0.9))
     assert (near - original).square().mean() < 0.25 * (far - original).square().mean()
     assert far.isfinite().all()
-    calls = visited(pipe, 1, image=picture, strength=0.5, num_inference_steps=10)
+    calls = timesteps_of(pipe, 1, image=picture, strength=0.5, num_inference_steps=10)
     assert len(calls) == (9 if name == "HeunDiscreteScheduler" else 5)
 
 
@@ -135,12 +135,12 @@ def test_a_classifier_steers_the_filling(tiny_unet, tiny_classifier, picture, ho
 
 
 def test_jumps_and_their_noise(pipe, picture, hole):
-    complete = visited(pipe, 1)
+    complete = timesteps_of(pipe, 1)
     options = {"image": picture, "mask_image": hole}
-    assert visited(pipe, 1, jump_n_sample=1, **options) == complete
-    twice = visited(pipe, 1, jump_length=4, jump_n_sample=2, **options)
+    assert timesteps_of(pipe, 1, jump_n_sample=1, **options) == complete
+    twice = timesteps_of(pipe, 1, jump_length=4, jump_n_sample=2, **options)
     assert twice == [complete[i] for i in (0, 1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 9)]
-    short = visited(pipe, 1, jump_n_sample=1, strength=0.5, **options)
+    short = timesteps_of(pipe, 1, jump_n_sample=1, strength=0.5, **options)
     assert short == complete[5:]
 
 
@@ -167,9 +167,9 @@ def test_images_masks_and_labels_come_together(pipe, picture, hole):
 def test_strength_counts_the_steps_that_there_are(tiny_unet, picture):
     pipe = make_pipeline(tiny_unet())
     pipe.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
-    assert len(visited(pipe, 1, image=picture, strength=0.5)) == 5  # of the saved respacing
+    assert len(timesteps_of(pipe, 1, image=picture, strength=0.5)) == 5  # of the saved respacing
     pipe.scheduler.set_timesteps(4)
-    assert len(visited(pipe, 1, image=picture, strength=0.5, respacing="10")) == 5
+    assert len(timesteps_of(pipe, 1, image=picture, strength=0.5, respacing="10")) == 5
     pipe.scheduler = diffusers.IPNDMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="IPNDMScheduler cannot start from an image"):
         pipe(1, image=picture, num_inference_steps=10)
@@ -193,7 +193,7 @@ def test_what_cannot_be_edited_is_refused(pipe, tiny_unet, picture, hole):
         ({"image": picture, "strength": 1.5}, "strength=1.5"),
         ({"image": picture.resize((8, 8))}, "8x8 pixels and this UNet makes 16x16"),
         ({"image": picture, "mask_image": hole.resize((8, 8))}, "The mask has 8x8 pixels and the image 16x16"),
-        ({"image": [picture] * 3, "mask_image": [hole, hole]}, r"do not fit together \(1, 3, 2 were given\)"),
+        ({"image": [picture] * 3, "mask_image": [hole, hole]}, r"do not match \(1, 3, 2 were given\)"),
         ({"image": picture, "mask_image": hole, "jump_length": 0}, "jump_length=0"),
     ]:
         with pytest.raises(ValueError, match=message):

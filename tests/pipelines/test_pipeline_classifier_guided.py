@@ -209,7 +209,7 @@ def test_an_image_does_not_depend_on_its_batch(pipe):
         alone = [sample(pipe, label, generator=given) for given in (seeded(5 + i), [seeded(5 + i)])]
         assert torch.equal(*alone)
         assert (alone[0] - listed[i : i + 1]).abs().max() < 1e-4
-    # the same generator goes on where the first batch left it
+    # the same generator continues where the first batch left it
     generator = seeded()
     batches = [sample(pipe, labels, generator=generator) for labels in ([2], [0, 4])]
     assert (torch.cat(batches) - together).abs().max() < 1e-4
@@ -272,9 +272,9 @@ def test_the_gradient_is_float32_and_leaves_the_classifier_alone():
 
 
 def test_condition_unet_false_is_the_null_label(pipe):
-    untold = sample(pipe, [2], guidance_scale=0, condition_unet=False)
-    assert torch.equal(untold, sample(pipe, None, guidance_scale=0))
-    assert not torch.equal(untold, sample(pipe, [2], guidance_scale=0))
+    unconditional = sample(pipe, [2], guidance_scale=0, condition_unet=False)
+    assert torch.equal(unconditional, sample(pipe, None, guidance_scale=0))
+    assert not torch.equal(unconditional, sample(pipe, [2], guidance_scale=0))
     assert sample(pipe, None, num_images_per_label=3).shape == (3, 1, 8, 8)
     no_null = make_pipeline(unet=make_unet(null_class_label=False))
     with pytest.raises(ValueError, match="null label"):
@@ -461,7 +461,7 @@ def test_unet_of_diffusers():
 
 
 def test_rescaled_timesteps_reach_unet_and_classifier():
-    told = []
+    timesteps = []
     scheduler = ADMScheduler(num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2", rescale_timesteps=True)
     classifier = make_classifier(num_train_timesteps=4000, rescale_timesteps=True)
     for pipe in (
@@ -470,15 +470,15 @@ def test_rescaled_timesteps_reach_unet_and_classifier():
             diffusers.DDPMScheduler.from_config(scheduler.config), classifier=classifier, sampling_defaults=None
         ),
     ):
-        told.clear()
+        timesteps.clear()
         hooks = [
-            pipe.unet.register_forward_pre_hook(lambda module, args: told.append(float(args[1]))),
-            pipe.classifier.register_forward_pre_hook(lambda module, args: told.append(float(args[1]))),
+            pipe.unet.register_forward_pre_hook(lambda module, args: timesteps.append(float(args[1]))),
+            pipe.classifier.register_forward_pre_hook(lambda module, args: timesteps.append(float(args[1]))),
         ]
         pipe(2, respacing="2")
         for hook in hooks:
             hook.remove()
-        assert told == [999.75, 999.75, 0.0, 0.0]
+        assert timesteps == [999.75, 999.75, 0.0, 0.0]
 
 
 def test_half_precision_keeps_the_sample_in_float32(pipe):

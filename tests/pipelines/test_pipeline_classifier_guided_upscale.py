@@ -114,7 +114,7 @@ def test_images_and_labels_come_together(pipe, small):
     one_image = upscale(pipe, small[:1], [1, 2])
     assert torch.equal(one_image, upscale(pipe, small[[0, 0]], [1, 2]))
     assert (one_image - expected).abs().max() > 1e-3
-    with pytest.raises(ValueError, match=r"do not fit together \(3, 2 were given\)"):
+    with pytest.raises(ValueError, match=r"do not match \(3, 2 were given\)"):
         upscale(pipe, small, [0, 1, 2])
 
 
@@ -187,7 +187,7 @@ def test_what_cannot_be_upsampled_is_refused(pipe, tiny_unet, small):
     ]:
         with pytest.raises(ValueError, match=message):
             upscale(pipe, image, 1)
-    with pytest.raises(ValueError, match="is no upsampler"):
+    with pytest.raises(ValueError, match="is not an upsampler"):
         make_pipeline(tiny_unet())
     with pytest.raises(ValueError, match="ClassifierGuidedUpscalePipeline"):
         ClassifierGuidedPipeline(tiny_unet(low_res_channels=3), ADMScheduler())([1])

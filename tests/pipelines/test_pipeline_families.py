@@ -78,7 +78,7 @@ def test_mistakes_are_told_in_a_sentence(pipe):
         ("dgo", {}, r"no class named 'dgo'; the nearest are 'dog'"),
         ([0, 3, -1], {}, r"\[3, -1\] are not among the ids of the 3 classes, 0 to 2"),
         ([], {}, r"class_labels \[\] are not among the ids"),
-        (None, {}, "must be told the class: give class_labels, ids or names"),
+        (None, {}, "is class-conditional: give class_labels, ids or names"),
         (1, {"num_images_per_label": 0}, "num_images_per_label=0 makes no images"),
         (1, {"output_type": "jpg"}, "output_type='jpg' is not one of 'pil', 'np', 'pt', 'latent'"),
         ([0, 1], {"generator": [seeded()]}, "1 generators were given for 2 images"),
@@ -223,7 +223,7 @@ def test_the_likelihood_of_a_flow_is_of_unit_noise_whatever_it_was_trained_with(
     images, labels = eight_bit_images(4), torch.tensor([0, 1, 2, 0])
     seen = []
     encode = pipe.flow.encode  # the real one, watched
-    pipe.flow.encode = lambda values, told: seen.append(values) or encode(values, told)
+    pipe.flow.encode = lambda values, labels: seen.append(values) or encode(values, labels)
     bits = pipe.bits_per_dim(images, labels, seeded())
     del pipe.flow.encode
     steps = (seen[0] * (255 + width) - width / 2) - (images + 1) * 127.5
@@ -262,7 +262,7 @@ def test_half_precision_from_files(pipe, dtype, tmp_path):
 
 def test_no_likelihood_in_half_precision():
     flow = make_pipeline("flow").to(dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="too coarse for a likelihood; load the pipeline in float32"):
+    with pytest.raises(ValueError, match="more than half precision; load the pipeline in float32"):
         flow.bits_per_dim(torch.zeros(1, 3, 8, 4), torch.tensor([0]))
 
 

@@ -96,7 +96,7 @@ def test_a_config_may_be_changed_on_the_way():
 def test_betas_that_contradict_the_schedule_are_refused():
     with pytest.raises(ValueError, match="trained_betas are those of beta_schedule='linear', and"):
         ADMScheduler.from_config(ADMScheduler().config, beta_schedule="squaredcos_cap_v2")
-    with pytest.raises(ValueError, match=r"trained_betas must be 50 numbers.* give trained_betas=None beside it"):
+    with pytest.raises(ValueError, match=r"trained_betas must be 50 numbers.* give trained_betas=None with it"):
         ADMScheduler.from_config(ADMScheduler().config, num_train_timesteps=50)
 
 

@@ -367,7 +367,7 @@ def test_the_last_step_adds_no_noise(inputs, algorithm, eta):
 @pytest.mark.parametrize("respacing", ["", "10"])
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
 def test_add_noise_and_velocity_agree_with_diffusers(randn, error, schedule, respacing):
-    """On the training schedule, whatever timesteps sampling was told to visit."""
+    """On the training schedule, whatever timesteps sampling uses."""
     scheduler = make(respacing, beta_schedule=schedule)
     theirs = DDPMScheduler(trained_betas=scheduler.config.trained_betas)
     clean, noise = randn(4, 3, 4, 4), randn(4, 3, 4, 4, seed=1)
@@ -433,9 +433,9 @@ def test_trained_betas():
 @pytest.mark.parametrize(("rescale", "expected"), [(False, [0, 50, 199]), (True, [0.0, 250.0, 995.0])])
 def test_model_timesteps(rescale, expected):
     scheduler = ADMScheduler(200, rescale_timesteps=rescale)
-    told = model_timesteps(scheduler, torch.tensor([0, 50, 199]))
-    assert told.tolist() == expected
-    assert told.is_floating_point() == rescale
+    scaled = model_timesteps(scheduler, torch.tensor([0, 50, 199]))
+    assert scaled.tolist() == expected
+    assert scaled.is_floating_point() == rescale
     assert model_timesteps(scheduler, torch.tensor(50)).item() == expected[1]
     assert model_timesteps(DDPMScheduler(200), torch.tensor(50)).item() == 50
 

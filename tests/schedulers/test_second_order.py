@@ -34,8 +34,8 @@ def exact_epsilon(x, alpha):
     return (1 - alpha) ** 0.5 * (x - alpha**0.5 * MEAN) / (alpha * STD**2 + 1 - alpha)
 
 
-def walk(scheduler, x, noises=None, order=2, until=None):
-    """Samples by the exact noise, to the end or to a timestep; the first order is a walk that never looks back."""
+def denoise(scheduler, x, noises=None, order=2, until=None):
+    """Samples by the exact noise, to the end or to a timestep; first order ignores the preceding step."""
     alphas, previous = alphas_of(scheduler), None
     for i, t in enumerate(scheduler.timesteps):
         if t == until:
@@ -89,8 +89,8 @@ def test_steps_are_those_of_diffusers(steps, prediction_type, schedule, algorith
     for dtype in tolerances:
         theirs[dtype] = DPMSolverMultistepScheduler.from_config(ours.config, algorithm_type=THEIR_NAME[algorithm])
         theirs[dtype].set_timesteps(steps)
-    visited = torch.cat([alphas[ours.timesteps], alphas[-1:]])
-    theirs[torch.float64].sigmas = (1 / visited - 1).sqrt()
+    alphas_cumprod = torch.cat([alphas[ours.timesteps], alphas[-1:]])
+    theirs[torch.float64].sigmas = (1 / alphas_cumprod - 1).sqrt()
 
     x, previous = randn(2, 1, 4, 4).double(), None
     for i, t in enumerate(ours.timesteps):
@@ -109,7 +109,7 @@ def test_steps_are_those_of_diffusers(steps, prediction_type, schedule, algorith
 
 @over_algorithms
 def test_samples_are_those_of_diffusers(algorithm, randn, error):
-    """A whole walk in single precision, each on its own way."""
+    """All steps in single precision, without restarting from the same sample."""
     ours = make(20, algorithm_type=algorithm)
     theirs = DPMSolverMultistepScheduler.from_config(ours.config, algorithm_type=THEIR_NAME[algorithm])
     theirs.set_timesteps(20)
@@ -117,14 +117,14 @@ def test_samples_are_those_of_diffusers(algorithm, randn, error):
     x = start = randn(2, 1, 4, 4)
     for t, noise in zip(theirs.timesteps, noises, strict=True):
         x = theirs.step(exact_epsilon(x, theirs.alphas_cumprod[t]), t, x, variance_noise=noise).prev_sample
-    assert error(walk(ours, start, noises), x) < 1e-4
+    assert error(denoise(ours, start, noises), x) < 1e-4
 
 
 # Its order
 
 
 def test_errors_fall_with_the_square_of_the_steps():
-    """Against the exact solution of the probability-flow ODE at timestep 333, which all these numbers of steps visit.
+    """Against the exact solution of the probability-flow ODE at timestep 333, which all these numbers of steps include.
 
     At the very end, the last step is of first order, as in diffusers, and there is no order to be seen.
     """
@@ -140,7 +140,7 @@ def test_errors_fall_with_the_square_of_the_steps():
         for steps in counts:
             scheduler.set_timesteps(steps)
             assert 333 in scheduler.timesteps
-            x = walk(scheduler, start, order=order, until=333)
+            x = denoise(scheduler, start, order=order, until=333)
             errors.append((normalised(x, 333) - normalised(start, 999)).abs().max().item())
         measured = np.diff(np.log(errors)) / -np.diff(np.log(counts))
         assert (abs(measured - order) < 0.1).all()

@@ -130,8 +130,8 @@ def test_mistakes_are_named(tmp_path):
 
 def test_stages_that_contradict_each_other_are_refused():
     for argv, message in [
-        (["--classifier_beta_schedule", "linear"], "both must see the same noise"),
-        (["--label_dropout", "0"], "must always be told"),
+        (["--classifier_beta_schedule", "linear"], "both need one noise schedule"),
+        (["--label_dropout", "0"], "has no null label"),
         (["--report_respacing", "ddim7777"], "no integer stride"),
         (["--no_classifier_noisy"], "must be trained on noised images"),
         (["--judge_noisy"], "must be trained on noised images"),

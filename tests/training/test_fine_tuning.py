@@ -1,4 +1,4 @@
-"""Going on from a trained model: what fits is kept to the bit, what does not begins anew and is named."""
+"""Fine-tuning: weights that fit are kept to the bit, others are reinitialised and named."""
 
 import logging
 import shutil
@@ -73,7 +73,7 @@ def test_other_classes_take_a_fresh_embedding_and_all_else_to_the_bit(fine_tune,
     assert differing(unet, weights) == {"class_embedding.weight"}
     assert caplog.messages[-1] == (
         f"Kept {len(weights) - 1} of {len(weights)} tensors of {pretrained}; "
-        "initialised anew: class_embedding.weight (other classes)."
+        "reinitialised: class_embedding.weight (other classes)."
     )
     rows = unet.class_embedding.weight
     assert rows.shape == (4, 128)  # the null label's too
@@ -145,7 +145,7 @@ def test_training_starts_from_the_hub_and_goes_on_by_the_same_command(photos, pr
             check=False,
         )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "tensors of me/animals; initialised anew: class_embedding.weight (other classes)." in result.stderr
+    assert "tensors of me/animals; reinitialised: class_embedding.weight (other classes)." in result.stderr
     pipe = ClassifierGuidedPipeline.from_pretrained(tmp_path / "still" / "diffusion" / "pipeline")
     assert pipe.id2label == FRUITS
     weights = ADMUNet2DModel.from_pretrained(pretrained, subfolder="unet").state_dict()
@@ -189,7 +189,7 @@ def test_what_cannot_be_gone_on_from_is_refused_with_the_mend(fine_tune, photos,
         fine_tune("--rescale_timesteps")
     fine_tune("--rescale_timesteps", "False")
 
-    with pytest.raises(ValueError, match=r"no pipeline with a UNet and no UNet \("):
+    with pytest.raises(ValueError, match=r"neither a pipeline with a UNet nor a UNet \("):
         fine_tune(pretrained=tmp_path)
     theirs = UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
     DDPMPipeline(theirs, DDPMScheduler()).save_pretrained(tmp_path / "theirs")
@@ -203,7 +203,7 @@ def test_what_cannot_be_gone_on_from_is_refused_with_the_mend(fine_tune, photos,
     argv = [*RUN, *SCHEDULE, "--train_data_dir", str(photos), "--resolution", "8"]
     argv += ["--pretrained_model", str(pretrained)]
     data_args, stages = parse_arguments({"upscaler": UpscalerArguments}, argv)
-    with pytest.raises(ValueError, match=r"is no upsampler; train it with train_diffusion.py"):
+    with pytest.raises(ValueError, match=r"is not an upsampler; train it with train_diffusion.py"):
         train_upscaler(data_args, stages["upscaler"])
 
 

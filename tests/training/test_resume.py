@@ -247,7 +247,7 @@ def test_other_flags_are_named_and_refused_unless_they_cannot_matter(uninterrupt
     elsewhere = ("--resume_from_checkpoint", str(checkpoints / "checkpoint-4"), "--checkpoints_total_limit", "1")
     train(tmp_path / "elsewhere", photos, *elsewhere)
     assert bits(tmp_path / "elsewhere") == bits(uninterrupted)
-    with pytest.raises(ValueError, match="is not a whole checkpoint"):
+    with pytest.raises(ValueError, match="is not a complete checkpoint"):
         train(folder, photos, "--resume_from_checkpoint", str(checkpoints / "checkpoint-5"))
     (photos / "apple" / "0.png").rename(tmp_path / "0.png")
     try:

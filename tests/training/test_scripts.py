@@ -70,7 +70,7 @@ def test_the_whole_walk_on_a_folder_of_pictures(photos, tmp_path, monkeypatch, c
         "cherry",
     }
 
-    # the same command again: nothing is trained anew, and the result is the same
+    # the same command again: nothing is trained again, and the result is the same
     before = (out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
@@ -156,7 +156,7 @@ def test_a_push_that_fails_does_not_stop_the_training(photos, tmp_path, hub):
     assert "The push of the newest snapshot failed: This token may not write to me/fruit" in result.stderr
     error, hint, command = result.stderr.strip().splitlines()[-3:]
     assert error.startswith("error: This token may not write to me/fruit")
-    assert hint == "All is trained and saved. To push it:"
+    assert hint == "The training is done and saved. To push it:"
     assert len(hub.repos["me/fruit"].history()) == 1
     saved = (tmp_path / "out" / "classifier" / "model" / "model.safetensors").read_bytes()
 
@@ -240,9 +240,9 @@ def test_help_tells_how_to_launch(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
     with pytest.raises(SystemExit, match=r"\A0\Z"):
         run_script(script.main)
-    told = capsys.readouterr().out
-    assert "accelerate launch" in told
-    assert "--train_data_dir" in told
+    said = capsys.readouterr().out
+    assert "accelerate launch" in said
+    assert "--train_data_dir" in said
 
 
 def test_an_unconditional_model_of_pictures_without_labels(photos, tmp_path):

@@ -192,9 +192,9 @@ def test_a_generator_that_ignores_its_latents_is_found_out(gan, caplog):
     assert gan.spreads() == pytest.approx([0, 0, 0], abs=1e-6)
     with caplog.at_level(logging.WARNING):
         assert gan.watch()["lowest_spread"] < 1e-6
-    told = "samples of a class differ far less than its real images do: apple (0%), banana (0%), cherry (0%)"
-    assert f"The GAN's {told}." in caplog.text
-    assert gan.findings(None) == {"collapse": told}
+    finding = "samples of a class differ far less than its real images do: apple (0%), banana (0%), cherry (0%)"
+    assert f"The GAN's {finding}." in caplog.text
+    assert gan.findings(None) == {"collapse": finding}
     assert gan.collapsed([0.9, 0.49, 0.51]).endswith("do: banana (49%)")
 
 

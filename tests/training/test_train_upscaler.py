@@ -1,4 +1,4 @@
-"""The upsampler: what it is told, what it leaves behind, and that it can be stopped."""
+"""The upsampler: what it is conditioned on, what it leaves behind, and that it can be stopped."""
 
 import json
 import signal
@@ -68,7 +68,7 @@ def test_the_script_leaves_a_pipeline_a_picture_and_numbers(photos, tmp_path, mo
     assert pipe.unet.config.low_res_channels == 3
     assert pipe(Image.new("RGB", (2, 2), "red"), "apple").images[0].size == (8, 8)
 
-    # the same command again: nothing is trained anew, and all is as before
+    # the same command again: nothing is trained again, and all is as before
     weights = out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     before = weights.read_bytes(), (out / "pipeline" / "grid.png").read_bytes()
     monkeypatch.chdir(tmp_path)
@@ -106,10 +106,10 @@ def test_stopped_and_gone_on_with_it_ends_with_the_same_bits(photos, tmp_path, m
 def test_the_small_image_is_the_mean_of_its_pixels_and_clean_by_default(photos, randn):
     task = make_task(photos)
     batch = {"pixel_values": randn(4, 3, 8, 8).clamp(-1, 1), "labels": torch.tensor([0, 1, 2, 0])}
-    told = task.conditions(batch)["low_res"]
+    low_res = task.conditions(batch)["low_res"]
     expected = batch["pixel_values"].reshape(4, 3, 2, 4, 2, 4).mean(dim=(3, 5))
-    assert torch.allclose(told, expected, atol=1e-6)
-    assert torch.equal(told, task.inputs(batch)["low_res"])
+    assert torch.allclose(low_res, expected, atol=1e-6)
+    assert torch.equal(low_res, task.inputs(batch)["low_res"])
 
     def losses(task) -> torch.Tensor:
         seed_everything(0, 0, 0, 0)
