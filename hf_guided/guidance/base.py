@@ -17,6 +17,10 @@ Pipeline = Any
 Scale = float | Mapping[float, float] | Callable[[float], float]
 
 
+class NotFiniteError(RuntimeError):
+    """A model's output or a gradient holds NaN or infinity."""
+
+
 class Guidance:
     r"""Steers samples. Kinds compose in a list, in any order.
 

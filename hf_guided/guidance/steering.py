@@ -9,7 +9,16 @@ import torch
 
 from ..schedulers.predictions import alpha_bar_at, original_of
 from ..schedulers.scheduling_adm import model_timesteps
-from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, broken_images, frozen
+from .base import (
+    GradientGuidance,
+    Guidance,
+    NotFiniteError,
+    Objective,
+    Pipeline,
+    PredictionGuidance,
+    broken_images,
+    frozen,
+)
 
 _UNET = "unet"
 # Outputs and gradients between two looks at whether they were finite, where each look would wait for an accelerator
@@ -191,7 +200,7 @@ class Steering:
         """Finds out whether an output or a gradient was not finite since the last look. A walk ends with it.
 
         Raises:
-            `RuntimeError`: If so, unless it is a gradient and such are skipped and counted.
+            [`NotFiniteError`]: If so, unless it is a gradient and such are skipped and counted.
         """
         unseen, self.unseen = self.unseen, []
         if not unseen:
@@ -204,13 +213,13 @@ class Steering:
             where = f"at step {step} (timestep {timestep:g}) for {images} of the batch"
             if broken and name == _UNET:  # which clipping would hide as a clean image
                 guides = any(kind.component == "guide_unet" for kind in self.comparisons)
-                raise RuntimeError(
+                raise NotFiniteError(
                     f"The output of the UNet{' or of guide_unet' * guides} is not finite {where}: its weights hold "
                     f"infinite values or NaN, or it overflowed. Load it in float32 or bfloat16; if that does not help, "
                     f"its training diverged or its file is damaged."
                 )
             if broken and self.nonfinite_gradient == "raise":
-                raise RuntimeError(
+                raise NotFiniteError(
                     f"The gradient of {name} is not finite {where}. Take a smaller scale, load the model that guides "
                     f"in float32 or bfloat16, or leave such gradients out: nonfinite_gradient='skip'."
                 )
