@@ -10,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..guidance.base import broken_images
+from ..guidance.base import NotFiniteError, broken_images
 from ..labels import id_of_name, resolve_labels
 from ..loading import SavedConfigMixin, check_loaded, naming_damage
 from ..schedulers.schedules import whole_number
@@ -177,11 +177,11 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         """Checks that images `(batch, channels, height, width)` are finite; clipping would hide it.
 
         Raises:
-            `RuntimeError`: Naming the images of the batch.
+            [`~guidance.base.NotFiniteError`]: Naming the images of the batch.
         """
         broken = broken_images(sample).nonzero()[:, 0].tolist()
         if broken:
-            raise RuntimeError(
+            raise NotFiniteError(
                 f"Images {', '.join(map(str, broken[:5]))}{' …' if len(broken) > 5 else ''} of the batch are not "
                 f"finite: the weights of the model have infinite values or NaN, or it overflowed. Load the pipeline in "
                 f"float32 or bfloat16; if that does not help, its training diverged or its file is damaged."

@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from ..data import DataArguments, LabelledImages, StepBatchSampler, check_images
 from ..data.folders import printable
 from ..files import locked, write_json
+from ..guidance.base import NotFiniteError
 from ..hub.push import BackgroundPush, PushError, prepare_push, push_command, push_folder
 from ..processes import StoppedError, from_main, join_processes
 from .arguments import LoopArguments, RunArguments
@@ -51,6 +52,7 @@ from .timestep_sampling import TimestepSampler
 logger = logging.getLogger(__name__)
 
 LAUNCHER = os.getppid()
+DIVERGED = 1e6  # times its first value: a loss from which no training comes back
 
 check_once = functools.lru_cache(maxsize=1)(check_images)  # stages of one script share images
 
@@ -111,8 +113,8 @@ def train(
 
     Raises:
         `StoppedError`: If a signal stopped it; its state is then saved, and the same call resumes it.
-        `ValueError`: If a checkpoint has other settings, the loss is not finite, or another process trains in the
-            same folder.
+        `ValueError`: If a checkpoint has other settings, or another process trains in the same folder.
+        [`DivergedError`]: If the loss, a weight or an image of a preview is not finite.
         `OSError`: If `output_dir` cannot be written.
     """
     with ExitStack() as lock:
@@ -243,13 +245,13 @@ def train_alone(
             if due(args.logging_steps) or step == args.max_train_steps:
                 values = {name: value.float().mean() for name, value in {"loss": losses.detach(), **logs}.items()}
                 values = {name: accelerator.reduce(value, "mean").item() for name, value in values.items()}
-                check_finite(values["loss"], step)
+                check_loss(values["loss"], step, history)
                 progress.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
                 log({**values, "learning_rate": lr_scheduler.get_last_lr()[0]})
                 if accelerator.is_main_process:
                     batches.warn_if_slow()
             if accelerator.is_main_process and (due(args.validation_steps) or due(args.preview_steps)):
-                with averaged_weights(ema, parameters):
+                with averaged_weights(ema, parameters), naming_divergence():
                     if due(args.validation_steps):
                         measured = task.watch()
                         if held_out_images is not None:
@@ -301,7 +303,7 @@ def train_alone(
 def finish(save: Callable[[str], Any], folder: Path) -> Path:
     """The finished folder, written atomically by the main process."""
     if PartialState().is_main_process:
-        with locked(folder.parent):
+        with locked(folder.parent), naming_divergence():
             save_folder(save, folder)
         logger.info(f"Saved {folder}")
     return folder
@@ -441,16 +443,39 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 class DivergedError(ValueError):
-    """A loss or weight is not finite."""
+    """A loss, a weight or an image is not finite, or the loss has grown beyond use.
+
+    Args:
+        what (`str`): Which of them.
+    """
+
+    def __init__(self, what: str):
+        super().__init__(
+            f"The training has diverged: {what}. Start from scratch in another --output_dir with a lower "
+            f"--learning_rate, more --lr_warmup_steps, or bf16 instead of fp16; checkpoints are kept."
+        )
 
 
 def check_finite(value: float, step: int) -> None:
     if not math.isfinite(value):
-        raise DivergedError(
-            f"The training has diverged: a loss or weight is {value} at step {step}. Start again in another "
-            f"--output_dir with a lower --learning_rate, more --lr_warmup_steps, or bf16 instead of fp16; saved "
-            f"checkpoints are finite."
-        )
+        raise DivergedError(f"a number is {value} at step {step}")
+
+
+def check_loss(loss: float, step: int, history: list[dict[str, float]]) -> None:
+    """Refuses a loss that is not finite, or a million times what it was first: the samples would soon not be finite."""
+    check_finite(loss, step)
+    first = next((row["loss"] for row in history if "loss" in row), loss)
+    if abs(loss) > DIVERGED * max(1.0, abs(first)):
+        raise DivergedError(f"the loss is {loss:.3g} at step {step}, and was {first:.3g} at first")
+
+
+@contextmanager
+def naming_divergence() -> Iterator[None]:
+    """Turns images that are not finite into a [`DivergedError`]: the weights are finite, but beyond use."""
+    try:
+        yield
+    except NotFiniteError:
+        raise DivergedError("the model's images are not finite") from None
 
 
 @contextmanager

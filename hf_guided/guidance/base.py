@@ -31,6 +31,10 @@ def is_decimal(text: Any) -> bool:
 KINDS: dict[str, type["Guidance"]] = {}
 
 
+class NotFiniteError(RuntimeError):
+    """A model's output or a gradient holds NaN or infinity."""
+
+
 class Guidance:
     r"""Base of all kinds of guidance. They compose in a list, in any order.
 

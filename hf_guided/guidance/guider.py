@@ -9,7 +9,16 @@ import torch
 
 from ..schedulers.diffusers_compat import alpha_bar_at, original_of
 from ..schedulers.scheduling_adm import model_timesteps
-from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, broken_images, frozen
+from .base import (
+    GradientGuidance,
+    Guidance,
+    NotFiniteError,
+    Objective,
+    Pipeline,
+    PredictionGuidance,
+    broken_images,
+    frozen,
+)
 
 _UNET = "unet"
 # Outputs and gradients between two checks that they are finite; each check waits for an accelerator
@@ -193,7 +202,7 @@ class Guider:
         """Checks that outputs and gradients since the last check were finite; called at the end of the loop too.
 
         Raises:
-            `RuntimeError`: If one was not, unless it is a gradient and these are skipped and counted.
+            [`NotFiniteError`]: If one was not, unless it is a gradient and these are skipped and counted.
         """
         unseen, self.unseen = self.unseen, []
         if not unseen:
@@ -206,13 +215,13 @@ class Guider:
             where = f"at step {step} (timestep {timestep:g}) for {images} of the batch"
             if broken and name == _UNET:  # clipping would turn it into a valid image
                 guides = any(kind.component == "guide_unet" for kind in self.comparisons)
-                raise RuntimeError(
+                raise NotFiniteError(
                     f"The output of the UNet{' or of guide_unet' * guides} is not finite {where}: its weights have "
                     f"infinite values or NaN, or it overflowed. Load it in float32 or bfloat16; if that does not help, "
                     f"its training diverged or its file is damaged."
                 )
             if broken and self.nonfinite_gradient == "raise":
-                raise RuntimeError(
+                raise NotFiniteError(
                     f"The gradient of {name} is not finite {where}. Take a smaller scale, load the model that guides "
                     f"in float32 or bfloat16, or leave such gradients out: nonfinite_gradient='skip'."
                 )
