@@ -35,6 +35,14 @@ def anchors(readme: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("readme", READMES, ids=NAMES)
+def test_every_block_of_code_ends(readme):
+    fences = re.findall(r"^```.*$", readme.read_text(), re.MULTILINE)
+    assert all(fence != "```" for fence in fences[::2])
+    assert all(fence == "```" for fence in fences[1::2])
+    assert len(fences) % 2 == 0
+
+
+@pytest.mark.parametrize("readme", READMES, ids=NAMES)
 def test_every_relative_link_leads_somewhere(readme):
     text = readme.read_text()
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'<img src="([^"]+)"', text)
@@ -59,6 +67,15 @@ def test_every_picture_is_shown_and_every_readme_is_found():
     assert {path.resolve() for path in found} == set(READMES[2:])
     front = READMES[0].read_text()
     assert all(f"]({name})" in front for name in NAMES[1:])
+
+
+def test_the_two_commands_set_up_from_nothing():
+    setting_up = (
+        r"python3 -m venv \.venv && \.venv/bin/pip install -c constraints\.txt -e \"\.\[{}\]\" && \.venv/bin/{}\n"
+    )
+    train, check = blocks(ROOT / "README.md", "bash")[:2]
+    assert re.fullmatch(setting_up.format("train", r"accelerate launch training/train\.py"), train)
+    assert re.fullmatch(setting_up.format("test", "python -m pytest"), check)  # which .ci/run finds by its line
 
 
 def test_the_first_page_fits_a_screen_or_two():
