@@ -90,6 +90,7 @@ def test_a_wheel_holds_everything(tmp_path):
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as file:  # all that installing a wheel of pure Python does
         file.extractall(site)
+    assert not list(site.glob("hf_guided/**/*.md"))  # READMEs are for readers of the repository
     code = f"""
 import hf_guided, hf_guided.pipelines, hf_guided.training
 from hf_guided.training.arguments import RECIPES, read_recipe

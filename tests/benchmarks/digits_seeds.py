@@ -1,4 +1,4 @@
-"""The digits lesson with several seeds: what the README's table shows.
+"""The digits lesson with several seeds: the table of README.md beside it.
 
     python tests/benchmarks/digits_seeds.py --output_dir outputs/seeds
 

@@ -64,7 +64,7 @@ KINDS = {
 
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
-    """The README's tables of what this script and `speed_training.py --output` of the same name have saved."""
+    """The tables of README.md beside it, of what this script and `speed_training.py` have saved in one `--output`."""
     kinds = results["sampling"]["by_kind"]
     return {
         "GUIDED": markdown(results["sampling"]["guided"], COLUMNS),

@@ -270,7 +270,7 @@ def test_the_readmes_table_is_that_of_the_committed_run():
     root = Path(__file__).parents[2]
     committed = json.loads((root / "tests" / "benchmarks" / "families_on_digits.json").read_text())
     table = comparison_table(committed).partition("\n\n")[0]
-    readme = (root / "README.md").read_text()
+    readme = (root / "hf_guided" / "comparison" / "README.md").read_text()
     assert table in readme
     claims = findings(committed)  # which the lesson repeats
     assert any(claim.startswith("Best recall: Diffusion, 0.916") for claim in claims)
