@@ -22,7 +22,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..guidance import ClassifierGuidance, Guidance, guidance_from_dict
 from ..guidance.base import GradientGuidance
-from ..guidance.guider import Guider, SamplingCost
+from ..guidance.guider import Guider
+from ..guidance.monitor import SamplingCost
 from ..models.classifier_adm import ADMForImageClassification  # noqa: F401
 
 # Imported to register these classes with diffusers, since a saved pipeline may name them.
@@ -51,7 +52,7 @@ class GuidedPipelineOutput(ImagePipelineOutput):
 
     Args:
         images (a list of PIL images, `np.ndarray` or `torch.Tensor`): In the type of `output_type`.
-        cost ([`~hf_guided.guidance.guider.SamplingCost`], *optional*): Model calls and seconds, with `return_cost`.
+        cost ([`~hf_guided.guidance.monitor.SamplingCost`], *optional*): Model calls and seconds, with `return_cost`.
     """
 
     cost: SamplingCost | None = None
@@ -359,7 +360,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
-        return self.finish(latents, output_type, return_dict, guider.cost if return_cost else None)
+        return self.finish(latents, output_type, return_dict, guider.monitor.cost if return_cost else None)
 
     def denoise(
         self,
@@ -414,7 +415,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 replaced = (returned or {}).pop("latents", latents)
                 previous = previous if replaced is latents else None
                 latents = replaced
-        guider.look()
+        guider.monitor.look()
         return latents
 
     def finish(

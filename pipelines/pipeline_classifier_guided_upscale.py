@@ -157,7 +157,7 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        return self.finish(latents, output_type, return_dict, guider.cost if return_cost else None)
+        return self.finish(latents, output_type, return_dict, guider.monitor.cost if return_cost else None)
 
     def prepare_low_res(self, image: Images) -> torch.Tensor:
         """The small images in [-1, 1], `(batch, low_res_channels, height, width)`."""

@@ -1,44 +1,14 @@
 """The guidance of one denoising loop: guided predictions and gradients of log p at each timestep."""
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ..schedulers.diffusers_compat import alpha_bar_at, original_of
 from ..schedulers.scheduling_adm import model_timesteps
-from .base import (
-    GradientGuidance,
-    Guidance,
-    NotFiniteError,
-    Objective,
-    Pipeline,
-    PredictionGuidance,
-    broken_images,
-    frozen,
-)
-
-_UNET = "unet"
-# Outputs and gradients between two checks that they are finite; each check waits for an accelerator
-_LOOK_EVERY = 32
-
-
-@dataclass
-class SamplingCost:
-    """Forward passes and seconds that a call of a pipeline took.
-
-    Attributes:
-        calls (`dict[str, int]`): Forward passes by component: `"unet"`, `"classifier"`, `"guide_unet"` …; a doubled
-            batch counts as one.
-        seconds (`dict[str, float]`): Their time by component, backward passes included.
-        skipped_gradients (`int`): Number of gradients, one per image, skipped because they were not finite.
-    """
-
-    calls: dict[str, int] = field(default_factory=lambda: {"unet": 0, "classifier": 0})
-    seconds: dict[str, float] = field(default_factory=lambda: {"unet": 0.0, "classifier": 0.0})
-    skipped_gradients: int = 0
+from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, broken_images, frozen
+from .monitor import Monitor
 
 
 class Guider:
@@ -67,10 +37,7 @@ class Guider:
         self.pipeline = pipeline
         self.conditions = conditions
         self.gradient_batch_size = gradient_batch_size
-        self.nonfinite_gradient = nonfinite_gradient
-        self.timed = timed
-        self.cost = SamplingCost()
-        self.unseen: list[tuple[torch.Tensor, str, float, int]] = []  # flags of images not finite, of what, where
+        self.monitor = Monitor(skip_gradients=nonfinite_gradient == "skip", timed=timed)
         # Sorted, since floating-point sums depend on the order.
         kinds = sorted(kinds, key=lambda kind: (type(kind).__name__, repr(kind)))
         self.comparisons = [kind for kind in kinds if isinstance(kind, PredictionGuidance)]
@@ -107,7 +74,7 @@ class Guider:
                 term = self.gradient_of(objective, original if kind.denoised else noisy, value, rows)
                 if kind.through_unet:
                     broken = broken_images(term)
-                    with self.measured("unet", calls=0):
+                    with self.monitor.measured("unet", calls=0):
                         (term,) = torch.autograd.grad(original, noisy, term, retain_graph=True)
                     term[broken] = torch.nan  # clipping may have hidden it
                 found[place].append(term)
@@ -115,14 +82,14 @@ class Guider:
             del output, original  # frees the graph of this part before the next one
 
         output = torch.cat(outputs)
-        self.watch(broken_images(output), _UNET, value, step)
+        self.monitor.watch(broken_images(output), "unet", value, step)
         total = None
         for gradient, terms in zip(due, found, strict=True):
             gradient.last = torch.cat(terms)
         for gradient in acting:
             if gradient.last is not None and (gradient in due or gradient.kind.reuse):
                 term = gradient.last * gradient.kind.scale_at(value)
-                term = self.finite(term, type(gradient.kind).__name__, value, step)
+                term = self.monitor.finite(term, type(gradient.kind).__name__, value, step)
                 total = term if total is None else total + term
         return output, total
 
@@ -143,7 +110,7 @@ class Guider:
             known = dict(conditions)
             if guide_unet.config.num_class_embeds is None:
                 known.pop("class_labels", None)
-            with self.measured("guide_unet"):
+            with self.monitor.measured("guide_unet"):
                 others["guide_unet"] = guide_unet(sample.to(guide_unet.dtype), model_timestep, **known).sample.float()
         unet_input = sample
         if "unet" in components:  # conditional and unconditional, in one doubled batch
@@ -151,7 +118,7 @@ class Guider:
             unconditional = {**conditions, "class_labels": null_label}
             conditions = {name: torch.cat([known, unconditional[name]]) for name, known in conditions.items()}
             unet_input = torch.cat([sample, sample])
-        with self.measured("unet"):
+        with self.monitor.measured("unet"):
             output = unet(unet_input.to(unet.dtype), model_timestep, **conditions).sample.float()
         if "unet" in components:
             output, others["unet"] = output.chunk(2)
@@ -176,7 +143,7 @@ class Guider:
         """The gradient of log p with respect to images, in float32 for a model of any dtype."""
         gradients = []
         for part in self.parts(images):
-            with torch.enable_grad(), frozen(objective.model), self.measured(objective.component):
+            with torch.enable_grad(), frozen(objective.model), self.monitor.measured(objective.component):
                 leaf = images[part].detach().requires_grad_()
                 log_p = objective.log_probability(leaf, timestep, rows[part]).sum()
                 if not log_p.requires_grad:
@@ -186,67 +153,10 @@ class Guider:
                 gradients.append(torch.autograd.grad(log_p * headroom, leaf)[0] / headroom)
         return torch.cat(gradients)
 
-    def finite(self, gradient: torch.Tensor, name: str, timestep: float, step: int) -> torch.Tensor:
-        """The gradient, zero for images where it is not finite; on an accelerator these are reported with a delay."""
-        is_broken = broken_images(gradient)
-        self.watch(is_broken, name, timestep, step)
-        return gradient.masked_fill(is_broken.view(-1, 1, 1, 1), 0.0)
-
-    def watch(self, is_broken: torch.Tensor, name: str, timestep: float, step: int) -> None:
-        """Records which images' gradient or output is not finite, until the next check."""
-        self.unseen.append((is_broken, name, timestep, step))
-        if is_broken.device.type == "cpu" or len(self.unseen) >= _LOOK_EVERY:
-            self.look()
-
-    def look(self) -> None:
-        """Checks that outputs and gradients since the last check were finite; called at the end of the loop too.
-
-        Raises:
-            [`NotFiniteError`]: If one was not, unless it is a gradient and these are skipped and counted.
-        """
-        unseen, self.unseen = self.unseen, []
-        if not unseen:
-            return
-        for flags, (_, name, timestep, step) in zip(
-            torch.stack([flags for flags, *_ in unseen]).tolist(), unseen, strict=True
-        ):
-            broken = [image for image, is_broken in enumerate(flags) if is_broken]
-            images = f"image{'s' * (len(broken) > 1)} {', '.join(map(str, broken[:5]))}{' …' * (len(broken) > 5)}"
-            where = f"at step {step} (timestep {timestep:g}) for {images} of the batch"
-            if broken and name == _UNET:  # clipping would turn it into a valid image
-                guides = any(kind.component == "guide_unet" for kind in self.comparisons)
-                raise NotFiniteError(
-                    f"The output of the UNet{' or of guide_unet' * guides} is not finite {where}: its weights have "
-                    f"infinite values or NaN, or it overflowed. Load it in float32 or bfloat16; if that does not help, "
-                    f"its training diverged or its file is damaged."
-                )
-            if broken and self.nonfinite_gradient == "raise":
-                raise NotFiniteError(
-                    f"The gradient of {name} is not finite {where}. Take a smaller scale, load the model that guides "
-                    f"in float32 or bfloat16, or leave such gradients out: nonfinite_gradient='skip'."
-                )
-            self.cost.skipped_gradients += len(broken)
-
     def parts(self, images: torch.Tensor, all_at_once: bool = False) -> list[torch.Tensor]:
         """Indices of the batch in parts of at most `gradient_batch_size` images."""
         rows = torch.arange(len(images), device=images.device)
         return [rows] if all_at_once or self.gradient_batch_size is None else list(rows.split(self.gradient_batch_size))
-
-    @contextmanager
-    def measured(self, component: str, calls: int = 1) -> Iterator[None]:
-        """Counts calls of a component, and measures their time if `timed`."""
-        self.cost.calls[component] = self.cost.calls.get(component, 0) + calls
-        started = self.now()
-        yield
-        self.cost.seconds[component] = self.cost.seconds.get(component, 0.0) + self.now() - started
-
-    def now(self) -> float:
-        """Seconds, after synchronising with the device; 0 unless `timed`."""
-        if not self.timed:
-            return 0.0
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from guidance_helpers import GRADIENTS, KINDS, batches_seen, darkness, make, sam
 
 from hf_guided.guidance import ClassifierFreeGuidance, ClassifierGuidance, DenoisedClassifierGuidance, LossGuidance
 from hf_guided.guidance.base import broken_images
-from hf_guided.guidance.guider import Guider
+from hf_guided.guidance.monitor import Monitor
 
 LABELS = [2, 0, 4, 1, 3]
 MODELS = ("unet", "classifier", "guide_unet", "clean_classifier", "clip_model")
@@ -353,15 +353,15 @@ def test_a_compiled_classifier_guides(pipe, make_pipe):
     torch.testing.assert_close(sample(compiled, LABELS, **arguments), expected, atol=1e-5, rtol=0)
 
 
-def test_gradients_seen_late_are_named_by_their_step(pipe):
+def test_gradients_seen_late_are_named_by_their_step():
     """As on an accelerator, which is asked once for many steps."""
     fine, broken = torch.tensor([False, False, False]), torch.tensor([False, True, True])
-    guider = Guider(pipe, [], None, {})
-    guider.unseen = [(fine, "LossGuidance", 900.0, 3), (broken, "CLIPGuidance", 800.0, 4), (broken, "Other", 800.0, 4)]
+    monitor = Monitor()
+    monitor.unseen = [(fine, "LossGuidance", 900.0, 3), (broken, "CLIPGuidance", 800.0, 4), (broken, "Other", 800.0, 4)]
     with pytest.raises(RuntimeError, match=r"CLIPGuidance is not finite at step 4 \(timestep 800\) for images 1, 2 of"):
-        guider.look()
-    guider = Guider(pipe, [], None, {}, nonfinite_gradient="skip")
-    guider.unseen = [(fine, "LossGuidance", 900.0, 3), (broken, "CLIPGuidance", 800.0, 4)]
-    guider.look()
-    guider.look()
-    assert guider.cost.skipped_gradients == 2
+        monitor.look()
+    monitor = Monitor(skip_gradients=True)
+    monitor.unseen = [(fine, "LossGuidance", 900.0, 3), (broken, "CLIPGuidance", 800.0, 4)]
+    monitor.look()
+    monitor.look()
+    assert monitor.cost.skipped_gradients == 2
