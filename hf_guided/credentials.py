@@ -1,4 +1,4 @@
-"""Removes secrets of URLs and tokens from everything that is written or shown."""
+"""Addresses and tokens: what is written or shown holds none of their secrets."""
 
 import logging
 import re
@@ -8,16 +8,16 @@ from typing import Any
 # port, a key with slashes of its own (s3://key:sec/ret@bucket). A revision (hf://datasets/user/name@v1/...) is neither.
 _USER = r"(?:[^\s/@]*@|[^\s/?#@:]*:(?!\d+(?:/|\Z)|:)[^\s?#]*@)+"
 _USER_IN_ADDRESS = re.compile(rf"([A-Za-z][\w+.-]+:/+){_USER}")
-# Any query parameter may be a secret.
+# Any parameter may be a secret, whatever it is called.
 _QUERY_IN_ADDRESS = re.compile(r"([A-Za-z][\w+.-]+:/+[^\s?#'\"<>`]*)(?:\?|#(?=[^\s'\"<>`]*=))[^\s'\"<>`]*")
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
 
 def without_credentials(content: Any) -> Any:
-    """A text without user, password and query of the URLs in it, and without tokens of the Hub.
+    """Leaves user, password and query out of the addresses in a text, and a token of the Hub wherever it stands.
 
     Args:
-        content: A text, or a dict, list or tuple that contains texts. Anything else is returned unchanged.
+        content: A text, or a dict, list or tuple of what may be one. Anything else is returned as it is.
 
     Returns:
         The same without credentials: `"https://user:token@host/cats.parquet?sig=1"` becomes
@@ -33,14 +33,14 @@ def without_credentials(content: Any) -> Any:
 
 
 class FormatterWithoutCredentials(logging.Formatter):
-    """Formats log messages of any package without credentials."""
+    """Shows messages, of this package and of others, as they are but for credentials."""
 
     def format(self, record: logging.LogRecord) -> str:
         return without_credentials(super().format(record))
 
 
 def log_to_screen() -> None:
-    """Logs messages from `INFO` up, unless the calling program has set up logging."""
+    """Shows messages from `INFO` up, unless the program that uses this package shows them already."""
     handler = logging.StreamHandler()
     handler.setFormatter(FormatterWithoutCredentials("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

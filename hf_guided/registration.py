@@ -1,4 +1,4 @@
-"""Makes diffusers record and find our classes as `["hf_guided", "ClassName"]` in `model_index.json`.
+"""Makes diffusers record and find this package's classes as `["hf_guided", "ClassName"]` in `model_index.json`.
 
 Without it diffusers writes the full module path, which loads from a folder but not from the Hub.
 """

@@ -88,9 +88,7 @@ def test_a_classifier_of_other_channels(refused, make_classifier, make_resnet):
 
 
 def test_a_clean_classifier_where_a_noisy_one_is_due(refused, make_resnet):
-    refused(
-        "is for clean images. Guide with guidance=Den", guide(ClassifierGuidance()), classifier=make_resnet()
-    )
+    refused("is for clean images. Guide with guidance=Den", guide(ClassifierGuidance()), classifier=make_resnet())
 
 
 @pytest.mark.parametrize("kind", [ClassifierGuidance(), DenoisedClassifierGuidance()])
