@@ -301,20 +301,20 @@ def check_place(folder: str | os.PathLike, flag: str = "--output") -> Path:
 
 
 def check_parent(path: str | os.PathLike, flag: str = "--output") -> None:
-    """Refuses, before the work, an output file whose folder does not exist or is not writable.
+    """Refuses, before the work, a file for results whose folder is not there or cannot be written to.
 
-    Only output folders are made with their parents, see [`check_place`].
+    Only folders for results are made with those that lead to them, see [`check_place`].
 
     Args:
         path (`str` or `os.PathLike`): The file.
-        flag (`str`, defaults to `"--output"`): Name of the flag in errors.
+        flag (`str`, defaults to `"--output"`): What errors call it.
 
     Raises:
         `ValueError`: Naming the folder.
     """
     folder = Path(path).absolute().parent
     if not folder.is_dir():
-        raise ValueError(f"{flag} {path}: the folder {folder} does not exist; make it first.")
+        raise ValueError(f"{flag} {path}: there is no folder {folder}; make it first.")
     _check_writable(folder, f"{flag} {path}")
 
 

@@ -1,4 +1,4 @@
-"""The pipeline class of a saved folder or a Hub repository."""
+"""Finds which of this package's pipelines a folder or a repository holds."""
 
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ _OTHER_FAMILIES = {kind.__name__: kind for kind in (FlowPipeline, GANPipeline, V
 
 
 def pipeline_class(model: str, token: str | None = None) -> Any:
-    """The pipeline class that `model_index.json` names, if it is of another family than diffusion; else a guided one.
+    """The class that a pipeline's `model_index.json` names, if it is of another family than diffusion; else ours.
 
     Args:
         model (`str`): A folder, or a name on the Hub.
-        token (`str`, *optional*): Token to read it with. Default: the saved login.
+        token (`str`, *optional*): To read it with; the saved login, by default.
 
     Raises:
         `OSError`: If there is no such pipeline.
