@@ -98,7 +98,7 @@ def start_peers(how: str) -> list[subprocess.Popen]:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("stops", "error: Process 1 of this run has shown no sign of life for 3 seconds. Rerun the same command to"),
+        ("stops", "error: Process 1 of this run has sent no heartbeat for 3 seconds. Rerun the same command to"),
         ("is killed", "error: Another process of this run has ended, see above. Rerun the same command to resume."),
     ],
 )
@@ -120,7 +120,7 @@ def test_the_end_of_the_main_process_ends_the_others_whatever_they_do():
     main.kill()
     _, errors = other.communicate(timeout=60)
     assert other.returncode == 1
-    assert "error: The main process of this run, or what launched it, has ended. Rerun" in errors
+    assert "error: The main process of this run, or its launcher, has ended. Rerun" in errors
 
 
 def test_what_the_main_process_does_alone_is_waited_for():

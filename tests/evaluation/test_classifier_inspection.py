@@ -546,7 +546,7 @@ def test_mistakes_end_in_one_sentence(folders, monkeypatch):
     classifier.save_pretrained("others")
     (folders / "empty").mkdir()
     for argv, message in [
-        (["clean", "photos"], "ViTForImageClassification takes no timestep: it is for clean images"),
+        (["clean", "photos"], "ViTForImageClassification takes no timestep: it knows clean images only"),
         (["unguided", "photos"], "The pipeline unguided has no classifier"),
         (["unet", "photos"], "unet is no image classifier"),
         (["empty", "photos"], "neither config.json nor model_index.json"),

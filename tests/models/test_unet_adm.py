@@ -230,7 +230,7 @@ def test_missing_and_unexpected_low_res(tiny_unet, unet, x):
         ({"num_heads": 3}, "64 channels do not divide into 3 attention heads"),
         ({"attention_head_dim": 48}, "64 channels do not divide into attention heads of width 48"),
         ({"attention_head_dim": None, "attention_resolutions": (16,)}, "32 channels do not divide .* of width 64"),
-        ({"num_heads_upsample": 2}, "num_heads_upsample=2 stands beside num_heads; give num_heads too"),
+        ({"num_heads_upsample": 2}, "num_heads_upsample=2 needs num_heads too"),
     ],
 )
 def test_contradicting_arguments(tiny_unet, arguments, sentence):

@@ -351,16 +351,16 @@ def test_numbers_of_recipes_are_what_they_look_like(tmp_path, text, number):
         ("data: digits\n", "Section 'data' of the recipe"),
         ("vae: false\ndiffusion:\n", "Section 'vae' of the recipe"),
         ("diffusion:\n  data: [digits]\n", "Section 'diffusion: data' of the recipe"),
-        ("unet: {}\n", "sections that no script knows: unet"),
-        ("difusion: {}\n", r"sections that no script knows: difusion \(did you mean diffusion\?\)"),
-        ("1: {}\nno: {}\n", "sections that no script knows: 1, False"),
+        ("unet: {}\n", "unknown sections: unet"),
+        ("difusion: {}\n", r"unknown sections: difusion \(did you mean diffusion\?\)"),
+        ("1: {}\nno: {}\n", "unknown sections: 1, False"),
         (
             "diffusion:\n  learning_rat: 1\n",
             r"section 'diffusion' has unknown keys: learning_rat \(did you mean learning",
         ),
         ("diffusion:\n  1: 2\n", "section 'diffusion' has unknown keys: 1"),
         ("diffusion:\n  recipe: mine\n", "section 'diffusion' has unknown keys: recipe"),
-        ("vae: {}\n", "has nothing for diffusion, only for vae"),
+        ("vae: {}\n", "has no section diffusion, only vae"),
     ],
 )
 def test_recipes_that_are_none_are_refused_in_a_sentence(tmp_path, text, message):

@@ -95,7 +95,7 @@ def test_another_runs_checkpoint_counts_only_where_there_is_no_other(training, t
     training.save(tmp_path / "a", 4, limit=1)
     assert (tmp_path / "a" / "checkpoint-7" / STATE_FILE).is_file()
     training.save(tmp_path / "a", 7, limit=1)  # that name is needed now
-    assert "checkpoint-7 is not of this run, and now called checkpoint-7-other" in caplog.text
+    assert "checkpoint-7 is of another run, and is now called checkpoint-7-other" in caplog.text
     assert sorted(path.name for path in (tmp_path / "a").glob("check*")) == ["checkpoint-7", "checkpoint-7-other"]
 
     (tmp_path / "c").mkdir()

@@ -22,7 +22,7 @@ def test_a_full_disk_at_a_checkpoint(small_disk, photos, processes):
     resize(small_disk, "8m")  # enough for one checkpoint
     result = run("train_diffusion", *flags, processes=processes)
     assert result.returncode == 1
-    said = f"error: The disk is full: {output}/checkpoint-2 cannot be written. Free some space and rerun the same "
+    said = f"error: The disk is full: {output}/checkpoint-2 cannot be written. Free some space and rerun"
     assert said in result.stderr
     assert processes > 1 or "Traceback" not in result.stderr  # torch's launcher has its own words for it
     assert [path.name for path in list_checkpoints(output)] == ["checkpoint-1"]

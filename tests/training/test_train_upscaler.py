@@ -175,7 +175,7 @@ def test_a_stage_of_a_recipe_may_need_its_own_data(tmp_path):
     recipe.write_text(yaml.safe_dump({"upscaler": {"data": {"resolutio": [16]}}}))
     with pytest.raises(ValueError, match="section 'data' has unknown keys: resolutio"):
         parse_arguments(STAGE, ["--recipe", str(recipe)])
-    with pytest.raises(ValueError, match="nothing for upscaler, only for classifier, diffusion, flow, gan,"):
+    with pytest.raises(ValueError, match="no section upscaler, only classifier, diffusion, flow, gan,"):
         parse_arguments(STAGE, ["--recipe", "cifar10"])
 
 
