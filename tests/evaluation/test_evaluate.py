@@ -114,7 +114,7 @@ def test_what_must_be_known_is_told(tmp_path):
     missing = evaluate(two_of_three, images(60, 2), [Pixels()])
     assert any("of the reference's 3 classes 1 have no sample: bright" in note for note in missing.notes)
 
-    with pytest.raises(ValueError, match="set 1 has 5 images; 6 are the fewest"):
+    with pytest.raises(ValueError, match="set 1 has 5 images; at least 6"):
         evaluate(images(5, 1), images(60, 2), [Pixels()])
 
 
