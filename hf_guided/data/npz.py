@@ -33,7 +33,7 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
     with open_npz(path) as file:
         arrays = {name: map_array(path, name) for name in ("arr_0", "arr_1") if name in file}
     if "arr_0" not in arrays:
-        raise ValueError(f"{path} is not a file of samples: it has no array arr_0, which holds the images.")
+        raise ValueError(f"{path} is not a file of samples: it has no arr_0, the array of images.")
     images, labels = arrays["arr_0"], arrays.get("arr_1")
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(

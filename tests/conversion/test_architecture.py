@@ -117,7 +117,7 @@ def test_odd_numberings_and_channels_are_refused(reference):
     shapes = shapes_of(reference("unet_class_cond").weights)
     with pytest.raises(ValueError, match="gaps"):
         infer_architecture({**shapes, "input_blocks.999999999.0.in_layers.0.weight": (32,)})
-    with pytest.raises(ValueError, match="takes 4 channels and gives 6"):
+    with pytest.raises(ValueError, match="takes 4 channels and returns 6"):
         infer_architecture({**shapes, "input_blocks.0.0.weight": (32, 4, 3, 3)})
     with pytest.raises(ValueError, match="shape"):
         infer_architecture({**shapes, "time_embed.0.weight": (128,)})

@@ -446,7 +446,7 @@ def test_improved_diffusions_strings_are_taken_as_they_are(convert, tmp_path):
     write_random_checkpoint(script_made(64), path)
     told = "--image_size 64 --num_channels 32 --num_res_blocks 1 --diffusion_steps 4000 --noise_schedule cosine --lr 1"
     out = convert("--checkpoint", path, "--flags", told, "--output", tmp_path / "out")
-    assert "improved-diffusion's defaults hold: --num_heads 4 --rescale_timesteps True" in out
+    assert "improved-diffusion's defaults are used: --num_heads 4 --rescale_timesteps True" in out
     pipe = ClassifierGuidedPipeline.from_pretrained(tmp_path / "out")
     assert pipe.unet.config.num_heads == 4
     assert pipe.scheduler.config.rescale_timesteps
@@ -459,7 +459,7 @@ def test_improved_diffusions_strings_are_taken_as_they_are(convert, tmp_path):
     assert not pipe.scheduler.config.rescale_timesteps
     guided = f"{told} --num_heads 2 --channel_mult 1,2,3,4"
     out = convert("--checkpoint", path, "--flags", guided, "--output", tmp_path / "c")
-    assert "4000 timesteps as they are" in out
+    assert "4000 timesteps without rescaling" in out
     assert not ClassifierGuidedPipeline.from_pretrained(tmp_path / "c").scheduler.config.rescale_timesteps
 
 

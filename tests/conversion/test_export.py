@@ -134,7 +134,7 @@ def test_what_was_trained_here_goes_out_with_notes(tiny_unet, tiny_classifier, c
         "set in_channels=1",
         "predicts v_prediction",
         "--sigma_small",
-        "whole numbers only",
+        "only whole numbers",
     ):
         assert note in told
     flags = parse_flags(re.search(r'MODEL_FLAGS="(.*)"', told)[1])
@@ -167,7 +167,7 @@ def test_what_the_published_code_cannot_express_is_refused(tiny_unet, tiny_class
     grey = tiny_unet(low_res_channels=1)
     assert "takes 3 and 1" in export(ClassifierGuidedUpscalePipeline(grey, ADMScheduler()), "grey")
     assert "heads of one width" in export(tiny_classifier(num_heads=2, attention_resolutions=[16, 8]), "heads")
-    assert "pools square images" in export(tiny_classifier(sample_size=[16, 8]), "wide")
+    assert "attention pooling for square images" in export(tiny_classifier(sample_size=[16, 8]), "wide")
     pipe = ClassifierGuidedPipeline(tiny_unet(), ADMScheduler())
     assert "has no classifier" in export(pipe, "bare", "--classifier", tmp_path / "classifier.pt")
     alone = export(tiny_classifier(), "alone", "--classifier", tmp_path / "classifier.pt")

@@ -222,8 +222,8 @@ def test_kinds_of_labels(tmp_path, labels, feature, names, noise_image):
         ([1, 2, 3], datasets.Value("int64"), r"Class 0 \('0'\), one of 1 such, has no image"),
         ([0, 0, 2], datasets.ClassLabel(names=["a", "b", "c"]), r"Class 1 \('b'\), one of 1 such, has no image"),
         ([0, None, 1], datasets.Value("int64"), r"lacks 1 of its labels; fill them in"),
-        ([0.5, 1.0, 2.0], datasets.Value("float32"), r"holds Value\('float32'\), where integers or strings are meant"),
-        ([[0], [1], [0, 1]], datasets.List(datasets.Value("int64")), r"where integers or strings are meant"),
+        ([0.5, 1.0, 2.0], datasets.Value("float32"), r"holds Value\('float32'\), not integers or strings"),
+        ([[0], [1], [0, 1]], datasets.List(datasets.Value("int64")), r"not integers or strings"),
         ([0, 0, 0], datasets.Value("int64"), r"has the single class '0', but guidance needs two or more"),
     ],
 )

@@ -801,7 +801,7 @@ def test_values_of_a_trade_off_are_read_in_their_order(make_pipe):
     scales = guidance_trade_off(make_pipe(), ClassifierGuidance(1.0))
     assert scales.values_of("10, 0,1.5") == [10, 0, 1.5]
     for text in ("", "1,", "1;2", "nan", "-1", "1e9", None, ["1"]):
-        with pytest.raises(ValueError, match=r"A scale is|Give 1 to 6 scales"):
+        with pytest.raises(ValueError, match=r"A scale must be|Give 1 to 6 scales"):
             scales.values_of(text)
     for trade_off in (scales, *LATENTS_DIALS.values()):
         assert trade_off.neutral in trade_off.values_of(trade_off.usual)  # of a row that is as without it

@@ -105,7 +105,7 @@ def test_what_must_be_known_is_told(tmp_path):
 
     few = evaluate(images(20, 1), images(60, 2), [Wide(dim=40)])
     assert any("20 samples are fewer than the 40 features of wide" in note for note in few.notes)
-    assert any("compare this one, of 20, only" in note for note in few.notes)
+    assert any("compare this one, of 20 samples, only" in note for note in few.notes)
 
     gray = evaluate(images(60, 1, channels=1, size=4), images(60, 2), [GrayOrRGB()])
     assert any("set 1 is gray and set 2 is RGB" in note for note in gray.notes)
@@ -114,7 +114,7 @@ def test_what_must_be_known_is_told(tmp_path):
     missing = evaluate(two_of_three, images(60, 2), [Pixels()])
     assert any("of the reference's 3 classes 1 have no sample: bright" in note for note in missing.notes)
 
-    with pytest.raises(ValueError, match="set 1 has 5 images; 6 are the fewest"):
+    with pytest.raises(ValueError, match="set 1 has 5 images; at least 6"):
         evaluate(images(5, 1), images(60, 2), [Pixels()])
 
 

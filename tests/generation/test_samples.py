@@ -128,7 +128,7 @@ def test_other_files_are_refused_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="float64 of shape"):
         read_samples(path)
     np.savez(path, IMAGES, np.array([1]))
-    with pytest.raises(ValueError, match="labels of 5 images"):
+    with pytest.raises(ValueError, match="each of the 5 images"):
         read_samples(path)
     np.savez(path, IMAGES[:0])
     with pytest.raises(ValueError, match="holds no images"):

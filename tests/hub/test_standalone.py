@@ -369,7 +369,7 @@ def test_each_file_has_what_its_class_needs_and_no_more(code):
 
 @pytest.fixture
 def inlined(tmp_path, monkeypatch):
-    """Makes one file of `run`, of a package of the given modules."""
+    """The one file of `run`, of a package of the given modules."""
     package = f"zoo_{tmp_path.name}"
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / package).mkdir()
@@ -459,7 +459,7 @@ HELPER = "def helper(N=0): return N"
         ("from .other import max\ndef run(): return max", "def max(): ...", "max of .*other would .* Python's own"),
         ("from .other import N as M\ndef run(): return M", "", "line 1, .* imports N as M: import it by its own name"),
         ("def run():\n    from .other import N\n    return N", "", "line 2, .* imports inside run: import at"),
-        ("from .other import N\n" + RUN, "import os\nN = 1\nos.umask(0)", "line 3, .* does something when it is"),
+        ("from .other import N\n" + RUN, "import os\nN = 1\nos.umask(0)", "line 3, .* runs code on import"),
         ("from .other import N\n" + RUN, "if True:\n    N = 1", "line 1, .* runs code on import"),
         ("from .other import N\n" + RUN, "", "main imports N from .*other, which does not define it"),
         ("N = 1\nN = 2\n" + RUN, "", "main defines N twice"),
