@@ -80,6 +80,33 @@ def test_a_file_against_a_folder(work, tmp_path, capsys):
     assert found["metrics"] == report(tmp_path / "second")["metrics"] == report(tmp_path / "third")["metrics"]
 
 
+def test_the_library_does_what_the_commands_do(work, tmp_path, capsys):
+    from hf_guided.evaluation.run import EvaluationSettings, run_evaluation
+    from hf_guided.evaluation.sweep import SweepSettings, run_sweep
+
+    main(["evaluate", "samples.npz", "real", "--features", "judge/model", "--output", str(tmp_path / "command")])
+    settings = EvaluationSettings("samples.npz", "real", str(tmp_path / "library"), features=["judge/model"])
+    result = run_evaluation(settings)
+    assert str(result) in capsys.readouterr().out  # of the command
+    found = {name: report(tmp_path / name) for name in ("command", "library")}
+    for content in found.values():
+        del content["seconds"], content["settings"]["output"]
+    assert found["command"] == found["library"]
+
+    flags = ["--features", "judge/model", "--num_images", "12", "--scales", "0,2", "--seeds", "0", "--no_save"]
+    main(["sweep", "pipeline", "real", *flags, "--output", str(tmp_path / "sweep")])
+    arguments = {"features": ["judge/model"], "num_images": 12, "scales": [0, 2], "seeds": [0], "no_save": True}
+    swept = run_sweep(SweepSettings("pipeline", "real", str(tmp_path / "again"), **arguments))
+    assert swept.reason == str(swept) in capsys.readouterr().out
+    first, again = ((tmp_path / name / "sweep.json").read_text() for name in ("sweep", "again"))
+    assert first == again
+    path = tmp_path / "again" / "sweep.json"  # as earlier versions wrote it: resumed, not measured again
+    record = json.loads(first)
+    record["settings"]["num_images_per_label"] = None
+    path.write_text(json.dumps(record))
+    assert run_sweep(SweepSettings("pipeline", "real", str(path.parent), **arguments)).rows == swept.rows
+
+
 def test_what_a_folder_leaves_out_is_told(work, tmp_path, capsys):
     random = np.random.default_rng(1)
     for name in ("cat", "train", "__dog"):

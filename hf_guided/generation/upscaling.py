@@ -107,7 +107,7 @@ def upscale_to_file(
         names = [""] * len(images) if ids is None else [pipeline.id2label.get(i, str(i)) for i in ids.tolist()]
         return labelled_grid(pictures, names, cell_size=max(pipeline.sample_size))
 
-    planned = {"command": COMMAND, "images": _digest(images), **arguments}
+    planned = {"command": COMMAND, "images": _digest(pipeline, images), **arguments}
     return run_to_file(
         output,
         shape,
@@ -134,10 +134,10 @@ def _class_ids(pipeline: Any, labels: Any, num_images: int) -> torch.Tensor | No
     return None
 
 
-def _digest(images: SmallImages) -> str:
-    """A hash of the small images' pixels."""
+def _digest(pipeline: Any, images: SmallImages) -> str:
+    """A hash of the small images as the UNet sees them, whatever files they come from."""
     digest = hashlib.sha256()
-    for image in images:
-        pixels = image if isinstance(image, np.ndarray) else np.asarray(image)
-        digest.update(f"{pixels.shape} {pixels.dtype}".encode() + np.ascontiguousarray(pixels).tobytes())
+    for start in range(0, len(images), 1000):
+        low_res = pipeline.prepare_low_res(images[start : start + 1000]).cpu()
+        digest.update(f"{tuple(low_res.shape[1:])}".encode() + low_res.numpy().tobytes())
     return digest.hexdigest()
