@@ -98,10 +98,10 @@ def test_the_library_does_what_the_commands_do(work, tmp_path, capsys):
     arguments = {"features": ["judge/model"], "num_images": 12, "scales": [0, 2], "seeds": [0], "no_save": True}
     swept = run_sweep(SweepSettings("pipeline", "real", str(tmp_path / "again"), **arguments))
     assert swept.reason == str(swept) in capsys.readouterr().out
-    first, again = ((tmp_path / name / "sweep.json").read_text() for name in ("sweep", "again"))
+    first, again = (json.loads((tmp_path / name / "sweep.json").read_text()) for name in ("sweep", "again"))
     assert first == again
     path = tmp_path / "again" / "sweep.json"  # as earlier versions wrote it: resumed, not measured again
-    record = json.loads(first)
+    record = first
     record["settings"]["num_images_per_label"] = None
     path.write_text(json.dumps(record))
     assert run_sweep(SweepSettings("pipeline", "real", str(path.parent), **arguments)).rows == swept.rows
