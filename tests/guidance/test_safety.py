@@ -45,8 +45,8 @@ def test_gradient_batch_size_bounds_the_batch_and_changes_no_image(name, pipe, n
     through_unet = getattr(make(name), "through_unet", False)
     arguments = {"guidance": make(name), "timesteps": [500], "latents": noisy}
     (whole,) = steps_of(pipe, LABELS, **arguments)
-    arguments = {"guidance": make(name), "timesteps": [400, 200, 0]}
-    images = sample(pipe, LABELS, **arguments)
+    loop = {"guidance": make(name), "timesteps": [400, 200, 0]}
+    images = sample(pipe, LABELS, **loop)
     for size, parts in ((1, [1] * 5), (3, [3, 2]), (8, [5])):
         with batches_seen(pipe) as seen:
             (in_parts,) = steps_of(pipe, LABELS, gradient_batch_size=size, **arguments)
@@ -62,7 +62,7 @@ def test_gradient_batch_size_bounds_the_batch_and_changes_no_image(name, pipe, n
         assert error(in_parts["model_output"], whole["model_output"]) < 1e-5
         if name in GRADIENTS:
             assert error(in_parts["gradient"], whole["gradient"]) < 1e-5
-        again = sample(pipe, LABELS, gradient_batch_size=size, **arguments)
+        again = sample(pipe, LABELS, gradient_batch_size=size, **loop)
         assert (again - images).abs().max() < 2e-5
 
 
