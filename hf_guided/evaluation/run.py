@@ -170,7 +170,7 @@ def _check_outputs(settings: EvaluationSettings) -> None:
         sampled = output / "samples.npz"  # which another check is of
         written = [sampled, Path(settings.save_statistics)]
         check_replaceable(written, lambda path: path == sampled or is_saved(path), sources)
-    check_place(output)
+    check_place(settings.output)
     if output.is_dir() and is_pipeline(settings.generated):
         check_destination(output / "samples.npz")
 

@@ -348,7 +348,7 @@ def _check_outputs(settings: SweepSettings) -> None:
     results = [output / "sweep.json", output / "sweep.png"]
     is_sweep = has_json(results[0], "settings", "rows")
     check_replaceable(results, lambda path: is_sweep, [settings.model, *sources])
-    check_place(output)
+    check_place(settings.output)
 
 
 def _open_pipeline(settings: SweepSettings, state: PartialState) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..settings import is_number
+from ..settings import is_list, is_number
 
 # A [`ClassifierGuidedPipeline`] or one like it: guidance uses only the names of its components.
 Pipeline = Any
@@ -71,11 +71,9 @@ class Guidance:
         for value in scale.values() if isinstance(scale, Mapping) else [] if callable(scale) else [scale]:
             if not (is_number(value) and value >= 0):
                 raise ValueError(f"The scale of {name} must be a finite number from 0 up; got {value!r}.")
-        if interval is not None and (
-            not isinstance(interval, list | tuple) or len(interval) != 2 or not interval[0] <= interval[1]
-        ):
+        if interval is not None and (not is_list(interval, is_number, 2, 2) or not interval[0] <= interval[1]):
             raise ValueError(
-                f"interval={interval} of {name} is empty or no pair: give the lowest timestep first, then the highest."
+                f"interval={interval!r} of {name} is not a pair: give the lowest timestep first, then the highest."
             )
         self.scale = scale
         self.interval = None if interval is None else tuple(interval)

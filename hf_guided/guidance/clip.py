@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from ..settings import is_number, is_whole
 from .base import DenoisedGuidance, Objective, Pipeline, Scale
 from .preprocessing import preprocessing
 
@@ -39,10 +40,10 @@ class CLIPGuidance(DenoisedGuidance, source="arXiv 2112.10741, section 2.4"):
         super().__init__(scale, interval, every, reuse, through_unet)
         if not prompt or not isinstance(prompt, str):
             raise ValueError(f"The prompt of CLIPGuidance must be a text; got {prompt!r}.")
-        if num_cutouts < 1 or not 0 < min_cutout <= 1:
+        if not is_whole(num_cutouts) or not (is_number(min_cutout) and 0 < min_cutout <= 1):
             raise ValueError(
-                f"num_cutouts={num_cutouts} and min_cutout={min_cutout} of CLIPGuidance: give at least 1 cutout, and a "
-                f"share of the shorter side above 0 and up to 1."
+                f"num_cutouts={num_cutouts!r} and min_cutout={min_cutout!r} of CLIPGuidance: give at least 1 cutout, "
+                f"and a share of the shorter side above 0 and up to 1."
             )
         self.prompt = prompt
         self.num_cutouts = num_cutouts

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..labels import match_labels
+from ..settings import is_number
 from .base import DenoisedGuidance, Objective, Pipeline, Scale
 from .classifier import check_channels
 from .entropy_scaling import EntropyScaling, as_entropy_scaling
@@ -54,11 +55,12 @@ class DenoisedClassifierGuidance(DenoisedGuidance, source="arXiv 2310.11311, sec
     ):
         super().__init__(scale, interval, every, reuse, through_unet)
         for name, value in {"joint_temperature": joint_temperature, "softplus_beta": softplus_beta}.items():
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value} of DenoisedClassifierGuidance must be a finite number above 0.")
+            is_off = name == "softplus_beta" and value is None
+            if not is_off and (value is None or not is_number(value) or value <= 0):
+                raise ValueError(f"{name}={value!r} of DenoisedClassifierGuidance must be a finite number above 0.")
         for name, value in {"marginal_temperature": marginal_temperature, "sine": sine}.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value} of DenoisedClassifierGuidance must be a finite number from 0 up.")
+            if not (is_number(value) and value >= 0):
+                raise ValueError(f"{name}={value!r} of DenoisedClassifierGuidance must be a finite number from 0 up.")
         self.joint_temperature = joint_temperature
         self.marginal_temperature = marginal_temperature
         self.softplus_beta = softplus_beta

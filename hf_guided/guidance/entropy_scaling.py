@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from ..settings import is_number
+
 
 @dataclass(frozen=True)
 class EntropyScaling:
@@ -20,8 +22,8 @@ class EntropyScaling:
     max_factor: float = 20.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_factor < math.inf:
-            raise ValueError(f"max_factor={self.max_factor} of EntropyScaling must be a finite number from 1 up.")
+        if not (is_number(self.max_factor) and self.max_factor >= 1):
+            raise ValueError(f"max_factor={self.max_factor!r} of EntropyScaling must be a finite number from 1 up.")
 
     def factor(self, logits: torch.Tensor) -> torch.Tensor:
         """The factors of shape `(batch,)`, for logits of shape `(batch, classes)`; constants to the gradient."""

@@ -245,7 +245,7 @@ def test_a_class_conditional_guide_unet_without_a_class(make_pipe, make_unet):
     ("make_kind", "message"),
     [
         (lambda: ClassifierGuidance("3"), "finite number from 0 up; got '3'"),
-        (lambda: ClassifierGuidance(1.0, interval=500), "no pair"),
+        (lambda: ClassifierGuidance(1.0, interval=500), "not a pair"),
         (lambda: ClassifierGuidance({0: lambda t: 1.0}), "finite number from 0 up"),
         (lambda: ClassifierGuidance(1.0, every=2.5), "every=2.5 .* whole number"),
         (lambda: ClassifierGuidance(1.0, entropy_scaling="yes"), "takes an EntropyScaling; got 'yes'"),
