@@ -268,7 +268,7 @@ def test_prediction_types_give_the_same_images(name, guided, make_classifier):
     for actual in images.values():
         torch.testing.assert_close(actual, images["epsilon"], atol=tolerance, rtol=0)
     for prediction_type in pipes.keys() - known:
-        with pytest.raises(ValueError, match=f"prediction_type='{prediction_type}', of which only"):
+        with pytest.raises(ValueError, match=f"prediction_type='{prediction_type}', but supports only"):
             denoise(pipes[prediction_type], noise)
 
 
