@@ -90,11 +90,11 @@ def refused(argv, message):
         (["inspect-classifier", "no", "photos", "--output", "photos/cat/x.png"], LIES_IN),
         (["compare", "--data", "photos", "--output", "photos"], LIES_IN),
         (["compare", "--data", "photos", "--output", "photos/new"], LIES_IN),
-        (["sample", "no", "--output", "photo.png"], "is there already and was not made by this command"),
-        (["sample", "no", "--output", "photo.npz"], "photo.png is there already and was not made by this command"),
+        (["sample", "no", "--output", "photo.png"], "exists and was not made by this command"),
+        (["sample", "no", "--output", "photo.npz"], "photo.png exists and was not made by this command"),
         (
             ["sample", "no", "--output", "photos", "--num_images", "3"],
-            "is there already and was not made by this command",
+            "exists and was not made by this command",
         ),
         (["convert", "x", "--checkpoint", "x.pt", "--output", "photos"], "exists already and is not empty"),
         (["convert", "photos", "--to", "openai", "--output", "small.npz"], "exists already"),
@@ -199,7 +199,7 @@ def test_the_same_upscaling_may_run_again(work, tiny_unet):
         for _ in range(2):
             main(["upscale", "upscaler", "small.npz", "--output", output])
         with pytest.raises(
-            SystemExit, match="is there already and was not made by this command"
+            SystemExit, match="exists and was not made by this command"
         ):  # of another command's
             main(["sample", "no", "--output", output])
     refused(["upscale", "no", "large.npz", "--output", "large.npz"], IS_READ)

@@ -253,7 +253,7 @@ def test_names_that_are_none_are_refused(checkpoint, refused, tmp_path):
     assert "neither was given" in refused(*rest)
     assert "both were given" in refused("256x256_diffusion", *rest, "--flags", SCHEDULE)
     alone = refused("64x64_classifier", *rest, "--classifier", tmp_path / "sampler_unet.pt")
-    assert "64x64_classifier has no classifier" in alone
+    assert "64x64_classifier has no published classifier" in alone
     assert "--checkpoint is missing" in refused("lsun_cat", "--output", tmp_path / "out")
     small = refused("64x64_diffusion", *rest)
     assert "1000 classes or none, but the tensors have 5" in small

@@ -245,7 +245,7 @@ def test_what_the_hub_does_not_have_is_said_in_a_sentence(refused, tmp_path, mon
         environment = hub.environment(tmp_path / "home")
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert re.fullmatch("error: There is no folder ada/none, and the Hub has no ada/none .*\n", done.stderr)
+    assert re.fullmatch("error: There is no folder ada/none, and ada/none was not found on the Hub .*\n", done.stderr)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     assert "could not be downloaded from the Hub" in refused(*back)

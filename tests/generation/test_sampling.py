@@ -347,10 +347,10 @@ def test_bad_names_are_refused_before_the_work(saved, tmp_path):
         ("nowhere/samples.npz", "make it first"),
         ("text.npz/samples/", "cannot be made"),
         ("text.npz/samples.npz", "make it first"),
-        ("text.npz", "is there already and was not made by this command"),
-        ("folder", "is there already and was not made by this command"),
-        ("cat.png", "is there already and was not made by this command"),
-        ("cat.npz", "cat.png is there already and was not made by this command"),  # the picture beside it
+        ("text.npz", "exists and was not made by this command"),
+        ("folder", "exists and was not made by this command"),
+        ("cat.png", "exists and was not made by this command"),
+        ("cat.npz", "cat.png exists and was not made by this command"),  # the picture beside it
     ]:
         with pytest.raises(ValueError, match=message):
             check_destination(tmp_path / name)

@@ -232,7 +232,7 @@ def test_older_checkpoints_resume_and_their_damage_is_found_as_far_as_it_can_be(
 def test_an_older_checkpoint_of_another_model(training, tmp_path):
     training.save(tmp_path, 4)
     make_older(tmp_path / "checkpoint-4")
-    with pytest.raises(ValueError, match=r"checkpoint-4 is damaged, or of another model; remove it"):
+    with pytest.raises(ValueError, match=r"checkpoint-4 is damaged, or from another model; remove it"):
         Training(width=3).load(tmp_path / "checkpoint-4")
     (tmp_path / HISTORY).write_text("[{}]")
     with pytest.raises(ValueError, match=r"history\.json is damaged.*; remove it to resume without what was logged"):
