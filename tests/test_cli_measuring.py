@@ -134,7 +134,7 @@ def test_statistics_take_the_place_of_the_images(work, tmp_path):
     with np.load(saved) as file:
         alone = {"mu": file["mu"], "sigma": file["sigma"]}
     np.savez(tmp_path / "published.npz", **alone)
-    with pytest.raises(SystemExit, match="of inception and the samples' of judge"):
+    with pytest.raises(SystemExit, match="of inception and the samples of judge"):
         main(["evaluate", "samples.npz", str(tmp_path / "published.npz"), *shared, str(tmp_path / "other")])
 
 
@@ -305,7 +305,7 @@ def test_damaged_samples_are_named(name, content, work, tmp_path):
         (["evaluate", "samples.npz", "nowhere", "--features", "judge/model"], "Cannot load"),
         (["evaluate", "samples.npz", "real", "--features", "judge/model", "judge/model"], "are called judge"),
         (["evaluate", "samples.npz", "real", "--features", "judge/model", "--output", "samples.npz"], "cannot be made"),
-        (["sweep", "pipeline", "real", "--features", "judge/model", "--scales", "x"], "--scales x are no guidance"),
+        (["sweep", "pipeline", "real", "--features", "judge/model", "--scales", "x"], "--scales x is not a list"),
         (["sweep", "pipeline", "real", "--features", "judge/model", "--steps", "1.5"], "--steps 1.5 are no whole"),
         (["sweep", "pipeline", "nowhere.npz", "--features", "judge/model"], "There is no file nowhere.npz"),
     ],

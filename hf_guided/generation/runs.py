@@ -42,7 +42,7 @@ from .samples import import_parquet, read_record, write_samples
 PLAN_FILE = "plan.json"
 _PLANNED = {"num_images", "size", "seed"}  # of every plan, by which a record is known as one
 _CONTENT_OF = {"model": "model_files"}  # a folder may be moved, or its path spelled otherwise
-MAX_PICTURED = 1000  # images in one picture
+MAX_PICTURED = 1000  # images in one grid
 _BLOCK = 4096  # bytes that even a small file takes
 _TIMEOUT = 600  # seconds without news of the other processes, beside twenty batches' time
 
@@ -160,7 +160,7 @@ def run_to_file(
         `bool`: `True` if it was made, `False` if it was there already.
 
     Raises:
-        `ValueError`: If the output, or what is there of it, was made otherwise, or the disk has too little space.
+        `ValueError`: If the output, or its parts exist with other settings, or the disk has too little space.
         `FullDiskError`: If the disk is full; what is made is kept.
         `RuntimeError`: If another process has ended; what is made is kept.
     """
@@ -170,7 +170,7 @@ def run_to_file(
         raise ValueError(f"Images of {channels} channels are no pictures; only the pipeline itself can make them.")
     if kind == ".png" and num_images > MAX_PICTURED:
         raise ValueError(
-            f"{num_images} images are too many for one picture; give an --output of .npz, .parquet or a folder."
+            f"{num_images} images are too many for one grid; give an --output of .npz, .parquet or a folder."
         )
     parts = Parts(_parts_folder(path), shape, batch_size)
 
@@ -278,7 +278,7 @@ def _stamp(model: str) -> str | None:
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What two plans differ in, in words; empty if they make the same samples."""
     kinds = {"labels": "labels", "model_files": "model's files", "images": "small images"}
-    hashes = {name: f"the {what} were others" for name, what in kinds.items()}
+    hashes = {name: f"the {what} were different" for name, what in kinds.items()}
     return "; ".join(
         hashes.get(name, f"{name} was {old.get(name)} and is now {new.get(name)}")
         for name in differing(old, new, _CONTENT_OF)
@@ -295,7 +295,7 @@ def _missing_batches(path: Path, kind: str, parts: Parts, plan: dict[str, Any]) 
         return None
     if record is not None and kind != ".png":
         raise ValueError(
-            f"{path} is there already and was made otherwise: {_differences(record, plan)}. Give another --output, or "
+            f"{path} already exists with other settings: {_differences(record, plan)}. Give another --output, or "
             f"remove it."
         )
 
@@ -307,8 +307,8 @@ def _missing_batches(path: Path, kind: str, parts: Parts, plan: dict[str, Any]) 
         )
         if (changes := _differences(old, plan)) and any(parts.folder.glob("*.raw")):
             raise ValueError(
-                f"{parts.folder} holds images made otherwise: {changes}. Give the same flags to resume, or remove the "
-                f"folder to start from scratch."
+                f"{parts.folder} holds images with other settings: {changes}. Give the same flags to resume, or remove "
+                f"the folder to start from scratch."
             )
     finished = set()
     if parts.folder.is_dir():

@@ -133,7 +133,7 @@ def sample_to_file(
         `bool`: `True` if it was made, `False` if it was there already.
 
     Raises:
-        `ValueError`: If the output, or what is there of it, was made otherwise, or the disk has too little space.
+        `ValueError`: If the output, or its parts exist with other settings, or the disk has too little space.
         `FullDiskError`: If the disk is full; what is made is kept.
         `RuntimeError`: If another process has ended; what is made is kept.
     """

@@ -546,7 +546,7 @@ def test_mistakes_end_in_one_sentence(folders, monkeypatch):
     classifier.save_pretrained("others")
     (folders / "empty").mkdir()
     for argv, message in [
-        (["clean", "photos"], "ViTForImageClassification takes no timestep: it knows clean images only"),
+        (["clean", "photos"], "ViTForImageClassification takes no timestep: it is a classifier of clean images"),
         (["unguided", "photos"], "The pipeline unguided has no classifier"),
         (["unet", "photos"], "unet is no image classifier"),
         (["empty", "photos"], "neither config.json nor model_index.json"),
@@ -567,7 +567,7 @@ def test_wrong_images_are_refused(tiny_classifier):
     for data, options, message in [
         ((good, torch.tensor([0, 1, 2, 3])), {}, "label 3; the classifier's classes are 0 to 2"),
         ((good, torch.tensor([0, 1, -1, 2])), {}, "label -1"),
-        ((good, torch.tensor([1, 1, 1, 1])), {}, "single class"),
+        ((good, torch.tensor([1, 1, 1, 1])), {}, "one class"),
         ((good[:, :1], torch.arange(4) % 3), {}, "images of 3 channels"),
         ((good.byte(), torch.arange(4) % 3), {}, "floating-point"),
         ((good[:0], torch.arange(0)), {}, "no images"),

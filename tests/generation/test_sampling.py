@@ -295,7 +295,7 @@ def test_parts_of_another_plan_are_told(saved, folder, tmp_path, monkeypatch):
         ({"batch_size": 3, "seed": 1}, "seed was 0 and is now 1"),
         ({"batch_size": 3, "guidance_scale": 2.0}, "guidance_scale was None and is now 2.0"),
     ]:
-        with pytest.raises(ValueError, match=f"parts holds images made otherwise: {difference}. Give the same flags"):
+        with pytest.raises(ValueError, match=f"parts holds images with other settings: {difference}. Give the same"):
             sample_to_file(saved, labels, path, **arguments)
     config = folder / "unet" / "config.json"
     times = config.stat()

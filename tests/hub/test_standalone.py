@@ -326,7 +326,7 @@ def test_the_code_is_the_packages_own(code):
     for name, cls in classes.items():
         source = inspect.getsource(cls).removeprefix("@register_with_diffusers\n")
         assert f"\n{source}" in code[f"{cls.__module__.rpartition('.')[2]}.py"], name
-    assert "\n# By how much a step of Heun or KDPM2 may multiply" in code["pipeline_classifier_guided.py"]
+    assert "\n# Largest factor by which a step of Heun or KDPM2 may amplify" in code["pipeline_classifier_guided.py"]
 
 
 def test_the_code_stands_alone(code, tmp_path):
