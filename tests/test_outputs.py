@@ -198,9 +198,7 @@ def test_the_same_upscaling_may_run_again(work, tiny_unet):
     for output in ("large.npz", "large.png"):
         for _ in range(2):
             main(["upscale", "upscaler", "small.npz", "--output", output])
-        with pytest.raises(
-            SystemExit, match="exists and was not made by this command"
-        ):  # of another command's
+        with pytest.raises(SystemExit, match="exists and was not made by this command"):  # of another command's
             main(["sample", "no", "--output", output])
     refused(["upscale", "no", "large.npz", "--output", "large.npz"], IS_READ)
 

@@ -84,7 +84,7 @@ def check_destination(
         import_parquet()
     parts = _parts_folder(path)
     if os.path.lexists(parts) and not (parts.is_dir() and _may_hold_parts(parts)):
-        raise ValueError(f"{parts} is not this command's; remove it, or give another --output.")
+        raise ValueError(f"{parts} was not made by this command; remove it, or give another --output.")
 
     def is_own(name: Path) -> bool:
         record = read_record(name) or {}
