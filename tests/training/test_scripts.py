@@ -153,9 +153,9 @@ def test_a_push_that_fails_does_not_stop_the_training(photos, tmp_path, hub):
     result = push(hub, "training.train_classifier", *flags, "--max_train_steps", "4", cwd=tmp_path)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert "The push of the newest snapshot failed: This token may not write to me/fruit" in result.stderr
+    assert "The push of the newest snapshot failed: This token has no write access to me/fruit" in result.stderr
     error, hint, command = result.stderr.strip().splitlines()[-3:]
-    assert error.startswith("error: This token may not write to me/fruit")
+    assert error.startswith("error: This token has no write access to me/fruit")
     assert hint == "The training is done and saved. To push it:"
     assert len(hub.repos["me/fruit"].history()) == 1
     saved = (tmp_path / "out" / "classifier" / "model" / "model.safetensors").read_bytes()
@@ -174,7 +174,7 @@ def test_who_may_not_push_hears_it_before_the_training(photos, tmp_path, hub):
     result = push(hub, "training.train_diffusion", *flags, cwd=tmp_path, token="hf_other")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("error: This token may not write to me/fruit")
+    assert result.stderr.strip().splitlines()[-1].startswith("error: This token has no write access to me/fruit")
     assert not list(tmp_path.rglob("checkpoint-*"))
 
 
