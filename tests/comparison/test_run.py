@@ -22,7 +22,7 @@ from hf_guided.comparison.run import (
 )
 from hf_guided.data import DataArguments, load_labelled_images
 from hf_guided.training.arguments import parse_arguments
-from hf_guided.training.train_baseline import FAMILIES
+from hf_guided.training.train_baseline import TRAINERS
 from hf_guided.training.train_classifier import ClassifierArguments
 from hf_guided.training.train_diffusion import DiffusionArguments
 
@@ -55,7 +55,7 @@ def images():
 def stages(recipe):
     stages = {"classifier": ClassifierArguments, "diffusion": DiffusionArguments}
     return parse_arguments(
-        {**stages, **{family: arguments for family, (arguments, _) in FAMILIES.items()}}, ["--recipe", recipe]
+        {**stages, **{family: arguments for family, (arguments, _) in TRAINERS.items()}}, ["--recipe", recipe]
     )[1]
 
 

@@ -14,7 +14,7 @@ from hf_guided.data import DataArguments, load_labelled_images
 from hf_guided.fields import CheckedFields, Range
 from hf_guided.training.arguments import RECIPES, parse_arguments, read_recipe
 from hf_guided.training.train import ReportArguments, check_models, check_stages
-from hf_guided.training.train_baseline import FAMILIES
+from hf_guided.training.train_baseline import TRAINERS
 from hf_guided.training.train_classifier import ClassifierArguments
 from hf_guided.training.train_diffusion import DiffusionArguments
 from hf_guided.training.train_upscaler import UpscalerArguments
@@ -25,7 +25,7 @@ STAGES = {
     "diffusion": DiffusionArguments,
     "report": ReportArguments,
 }
-ALL_STAGES = {**STAGES, "upscaler": UpscalerArguments, **{name: arguments for name, (arguments, _) in FAMILIES.items()}}
+ALL_STAGES = {**STAGES, "upscaler": UpscalerArguments, **{name: arguments for name, (arguments, _) in TRAINERS.items()}}
 NAN, INF = math.nan, math.inf
 
 

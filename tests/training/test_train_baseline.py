@@ -38,7 +38,7 @@ PIPELINES = {"vae": VAEPipeline, "gan": GANPipeline, "flow": FlowPipeline}
 
 def arguments(family: str, photos: Path, output_dir: Path, *more: str):
     flags = [*TINY[family], *FLAGS, "--train_data_dir", str(photos), "--output_dir", str(output_dir), *more]
-    data_args, stages = parse_arguments({family: script.FAMILIES[family][0]}, flags)
+    data_args, stages = parse_arguments({family: script.TRAINERS[family][0]}, flags)
     return data_args, stages[family]
 
 
@@ -65,13 +65,13 @@ def history(family: str, output_dir: Path) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, photos) -> dict[str, Path]:
     """Each family, trained without a stop."""
-    folders = {family: tmp_path_factory.mktemp(family) for family in script.FAMILIES}
+    folders = {family: tmp_path_factory.mktemp(family) for family in script.TRAINERS}
     for family, folder in folders.items():
         assert go(family, photos, folder, "--preview_steps", "2") == folder / family / "pipeline"
     return folders
 
 
-@pytest.fixture(params=list(script.FAMILIES))
+@pytest.fixture(params=list(script.TRAINERS))
 def family(request) -> str:
     return request.param
 
@@ -266,7 +266,7 @@ def test_mistakes_end_before_the_training(photos, tmp_path, monkeypatch, capsys)
             run_script(script.main)
         assert message in f"{stopped.value} {capsys.readouterr().err}"
     shared = [*FLAGS, "--train_data_dir", str(photos), "--resolution", "6"]
-    for name in script.FAMILIES:
+    for name in script.TRAINERS:
         deep = ["--num_levels", "2"] if name == "flow" else ["--channel_mult", "1", "1", "1"]
         deep += ["--translation", "0"] if name == "gan" else []
         monkeypatch.setattr(sys, "argv", ["train_baseline.py", "--family", name, *shared, *deep])
