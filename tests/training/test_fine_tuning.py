@@ -120,7 +120,7 @@ def test_the_architecture_is_the_pretrained_models_and_the_rest_the_datas(fine_t
     unet, weights = fine_tune("--no_class_conditional")
     assert differing(unet, weights) == {"class_embedding.weight"}
     assert unet.class_embedding is None
-    assert caplog.messages[-1].endswith("; left out: class_embedding.weight.")
+    assert caplog.messages[-1].endswith("; not used: class_embedding.weight.")
 
 
 def test_a_unet_alone(fine_tune, pretrained, tmp_path):

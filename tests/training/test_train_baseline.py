@@ -111,7 +111,7 @@ def test_what_training_leaves(family, trained, photos):
         f"{kind.__name__}.from_pretrained(",
         'class_labels=["apple"]',
         "`truncation=`" if family == "gan" else "`temperature=`",
-        "It makes images of 8x8 pixels",
+        "It generates images of 8x8 pixels",
         "54 to train on, 6 held out",
         "4 steps of 8 images",
         "| Seed | 0 |",
