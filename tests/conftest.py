@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests already
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from hf_guided import ADMClassifierConfig, ADMForImageClassification, ADMUNet2DModel
@@ -162,3 +163,18 @@ def small_disk(tmp_path):
         pytest.skip("mounting a disk takes the rights of root")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)  # torch leaves its files open
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """60 RGB pictures of three classes, of several sizes."""
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for label, name in enumerate(["apple", "banana", "cherry"]):
+        (folder / name).mkdir()
+        for i in range(20):
+            shape = (int(random.integers(9, 20)), int(random.integers(9, 20)), 3)
+            pixels = random.integers(0, 120, shape, dtype=np.uint8)
+            pixels[..., label] += 120
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder

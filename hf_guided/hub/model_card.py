@@ -131,7 +131,7 @@ def render_card(
     }
     copied = [value for row in results for key, value in row.items() if key.startswith("copied_share/")]
     sections = {"Sampling defaults": defaults, "Training": training}
-    card = _ENVIRONMENT.get_template("model_card.md").render(
+    card = _ENVIRONMENT.get_template("model_card.jinja").render(
         metadata=data.to_yaml(),
         title=escape(title),
         summary=escape(_public(summary)),

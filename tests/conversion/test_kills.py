@@ -40,11 +40,13 @@ def run_killed(command, folder, at):
 
 def check_every_kill(command, folder):
     """Kills at one file event after another, each in a fresh folder, until the command ends by itself."""
+    (folder / "whole").mkdir(exist_ok=True)
     main([word.format(out=folder / "whole") for word in command])
     expected = contents(folder / "whole")
     at = 1
     while True:
         work = folder / f"killed {at}"
+        work.mkdir()
         words = [word.format(out=work) for word in command]
         status = run_killed(words, work, at)
         main(words)
@@ -88,7 +90,7 @@ def pipeline(tiny_unet, tiny_classifier, tmp_path):
 
 def test_an_export(pipeline, tmp_path):
     """Of two files, the last of which may lack when the process dies."""
-    files = ["--output", "{out}/new/unet.pt", "--classifier", "{out}/new/classifier.pt"]
+    files = ["--output", "{out}/unet.pt", "--classifier", "{out}/classifier.pt"]
     assert check_every_kill(["convert", str(pipeline), "--to", "openai", *files], tmp_path) > 4
 
 
@@ -106,12 +108,12 @@ def test_what_another_command_has_written_stays(pipeline, tiny_unet, checkpoint,
     other.save_pretrained(tmp_path / "other")
     message = refused(tmp_path / "other", "--to", "openai", "--output", tmp_path / "unet.pt")
     assert "unet.pt exists already" in message
-    both = ["--output", tmp_path / "unet.pt", "--classifier", tmp_path / "new" / "classifier.pt"]
+    both = ["--output", tmp_path / "unet.pt", "--classifier", tmp_path / "classifier.pt"]
     (tmp_path / "classifier").mkdir()
     changed = ClassifierGuidedPipeline.from_pretrained(pipeline, unet=other)
     changed.save_pretrained(tmp_path / "changed")
     assert "unet.pt exists already" in refused(tmp_path / "changed", "--to", "openai", *both)
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "classifier.pt").exists()
     assert (tmp_path / "unet.pt").read_bytes() == before
 
     flags = ["--flags", needed_flags(reference("classifier_spatial").config)]
@@ -128,7 +130,7 @@ def test_what_another_command_has_written_stays(pipeline, tiny_unet, checkpoint,
 @pytest.mark.parametrize("room", [5_000, 40_000, 200_000])
 def test_a_full_disk_leaves_nothing(pipeline, checkpoint, reference, tmp_path, room):
     """As a limit to the size of a file shows it, for which nothing has to be mounted."""
-    files = ["--output", tmp_path / "new" / "deep" / "unet.pt", "--classifier", tmp_path / "new" / "classifier.pt"]
+    files = ["--output", tmp_path / "unet.pt", "--classifier", tmp_path / "classifier.pt"]
     flags = ["--flags", needed_flags(reference("unet_class_cond").config)]
     commands = [
         [pipeline, "--to", "openai", *files],
@@ -150,4 +152,5 @@ def test_a_full_disk_leaves_nothing(pipeline, checkpoint, reference, tmp_path, r
         os.close(write)
         with os.fdopen(read) as message:
             assert message.read().startswith("error: The disk is full: ")
-        assert not (tmp_path / "new").exists()
+        assert not {"unet.pt", "classifier.pt", "new"} & {path.name for path in tmp_path.iterdir()}
+        assert not list(tmp_path.glob(".*"))

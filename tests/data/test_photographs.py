@@ -79,7 +79,7 @@ def test_share_size_and_augmentation_are_flags():
     assert not torch.equal(train[700, 2]["pixel_values"], other[700, 2]["pixel_values"])
     assert torch.equal(held_out[5, 0]["pixel_values"], held_out[5, 1]["pixel_values"])
 
-    with pytest.raises(ValueError, match=r"--resolution 257 257 is too large .* 427 x 256 .* beside those held"):
+    with pytest.raises(ValueError, match=r"--resolution 257 257 is too large .* 427 x 256 .*held_out_fraction leaves"):
         load(resolution=[257])
     with pytest.raises(ValueError, match=r"fit into 427 x 128 pixels .* of each, which are held out\.$"):
         load(resolution=[200])
