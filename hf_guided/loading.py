@@ -1,5 +1,6 @@
 """Checks of saved models: damaged files and weights that do not fit raise errors that name them."""
 
+import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -291,6 +292,15 @@ def foreign_content(path: str | os.PathLike) -> str:
     if start.lstrip()[:1] == b"<":
         return "a web page"
     return ""
+
+
+def weights_digest(model: torch.nn.Module, settings: str = "") -> str:
+    """Hex SHA-256 of a model's class, of settings, and of the names, types, shapes and bytes of its weights."""
+    digest = hashlib.sha256(json.dumps([type(model).__name__, settings]).encode())
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _listed(names: list[str]) -> str:

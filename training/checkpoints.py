@@ -24,9 +24,9 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
 from ..credentials import without_credentials
-from ..evaluation.features.extractors import weights_digest
 from ..files import differing, partial_name, read_json, recover_folder, remove_folder, replacing_folder, write_json
 from ..labels import composed
+from ..loading import weights_digest
 from ..processes import from_main
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from ..labels import composed, match_classes
-from .features.extractors import FeatureExtractor, weights_digest
+from ..loading import weights_digest
+from .features.extractors import FeatureExtractor
 from .features.feature_sets import FeatureSet, collect_features
 from .features.image_sets import ArrayImages, ImageSet, LoadedImages
 from .likelihood import Likelihood

@@ -17,11 +17,12 @@ from ..files import check_outside, check_place, check_replaceable, differing, ha
 from ..generation.options import labels_to_sample
 from ..generation.sampling import COMPILING
 from ..guidance import guidance_from_dict
+from ..loading import weights_digest
 from ..pipelines.auto_pipeline import load_pipeline
 from ..processes import from_main, join_processes, print_once, resumable
 from .evaluate import judged_labels, measure
 from .features import feature_sets
-from .features.extractors import FeatureExtractor, weights_digest
+from .features.extractors import FeatureExtractor
 from .features.feature_sets import FeatureSet, collect_features
 from .features.image_sets import ImageSet, SampledImages
 from .metrics.table import METRICS

@@ -1,6 +1,5 @@
 """Feature extractors: the published Inception network, and any vision model or classifier of transformers."""
 
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -18,7 +17,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
-from ...loading import check_cover, naming_damage
+from ...loading import check_cover, naming_damage, weights_digest
 from ...models.classifier_adm import ADMForImageClassification, image_size
 from ...models.image_processing_adm import ADMImageProcessor
 
@@ -313,15 +312,6 @@ def _mean(hidden_state: torch.Tensor) -> torch.Tensor:
 
 def _numpy(values: torch.Tensor) -> np.ndarray:
     return values.float().cpu().numpy()
-
-
-def weights_digest(model: torch.nn.Module, settings: str = "") -> str:
-    """Hex SHA-256 of a model's class, of settings, and of the names, types, shapes and bytes of its weights."""
-    digest = hashlib.sha256(json.dumps([type(model).__name__, settings]).encode())
-    for name, weight in model.state_dict().items():
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _torch_fidelity_inception() -> ModuleType:

@@ -21,9 +21,9 @@ from ...data.images import open_record, stored_bytes
 from ...data.npz import open_npz, read_samples
 from ...generation.samples import to_picture
 from ...generation.sampling import sample_batches
+from ...loading import weights_digest
 from ...models.images import BAD_IMAGE_ERRORS, resize_and_crop, upright_size
 from ..metrics.moments import FeatureStatistics
-from .extractors import weights_digest
 
 HELD_OUT, TRAIN = "held_out", "train"
 _MODES = {1: "L", 3: "RGB"}
