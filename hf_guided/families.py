@@ -4,11 +4,10 @@ It imports nothing heavy, so that a push reads it without torch. To add a family
 `baselines/<name>.py`, its pipeline `pipelines/pipeline_<name>.py`, and its task in `training/train_baseline.py`.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """A family of generative models.
 
     Attributes:

@@ -495,8 +495,8 @@ class Measuring:
 
         features, metrics = sampled()
         curve = None
-        if (dial := self.dial(pipeline)) is not None:
-            name, argument, values = dial
+        if (trade_off := self.trade_off(pipeline)) is not None:
+            name, argument, values = trade_off
             points = [{"value": value, "metrics": sampled(**{argument: value})[1]} for value in values]
             curve = {"name": name, "points": points}
         if (width := pipeline.main_config.get("dequantization_width", 1)) > 1:
@@ -520,7 +520,7 @@ class Measuring:
         matched = match_classes(self.id2label, pipeline.id2label, set(labels.tolist()), "of the pipeline")
         return torch.tensor([matched[label] for label in labels.tolist()])
 
-    def dial(self, pipeline: Any) -> tuple[str, str, Sequence[float]] | None:
+    def trade_off(self, pipeline: Any) -> tuple[str, str, Sequence[float]] | None:
         """What trades variety for fidelity: its name, the argument of the pipeline's call, and values."""
         if getattr(pipeline, "classifier", None) is not None:
             return "guidance scale", "guidance_scale", self.guidance_scales

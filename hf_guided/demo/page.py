@@ -2,7 +2,6 @@
 
 import base64
 import html
-import inspect
 import io
 import math
 import queue
@@ -23,6 +22,7 @@ from ..evaluation.evaluate import check_independent, judged_labels
 from ..evaluation.features.extractors import FeatureExtractor
 from ..evaluation.features.image_sets import SampledImages
 from ..evaluation.sweep import guidance_at
+from ..families import family_of
 from ..generation.grids import labelled_grid
 from ..generation.samples import to_picture
 from ..generation.sampling import to_8_bit
@@ -186,7 +186,7 @@ def guidance_trade_off(pipe: ClassConditionalPipeline, guidance: Guidance) -> Tr
 
 _LOWER = "Lower values give images that are more typical of their class and less varied."
 # Trade-offs of pipelines that map latents to images in one step, by the argument of the pipeline's call.
-LATENTS_DIALS = {
+LATENTS_TRADE_OFFS = {
     "temperature": TradeOff(
         name="temperature",
         neutral=1,
@@ -261,8 +261,7 @@ class Session:
     def _own_trade_off(self) -> TradeOff | None:
         if self.guidance is not None:
             return guidance_trade_off(self.pipe, self.guidance)
-        known = inspect.signature(type(self.pipe).__call__).parameters
-        return next((trade_off for argument, trade_off in LATENTS_DIALS.items() if argument in known), None)
+        return LATENTS_TRADE_OFFS.get(family_of(type(self.pipe).__name__).trade_off)
 
     def _works(self, guidance: Any, condition_unet: bool) -> bool:
         labels = self.pipe.resolve_labels([0]) if self.label_of else None

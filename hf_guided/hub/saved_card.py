@@ -11,9 +11,9 @@ from .model_card import render_card
 
 # Models alone, and what they are called in a sentence.
 _MODELS = {
-    "ADMUNet2DModel": "UNet of a diffusion model",
+    **{family.models[0]: family.noun for family in BASELINES.values()},
     "BigGANGenerator": "generator of a GAN",
-    **{family.models[0]: family.noun for family in BASELINES.values() if family.name != "gan"},
+    "ADMUNet2DModel": "UNet of a diffusion model",
 }
 
 

@@ -34,7 +34,7 @@ from hf_guided import (
 )
 from hf_guided.cli import main
 from hf_guided.demo.gate import MAX_BODY, MAX_PER_SESSION, NOT_WAITED_FOR, SECONDS_TO_LISTEN
-from hf_guided.demo.page import LATENTS_DIALS, MAX_SEED, Session, build_demo, guidance_trade_off, launch_demo
+from hf_guided.demo.page import LATENTS_TRADE_OFFS, MAX_SEED, Session, build_demo, guidance_trade_off, launch_demo
 from hf_guided.evaluation.features.extractors import ModelFeatures
 from hf_guided.generation.samples import to_picture
 from hf_guided.generation.sampling import to_8_bit
@@ -803,5 +803,5 @@ def test_values_of_a_trade_off_are_read_in_their_order(make_pipe):
     for text in ("", "1,", "1;2", "nan", "-1", "1e9", None, ["1"]):
         with pytest.raises(ValueError, match=r"A scale must be|Give 1 to 6 scales"):
             scales.values_of(text)
-    for trade_off in (scales, *LATENTS_DIALS.values()):
+    for trade_off in (scales, *LATENTS_TRADE_OFFS.values()):
         assert trade_off.neutral in trade_off.values_of(trade_off.usual)  # of a row that is as without it
