@@ -8,6 +8,8 @@ from os import PathLike, fspath
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+from . import settings
+
 
 @dataclass(frozen=True)
 class Range:
@@ -44,9 +46,9 @@ MOST = 10**9  # upper bound of all counts: more has no use, and overflows
 
 PositiveInt = Annotated[int, Range(at_least=1, at_most=MOST)]
 NonNegativeInt = Annotated[int, Range(at_least=0, at_most=MOST)]
-Width = Annotated[int, Range(at_least=1, at_most=2**16)]  # channels, or pixels of a side
-Depth = Annotated[int, Range(at_least=1, at_most=1000)]  # layers of one kind
-Factor = Annotated[float, Range(above=0, at_most=1024)]  # of a width
+Width = Annotated[int, Range(at_least=1, at_most=settings.MOST)]  # channels, or pixels of a side
+Depth = Annotated[int, Range(at_least=1, at_most=settings.MOST_LAYERS)]  # layers of one kind
+Factor = Annotated[float, Range(above=0, at_most=settings.MOST_FACTOR)]  # of a width
 PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeFloat = Annotated[float, Range(at_least=0)]
 Share = Annotated[float, Range(at_least=0, below=1)]

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-MOST = 65_536  # upper bound of counts in a model; more is a damaged file, and would exhaust the memory
+# Upper bounds of a model's sizes; more is a damaged file, and would exhaust the memory
+MOST = 65_536  # channels, or pixels of a side
+MOST_LAYERS = 1000  # of one kind
+MOST_FACTOR = 1024  # of a width
 
 
 def is_whole(value: Any, at_most: int = MOST) -> bool:
@@ -25,7 +28,7 @@ def is_list(value: Any, fits: Callable[[Any], bool], shortest: int, longest: int
 
 
 COUNT = (f"a whole number from 1 to {MOST}", is_whole)
-REPEATS = ("a whole number from 1 to 1000", lambda value: is_whole(value, 1000))
+REPEATS = (f"a whole number from 1 to {MOST_LAYERS}", lambda value: is_whole(value, MOST_LAYERS))
 SWITCH = ("true or false", lambda value: isinstance(value, bool))
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sample_size": (
@@ -37,7 +40,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("num_heads", "num_heads_upsample", "attention_head_dim"), COUNT),
     "channel_mult": (
         "a list of 1 to 16 positive numbers, one for each level",
-        lambda value: is_list(value, lambda entry: is_number(entry) and 0 < entry <= 1024, 1, 16),
+        lambda value: is_list(value, lambda entry: is_number(entry) and 0 < entry <= MOST_FACTOR, 1, 16),
     ),
     "attention_resolutions": (
         "a list of sides in pixels, whole numbers from 1 up",
