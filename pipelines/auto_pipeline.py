@@ -87,10 +87,9 @@ def load_pipeline(model: str, state: "PartialState", kind: Any = None) -> Any:
     Raises:
         `ValueError`: If there is no such pipeline, or it is damaged.
     """
-    if kind is None:
-        kind = (
-            pipeline_class(model) if is_pipeline(model) else hf_guided.ClassifierGuidedPipeline
-        )  # which says what is missing
+    if kind is None and is_pipeline(model):
+        kind = pipeline_class(model)
+    kind = kind or hf_guided.ClassifierGuidedPipeline  # whose loading says what is missing
     pipeline = load_saved(kind, model).to(state.device)
     bar = {"desc": "batch", "position": 1, "leave": False}
     pipeline.set_progress_bar_config(**bar, disable=None if state.is_main_process else True)

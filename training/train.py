@@ -264,7 +264,8 @@ def describe(stages: dict[str, Any], images: tuple[LabelledImages, LabelledImage
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Prints the report."""
     shown = [metric for metric in METRICS.values() if any(f"{metric.name}/judge" in row for row in rows)]
-    lines = ["\n" + " " * 34 + "".join(f"  {metric.title}" for metric in shown)]
+    widths = [max(len(metric.title), 7) + 2 for metric in shown]  # of four digits, a sign and a point at least
+    lines = ["\n" + " " * 34 + "".join(f"{m.title:>{width}}" for m, width in zip(shown, widths, strict=True))]
     for row in rows:
         name = row["samples"]
         if row["guidance_scale"] is not None:
@@ -272,9 +273,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
                 f"scale {row['guidance_scale']:g}, {'conditional' if row['condition_unet'] else 'unconditional'} UNet"
             )
         line = f"{name:34}"
-        for metric in shown:
+        for metric, width in zip(shown, widths, strict=True):
             value = row.get(f"{metric.name}/judge")
-            line += f"{'' if value is None else metric.format(value):>{len(metric.title) + 2}}"
+            line += f"{'' if value is None else metric.format(value):>{width}}"
         lines.append(line)
     logger.info("\n".join(lines))
 

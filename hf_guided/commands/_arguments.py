@@ -66,8 +66,8 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the models first: worth it for many batches")
 
 
-def add_batches(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """Batch size and seed, the same in all commands but for the default."""
+def add_batch_size(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """The batch size; its default is the command's own."""
     parser.add_argument(
         "--batch_size", type=count, default=batch_size, metavar="N", help="images at once; default: %(default)s"
     )
@@ -90,7 +90,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="of samples, as for sample; default: all")
     add_condition_unet(parser)
-    add_batches(parser, 64)
+    add_batch_size(parser, 64)
     add_compile(parser)
     parser.add_argument("--num_workers", type=workers, default=0, metavar="N", help="processes that decode images")
     parser.add_argument("--no_cache", action="store_true", help="compute the features of real images again")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ._arguments import add_batches, add_seed, count
+from ._arguments import add_batch_size, add_seed, count
 
 HELP = "measure how good a noisy classifier is, and where to guide"
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_column", metavar="NAME", help="default: found by its type or usual name")
     parser.add_argument("--label_column", metavar="NAME", help="default: found by its type or usual name")
     parser.add_argument("--num_images", type=count, default=2000, metavar="N", help="held-out ones; default: 2000")
-    add_batches(parser, 64)
+    add_batch_size(parser, 64)
     add_seed(parser)
     parser.add_argument(
         "--output", default="inspection.png", metavar="PNG", help="numbers go beside it as .json; default: %(default)s"

@@ -5,7 +5,7 @@ import argparse
 from ._arguments import (
     LATENTS,
     STEPS,
-    add_batches,
+    add_batch_size,
     add_compile,
     add_condition_unet,
     add_latents,
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_steps(parser)
     add_condition_unet(parser)
     add_latents(parser)
-    add_batches(parser, 64)
+    add_batch_size(parser, 64)
     add_compile(parser)
     add_seed(parser)
     parser.add_argument(

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ._arguments import STEPS, add_batches, add_seed, add_steps
+from ._arguments import STEPS, add_batch_size, add_seed, add_steps
 
 HELP = "make large images of small ones"
 
@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", help="a .npz file of samples as OpenAI's scripts write it, or image files")
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="one class for all or one for each, as for sample")
     add_steps(parser)
-    add_batches(parser, 16)
+    add_batch_size(parser, 16)
     add_seed(parser)
     parser.add_argument(
         "--output",

@@ -97,7 +97,7 @@ class DataArguments(CheckedFields):
         if self.dataset_config_name is not None and (self.train_data_dir is not None or self.built_in):
             raise ValueError(
                 f"--dataset_config_name '{self.dataset_config_name}' is for a dataset on the Hub; "
-                f"'{self.source}' has no configurations;  leave it out, or give another --dataset_name."
+                f"'{self.source}' has no configurations; leave it out, or give another --dataset_name."
             )
         if self.cache_dir is not None:
             check_place(self.cache_dir, "--cache_dir")
@@ -192,8 +192,8 @@ class LabelledImages(Dataset):
 
     @cached_property
     def digest(self) -> str:
-        """
-        A hash of the images and labels in their order. It does not depend on the location or name of their folder.
+        """A hash of the images and labels in their order; it does not depend on the location or name of their folder.
+
         Up to 1 GiB it covers every byte; beyond, every file's size and the bytes of evenly spaced images.
         """
         digest = hashlib.sha256(b"" if self.labels is None else self.labels.tobytes())
