@@ -250,7 +250,7 @@ def test_guidances_add_up_and_mind_their_interval(pipe):
         pipe(2, guidance_scale=1.0, guidance=ClassifierGuidance(1.0))
     with pytest.raises(ValueError, match="finite number from 0 up"):
         pipe(2, guidance_scale=-1.0)
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match=r"interval=\(5, 1\)"):
         ClassifierGuidance(1.0, interval=(5, 1))
 
 
