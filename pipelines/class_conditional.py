@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 from ..guidance.base import NotFiniteError, broken_images
 from ..labels import id_of_name, resolve_labels
 from ..loading import SavedConfigMixin, check_loaded, naming_damage
 from ..schedulers.schedules import whole_number
-from ..settings import MOST, check_names, is_number
+from ..settings import MOST, check_names
 
 Labels = int | str | Sequence[int | str] | np.ndarray | torch.Tensor
 
@@ -113,20 +112,6 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
                 f"Images of {self.image_channels} channels cannot be PIL images; choose output_type='np' or 'pt'."
             )
 
-    def prepare_labels(self, class_labels: Labels, num_images_per_label: int) -> torch.Tensor:
-        """The class id of each image, `(batch,)`, images of a label consecutive; for class-conditional models."""
-        labels = self.resolve_labels(class_labels)
-        if labels is None:
-            raise ValueError("This model is class-conditional: give class_labels, ids or names.")
-        return labels.repeat_interleave(check_num_images(num_images_per_label))
-
-    def labels_of_images(self, class_labels: Labels, num_images: int) -> torch.Tensor:
-        """The class id of each image, `(num_images,)`, from one label per image or one for all."""
-        labels = self.prepare_labels(class_labels, 1)
-        if len(labels) not in (1, num_images):
-            raise ValueError(f"{len(labels)} class_labels were given for {num_images} images; give one, or one each.")
-        return labels.expand(num_images)
-
     def prepare_generators(
         self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int
     ) -> list[torch.Generator]:
@@ -149,29 +134,6 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
             for one in given
         ]
         return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-
-    def prepare_vectors(
-        self,
-        latents: torch.Tensor | None,
-        shape: tuple[int, int],
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
-        """Latent vectors `(batch, length)`: the given ones, or standard normal ones."""
-        check_latents(latents)
-        if latents is None:
-            generators = self.prepare_generators(generator, shape[0])
-            latents = randn_tensor(shape, generators, self._execution_device, torch.float32)
-        elif latents.shape != shape:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}; these images need {shape}.")
-        return latents.to(self._execution_device, getattr(self, self.main_component).dtype)
-
-    def resolve_temperature(self, temperature: float | None) -> float:
-        """The standard deviation of the latents; 1 if none is given."""
-        if temperature is not None and not (is_number(temperature) and temperature >= 0):
-            raise ValueError(
-                f"temperature={temperature!r} is not allowed; give a finite number from 0 (the most typical image) up."
-            )
-        return 1.0 if temperature is None else temperature
 
     def check_finite(self, sample: torch.Tensor) -> None:
         """Checks that images `(batch, channels, height, width)` are finite; clipping would hide it.

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -16,34 +15,24 @@ from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from transformers import CLIPModel, CLIPProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..guidance import ClassifierGuidance, Guidance, guidance_from_dict
-from ..guidance.base import GradientGuidance
+from ..guidance.base import GradientGuidance, broken_images
 from ..guidance.guider import Guider
 from ..guidance.monitor import SamplingCost
 from ..models.classifier_adm import ADMForImageClassification  # noqa: F401
 
 # Imported to register these classes with diffusers, since a saved pipeline may name them.
-from ..models.images import to_channels, to_pixel_values, upright
 from ..models.unet_adm import ADMUNet2DModel  # noqa: F401
-from ..schedulers.diffusers_compat import (
-    SPACINGS,
-    alpha_bar_at,
-    check_solver,
-    check_solver_timesteps,
-    correct_prediction,
-    warn_of_overshoot,
-)
+from ..schedulers.diffusers_compat import check_solver, set_solver_timesteps, solver_step
 from ..schedulers.repaint import RePaint, jump_positions
-from ..schedulers.schedules import check_timesteps, respacing_counts, space_timesteps, whole_number
-from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler  # noqa: F401
+from ..schedulers.schedules import check_timesteps, respacing_counts, whole_number
+from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler, model_timesteps  # noqa: F401
 from ..settings import is_number
-from .class_conditional import ClassConditionalPipeline, Labels, check_latents, check_num_images
-
-Images = Image.Image | np.ndarray | torch.Tensor | Sequence[Image.Image | np.ndarray | torch.Tensor]
+from .class_conditional import ClassConditionalPipeline, Labels, check_latents
+from .inputs import Images, images_to_tensor, match_batch
 
 
 @dataclass
@@ -325,8 +314,8 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         batch_size, labels, original, mask = match_batch(
             num_images_per_label, self.resolve_labels(class_labels), original, mask
         )
-        kinds = self.resolve_guidance(guidance, guidance_scale, labels)
-        self.check_inputs(labels, kinds, condition_unet, output_type, callback_on_step_end_tensor_inputs)
+        self.check_inputs(labels, condition_unet, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        kinds = self.resolve_guidance(guidance, guidance_scale, labels, condition_unet)
         eta = self.resolve_eta(eta)
 
         # 2. Timesteps and noise
@@ -344,14 +333,14 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             repaint = RePaint(self.scheduler, original, mask)
 
         # 3. noise -> (UNet -> guidance -> scheduler step) x N -> image
-        conditions = self.unet_conditions(labels if condition_unet else None)
-        asked = guidance is not None or guidance_scale is not None
+        is_default = guidance is None and guidance_scale is None
         guider = self.prepare_guider(
-            kinds, asked, labels, conditions, loop_timesteps, gradient_batch_size, nonfinite_gradient, return_cost
+            kinds, is_default, labels, loop_timesteps, gradient_batch_size, nonfinite_gradient, return_cost
         )
         latents = self.denoise(
             latents,
             loop_timesteps,
+            self.unet_conditions(labels if condition_unet else None),
             guider,
             eta,
             generators,
@@ -366,6 +355,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         self,
         latents: torch.Tensor,
         timesteps: torch.Tensor,
+        conditions: dict[str, torch.Tensor],
         guider: Guider,
         eta: float,
         generators: list[torch.Generator],
@@ -375,10 +365,6 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> torch.Tensor:
         """The denoising loop: (UNet -> guidance -> scheduler step) at each timestep; returns x_0."""
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(
-                f"callback_on_step_end={callback_on_step_end!r} is not a function; leave it out, or give one."
-            )
         if variance_noise is not None and not torch.is_tensor(variance_noise):
             raise ValueError(f"variance_noise is a {type(variance_noise).__name__}; give a torch.Tensor.")
         if variance_noise is not None and variance_noise.shape != (len(timesteps), *latents.shape):
@@ -392,12 +378,30 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         previous = None
         for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = self.scheduler.scale_model_input(latents, t)
-            model_output, gradient = guider(model_input, t, schedule[i], i)
-            noise = None if variance_noise is None else variance_noise[i].to(latents)
-            latents, original = self.step(
-                model_output, t, schedule[i], model_input, latents, gradient, eta, generators, noise, previous
-            )
-            previous = (t, original)
+            parts = []
+            for rows in guider.begin_step(i, schedule[i], latents):
+                with guider.recording(model_input[rows]) as x_t:
+                    prediction = self.predict(x_t, t, rows, conditions, guider)
+                guider.add_gradient(x_t, prediction, rows)
+                parts.append(prediction.detach())
+                del prediction  # frees its graph before the next part
+            model_output = torch.cat(parts)
+            guider.monitor.watch(broken_images(model_output), "unet", schedule[i], i)
+            gradient = guider.gradient()
+
+            noise: dict[str, Any] = {"generator": generators}
+            if variance_noise is not None:
+                noise = {"variance_noise": variance_noise[i].to(latents)}
+            if self.has_adm_scheduler:
+                output = self.scheduler.step(
+                    model_output, t, latents, gradient=gradient, eta=eta, previous=previous, **noise
+                )
+                previous = (t, output.pred_original_sample)
+                latents = output.prev_sample
+            else:
+                latents = solver_step(
+                    self.scheduler, model_output, t, schedule[i], latents, model_input, gradient, eta=eta, **noise
+                )
             if repaint is not None:
                 latents = repaint(latents, schedule[i], following[i], generators)
                 previous = None  # the known pixels have changed
@@ -418,6 +422,45 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         guider.monitor.look()
         return latents
 
+    def predict(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        rows: torch.Tensor,
+        conditions: dict[str, torch.Tensor],
+        guider: Guider,
+    ) -> torch.Tensor:
+        """The UNet's output, its prediction extrapolated from weaker ones (classifier-free guidance, autoguidance)."""
+        timestep = model_timesteps(self.scheduler, timestep)
+        conditions = {name: condition[rows] for name, condition in conditions.items()}
+        compared = {kind.component for kind in guider.compared}
+        others = {}
+        if "guide_unet" in compared:
+            known = dict(conditions)
+            if self.guide_unet.config.num_class_embeds is None:
+                known.pop("class_labels", None)
+            with guider.monitor.measured("guide_unet"):
+                output = self.guide_unet(sample.to(self.guide_unet.dtype), timestep, **known).sample
+            others["guide_unet"] = output.float()
+        unet_input = sample
+        if "unet" in compared:  # conditional and unconditional, in one doubled batch
+            null_label = torch.full_like(rows, self.unet.config.num_class_embeds)
+            unconditional = {**conditions, "class_labels": null_label}
+            conditions = {name: torch.cat([known, unconditional[name]]) for name, known in conditions.items()}
+            unet_input = torch.cat([sample, sample])
+        with guider.monitor.measured("unet"):
+            output = self.unet(unet_input.to(self.unet.dtype), timestep, **conditions).sample.float()
+        if "unet" in compared:
+            output, others["unet"] = output.chunk(2)
+        if not compared:
+            return output
+        prediction, variance = output.tensor_split([sample.shape[1]], dim=1)
+        differences = [
+            kind.difference(prediction, others[kind.component][:, : sample.shape[1]], guider.timestep)
+            for kind in guider.compared
+        ]
+        return torch.cat([sum(differences, start=prediction), variance], dim=1)
+
     def finish(
         self, sample: torch.Tensor, output_type: str, return_dict: bool, cost: SamplingCost | None = None
     ) -> GuidedPipelineOutput | tuple:
@@ -430,22 +473,21 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
     def prepare_guider(
         self,
         kinds: list[Guidance],
-        asked: bool,
+        is_default: bool,
         labels: torch.Tensor | None,
-        conditions: dict[str, torch.Tensor],
         timesteps: torch.Tensor,
         gradient_batch_size: int | None,
         nonfinite_gradient: str,
         return_cost: bool,
     ) -> Guider:
-        """The guider for these components, labels and timesteps; `asked` if the kinds are not saved defaults."""
+        """The guider of this call; kinds that are no saved default must act at some of its timesteps."""
         if torch.is_inference_mode_enabled() and any(isinstance(kind, GradientGuidance) for kind in kinds):
             raise ValueError("Gradients cannot be taken under torch.inference_mode(); call the pipeline without it.")
         self._guidance_scale = next((kind.scale for kind in kinds if isinstance(kind, ClassifierGuidance)), None)
         schedule = timesteps.tolist()
         acting = [kind for kind in kinds if sum(kind.acts_at(t) for t in schedule)]  # checks the scale at all of them
         for kind in kinds:
-            if asked and kind not in acting:
+            if not is_default and kind not in acting:
                 raise ValueError(
                     f"{kind!r} acts at none of the {len(schedule)} timesteps of this call, from {schedule[0]:g} to "
                     f"{schedule[-1]:g}; give another interval, more steps, or a higher strength."
@@ -454,7 +496,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             raise ValueError(f"gradient_batch_size={gradient_batch_size} is too small; give 1 or more.")
         if nonfinite_gradient not in ("raise", "skip"):
             raise ValueError(f"nonfinite_gradient={nonfinite_gradient!r} is not one of 'raise', 'skip'.")
-        return Guider(self, acting, labels, conditions, gradient_batch_size, nonfinite_gradient, timed=return_cost)
+        return Guider(self, acting, labels, gradient_batch_size, nonfinite_gradient, timed=return_cost)
 
     def unet_conditions(self, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Inputs of the UNet besides sample and timestep: the labels, if it is class-conditional."""
@@ -518,43 +560,6 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         noise = noise / self.scheduler.init_noise_sigma  # add_noise scales it itself
         return timesteps[skipped:], self.scheduler.add_noise(original, noise, first)
 
-    def step(
-        self,
-        model_output: torch.Tensor,
-        timestep: torch.Tensor,
-        timestep_value: float,
-        model_input: torch.Tensor,
-        latents: torch.Tensor,
-        gradient: torch.Tensor | None,
-        eta: float,
-        generators: list[torch.Generator],
-        variance_noise: torch.Tensor | None,
-        previous: tuple[torch.Tensor, torch.Tensor | None] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The next sample, and x_0 if known; for schedulers of diffusers the gradient shifts epsilon (Algorithm 2)."""
-        options: dict[str, Any] = {"eta": eta, "generator": generators}
-        if variance_noise is not None:  # DDIM of diffusers then takes no generator
-            options = {"eta": eta, "variance_noise": variance_noise}
-        if self.has_adm_scheduler:
-            output = self.scheduler.step(
-                model_output, timestep, latents, gradient=gradient, previous=previous, **options
-            )
-            return output.prev_sample, output.pred_original_sample
-
-        prediction = model_output[:, : latents.shape[1]]  # these schedulers take no learned variance
-        config = self.scheduler.config
-        clip_sample = config.get("clip_sample", False)
-        if gradient is not None or clip_sample:
-            alpha_bar = alpha_bar_at(self.scheduler, timestep_value)
-            prediction = correct_prediction(
-                prediction, model_input, gradient, alpha_bar, config.prediction_type, clip_sample
-            )
-        accepted = inspect.signature(self.scheduler.step).parameters
-        if variance_noise is not None and "variance_noise" not in accepted:
-            raise ValueError(f"{type(self.scheduler).__name__} does not support variance_noise; leave it out.")
-        options = {name: value for name, value in options.items() if name in accepted}
-        return self.scheduler.step(prediction, timestep, latents, **options).prev_sample, None
-
     def default(self, name: str, otherwise: Any) -> Any:
         """The saved default of an argument, or `otherwise`."""
         saved = (self.config.sampling_defaults or {}).get(name)
@@ -565,8 +570,9 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         guidance: Guidance | Sequence[Guidance] | None,
         guidance_scale: float | None,
         labels: torch.Tensor | None,
+        condition_unet: bool,
     ) -> list[Guidance]:
-        """The kinds of guidance, without those of a neutral scale."""
+        """The kinds of guidance, without those of a neutral scale; checked against the components and labels."""
         check_one_guidance(guidance, guidance_scale)
         if guidance_scale is not None:
             guidance = ClassifierGuidance(guidance_scale)
@@ -580,7 +586,12 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         for kind in kinds:
             if not isinstance(kind, Guidance):
                 raise ValueError(f"guidance takes objects of hf_guided.guidance, one or a list; got {kind!r}.")
-        return [kind for kind in kinds if not kind.is_neutral]
+        kinds = [kind for kind in kinds if not kind.is_neutral]
+        if not self.has_adm_scheduler:
+            check_solver(self.scheduler, shifted=any(isinstance(kind, GradientGuidance) for kind in kinds))
+        for kind in kinds:
+            kind.check(self, labels, condition_unet)
+        return kinds
 
     def resolve_eta(self, eta: float | None) -> float:
         """DDIM's share of noise: as given, or the saved default if the scheduler supports it."""
@@ -595,14 +606,18 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
     def check_inputs(
         self,
         labels: torch.Tensor | None,
-        kinds: list[Guidance],
         condition_unet: bool,
         output_type: str,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
         """Raises `ValueError`, before the first step, for arguments that would fail or mislead later."""
         config = self.unet.config
         self.check_output_type(output_type)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(
+                f"callback_on_step_end={callback_on_step_end!r} is not a function; leave it out, or give one."
+            )
         if not isinstance(callback_on_step_end_tensor_inputs, list | tuple):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs!r} is not a list of names, "
@@ -624,10 +639,6 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                     "condition_unet=False needs a UNet with a null label (null_class_label=True), trained with label "
                     "dropout; this one is always class-conditional."
                 )
-        if not self.has_adm_scheduler:
-            check_solver(self.scheduler, shifted=any(isinstance(kind, GradientGuidance) for kind in kinds))
-        for kind in kinds:
-            kind.check(self, labels, condition_unet)
 
     def set_timesteps(
         self, num_inference_steps: int | None, respacing: str | None, timesteps: Sequence[int] | None
@@ -641,8 +652,8 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         given = {name: value for name, value in given.items() if value is not None}
         if len(given) > 1:
             raise ValueError(f"Give only one of num_inference_steps, respacing and timesteps; got {', '.join(given)}.")
-        defaulted = not given
-        if defaulted:
+        is_default = not given
+        if is_default:
             names = ("num_inference_steps", "respacing", "timesteps")
             given = {name: value for name in names if (value := self.default(name, None)) is not None}
         total = self.scheduler.config.num_train_timesteps
@@ -655,35 +666,11 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         if "timesteps" in given:
             given["timesteps"] = check_timesteps(given["timesteps"], total)
         if not self.has_adm_scheduler:
-            if "respacing" in given:
-                kept = space_timesteps(total, given.pop("respacing"))
-                given["timesteps"] = kept[::-1]
-            accepted = inspect.signature(self.scheduler.set_timesteps).parameters
-            spaced = any(self.scheduler.config.get(f"use_{how}", False) for how in SPACINGS)
-            if "timesteps" in given and (spaced or "timesteps" not in accepted):
-                if not defaulted:
-                    raise ValueError(
-                        f"{type(self.scheduler).__name__} chooses its own timesteps; give num_inference_steps instead "
-                        f"of respacing or timesteps."
-                    )
-                given = {"num_inference_steps": len(given["timesteps"])}
-            given = given or {"num_inference_steps": min(50, total)}
-        elif not given and self.scheduler.config.solver_order == 2:
-            given = {"num_inference_steps": min(FEW_STEPS, len(self.scheduler) - 1)}
-        try:
+            set_solver_timesteps(self.scheduler, given, self._execution_device, is_default)
+        else:
+            if not given and self.scheduler.config.solver_order == 2:
+                given = {"num_inference_steps": min(FEW_STEPS, len(self.scheduler) - 1)}
             self.scheduler.set_timesteps(**given, device=self._execution_device)
-        except ValueError as error:
-            if self.has_adm_scheduler:
-                raise
-            ((name, value),) = given.items()
-            raise ValueError(
-                f"{type(self.scheduler).__name__} cannot take {name}={value}; give another number of steps ({error})"
-            ) from error
-        if not self.has_adm_scheduler:
-            check_solver_timesteps(self.scheduler, given.get("num_inference_steps") or len(given["timesteps"]))
-        if hasattr(self.scheduler, "set_begin_index"):  # it would search for timesteps, which may repeat
-            self.scheduler.set_begin_index(0)
-        warn_of_overshoot(self.scheduler)
 
     def prepare_latents(
         self, latents: torch.Tensor | None, batch_size: int, generators: list[torch.Generator]
@@ -712,81 +699,3 @@ def check_eta(eta: Any) -> None:
     """Refuses an eta outside [0, 1]."""
     if not (is_number(eta) and 0 <= eta <= 1):
         raise ValueError(f"eta={eta!r} is not allowed; it is DDIM's share of noise, a number from 0 to 1.")
-
-
-def match_batch(num_images_per_label: int, *parts: torch.Tensor | None) -> tuple[Any, ...]:
-    """The batch size, and labels, images and masks expanded to it; one of a kind serves for all.
-
-    Args:
-        num_images_per_label (`int`): How often each is repeated, consecutive in the batch.
-        parts (`torch.Tensor` of shape `(n or 1, ...)`, *optional*): Labels, images or masks.
-
-    Returns:
-        The batch size and the parts, each of that length or `None`.
-
-    Raises:
-        `ValueError`: If their numbers do not fit.
-    """
-    num_images_per_label = check_num_images(num_images_per_label)
-    given = [part for part in parts if part is not None]
-    count = max((len(part) for part in given), default=1)
-    if any(len(part) not in (1, count) for part in given):
-        numbers = ", ".join(str(len(part)) for part in given)
-        raise ValueError(
-            f"class_labels, images and masks do not match ({numbers} were given): give as many of each, or one for all."
-        )
-    matched = (
-        None if part is None else part.expand(count, *part.shape[1:]).repeat_interleave(num_images_per_label, dim=0)
-        for part in parts
-    )
-    return count * num_images_per_label, *matched
-
-
-def images_to_tensor(images: Images, channels: int) -> torch.Tensor:
-    """Images of any type as a tensor of shape `(batch, channels, height, width)` in [-1, 1].
-
-    Args:
-        images: PIL images; arrays `(height, width)`, `(height, width, C)` or `(batch, height, width, C)`; tensors
-            `(height, width)`, `(C, height, width)` or `(batch, C, height, width)`; or a list of one kind. 8-bit
-            integers run from 0 to 255, as in the published `.npz` files; booleans and floats from 0 to 1 or, if some
-            are clearly negative, from -1 to 1.
-        channels (`int`): Channels of the model, 1 or 3. Grey images are expanded to three equal channels.
-
-    Raises:
-        `ValueError`: For other shapes or values, and images that differ in size.
-    """
-    several: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
-    if several and all(isinstance(image, Image.Image) for image in several):
-        pictures = [to_pixel_values(to_channels(upright(image), channels), channels) for image in several]
-        tensors = [torch.from_numpy(picture)[None] for picture in pictures]
-    else:
-        tensors = [_planes(image) for image in several]
-    if len({(tensor.shape[1:], tensor.dtype) for tensor in tensors}) != 1:
-        kinds = sorted({f"{tensor.shape[-2]}x{tensor.shape[-1]} {tensor.dtype}" for tensor in tensors})
-        raise ValueError(f"Images of one batch must have one size and type; these have {', '.join(kinds) or 'none'}.")
-    batch = torch.cat(tensors)
-    if batch.shape[1] not in (1, channels) or batch.numel() == 0:
-        raise ValueError(f"Images of shape {tuple(batch.shape)} were given where {channels} channels are expected.")
-    batch = batch.expand(-1, channels, -1, -1)
-    if batch.dtype == torch.uint8:
-        return batch / 127.5 - 1
-    batch = batch.float()
-    low, high = batch.min().item(), batch.max().item()
-    if low < -2 or -0.1 < low < 0 or not high <= 2:  # samples may overshoot a little; the last also holds for NaN
-        raise ValueError(
-            f"The images have values from {low:g} to {high:g}; give 8-bit integers, or floats in [0, 1] or [-1, 1]."
-        )
-    return (batch if low < 0 else 2 * batch - 1).clamp(-1, 1)
-
-
-def _planes(values: Any) -> torch.Tensor:
-    """An array or tensor of one or several images as a tensor of shape `(batch, C, height, width)`."""
-    if isinstance(values, np.ndarray):
-        values = torch.from_numpy(np.array(values))
-        values = values.movedim(-1, -3) if values.ndim > 2 else values
-    if not torch.is_tensor(values) or values.ndim not in (2, 3, 4):
-        raise ValueError(
-            f"An image is a PIL image, an array (height, width, channels) or a tensor (channels, height, width), alone "
-            f"or in a batch; got {type(values).__name__} of shape {tuple(getattr(values, 'shape', ()))}."
-        )
-    return values.reshape(-1, values.shape[-3] if values.ndim > 2 else 1, *values.shape[-2:])

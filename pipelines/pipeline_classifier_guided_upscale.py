@@ -12,14 +12,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.npz import read_samples
 from ..guidance import Guidance
-from .pipeline_classifier_guided import (
-    ClassifierGuidedPipeline,
-    GuidedPipelineOutput,
-    Images,
-    Labels,
-    images_to_tensor,
-    match_batch,
-)
+from .class_conditional import Labels
+from .inputs import Images, images_to_tensor, match_batch
+from .pipeline_classifier_guided import ClassifierGuidedPipeline, GuidedPipelineOutput
 
 
 class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
@@ -131,8 +126,8 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         batch_size, labels, low_res = match_batch(
             num_images_per_label, self.resolve_labels(class_labels), self.prepare_low_res(image)
         )
-        kinds = self.resolve_guidance(guidance, guidance_scale, labels)
-        self.check_inputs(labels, kinds, condition_unet, output_type, callback_on_step_end_tensor_inputs)
+        self.check_inputs(labels, condition_unet, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        kinds = self.resolve_guidance(guidance, guidance_scale, labels, condition_unet)
         eta = self.resolve_eta(eta)
 
         # 2. Timesteps and noise
@@ -141,15 +136,15 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         latents = self.prepare_latents(latents, batch_size, generators)
 
         # 3. noise -> (UNet conditioned on the small image -> guidance -> scheduler step) x N -> large image
-        conditions = {**self.unet_conditions(labels if condition_unet else None), "low_res": low_res}
         loop_timesteps = self.scheduler.timesteps
-        asked = guidance is not None or guidance_scale is not None
+        is_default = guidance is None and guidance_scale is None
         guider = self.prepare_guider(
-            kinds, asked, labels, conditions, loop_timesteps, gradient_batch_size, nonfinite_gradient, return_cost
+            kinds, is_default, labels, loop_timesteps, gradient_batch_size, nonfinite_gradient, return_cost
         )
         latents = self.denoise(
             latents,
             loop_timesteps,
+            {**self.unet_conditions(labels if condition_unet else None), "low_res": low_res},
             guider,
             eta,
             generators,

@@ -2,14 +2,14 @@
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 # Imported to register the class with diffusers, since a saved pipeline may name it.
 from ..baselines.flow import ClassConditionalGlow  # noqa: F401
-from .class_conditional import ClassConditionalPipeline, Labels
+from .class_conditional import Labels
+from .from_latents import LatentPipeline, resolve_temperature
 
 
-class FlowPipeline(ClassConditionalPipeline):
+class FlowPipeline(LatentPipeline):
     r"""Samples images of given classes: random latents through the inverse of a normalizing flow.
 
     Args:
@@ -26,54 +26,24 @@ class FlowPipeline(ClassConditionalPipeline):
         self.register_modules(flow=flow)
         self.register_names(id2label)
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        class_labels: Labels,
-        num_images_per_label: int = 1,
-        *,
-        temperature: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
-        r"""Samples images: latents -> inverse flow -> image.
+    @property
+    def latent_length(self) -> int:
+        """Numbers of a latent vector, as many as of an image."""
+        return self.image_channels * self.sample_size[0] * self.sample_size[1]
+
+    def decode(self, latents: torch.Tensor, labels: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
+        """The images that the flow maps to these latents.
 
         Args:
-            class_labels (`int`, `str`, a list, array or tensor of them): Classes by id or by name from `id2label`.
-            num_images_per_label (`int`, defaults to 1): Images of each label, side by side.
-            temperature (`float`, *optional*): Standard deviation of the latents, by default 1: below, images are more
-                typical and less varied (Glow, section 6).
-            generator (`torch.Generator` or a list, *optional*): A single one gives image i the i-th integer drawn from
-                it as its own seed, so that images do not depend on the batch; in a list, each gives one.
-            latents (`torch.Tensor` of shape `(batch, channels * height * width)`, *optional*): Standard normal.
-            output_type (`str`, defaults to `"pil"`): `"pil"`; `"np"` `(batch, height, width, channels)` in [0, 1];
-                `"pt"` `(batch, channels, height, width)` in [0, 1]; `"latent"`, the same in [-1, 1].
-            return_dict (`bool`, defaults to `True`): Return an output object instead of a tuple.
-
-        Returns:
-            `ImagePipelineOutput`: `.images`.
+            latents (`torch.Tensor` of shape `(batch, latent_length)`): Standard normal.
+            labels (`torch.Tensor` of shape `(batch,)`): Class ids.
+            temperature (`float`, *optional*): Standard deviation that the latents are given, by default 1: below,
+                images are more typical and less varied (Glow, section 6).
 
         Raises:
-            `ValueError`: For unknown labels, a negative temperature or tensors of the wrong shape.
-
-        Examples:
-            ```py
-            >>> import torch
-            >>> from hf_guided import FlowPipeline
-
-            >>> pipe = FlowPipeline.from_pretrained("outputs/flow/pipeline")
-            >>> images = pipe(["3", "7"], generator=torch.Generator().manual_seed(0)).images
-            ```
+            `ValueError`: For a negative temperature.
         """
-        self.check_output_type(output_type)
-        labels = self.prepare_labels(class_labels, num_images_per_label)
-        temperature = self.resolve_temperature(temperature)
-        length = self.image_channels * self.sample_size[0] * self.sample_size[1]
-        latents = self.prepare_vectors(latents, (len(labels), length), generator)
-        sample = self.flow.decode(temperature * latents, labels).sample
-        return self.finish(sample, output_type, return_dict)
+        return self.flow.decode(resolve_temperature(temperature) * latents, labels).sample
 
     @torch.no_grad()
     def bits_per_dim(

@@ -2,15 +2,14 @@
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 # Imported to register the class with diffusers, since a saved pipeline may name it.
 from ..baselines.gan import BigGANGenerator  # noqa: F401
 from ..settings import is_number
-from .class_conditional import ClassConditionalPipeline, Labels
+from .from_latents import LatentPipeline
 
 
-class GANPipeline(ClassConditionalPipeline):
+class GANPipeline(LatentPipeline):
     r"""Samples images of given classes: the generator's output for random latents.
 
     Args:
@@ -27,55 +26,25 @@ class GANPipeline(ClassConditionalPipeline):
         self.register_modules(generator=generator)
         self.register_names(id2label)
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        class_labels: Labels,
-        num_images_per_label: int = 1,
-        *,
-        truncation: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
-        r"""Samples images: latents -> generator -> image.
+    @property
+    def latent_length(self) -> int:
+        """Numbers of a latent vector."""
+        return self.generator.config.latent_dim
+
+    def decode(self, latents: torch.Tensor, labels: torch.Tensor, truncation: float | None = None) -> torch.Tensor:
+        """The generator's images.
 
         Args:
-            class_labels (`int`, `str`, a list, array or tensor of them): Classes by id or by name from `id2label`.
-            num_images_per_label (`int`, defaults to 1): Images of each label, side by side.
-            truncation (`float`, *optional*): The latents are truncated normal, between minus and plus this: the
-                lower, the more typical and the less varied the images (BigGAN, section 3.1). By default they are not
-                truncated.
-            generator (`torch.Generator` or a list, *optional*): A single one gives image i the i-th integer drawn from
-                it as its own seed, so that images do not depend on the batch; in a list, each gives one.
-            latents (`torch.Tensor` of shape `(batch, latent_dim)`, *optional*): Standard normal.
-            output_type (`str`, defaults to `"pil"`): `"pil"`; `"np"` `(batch, height, width, channels)` in [0, 1];
-                `"pt"` `(batch, channels, height, width)` in [0, 1]; `"latent"`, the same in [-1, 1].
-            return_dict (`bool`, defaults to `True`): Return an output object instead of a tuple.
-
-        Returns:
-            `ImagePipelineOutput`: `.images`.
+            latents (`torch.Tensor` of shape `(batch, latent_length)`): Standard normal.
+            labels (`torch.Tensor` of shape `(batch,)`): Class ids.
+            truncation (`float`, *optional*): The latents become truncated normal, between minus and plus this: the
+                lower, the more typical and the less varied the images (BigGAN, section 3.1).
 
         Raises:
-            `ValueError`: For unknown labels, a truncation that is not positive or tensors of the wrong shape.
-
-        Examples:
-            ```py
-            >>> import torch
-            >>> from hf_guided import GANPipeline
-
-            >>> pipe = GANPipeline.from_pretrained("outputs/gan/pipeline")
-            >>> images = pipe(["3", "7"], generator=torch.Generator().manual_seed(0)).images
-            ```
+            `ValueError`: For a truncation that is not positive.
         """
-        self.check_output_type(output_type)
-        labels = self.prepare_labels(class_labels, num_images_per_label)
-        latents = self.prepare_vectors(latents, (len(labels), self.generator.config.latent_dim), generator)
-        if truncation is not None:
-            latents = truncate(latents, truncation)
-        sample = self.generator(latents, labels).sample
-        return self.finish(sample, output_type, return_dict)
+        latents = latents if truncation is None else truncate(latents, truncation)
+        return self.generator(latents, labels).sample
 
 
 def truncate(latents: torch.Tensor, threshold: float) -> torch.Tensor:

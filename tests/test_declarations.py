@@ -24,7 +24,7 @@ from hf_guided.hub.model_card import write_model_card
 from hf_guided.hub.saved_card import card_of_saved
 from hf_guided.hub.space import write_space
 from hf_guided.pipelines.auto_pipeline import pipeline_class
-from hf_guided.pipelines.class_conditional import ClassConditionalPipeline
+from hf_guided.pipelines.from_latents import LatentPipeline
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ class ToyModel(ModelMixin, ConfigMixin):
         self.level = torch.nn.Parameter(torch.linspace(-1, 1, num_class_embeds))
 
 
-class ToyPipeline(ClassConditionalPipeline):
+class ToyPipeline(LatentPipeline):
     main_component = "model"
 
     def __init__(self, model: ToyModel, id2label: dict | None = None):
@@ -90,11 +90,12 @@ class ToyPipeline(ClassConditionalPipeline):
         self.register_modules(model=model)
         self.register_to_config(id2label=id2label)
 
-    @torch.no_grad()
-    def __call__(self, class_labels, num_images_per_label=1, *, generator=None, output_type="pil", return_dict=True):
-        labels = self.prepare_labels(class_labels, num_images_per_label)
-        sample = self.model.level[labels][:, None, None, None].expand(-1, 1, 4, 4)
-        return self.finish(sample, output_type, return_dict)
+    @property
+    def latent_length(self):
+        return 1
+
+    def decode(self, latents, labels):
+        return self.model.level[labels][:, None, None, None].expand(-1, 1, 4, 4)
 
 
 @pytest.fixture

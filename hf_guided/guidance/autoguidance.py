@@ -1,10 +1,13 @@
 """Autoguidance, a model guided by a bad version of itself: Karras et al., arXiv 2406.02507, equation 3."""
 
+from dataclasses import dataclass
+
 import torch
 
 from .base import Pipeline, PredictionGuidance, Scale
 
 
+@dataclass(eq=False, repr=False)
 class AutoGuidance(PredictionGuidance, source="arXiv 2406.02507, equation 3"):
     r"""Guides by the difference to the prediction of a weaker UNet, the pipeline's `guide_unet`.
 
@@ -19,8 +22,7 @@ class AutoGuidance(PredictionGuidance, source="arXiv 2406.02507, equation 3"):
     component = "guide_unet"
     needs_labels = False
 
-    def __init__(self, scale: Scale = 2.0, interval: tuple[float, float] | None = None):
-        super().__init__(scale, interval)
+    scale: Scale = 2.0
 
     def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
         super().check(pipeline, labels, condition_unet)

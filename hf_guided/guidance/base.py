@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -35,6 +35,7 @@ class NotFiniteError(RuntimeError):
     """A model's output or a gradient holds NaN or infinity."""
 
 
+@dataclass(eq=False, repr=False)
 class Guidance:
     r"""Base of all kinds of guidance. They compose in a list, in any order.
 
@@ -51,7 +52,10 @@ class Guidance:
 
     neutral_scale = 0.0  # exactly no guidance
     needs_labels = True
-    source: str | None = None
+    source: ClassVar[str | None] = None
+
+    scale: Scale
+    interval: tuple[float, float] | None = None
 
     def __init_subclass__(cls, source: str | None = None, **kwargs: Any):
         """A kind that names the source of its formula registers itself: pipelines save it and load it again."""
@@ -60,8 +64,8 @@ class Guidance:
             cls.source = source
             KINDS[cls.__name__] = cls
 
-    def __init__(self, scale: Scale, interval: tuple[float, float] | None = None):
-        name = type(self).__name__
+    def __post_init__(self) -> None:
+        name, scale, interval = type(self).__name__, self.scale, self.interval
         if isinstance(scale, Mapping):
             if not all(is_number(timestep) or is_decimal(timestep) for timestep in scale):
                 raise ValueError(f"The scale of {name} has keys that are not timesteps: {list(scale)}; give numbers.")
@@ -76,7 +80,7 @@ class Guidance:
                 f"interval={interval!r} of {name} is not a pair: give the lowest timestep first, then the highest."
             )
         self.scale = scale
-        self.interval = None if interval is None else tuple(interval)
+        self.interval = None if interval is None else (interval[0], interval[1])
 
     def scale_at(self, timestep: float) -> float:
         """The scale at a timestep of the training schedule."""
@@ -175,6 +179,7 @@ class Objective:
     log_probability: Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
 
 
+@dataclass(eq=False, repr=False)
 class GradientGuidance(Guidance, ABC):
     r"""Base of guidance by a gradient: adds scale * d log p / d x_t to the score. Several in a list add up.
 
@@ -189,22 +194,24 @@ class GradientGuidance(Guidance, ABC):
     """
 
     denoised = False  # whether the log-probability is that of the predicted clean image instead of the noisy sample
-    through_unet = False
 
-    def __init__(self, scale: Scale, interval: tuple[float, float] | None = None, every: int = 1, reuse: bool = False):
-        super().__init__(scale, interval)
-        if not isinstance(every, int) or every < 1:
+    every: int = 1
+    reuse: bool = False
+    through_unet: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.every, int) or self.every < 1:
             raise ValueError(
-                f"every={every} of {type(self).__name__} must be a whole number from 1 up; 1 is every step."
+                f"every={self.every} of {type(self).__name__} must be a whole number from 1 up; 1 is every step."
             )
-        self.every = every
-        self.reuse = reuse
 
     @abstractmethod
     def objective(self, pipeline: Pipeline, labels: torch.Tensor | None) -> Objective:
         """The log-probability whose gradient guides this call."""
 
 
+@dataclass(eq=False, repr=False)
 class DenoisedGuidance(GradientGuidance):
     r"""Base of guidance by the predicted clean image x_0, with models trained on clean images.
 
@@ -219,16 +226,7 @@ class DenoisedGuidance(GradientGuidance):
 
     denoised = True
 
-    def __init__(
-        self,
-        scale: Scale,
-        interval: tuple[float, float] | None = None,
-        every: int = 1,
-        reuse: bool = False,
-        through_unet: bool = False,
-    ):
-        super().__init__(scale, interval, every, reuse)
-        self.through_unet = through_unet
+    through_unet: bool = False  # type: ignore[misc]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Classifier guidance: arXiv 2105.05233, section 4, equations 8 to 14."""
 
 import inspect
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -11,6 +12,7 @@ from .base import GradientGuidance, Objective, Pipeline, Scale
 from .entropy_scaling import EntropyScaling, as_entropy_scaling
 
 
+@dataclass(eq=False, repr=False)
 class ClassifierGuidance(GradientGuidance, source="arXiv 2105.05233, equations 8 to 14"):
     r"""Guides by the gradient of a noisy-image classifier, scale * d log p(y | x_t) / d x_t.
 
@@ -22,16 +24,12 @@ class ClassifierGuidance(GradientGuidance, source="arXiv 2105.05233, equations 8
         entropy_scaling ([`EntropyScaling`], *optional*): Strengthens the gradient where the classifier is confident.
     """
 
-    def __init__(
-        self,
-        scale: Scale = 1.0,
-        interval: tuple[float, float] | None = None,
-        every: int = 1,
-        reuse: bool = False,
-        entropy_scaling: EntropyScaling | dict | bool | None = None,
-    ):
-        super().__init__(scale, interval, every, reuse)
-        self.entropy_scaling = as_entropy_scaling(entropy_scaling)
+    scale: Scale = 1.0
+    entropy_scaling: EntropyScaling | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.entropy_scaling = as_entropy_scaling(self.entropy_scaling)
 
     def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
         """Raises `ValueError` without labels, or for a classifier that does not fit images or noise schedule."""

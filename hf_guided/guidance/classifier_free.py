@@ -1,10 +1,13 @@
 """Classifier-free guidance: Ho and Salimans, arXiv 2207.12598, equation 6."""
 
+from dataclasses import dataclass
+
 import torch
 
 from .base import Pipeline, PredictionGuidance, Scale
 
 
+@dataclass(eq=False, repr=False)
 class ClassifierFreeGuidance(PredictionGuidance, source="arXiv 2207.12598, equation 6"):
     r"""Guides by the difference of the conditional and the unconditional prediction, in one doubled batch.
 
@@ -17,8 +20,7 @@ class ClassifierFreeGuidance(PredictionGuidance, source="arXiv 2207.12598, equat
 
     component = "unet"
 
-    def __init__(self, scale: Scale = 2.0, interval: tuple[float, float] | None = None):
-        super().__init__(scale, interval)
+    scale: Scale = 2.0
 
     def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
         super().check(pipeline, labels, condition_unet)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,6 +19,7 @@ from .entropy_scaling import EntropyScaling, as_entropy_scaling
 from .preprocessing import preprocessing
 
 
+@dataclass(eq=False, repr=False)
 class DenoisedClassifierGuidance(DenoisedGuidance, source="arXiv 2310.11311, section 4"):
     r"""Guides by any `AutoModelForImageClassification`, applied to the predicted clean image x_0.
 
@@ -40,32 +42,25 @@ class DenoisedClassifierGuidance(DenoisedGuidance, source="arXiv 2310.11311, sec
         entropy_scaling ([`EntropyScaling`], *optional*): Strengthens the gradient where the classifier is confident.
     """
 
-    def __init__(
-        self,
-        scale: Scale = 1.0,
-        interval: tuple[float, float] | None = None,
-        every: int = 1,
-        reuse: bool = False,
-        through_unet: bool = False,
-        joint_temperature: float = 1.0,
-        marginal_temperature: float = 0.5,
-        softplus_beta: float | None = 3.0,
-        sine: float = 0.3,
-        entropy_scaling: EntropyScaling | dict | bool | None = None,
-    ):
-        super().__init__(scale, interval, every, reuse, through_unet)
-        for name, value in {"joint_temperature": joint_temperature, "softplus_beta": softplus_beta}.items():
+    scale: Scale = 1.0
+    joint_temperature: float = 1.0
+    marginal_temperature: float = 0.5
+    softplus_beta: float | None = 3.0
+    sine: float = 0.3
+    entropy_scaling: EntropyScaling | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("joint_temperature", "softplus_beta"):
+            value = getattr(self, name)
             is_off = name == "softplus_beta" and value is None
             if not is_off and (value is None or not is_number(value) or value <= 0):
                 raise ValueError(f"{name}={value!r} of DenoisedClassifierGuidance must be a finite number above 0.")
-        for name, value in {"marginal_temperature": marginal_temperature, "sine": sine}.items():
+        for name in ("marginal_temperature", "sine"):
+            value = getattr(self, name)
             if not (is_number(value) and value >= 0):
                 raise ValueError(f"{name}={value!r} of DenoisedClassifierGuidance must be a finite number from 0 up.")
-        self.joint_temperature = joint_temperature
-        self.marginal_temperature = marginal_temperature
-        self.softplus_beta = softplus_beta
-        self.sine = sine
-        self.entropy_scaling = as_entropy_scaling(entropy_scaling)
+        self.entropy_scaling = as_entropy_scaling(self.entropy_scaling)
 
     def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
         classifier = pipeline.clean_classifier or pipeline.classifier

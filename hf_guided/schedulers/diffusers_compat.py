@@ -1,10 +1,13 @@
 """Guided predictions for the schedulers of diffusers, and checks that a scheduler fits this diffusion process."""
 
 import inspect
+from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
+
+from .schedules import space_timesteps
 
 logger = logging.get_logger(__name__)
 
@@ -188,3 +191,77 @@ def correct_prediction(
         return original
     epsilon = (sample - signal * original) / noise_scale
     return epsilon if prediction_type == "epsilon" else signal * epsilon - noise_scale * original
+
+
+def set_solver_timesteps(
+    scheduler: SchedulerMixin, given: dict[str, Any], device: torch.device, is_default: bool
+) -> None:
+    """Sets the timesteps of a scheduler of diffusers, and checks them.
+
+    Args:
+        scheduler (`SchedulerMixin`): Other than [`ADMScheduler`].
+        given (`dict`): One of `num_inference_steps`, `respacing` and `timesteps`; or none of them, which is 50 steps.
+        device (`torch.device`): Of the timesteps.
+        is_default (`bool`): Take as many steps instead, where the scheduler chooses its own timesteps.
+
+    Raises:
+        `ValueError`: If the scheduler cannot take them.
+    """
+    name, total = type(scheduler).__name__, scheduler.config.num_train_timesteps
+    given = dict(given)
+    if "respacing" in given:
+        given["timesteps"] = space_timesteps(total, given.pop("respacing"))[::-1]
+    spaced = any(scheduler.config.get(f"use_{how}", False) for how in SPACINGS)
+    if "timesteps" in given and (spaced or "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters):
+        if not is_default:
+            raise ValueError(
+                f"{name} chooses its own timesteps; give num_inference_steps instead of respacing or timesteps."
+            )
+        given = {"num_inference_steps": len(given["timesteps"])}
+    ((argument, value),) = (given or {"num_inference_steps": min(50, total)}).items()
+    try:
+        scheduler.set_timesteps(**{argument: value}, device=device)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot take {argument}={value}; give another number of steps ({error})") from error
+    check_solver_timesteps(scheduler, len(value) if argument == "timesteps" else value)
+    if hasattr(scheduler, "set_begin_index"):  # it would search for timesteps, which may repeat
+        scheduler.set_begin_index(0)
+    warn_of_overshoot(scheduler)
+
+
+def solver_step(
+    scheduler: SchedulerMixin,
+    model_output: torch.Tensor,
+    timestep: torch.Tensor,
+    timestep_value: float,
+    sample: torch.Tensor,
+    model_input: torch.Tensor,
+    gradient: torch.Tensor | None,
+    **options: Any,
+) -> torch.Tensor:
+    """The next sample of a scheduler of diffusers; a gradient shifts epsilon (arXiv 2105.05233, Algorithm 2).
+
+    Args:
+        scheduler (`SchedulerMixin`): Other than [`ADMScheduler`].
+        model_output (`torch.Tensor`): The UNet's; these schedulers take no learned variance.
+        timestep (`torch.Tensor`): The current timestep; `timestep_value`: the same on the host.
+        sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t; `model_input`: the same, scaled for
+            the UNet.
+        gradient (`torch.Tensor` like `sample`, *optional*): The scaled gradient of log p.
+        options: `eta`, `generator` or `variance_noise`, passed on if the scheduler takes them.
+
+    Raises:
+        `ValueError`: If it does not take `variance_noise`.
+    """
+    prediction, config = model_output[:, : sample.shape[1]], scheduler.config
+    clip_sample = config.get("clip_sample", False)
+    if gradient is not None or clip_sample:
+        alpha_bar = alpha_bar_at(scheduler, timestep_value)
+        prediction = correct_prediction(
+            prediction, model_input, gradient, alpha_bar, config.prediction_type, clip_sample
+        )
+    accepted = inspect.signature(scheduler.step).parameters
+    if "variance_noise" in options and "variance_noise" not in accepted:
+        raise ValueError(f"{type(scheduler).__name__} does not support variance_noise; leave it out.")
+    options = {name: value for name, value in options.items() if name in accepted}
+    return scheduler.step(prediction, timestep, sample, **options).prev_sample

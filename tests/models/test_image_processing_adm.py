@@ -13,7 +13,7 @@ from transformers import pipeline
 from hf_guided import ADMImageProcessor
 from hf_guided.data import LabelledImages
 from hf_guided.models.images import resize_and_crop, to_pixel_values
-from hf_guided.pipelines.pipeline_classifier_guided import images_to_tensor
+from hf_guided.pipelines.inputs import images_to_tensor
 
 
 @pytest.fixture
