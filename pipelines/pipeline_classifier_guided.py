@@ -34,6 +34,8 @@ from ..settings import is_number
 from .class_conditional import ClassConditionalPipeline, Labels, check_latents
 from .inputs import Images, images_to_tensor, match_batch
 
+STEPS = ("num_inference_steps", "respacing", "timesteps")  # arguments of a call, of which one is given
+
 
 @dataclass
 class GuidedPipelineOutput(ImagePipelineOutput):
@@ -157,20 +159,11 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         Raises:
             `ValueError`: For another name, and for a guidance that holds a function.
         """
-        unknown = set(defaults) - {"num_inference_steps", "respacing", "timesteps", "guidance_scale", "guidance", "eta"}
+        unknown = set(defaults) - {*STEPS, "guidance_scale", "guidance", "eta"}
         if unknown:
             raise ValueError(f"sampling_defaults does not support {', '.join(sorted(unknown))}.")
         check_one_guidance(defaults.get("guidance"), defaults.get("guidance_scale"))
-        asked = {name: defaults.get(name) for name in ("num_inference_steps", "respacing", "timesteps")}
-        given = [name for name, value in asked.items() if value is not None]
-        if len(given) > 1:
-            raise ValueError(f"sampling_defaults has {' and '.join(given)}; give only one of them.")
-        if asked["num_inference_steps"] is not None and whole_number("num_inference_steps", asked[given[0]]) < 1:
-            raise ValueError(f"sampling_defaults has num_inference_steps={asked[given[0]]}; give 1 or more.")
-        if asked["respacing"] is not None:
-            respacing_counts(asked["respacing"])
-        if asked["timesteps"] is not None:
-            check_timesteps(asked["timesteps"], sys.maxsize)  # the scheduler may be exchanged later
+        check_steps(sys.maxsize, **{name: defaults.get(name) for name in STEPS})  # the scheduler may be exchanged later
         if defaults.get("guidance_scale") is not None:
             ClassifierGuidance(defaults["guidance_scale"])
         if defaults.get("eta") is not None:
@@ -644,27 +637,11 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         self, num_inference_steps: int | None, respacing: str | None, timesteps: Sequence[int] | None
     ) -> None:
         """Sets the scheduler's timesteps from the given argument, or from the saved default."""
-        given: dict[str, Any] = {
-            "num_inference_steps": num_inference_steps,
-            "respacing": respacing,
-            "timesteps": timesteps,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        if len(given) > 1:
-            raise ValueError(f"Give only one of num_inference_steps, respacing and timesteps; got {', '.join(given)}.")
+        total = self.scheduler.config.num_train_timesteps
+        given = check_steps(total, num_inference_steps, respacing, timesteps)
         is_default = not given
         if is_default:
-            names = ("num_inference_steps", "respacing", "timesteps")
-            given = {name: value for name in names if (value := self.default(name, None)) is not None}
-        total = self.scheduler.config.num_train_timesteps
-        if "num_inference_steps" in given:
-            steps = given["num_inference_steps"] = whole_number("num_inference_steps", given["num_inference_steps"])
-            if not 1 <= steps <= total:
-                raise ValueError(
-                    f"num_inference_steps={steps} does not lie between 1 and {total}, the number of timesteps."
-                )
-        if "timesteps" in given:
-            given["timesteps"] = check_timesteps(given["timesteps"], total)
+            given = check_steps(total, **{name: self.default(name, None) for name in STEPS})
         if not self.has_adm_scheduler:
             set_solver_timesteps(self.scheduler, given, self._execution_device, is_default)
         else:
@@ -687,6 +664,27 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 f"({batch_size}, {channels}, height, width)."
             )
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+
+
+def check_steps(
+    total: int, num_inference_steps: int | None, respacing: str | None, timesteps: Sequence[int] | None
+) -> dict[str, Any]:
+    """The one of the three arguments that is given, by name; refuses several, and steps outside `total` timesteps."""
+    given: dict[str, Any] = dict(zip(STEPS, (num_inference_steps, respacing, timesteps), strict=True))
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"Give only one of num_inference_steps, respacing and timesteps; got {', '.join(given)}.")
+    if "num_inference_steps" in given:
+        steps = given["num_inference_steps"] = whole_number("num_inference_steps", num_inference_steps)
+        if not 1 <= steps <= total:
+            raise ValueError(
+                f"num_inference_steps={steps} does not lie between 1 and {total}, the number of timesteps."
+            )
+    if "respacing" in given:
+        respacing_counts(respacing)
+    if "timesteps" in given:
+        given["timesteps"] = check_timesteps(timesteps, total)
+    return given
 
 
 def check_one_guidance(guidance: Any, guidance_scale: float | None) -> None:
