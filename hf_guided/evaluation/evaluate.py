@@ -1,7 +1,7 @@
 """All metrics of one set of images against another, with warnings for their interpretation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,7 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """For a JSON file."""
         memorised = {name: found.to_dict() for name, found in self.memorisation.items()}
-        return {**vars(self), "memorisation": memorised, "likelihood": self.likelihood and self.likelihood.to_dict()}
+        return {**vars(self), "memorisation": memorised, "likelihood": self.likelihood and asdict(self.likelihood)}
 
     def __str__(self) -> str:
         names, extractors = (dict.fromkeys(key.split("/", 1)[part] for key in self.metrics) for part in (0, 1))

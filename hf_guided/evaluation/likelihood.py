@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -130,10 +130,6 @@ class Likelihood:
     vb: list[float] = field(default_factory=list)  # means over images of [`BitsPerDim`], by timestep, as the next two
     mse: list[float] = field(default_factory=list)
     xstart_mse: list[float] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
-        return asdict(self)
 
     def __str__(self) -> str:
         text = (

@@ -215,15 +215,13 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> FeatureExtra
         raise ValueError(f"There is no folder {path}.")
     if (folder / "model_index.json").exists():
         raise ValueError(
-            f"{path} is a pipeline, and the classifier that guides it must not evaluate it; give the folder of a "
-            f"classifier that was trained separately, or of a vision model."
+            f"{path} is a pipeline, and the classifier that guides it must not evaluate it; give a classifier that was "
+            f"trained separately, or a vision model."
         )
     parts = folder.absolute().parts if folder.exists() else folder.parts
     name = name or next((part for part in reversed(parts) if part not in _NAMELESS), path)
     if name == InceptionFeatures.name:
-        raise ValueError(
-            f"The name {name} is reserved for the published features; give this model another: NAME={path}."
-        )
+        raise ValueError(f"The name {name} is reserved for the published features; name this model: NAME={path}.")
 
     source = str(folder) if folder.exists() else path
     shown = logging.is_progress_bar_enabled()
@@ -255,10 +253,8 @@ def match_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
     """Images `(n, 1 or 3, height, width)`, uint8, with the given channels, 1 or 3: gray from RGB as PIL's
     `convert("L")`, or RGB from gray by repeating."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
-        raise ValueError(
-            f"The images must be a torch.uint8 tensor of shape (n, 1 or 3, height, width), got {images.dtype} of shape "
-            f"{tuple(images.shape)}."
-        )
+        given = f"{images.dtype} of shape {tuple(images.shape)}"
+        raise ValueError(f"The images must be a torch.uint8 tensor of shape (n, 1 or 3, height, width), got {given}.")
     if images.shape[1] <= channels:
         return images.expand(-1, channels, -1, -1)
     red, green, blue = images.to(torch.int32).unsqueeze(2).unbind(1)

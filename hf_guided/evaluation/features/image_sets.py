@@ -30,8 +30,9 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 class ImageSet(Dataset, ABC):
-    """Images of one size; `images[i]` is uint8 of shape `(channels, height, width)`."""
+    """Images of one size; `image_set[i]` is uint8 of shape `(channels, height, width)`."""
 
+    images: Any  # what stores them, of their number
     name: str  # in messages
     size: tuple[int, int]  # height and width in pixels
     channels: int  # 1 or 3
@@ -39,8 +40,8 @@ class ImageSet(Dataset, ABC):
     id2label: dict[int, str]  # names of the classes; empty if they have no names
     notes: list[str]  # how the images were changed, in sentences
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.images)
 
     @abstractmethod
     def __getitem__(self, index: int) -> torch.Tensor: ...
@@ -56,13 +57,11 @@ class ImageSet(Dataset, ABC):
             digest.update(content)
         return digest.hexdigest()
 
-    def share(
-        self, batch_size: int, description: str, num_workers: int = 0
-    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+    def share(self, batch_size: int, task: str, num_workers: int = 0) -> Iterator[tuple[list[int], torch.Tensor]]:
         """The batches of this process, each with the indices of its images: every process has whole ones, in turn."""
         state = PartialState()
         mine = self.split(batch_size)[state.process_index :: state.num_processes]
-        shown = {"desc": description, "unit": "image", "leave": False, "disable": not state.is_main_process}
+        shown = {"desc": task, "unit": "image", "leave": False, "disable": not state.is_main_process}
         with tqdm(total=len(self), **shown) as progress:
             for indices, batch in zip(mine, self.batches(mine, num_workers), strict=True):
                 yield indices, batch
@@ -74,8 +73,7 @@ class ImageSet(Dataset, ABC):
 
     def batches(self, indices: Sequence[Sequence[int]], num_workers: int = 0) -> Iterable[torch.Tensor]:
         """Batches `(n, channels, height, width)` of the images with these indices."""
-        # without a generator of its own, a loader draws from the global one
-        generator = torch.Generator()
+        generator = torch.Generator()  # without its own, a loader draws from the global one
         return DataLoader(self, batch_sampler=list(map(list, indices)), num_workers=num_workers, generator=generator)
 
     def picture(self, index: int) -> Image.Image:
@@ -110,17 +108,12 @@ class ArrayImages(ImageSet):
         statistics: dict[str, FeatureStatistics] | None = None,
     ):
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in _MODES or len(images) == 0:
-            raise ValueError(
-                f"{name}: images are uint8 of shape (n, height, width, 1 or 3), got {images.dtype} of shape "
-                f"{images.shape}."
-            )
+            given = f"{images.dtype} of shape {images.shape}"
+            raise ValueError(f"{name}: images are uint8 of shape (n, height, width, 1 or 3), got {given}.")
         own = (images.shape[1], images.shape[2])
         self.images, self.labels, self.id2label, self.name = images, labels, id2label or {}, name
         self.size, self.channels, self.statistics = size or own, images.shape[3], statistics
         self.notes = [] if self.size == own else [_resized(name, [own], self.size)]
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         pixels = self.images[index]
@@ -144,9 +137,6 @@ class LoadedImages(ImageSet):
         self.name = name or images.name
         self.size, self.channels = images.resolution, images.image_channels
         self.notes = [f"{images.name}: {note}." for note in images.notes]
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         values = self.images[index]["pixel_values"]
