@@ -1,7 +1,6 @@
 """Likelihood in bits per dimension: the variational bound of a diffusion model, term by term."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from ..generation.sampling import compiled_if
 from ..guidance.base import broken_images
+from ..guidance.monitor import Monitor
 from ..labels import match_classes, resolve_labels
 from ..losses import mean_over_pixels, normal_kl, variational_bound_term
 from ..schedulers.gaussian_diffusion import GaussianDiffusion, upcast
@@ -55,7 +55,7 @@ def bits_per_dim(
 
     Raises:
         `ValueError`: If `noise` has another shape, the respacing cannot be satisfied, or labels are not class ids.
-        `RuntimeError`: If an output of the UNet is not finite.
+        [`NotFiniteError`]: If an output of the UNet is not finite, which clipping would hide.
     """
     process = _process(scheduler, respacing)
     descending = process.timesteps[::-1]
@@ -73,7 +73,8 @@ def bits_per_dim(
         conditions = {"class_labels": torch.tensor(labels, device=images.device)}
     was_training = unet.training
     unet.eval()
-    vb, mse, xstart_mse, broken = [], [], [], []
+    monitor = Monitor()
+    vb, mse, xstart_mse = [], [], []
     try:
         for i, timestep in enumerate(descending):
             timesteps = torch.full((len(images),), timestep, device=images.device)
@@ -81,14 +82,13 @@ def bits_per_dim(
             sample = process.add_noise(images, step_noise, timesteps)
             unet_timesteps = model_timesteps(scheduler, timesteps)
             model_output = unet(sample.to(unet.dtype), unet_timesteps, **conditions).sample
-            broken.append(broken_images(model_output))
-            if i in (0, len(descending) - 1):  # a check at each step would wait for the accelerator
-                check_finite(broken, descending)
+            monitor.watch(broken_images(model_output), "unet", timestep, i)
             predicted = process.predict(model_output, timesteps, sample, scheduler.config.clip_sample)
             original = predicted.pred_original_sample
             vb.append(variational_bound_term(process, predicted, images, sample, timesteps))
             mse.append(mean_over_pixels((process.epsilon_of(original, timesteps, sample) - step_noise) ** 2))
             xstart_mse.append(mean_over_pixels((original - images) ** 2))
+        monitor.look()
     finally:
         unet.train(was_training)
 
@@ -105,16 +105,6 @@ def bits_per_dim(
 def _process(scheduler: ADMScheduler, respacing: str | None) -> GaussianDiffusion:
     total = scheduler.config.num_train_timesteps
     return scheduler.process_of(space_timesteps(total, respacing) if respacing else range(total))
-
-
-def check_finite(broken: list[torch.Tensor], timesteps: Sequence[int]) -> None:
-    """Raises for outputs of a UNet that are not finite, which clipping would hide; `broken` are [`broken_images`]."""
-    for flags, timestep in zip(torch.stack(broken).tolist(), timesteps, strict=False):
-        if any(flags):
-            raise RuntimeError(
-                f"The output of the UNet is not finite at timestep {timestep} for image {flags.index(True)} of the "
-                f"batch: load it in float32 or bfloat16, unless its training diverged or its file is damaged."
-            )
 
 
 @dataclass
