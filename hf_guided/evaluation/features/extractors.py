@@ -255,8 +255,10 @@ def match_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         given = f"{images.dtype} of shape {tuple(images.shape)}"
         raise ValueError(f"The images must be a torch.uint8 tensor of shape (n, 1 or 3, height, width), got {given}.")
-    if images.shape[1] <= channels:
-        return images.expand(-1, channels, -1, -1)
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return images.expand(-1, 3, -1, -1)
     red, green, blue = images.to(torch.int32).unsqueeze(2).unbind(1)
     return ((19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16).to(torch.uint8)  # ITU-R 601 in 65536ths
 
