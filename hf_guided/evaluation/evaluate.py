@@ -1,7 +1,8 @@
 """All metrics of one set of images against another, with warnings for their interpretation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,72 +22,51 @@ FEWEST_IMAGES = max(K, DENSITY_K) + 1
 
 
 def measure(
-    generated: FeatureSet,
-    reference: FeatureSet,
-    labels: np.ndarray | None = None,
-    distance_dtype: str = "float32",
+    generated: FeatureSet, reference: FeatureSet, labels: np.ndarray | None = None, distance_dtype: str = "float32"
 ) -> dict[str, float]:
     """The metrics of samples in the features of one extractor.
 
     Args:
-        generated ([`FeatureSet`]): Features of the samples.
-        reference ([`FeatureSet`]): Features of real images, by the same extractor.
+        generated, reference ([`FeatureSet`]): Features of the samples, and of real images.
         labels (`np.ndarray` of shape `(n,)`, *optional*): The class that each sample was conditioned on, as an id among
             the extractor's classes.
         distance_dtype (`str`, defaults to `"float32"`): `"float16"` reproduces the rounding of the published
             evaluator's precision and recall, see [`precision_recall`].
 
     Returns:
-        `dict[str, float]`: Those of [`METRICS`] whose inputs are available, by name, `/` and the extractor's name:
-        `"fid/inception"`.
+        `dict[str, float]`: Those of [`METRICS`] whose inputs are available, as `"fid/inception"`: name / extractor.
 
     Raises:
         `ValueError`: If the two come from different extractors.
     """
     check_features(reference, generated.extractor, generated.fingerprint)
     compared = Compared(generated, reference, labels, distance_dtype)
-    return {
-        f"{metric.name}/{generated.extractor}": metric.compute(compared)
-        for metric in METRICS.values()
-        if metric.compute is not None and metric.applies_to(compared)
-    }
+    values = {f"{metric.name}/{generated.extractor}": metric.of(compared) for metric in METRICS.values()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass
 class Evaluation:
-    """The result of [`evaluate`]; `str()` is a table and the notes.
+    """The result of [`evaluate`]; `str()` is a table and the notes."""
 
-    Attributes:
-        generated, reference (`str`): Names of the two sets.
-        num_generated (`int`), num_reference (`int`, *optional*): Images in each; unknown for
-            some statistics.
-        metrics (`dict[str, float]`): Metrics by name, with the features: `"fid/inception"`.
-        intervals (`dict[str, tuple[float, float]]`): 95 % confidence intervals, if requested.
-        class_accuracy (`dict[str, dict[str, float]]`): Accuracy of each class by extractor.
-        memorisation (`dict[str, Memorisation]`): By extractor, if there are held-out images.
-        notes (`list[str]`): Warnings for the interpretation of the numbers.
-        likelihood ([`Likelihood`], *optional*): Of the reference under the pipeline, if requested.
-    """
-
-    generated: str
-    reference: str
+    generated: str  # name of the samples
+    reference: str  # name of the real images
     num_generated: int
-    num_reference: int | None
-    metrics: dict[str, float] = field(default_factory=dict)
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    class_accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
-    memorisation: dict[str, Memorisation] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    likelihood: Likelihood | None = None
+    num_reference: int | None  # unknown for some statistics
+    metrics: dict[str, float] = field(default_factory=dict)  # as from [`measure`]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # of 95 % confidence, by metric
+    class_accuracy: dict[str, dict[str, float]] = field(default_factory=dict)  # of each class, by extractor
+    memorisation: dict[str, Memorisation] = field(default_factory=dict)  # by extractor, if there are held-out images
+    notes: list[str] = field(default_factory=list)  # warnings for the interpretation of the numbers
+    likelihood: Likelihood | None = None  # of the reference under the pipeline, if requested
 
     def to_dict(self) -> dict[str, Any]:
         """For a JSON file."""
         memorised = {name: found.to_dict() for name, found in self.memorisation.items()}
-        return {**vars(self), "memorisation": memorised, "likelihood": self.likelihood and self.likelihood.to_dict()}
+        return {**vars(self), "memorisation": memorised, "likelihood": self.likelihood and asdict(self.likelihood)}
 
     def __str__(self) -> str:
-        extractors = list(dict.fromkeys(name.partition("/")[2] for name in self.metrics))
-        names = list(dict.fromkeys(name.partition("/")[0] for name in self.metrics))
+        names, extractors = (dict.fromkeys(key.split("/", 1)[part] for key in self.metrics) for part in (0, 1))
         count = "unknown" if self.num_reference is None else f"{self.num_reference:,}"
         lines = [f"{self.num_generated:,} images of {self.generated} against {count} of {self.reference}", ""]
         width = max(12, *(len(extractor) + 2 for extractor in extractors))
@@ -98,9 +78,8 @@ class Evaluation:
         lines.append("")
         for name, (low, high) in self.intervals.items():
             metric, _, extractor = name.partition("/")
-            lines.append(
-                f"{METRICS[metric].title} in {extractor} features: {low:.4g} to {high:.4g} with 95 % confidence."
-            )
+            span = f"{low:.4g} to {high:.4g}"
+            lines.append(f"{METRICS[metric].title} in {extractor} features: {span} with 95 % confidence.")
         for extractor, accuracies in self.class_accuracy.items():
             worst = sorted(accuracies.items(), key=lambda item: item[1])[:5]
             listed = ", ".join(f"{name} {accuracy:.2f}" for name, accuracy in worst)
@@ -132,12 +111,9 @@ def evaluate(
             samples have labels; it must not be the classifier that guided them.
         held_out ([`ImageSet`], *optional*): Real images that the model was not trained on. Then `reference` must be the
             training images, and memorisation is measured, too, see [`memorisation`].
-        interval (`bool`, defaults to `False`): Whether to compute a confidence interval of each FID, see
-            [`frechet_interval`].
+        interval (`bool`, defaults to `False`): Whether to compute a [`frechet_interval`] of each FID.
         distance_dtype (`str`, defaults to `"float32"`): See [`measure`].
-        batch_size (`int`, defaults to 64), num_workers (`int`, defaults to 0): See [`collect_features`].
-        cache_dir (`str` or `os.PathLike`, *optional*): Where to cache features of real images, see
-            [`collect_features`].
+        batch_size, num_workers, cache_dir: See [`collect_features`]; features of samples are not cached.
 
     Returns:
         [`Evaluation`]: In the main process; `None` in the others.
@@ -146,46 +122,43 @@ def evaluate(
         `ValueError`: For too few images, classes that an extractor lacks, or features that are not finite.
     """
     notes = find_warnings(generated, reference, held_out)
-    for extractor in extractors:
-        if isinstance(reference, FeatureSet):
+    if isinstance(reference, FeatureSet):
+        for extractor in extractors:
             check_features(reference, extractor.name, extractor.fingerprint)
-    labels = {extractor.name: judged_labels(generated, extractor, notes) for extractor in extractors}
+    judged = {extractor.name: judged_labels(generated, extractor, notes) for extractor in extractors}
     result = None
     for extractor in extractors:
-        options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
-        ours = collect_features(generated, extractor, **options)
-        real: FeatureSet | None
-        if isinstance(reference, ImageSet):
-            real = collect_features(reference, extractor, cache_dir=cache_dir, **options)
-        else:
-            real = reference
-        unseen = None if held_out is None else collect_features(held_out, extractor, cache_dir=cache_dir, **options)
+        name, labels = extractor.name, judged[extractor.name]
+        collect = partial(collect_features, extractor=extractor, batch_size=batch_size, num_workers=num_workers)
+        ours, real = collect(generated), collect(reference, cache_dir=cache_dir)
+        unseen = None if held_out is None else collect(held_out, cache_dir=cache_dir)
         if ours is None or real is None:
             continue  # not the main process
-        if result is None:
-            name = reference.name if isinstance(reference, ImageSet) else "saved statistics"
-            result = Evaluation(generated.name, name, len(generated), real.num_images, notes=notes)
-        if isinstance(reference, ArrayImages) and reference.statistics and extractor.name == "inception":
-            real = with_published_statistics(real, reference, notes)
-
-        result.metrics |= measure(ours, real, labels[extractor.name], distance_dtype)
+        result = result or Evaluation(generated.name, reference.name, len(generated), real.num_images, notes=notes)
+        if isinstance(reference, ArrayImages) and (published := reference.statistics) and name == "inception":
+            notes.append(
+                f"FID uses the statistics in {reference.name}, which are of its whole dataset; precision, recall and "
+                f"the like use its {len(reference):,} images."
+            )
+            real = replace(real, statistics=published["features"], spatial_statistics=published.get("spatial"))
+        result.metrics |= measure(ours, real, labels, distance_dtype)
         if len(generated) <= ours.statistics.mean.size:
             notes.append(
-                f"{len(generated):,} samples are fewer than the {ours.statistics.mean.size:,} features of "
-                f"{extractor.name}, so that the FID is unreliable; KID is not affected."
+                f"{len(generated):,} samples are fewer than the {ours.statistics.mean.size:,} features of {name}, so "
+                f"that the FID is unreliable; KID is not affected."
             )
         if interval and ours.kept is not None:
             strata = balanced_labels(generated)
             strata = None if strata is None else strata[ours.kept_indices]
-            result.intervals[f"fid/{extractor.name}"] = frechet_interval(ours.kept, real.statistics, strata=strata)
-        if (asked := labels[extractor.name]) is not None and ours.predictions is not None:
+            result.intervals[f"fid/{name}"] = frechet_interval(ours.kept, real.statistics, strata=strata)
+        if labels is not None and ours.predictions is not None:
             names = extractor.id2label or {}
-            result.class_accuracy[extractor.name] = {
-                names.get(label, str(label)): float((ours.predictions[asked == label] == label).mean())
-                for label in np.unique(asked).tolist()
+            result.class_accuracy[name] = {
+                names.get(label, str(label)): float((ours.predictions[labels == label] == label).mean())
+                for label in np.unique(labels).tolist()
             }
         if unseen is not None:
-            result.memorisation[extractor.name] = memorisation(ours, real, unseen)
+            result.memorisation[name] = memorisation(ours, real, unseen)
     for images in (generated, reference, held_out):
         if isinstance(images, LoadedImages) and (bad := images.images.bad_files):
             notes.append(f"{len(bad)} files of {images.name} cannot be read and were replaced by others: {bad[0]} ...")
@@ -208,15 +181,11 @@ def find_warnings(generated: ImageSet, reference: ImageSet | FeatureSet, held_ou
             "the samples are balanced over the classes: FID and KID are lower than for randomly drawn classes (KID, "
             "which is unbiased for those, can be below 0)."
         )
-    if not isinstance(reference, ImageSet):
-        if reference.kept is None:
-            notes.append(
-                "the reference is statistics without images, so that only metrics that need no images are computed."
-            )
+    for note in (*reference.notes, *(held_out.notes if held_out is not None else ())):
+        if note not in notes:  # held-out images are mostly of the same folder
+            notes.append(note)
+    if isinstance(reference, FeatureSet):
         return notes
-    notes += [note for note in reference.notes if note not in notes]
-    if held_out is not None:
-        notes += [note for note in held_out.notes if note not in notes]  # mostly the same folder's
     if generated.channels != reference.channels:
         gray, rgb = sorted((generated, reference), key=lambda images: images.channels)
         notes.append(
@@ -242,23 +211,19 @@ def check_features(reference: FeatureSet, name: str, fingerprint: str) -> None:
     if reference.extractor != name or reference.fingerprint not in ("", fingerprint):
         raise ValueError(
             f"The reference has features of {reference.extractor} and the samples of {name}, or of other weights; "
-            f"only numbers in the same features can be compared. Compute the reference's features again."
+            f"compute the reference's features again."
         )
 
 
 def check_independent(pipeline: Any, extractor: FeatureExtractor) -> None:
-    """Raises for an evaluation classifier that guides the pipeline, since guidance raises its own accuracy.
-
-    Raises:
-        `ValueError`: If the extractor has the weights of one of the pipeline's classifiers.
-    """
+    """Raises for an evaluation classifier with the weights of one that guides the pipeline: its accuracy is biased."""
     model = getattr(extractor, "model", None)
     for name in ("classifier", "clean_classifier"):
         guide = getattr(pipeline, name, None)
         if model is not None and guide is not None and weights_digest(model) == weights_digest(guide):
             raise ValueError(
-                f"{extractor.name} is the pipeline's own {name}, which guides the samples and is therefore biased; "
-                f"evaluate with a model that was trained separately."
+                f"{extractor.name} is the pipeline's own {name}, which guides the samples; evaluate with a model that "
+                f"was trained separately."
             )
 
 
@@ -284,14 +249,3 @@ def judged_labels(generated: ImageSet, extractor: FeatureExtractor, notes: list[
         notes.append(f"no accuracy by {extractor.name}: {error}")
         return None
     return np.array([matched[label] for label in generated.labels.tolist()])
-
-
-def with_published_statistics(features: FeatureSet, images: ArrayImages, notes: list[str]) -> FeatureSet:
-    """The features of a published reference batch with the statistics in its file, of the whole dataset."""
-    assert images.statistics is not None
-    notes.append(
-        f"FID uses the statistics in {images.name}, which are of its whole dataset; precision, recall and the like use "
-        f"its {len(images):,} images."
-    )
-    statistics = images.statistics
-    return replace(features, statistics=statistics["features"], spatial_statistics=statistics.get("spatial"))

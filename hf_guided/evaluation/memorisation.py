@@ -19,26 +19,16 @@ COPY_QUANTILE = 0.01  # a copy is closer to a training image than all but this f
 class Memorisation:
     """Distances to the nearest training image, in the features of one extractor.
 
-    Attributes:
-        features (`str`): The extractor's name.
-        closer_share (`float`): Probability that a sample is closer to the training images than a held-out image: 0.5 if
-            samples are as new as held-out images, 1 if all are copies.
-        z (`float`): The distance of that probability from 0.5 in standard deviations of the null hypothesis: the
-            Mann-Whitney statistic of Meehan et al. 2020 (arXiv 2004.05675, section 3), with the opposite sign.
-        copied_share (`float`): Fraction of samples closer to a training image than all but 1 % of held-out images; 0.01
-            for new images.
-        median, held_out_median (`float`): The medians of the distances of samples and held-out images.
-        pairs (`list[tuple[int, int, float]]`): The closest pairs, in order of distance: index of the sample, index of
-            the training image, distance. Each training image occurs once.
+    `z` is the Mann-Whitney statistic of Meehan et al. 2020 (arXiv 2004.05675, section 3), with the opposite sign.
     """
 
-    features: str
-    closer_share: float
-    z: float
-    copied_share: float
-    median: float
+    features: str  # the extractor's name
+    closer_share: float  # P(a sample is closer than a held-out image): 0.5 for new images, 1 if all are copies
+    z: float  # the distance of that probability from 0.5, in standard deviations of the null hypothesis
+    copied_share: float  # samples closer than all but 1 % of held-out images, as a fraction; 0.01 for new images
+    median: float  # of the samples' distances
     held_out_median: float
-    pairs: list[tuple[int, int, float]]
+    pairs: list[tuple[int, int, float]]  # sample, training image (each once) and distance, the closest first
 
     @property
     def finding(self) -> str:
@@ -73,34 +63,23 @@ def memorisation(generated: FeatureSet, train: FeatureSet, held_out: FeatureSet,
         held_out ([`FeatureSet`]): Features of images from the same source that were not used in training.
         num_pairs (`int`, defaults to 10): Closest pairs to list.
 
-    Returns:
-        [`Memorisation`]
-
     Raises:
         `ValueError`: If a set has only statistics and no features.
     """
-    sets = {"generated": generated, "training": train, "held-out": held_out}
-    for name, features in sets.items():
-        if features.kept is None or features.kept_indices is None:
-            raise ValueError(f"The {name} images are only given as statistics; memorisation needs the images.")
-    assert generated.kept is not None
-    assert train.kept is not None
-    assert held_out.kept is not None
-    assert generated.kept_indices is not None
-    assert train.kept_indices is not None
-    ours, nearest = nearest_distances(generated.kept, train.kept)
-    theirs, _ = nearest_distances(held_out.kept, train.kept)
+    samples, sample_indices = _kept(generated, "generated")
+    real, real_indices = _kept(train, "training")
+    ours, nearest = nearest_distances(samples, real)
+    theirs, _ = nearest_distances(_kept(held_out, "held-out")[0], real)
 
     below = np.searchsorted(np.sort(theirs), ours, side="left")  # held-out distances that are smaller
     not_above = np.searchsorted(np.sort(theirs), ours, side="right")
     n, m = len(ours), len(theirs)
     closer_share = float(1 - (below + not_above).mean() / (2 * m))
     deviation = math.sqrt((n + m + 1) / (12 * n * m))
-    pairs: list[tuple[int, int, float]] = []
+    closest: dict[int, tuple[int, int, float]] = {}  # by training image
     for row in np.argsort(ours, kind="stable").tolist():
-        index = int(train.kept_indices[nearest[row]])
-        if len(pairs) < num_pairs and index not in [pair[1] for pair in pairs]:
-            pairs.append((int(generated.kept_indices[row]), index, float(ours[row])))
+        index = int(real_indices[nearest[row]])
+        closest.setdefault(index, (int(sample_indices[row]), index, float(ours[row])))
     return Memorisation(
         features=generated.extractor,
         closer_share=closer_share,
@@ -108,8 +87,15 @@ def memorisation(generated: FeatureSet, train: FeatureSet, held_out: FeatureSet,
         copied_share=float((ours < np.quantile(theirs, COPY_QUANTILE)).mean()),
         median=float(np.median(ours)),
         held_out_median=float(np.median(theirs)),
-        pairs=pairs,
+        pairs=list(closest.values())[:num_pairs],
     )
+
+
+def _kept(features: FeatureSet, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The stored features, and the indices of their images."""
+    if features.kept is None or features.kept_indices is None:
+        raise ValueError(f"The {name} images are only given as statistics; memorisation needs the images.")
+    return features.kept, features.kept_indices
 
 
 def closest_pairs(found: Memorisation, generated: ImageSet, train: ImageSet) -> Image.Image:

@@ -34,67 +34,47 @@ from .memorisation import closest_pairs
 from .plots import classifier_curves, likelihood_curve
 
 
+@dataclass(kw_only=True)
+class MeasuringSettings:
+    """What the commands that sample and measure share."""
+
+    features: Sequence[str] = ("inception",)  # feature extractors, see [`load_features`]
+    labels: Sequence[str] | None = None  # classes to sample, by id or name; all in turn, by default
+    condition_unet: bool = True  # goes to the pipeline
+    batch_size: int = 64  # images at once
+    compile: bool = False  # compile the pipeline's models first
+    num_workers: int = 0  # processes that decode images
+    no_cache: bool = False  # compute the features of real images again
+
+    def collecting(self) -> dict[str, Any]:
+        """Options of [`collect_features`]."""
+        cache_dir = None if self.no_cache else feature_sets.CACHE_DIR
+        return {"batch_size": self.batch_size, "num_workers": self.num_workers, "cache_dir": cache_dir}
+
+
 @dataclass
-class EvaluationSettings:
-    """What [`run_evaluation`] compares and how; `report.json` keeps it.
+class EvaluationSettings(MeasuringSettings):
+    """What [`run_evaluation`] compares and how, beside [`MeasuringSettings`]; `report.json` keeps it."""
 
-    Attributes:
-        generated (`str`): A pipeline's folder or name on the Hub, or images as [`open_images`] takes them.
-        reference (`str`): Real images: the same, or a file of statistics.
-        output (`str`, defaults to `"evaluation"`): Folder of the results.
-        held_out (`str`, *optional*): Real images that the model never saw: looks for copies of `reference`.
-        likelihood (`bool`, defaults to `False`): Also bits per dimension of `reference` under the pipeline.
-        interval, distance_dtype: As for [`evaluate`].
-        save_statistics (`str`, *optional*): `.npz` file for the reference's statistics, to be given in its place.
-        num_images (`int`, defaults to 10,000): Samples to draw of a pipeline.
-        guidance_scale, num_inference_steps, respacing, truncation, temperature, condition_unet: Go to the pipeline;
-            `None` is its saved default.
-        seed (`int`, defaults to 0): Seed of all samples together.
-        features (`Sequence[str]`, defaults to `("inception",)`): Feature extractors, see [`load_features`].
-        labels (`Sequence[str]`, *optional*): Classes to sample, by id or name; all in turn, by default.
-        batch_size (`int`, defaults to 64): Images at once.
-        compile (`bool`, defaults to `False`): Compile the pipeline's models first.
-        num_workers (`int`, defaults to 0): Processes that decode images.
-        no_cache (`bool`, defaults to `False`): Compute the features of real images again.
-    """
-
-    generated: str
-    reference: str
-    output: str = "evaluation"
-    held_out: str | None = None
-    likelihood: bool = False
-    interval: bool = False
-    distance_dtype: str = "float32"
-    save_statistics: str | None = None
-    num_images: int = 10_000
-    guidance_scale: float | None = None
+    generated: str  # a pipeline's folder or name on the Hub, or images as [`open_images`] takes them
+    reference: str  # real images: the same, or a file of statistics
+    output: str = "evaluation"  # folder of the results
+    held_out: str | None = None  # real images that the model never saw: looks for copies of `reference`
+    likelihood: bool = False  # also bits per dimension of `reference` under the pipeline
+    interval: bool = False  # see [`evaluate`]
+    distance_dtype: str = "float32"  # see [`evaluate`]
+    save_statistics: str | None = None  # `.npz` file for the reference's statistics, to be given in its place
+    num_images: int = 10_000  # samples to draw of a pipeline
+    guidance_scale: float | None = None  # goes to the pipeline, as the next four; None is its saved default
     num_inference_steps: int | None = None
     respacing: str | None = None
     truncation: float | None = None
     temperature: float | None = None
-    condition_unet: bool = True
-    seed: int = 0
-    features: Sequence[str] = ("inception",)
-    labels: Sequence[str] | None = None
-    batch_size: int = 64
-    compile: bool = False
-    num_workers: int = 0
-    no_cache: bool = False
+    seed: int = 0  # of all samples together
 
     def to_dict(self) -> dict[str, Any]:
         """For a JSON file."""
         return {**asdict(self), "labels": self.labels or ["all"]}
-
-
-@dataclass
-class _Inputs:
-    """What the settings of an evaluation name, opened."""
-
-    pipeline: Any  # None where the samples are images
-    extractors: list[FeatureExtractor]
-    generated: ImageSet
-    reference: Any  # ImageSet or FeatureSet
-    held_out: Any
 
 
 def run_evaluation(settings: EvaluationSettings) -> Evaluation | None:
@@ -112,43 +92,34 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation | None:
     started = time.monotonic()
     _check_outputs(settings)
     output = Path(settings.output)
-    inputs = _open(settings)
-    bits_labels = likelihood_labels(inputs.pipeline, inputs.reference) if settings.likelihood else None
-    print_once(*(f"Note: {note}" for note in find_warnings(inputs.generated, inputs.reference, inputs.held_out)))
+    pipeline, extractors, generated, reference, held_out = _open(settings)
+    bits_labels = likelihood_labels(pipeline, reference) if settings.likelihood else None
+    print_once(*(f"Note: {note}" for note in find_warnings(generated, reference, held_out)))
 
     output.mkdir(parents=True, exist_ok=True)
     with resumable():
-        if inputs.pipeline is not None:
-            inputs.generated = _sample(settings, inputs)
+        if isinstance(generated, SampledImages):
+            generated = _sample(settings, generated)
         seconds = {"sampling": time.monotonic() - started}
-        options: dict[str, Any] = {"batch_size": settings.batch_size, "num_workers": settings.num_workers}
-        options["cache_dir"] = None if settings.no_cache else feature_sets.CACHE_DIR
-        result = evaluate(
-            inputs.generated,
-            inputs.reference,
-            inputs.extractors,
-            held_out=inputs.held_out,
-            interval=settings.interval,
-            distance_dtype=settings.distance_dtype,
-            **options,
-        )
+        options = {"interval": settings.interval, "distance_dtype": settings.distance_dtype, **settings.collecting()}
+        result = evaluate(generated, reference, extractors, held_out=held_out, **options)
         seconds["measuring"] = time.monotonic() - started - sum(seconds.values())
         bits = None
         if settings.likelihood:
             how = (settings.respacing, settings.batch_size, settings.seed)
-            bits = likelihood(inputs.pipeline, inputs.reference, bits_labels, *how)
+            bits = likelihood(pipeline, reference, bits_labels, *how)
             seconds["likelihood"] = time.monotonic() - started - sum(seconds.values())
         if settings.save_statistics:
-            features = collect_features(inputs.reference, inputs.extractors[0], **options)
-            if isinstance(features, FeatureSet):
+            features = collect_features(reference, extractors[0], **settings.collecting())
+            if features is not None:
                 features.save(settings.save_statistics)
     if result is None:
         return None  # another process reports
     result.likelihood = bits
-    rounded = {name: round(value, 1) for name, value in seconds.items()}
+    rounded = {stage: round(value, 1) for stage, value in seconds.items()}
     write_json({**result.to_dict(), "seconds": rounded, "settings": settings.to_dict()}, output / "report.json")
     for name, found in result.memorisation.items():
-        save_png(closest_pairs(found, inputs.generated, inputs.reference), output / f"closest-pairs-{name}.png")
+        save_png(closest_pairs(found, generated, reference), output / f"closest-pairs-{name}.png")
     if bits is not None and bits.timesteps:
         likelihood_curve(bits.timesteps, bits.vb, output / "likelihood.png")
     return result
@@ -175,12 +146,8 @@ def _check_outputs(settings: EvaluationSettings) -> None:
         check_destination(output / "samples.npz")
 
 
-def _open(settings: EvaluationSettings) -> _Inputs:
-    """Loads models and opens images.
-
-    Raises:
-        `ValueError`: For those that are not there, or that do not go together with the settings.
-    """
+def _open(settings: EvaluationSettings) -> tuple[Any, list[FeatureExtractor], ImageSet, Any, Any]:
+    """The pipeline, if any, the extractors, the samples, the reference and the held-out images."""
     state = join_processes()
     pipeline = load_pipeline(settings.generated, state) if is_pipeline(settings.generated) else None
     extractors = load_extractors(settings.features, pipeline, state)
@@ -203,22 +170,14 @@ def _open(settings: EvaluationSettings) -> _Inputs:
     for name in ("held_out", "likelihood", "save_statistics"):
         if getattr(settings, name) and any(isinstance(images, FeatureSet) for images in (reference, held_out)):
             raise ValueError(f"--{name} needs images, and statistics alone were given.")
-    return _Inputs(pipeline, extractors, generated, reference, held_out)
+    return pipeline, extractors, generated, reference, held_out
 
 
-def _sample(settings: EvaluationSettings, inputs: _Inputs) -> ImageSet:
+def _sample(settings: EvaluationSettings, asked: SampledImages) -> ImageSet:
     """The pipeline's samples, drawn into a file by all processes, with the names that the file lacks."""
-    asked, path = inputs.generated, Path(settings.output) / "samples.npz"
-    assert isinstance(asked, SampledImages)
-    sample_to_file(
-        inputs.pipeline,
-        asked.sampled_labels,
-        path,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        compile=settings.compile,
-        **asked.arguments,
-    )
+    path = Path(settings.output) / "samples.npz"
+    options = {name: getattr(settings, name) for name in ("batch_size", "seed", "compile")}
+    sample_to_file(asked.pipeline, asked.sampled_labels, path, **options, **asked.arguments)
     PartialState().wait_for_everyone()
     samples = open_images(str(path))
     samples.id2label, samples.name = asked.id2label, without_credentials(settings.generated)
@@ -231,20 +190,14 @@ def paths_of(*specs: str | None) -> list[str]:
 
 
 def load_extractors(specs: Sequence[str], pipeline: Any, state: PartialState) -> list[FeatureExtractor]:
-    """What images are measured in, none of which guides the pipeline, if there is one.
-
-    Raises:
-        `ValueError`: For two of one name, one that guides the pipeline, or what [`load_features`] refuses.
-    """
-    extractors = [load_features(spec, state.device) for spec in specs]
-    names = [extractor.name for extractor in extractors]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"Two of --features are called {name}; name them apart, as NAME=MODEL.")
-    if pipeline is not None:
-        for extractor in extractors:
-            check_independent(pipeline, extractor)
-    return extractors
+    """What images are measured in: [`load_features`] of each, of different names, none of which guides the pipeline."""
+    extractors: dict[str, FeatureExtractor] = {}
+    for extractor in (load_features(spec, state.device) for spec in specs):
+        if extractor.name in extractors:
+            raise ValueError(f"Two of --features are called {extractor.name}; name them apart, as NAME=MODEL.")
+        extractors[extractor.name] = extractor
+        check_independent(pipeline, extractor)
+    return list(extractors.values())
 
 
 def open_real(
@@ -269,30 +222,19 @@ def open_real(
 
 @dataclass
 class InspectionSettings:
-    """What [`run_inspection`] measures, and on which images.
+    """What [`run_inspection`] measures, and on which images."""
 
-    Attributes:
-        model (`str`): A classifier's or a pipeline's folder, or its name on the Hub.
-        data (`str`): A built-in dataset, a folder with one sub-folder of images per class, or a dataset of the Hub.
-        output (`str`, defaults to `"inspection.png"`): PNG; the numbers go beside it as `.json`.
-        train_split, validation_split, held_out_fraction, image_column, label_column: As the classifier was trained, see
-            [`DataArguments`].
-        num_images (`int`, defaults to 2000): Held-out images, at most.
-        batch_size (`int`, defaults to 64): Images at once.
-        seed (`int`, defaults to 0): Seed of the noise and of the split.
-    """
-
-    model: str
-    data: str
-    output: str = "inspection.png"
-    train_split: str = "train"
+    model: str  # a classifier's or a pipeline's folder, or its name on the Hub
+    data: str  # a built-in dataset, a folder with one sub-folder of images per class, or a dataset of the Hub
+    output: str = "inspection.png"  # the numbers go beside it as `.json`
+    train_split: str = "train"  # as the classifier was trained, as the next four, see [`DataArguments`]
     validation_split: str | None = None
     held_out_fraction: float | None = None
     image_column: str | None = None
     label_column: str | None = None
-    num_images: int = 2000
-    batch_size: int = 64
-    seed: int = 0
+    num_images: int = 2000  # held-out images, at most
+    batch_size: int = 64  # images at once
+    seed: int = 0  # of the noise and of the split
 
 
 def run_inspection(settings: InspectionSettings) -> str | None:
@@ -302,8 +244,7 @@ def run_inspection(settings: InspectionSettings) -> str | None:
         `str`: What it found; `None` in the other processes.
 
     Raises:
-        `ValueError`: For a classifier or images that cannot be opened or do not fit, or an output that would replace
-            another's file.
+        `ValueError`: For a classifier or images that cannot be opened or do not fit, or an output of another command.
     """
     check_parent(settings.output, suffix=".png")
     numbers = Path(settings.output).with_suffix(".json")
@@ -315,20 +256,15 @@ def run_inspection(settings: InspectionSettings) -> str | None:
     classifier = load_classifier(settings.model)
     noise_schedule(classifier)  # refuses one of clean images before any are loaded
     is_folder = settings.data not in BUILT_IN and Path(settings.data).is_dir()
-    train, held_out = load_labelled_images(
-        DataArguments(
-            train_data_dir=settings.data if is_folder else None,
-            dataset_name=None if is_folder else settings.data,
-            train_split=settings.train_split,
-            validation_split=settings.validation_split,
-            held_out_fraction=settings.held_out_fraction,
-            image_column=settings.image_column,
-            label_column=settings.label_column,
-            resolution=list(image_size(classifier.config)),
-            image_channels=classifier.config.in_channels,
-        ),
-        seed=settings.seed,
+    names = ("train_split", "validation_split", "held_out_fraction", "image_column", "label_column")
+    data = DataArguments(
+        train_data_dir=settings.data if is_folder else None,
+        dataset_name=None if is_folder else settings.data,
+        **{name: getattr(settings, name) for name in names},
+        resolution=list(image_size(classifier.config)),
+        image_channels=classifier.config.in_channels,
     )
+    train, held_out = load_labelled_images(data, seed=settings.seed)
     if held_out is None:
         raise ValueError(f"Nothing of {settings.data} is held out; give a larger --held_out_fraction, or none.")
     train, held_out = (with_classes_of(classifier, images) for images in (train, held_out))
@@ -353,11 +289,7 @@ def run_inspection(settings: InspectionSettings) -> str | None:
 
 
 def load_classifier(model: str) -> Any:
-    """An image classifier of a folder or of the Hub, or that of a pipeline there, in float32.
-
-    Raises:
-        `ValueError`: If there is none, or its weights do not cover it.
-    """
+    """An image classifier of a folder or of the Hub, or that of a pipeline there, in float32."""
     of_pipeline = is_pipeline(model)
     if Path(model).is_dir() and not of_pipeline and not (Path(model) / "config.json").is_file():
         raise ValueError(f"{model} is no folder of a classifier or pipeline: neither config.json nor model_index.json.")

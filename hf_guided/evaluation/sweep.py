@@ -2,8 +2,9 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,16 @@ from ..loading import weights_digest
 from ..pipelines.auto_pipeline import load_pipeline
 from ..processes import from_main, join_processes, print_once, resumable
 from .evaluate import judged_labels, measure
-from .features import feature_sets
 from .features.extractors import FeatureExtractor
 from .features.feature_sets import FeatureSet, collect_features
-from .features.image_sets import ImageSet, SampledImages
+from .features.image_sets import SampledImages
 from .metrics.table import METRICS
 from .plots import sweep_curve
-from .run import load_extractors, open_real, paths_of
+from .run import MeasuringSettings, load_extractors, open_real, paths_of
 
 Row = dict[str, Any]
-SETTING = ("num_inference_steps", "guidance_scale", "seed")  # identifies a row
+_SETTING = ("num_inference_steps", "guidance_scale", "seed")
+_setting_of = itemgetter(*_SETTING)  # identifies a row
 
 
 def sweep(
@@ -55,9 +56,9 @@ def sweep(
         reference ([`FeatureSet`]): Features of real images; only the main process needs them.
         extractor ([`FeatureExtractor`]): Computes the features; not the classifier that guides.
         labels (`torch.Tensor` of shape `(n,)`): The class of each sample, the same for every setting.
-        scales (`Sequence[float]`): Guidance scales.
-        steps (`Sequence[int]`, defaults to `(None,)`): Numbers of steps; `None` is the pipeline's default.
-        seeds (`Sequence[int]`, defaults to `(0, 1, 2)`): Each seed gives the same noise at every setting, so that
+        scales (`Sequence[float]`), steps (`Sequence[int]`, defaults to `(None,)`): Guidance scales, and numbers of
+            steps, where `None` is the pipeline's default.
+        seeds (`Sequence[int]`, defaults to `(0, 1, 2)`): Each gives the same noise at every setting, so that
             differences that agree over seeds are not due to chance.
         judged (`np.ndarray` of shape `(n,)`, *optional*): The labels as class ids of the extractor, for accuracy.
         batch_size (`int`, defaults to 64): Samples at once.
@@ -68,63 +69,48 @@ def sweep(
     Returns:
         `list[dict]`: `num_inference_steps`, `guidance_scale`, `seed` and the metrics of [`measure`] by name.
     """
-    rows = list(done)
-    known = {tuple(row[name] for name in SETTING) for row in rows}
+    rows = {_setting_of(row): row for row in done}
     settings = [(count, scale, seed) for seed in seeds for count in steps for scale in scales]
-    missing = [setting for setting in settings if setting not in known]
-    for count, scale, seed in tqdm(missing, desc="sweep", unit="setting", disable=not PartialState().is_main_process):
+    missing = [setting for setting in settings if setting not in rows]
+    for setting in tqdm(missing, desc="sweep", unit="setting", disable=not PartialState().is_main_process):
+        count, scale, seed = setting
         options = {**guidance_at(pipeline, scale), "num_inference_steps": count, **arguments}
         samples = SampledImages(pipeline, labels, seed, **options)
         features = collect_features(samples, extractor, batch_size=batch_size)
         if features is not None and reference is not None:
-            setting = dict(zip(SETTING, (count, scale, seed), strict=True))
-            rows.append({**setting, **measure(features, reference, judged)})
+            rows[setting] = dict(zip(_SETTING, setting, strict=True)) | measure(features, reference, judged)
             if on_row is not None:
-                on_row(rows)
-    wanted = set(settings)
-    return sorted((row for row in rows if setting_of(row) in wanted), key=lambda row: settings.index(setting_of(row)))
-
-
-def setting_of(row: Row) -> tuple[int | None, float, int]:
-    """The setting of a row: steps, scale and seed."""
-    return row["num_inference_steps"], row["guidance_scale"], row["seed"]
+                on_row(list(rows.values()))
+    return [rows[setting] for setting in settings if setting in rows]
 
 
 def guidance_at(pipeline: Any, scale: float) -> dict[str, Any]:
-    """The pipeline's argument for a guidance scale, of its saved kind of guidance or of its classifier.
-
-    Raises:
-        `ValueError`: If the pipeline saves several kinds.
-    """
+    """The pipeline's argument for a guidance scale, of its saved kind of guidance or of its classifier."""
     saved = (pipeline.config.sampling_defaults or {}).get("guidance")
     if saved is None:
         return {"guidance_scale": scale}
     if len(saved) > 1:
-        raise ValueError(
-            f"The pipeline saves {len(saved)} kinds of guidance, but a sweep varies a single scale; save only one kind."
-        )
+        raise ValueError(f"The pipeline saves {len(saved)} kinds of guidance; save one, whose scale a sweep varies.")
     return {"guidance": guidance_from_dict({**saved[0], "scale": scale})}
 
 
 def choose_scale(rows: Sequence[Row], metric: str) -> tuple[Row, str]:
-    """The setting with the fewest steps and the lowest scale among those that are as good as the best, and the reason.
+    """The setting with the fewest steps, and then the smallest scale, among those that are as good as the best.
 
     Seeds shift all settings together, and noise grows with the metric. The noise is therefore the residual of the
     metric's logarithm after subtracting the means of settings and seeds (two-way analysis of variance). A setting is as
-    good as the best if their means differ by at most one standard error of such a difference. Of these, the setting
-    with the fewest steps is chosen, and then the smallest scale.
+    good as the best if their means differ by at most one standard error of such a difference.
 
     Args:
         rows (`Sequence[dict]`): Rows of [`sweep`], every setting with every seed.
         metric (`str`): The metric to minimise, such as `"fid/inception"`.
 
     Returns:
-        The setting's `num_inference_steps` and `guidance_scale` with the mean of the metric, and the reason in a
-        sentence.
+        The setting's `num_inference_steps` and `guidance_scale` with the mean of the metric, and the reason.
     """
-    settings = list(dict.fromkeys((row["num_inference_steps"], row["guidance_scale"]) for row in rows))
+    settings = list(dict.fromkeys(_setting_of(row)[:2] for row in rows))
     seeds = sorted({row["seed"] for row in rows})
-    value_of = {setting_of(row): row[metric] for row in rows}
+    value_of = {_setting_of(row): row[metric] for row in rows}
     values = np.array([[value_of[(*setting, seed)] for seed in seeds] for setting in settings])
 
     logs = np.log(values.clip(min=1e-12))
@@ -157,11 +143,7 @@ def choose_scale(rows: Sequence[Row], metric: str) -> tuple[Row, str]:
 
 def parse_scales(text: str) -> list[float]:
     """Scales of the command line: `"0,1,2.5"`, or `"0:10"` for both ends and the values 1, 2, 5 times powers of ten
-    between them, from a fiftieth of the upper end.
-
-    Raises:
-        `ValueError`: For other texts.
-    """
+    between them, from a fiftieth of the upper end; a `ValueError` for other texts."""
     try:
         if ":" not in text:
             scales = sorted({float(part) for part in text.split(",")})
@@ -172,29 +154,18 @@ def parse_scales(text: str) -> list[float]:
         if not 0 <= low < high < math.inf:
             raise ValueError
     except ValueError:
-        raise ValueError(
-            f"--scales {text} is not a list of guidance scales; give one such as 0,1,2.5 or a range such as 0:10."
-        ) from None
-    return [low, *(scale for scale in _round_numbers(high) if low < scale < high), high]
-
-
-def _round_numbers(high: float) -> Iterator[float]:
-    for exponent in range(math.floor(math.log10(high / 50)), math.ceil(math.log10(high)) + 1):
-        for digit in (1, 2, 5):
-            if digit * 10.0**exponent >= high / 50 * (1 - 1e-9):
-                yield round(digit * 10.0**exponent, 12)
+        raise ValueError(f"--scales {text} is not a list of guidance scales; give 0,1,2.5 or a range 0:10.") from None
+    exponents = range(math.floor(math.log10(high / 50)), math.ceil(math.log10(high)) + 1)
+    between = [round(digit * 10.0**exponent, 12) for exponent in exponents for digit in (1, 2, 5)]
+    least = max(low, high / 50 * (1 - 1e-9))
+    return [low, *(scale for scale in between if least < scale < high), high]
 
 
 def save_choice(folder: str | os.PathLike, chosen: Row) -> dict[str, Any]:
-    """The new defaults of a saved pipeline, with the chosen scale, and the steps if they were swept; writes them to it.
-
-    Args:
-        folder (`str` or `os.PathLike`): The pipeline's folder; only its `model_index.json` changes,
-            atomically.
-        chosen (`dict`): The setting from [`choose_scale`].
+    """Saves the setting of [`choose_scale`] into a pipeline's folder; only its `model_index.json` changes.
 
     Returns:
-        `dict`: The defaults.
+        `dict`: The pipeline's new defaults, with the chosen scale, and the steps if they were swept.
     """
     path = Path(folder) / "model_index.json"
     index = read_json(path, fix="save the pipeline again")
@@ -213,57 +184,27 @@ def save_choice(folder: str | os.PathLike, chosen: Row) -> dict[str, Any]:
 
 
 @dataclass
-class SweepSettings:
-    """What [`run_sweep`] measures and how; `sweep.json` keeps what the numbers depend on.
+class SweepSettings(MeasuringSettings):
+    """What [`run_sweep`] measures and how, beside [`MeasuringSettings`]."""
 
-    Attributes:
-        model (`str`): A guided pipeline's folder, or its name on the Hub.
-        reference (`str`): Real images, or a file of statistics.
-        output (`str`, defaults to `"sweep"`): Folder of the results.
-        scales (`Sequence[float]`), steps (`Sequence[int]`), seeds (`Sequence[int]`): As for [`sweep`].
-        num_images (`int`, defaults to 1000): Samples at each setting.
-        no_save (`bool`, defaults to `False`): Leave the pipeline's saved defaults as they are.
-        features (`Sequence[str]`, defaults to `("inception",)`): One feature extractor, see [`load_features`].
-        labels, condition_unet, batch_size, compile, num_workers, no_cache: As for [`EvaluationSettings`].
-    """
-
-    model: str
-    reference: str
-    output: str = "sweep"
+    model: str  # a guided pipeline's folder, or its name on the Hub
+    reference: str  # real images, or a file of statistics
+    output: str = "sweep"  # folder of the results
     scales: Sequence[float] = (0, 1, 2, 5, 10)
-    steps: Sequence[int | None] = (None,)
+    steps: Sequence[int | None] = (None,)  # numbers of steps; None is the pipeline's default
     seeds: Sequence[int] = (0, 1, 2)
-    num_images: int = 1000
-    no_save: bool = False
-    features: Sequence[str] = ("inception",)
-    labels: Sequence[str] | None = None
-    condition_unet: bool = True
-    batch_size: int = 64
-    compile: bool = False
-    num_workers: int = 0
-    no_cache: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """What the numbers depend on, for a JSON file; the rest may differ when a sweep is resumed."""
-        names = ("model", "reference", "num_images", "condition_unet", "batch_size")
-        kept = {name: getattr(self, name) for name in names}
-        return without_credentials({**kept, "labels": self.labels or ["all"], "seed": 0})
+    num_images: int = 1000  # samples at each setting
+    no_save: bool = False  # leave the pipeline's saved defaults as they are
 
 
 @dataclass
 class SweepResult:
-    """What [`run_sweep`] found; `str()` says it in sentences.
+    """What [`run_sweep`] found; `str()` says it in sentences."""
 
-    Attributes:
-        rows (`list[dict]`): Of [`sweep`].
-        chosen (`dict`), reason (`str`): Of [`choose_scale`].
-        saved (`str`): What became of the choice, in a sentence.
-    """
-
-    rows: list[Row]
-    chosen: Row
+    rows: list[Row]  # of [`sweep`]
+    chosen: Row  # of [`choose_scale`], as the reason
     reason: str
-    saved: str = ""
+    saved: str = ""  # what became of the choice, in a sentence
 
     def __str__(self) -> str:
         return "\n".join(filter(None, (self.reason, self.saved)))
@@ -279,8 +220,7 @@ def run_sweep(settings: SweepSettings) -> SweepResult | None:
         [`SweepResult`]: In the main process; `None` in the others.
 
     Raises:
-        `ValueError`: For inputs that cannot be opened or swept, or an output that would replace another's file or was
-            measured otherwise.
+        `ValueError`: For inputs that cannot be opened or swept, or an output of another command or other settings.
     """
     path = Path(settings.output) / "sweep.json"
     _check_outputs(settings)
@@ -291,12 +231,19 @@ def run_sweep(settings: SweepSettings) -> SweepResult | None:
     labels = labels_to_sample(pipeline, settings.labels, default="all", num_images=settings.num_images)
     if isinstance(labels, int):
         raise ValueError(f"{settings.model} has no classes, and a sweep is of guidance by classes.")
-    notes = list(reference.notes) if isinstance(reference, ImageSet) else []
+    notes = list(reference.notes)
     judged = judged_labels(SampledImages(pipeline, labels), extractor, notes)
-    record = settings.to_dict()
-    record["features"] = f"{extractor.name} {extractor.fingerprint}"
-    record["weights"] = [weights_digest(model) for model in (pipeline.unet, pipeline.classifier) if model is not None]
-    record["images"] = from_main(reference.digest)
+    models = [model for model in (pipeline.unet, pipeline.classifier) if model is not None]
+    names = ("model", "reference", "num_images", "condition_unet", "batch_size")
+    record = {  # what the numbers depend on; the rest may differ when a sweep is resumed
+        **{name: getattr(settings, name) for name in names},
+        "labels": settings.labels or ["all"],
+        "seed": 0,
+        "features": f"{extractor.name} {extractor.fingerprint}",
+        "weights": list(map(weights_digest, models)),
+        "images": from_main(reference.digest),
+    }
+    record = without_credentials(record)
     known = _rows_of(path, record)
     print_once(*(f"Note: {note}" for note in notes))
 
@@ -309,18 +256,9 @@ def run_sweep(settings: SweepSettings) -> SweepResult | None:
         pipeline.compile()
         print_once(COMPILING)
     with resumable():
-        real: Any = reference
-        if isinstance(reference, ImageSet):
-            real = collect_features(
-                reference,
-                extractor,
-                batch_size=settings.batch_size,
-                num_workers=settings.num_workers,
-                cache_dir=None if settings.no_cache else feature_sets.CACHE_DIR,
-            )
         rows = sweep(
             pipeline,
-            real,
+            collect_features(reference, extractor, **settings.collecting()),
             extractor,
             labels,
             scales=settings.scales,
@@ -356,9 +294,7 @@ def _open_pipeline(settings: SweepSettings, state: PartialState) -> Any:
     """Loads a pipeline that is guided by one scale, and has the timesteps to sweep."""
     pipeline = load_pipeline(settings.model, state)
     if not hasattr(pipeline, "set_sampling_defaults"):
-        raise ValueError(
-            f"{settings.model} is a {type(pipeline).__name__}, which nothing guides; a sweep is of guidance."
-        )
+        raise ValueError(f"{settings.model} is a {type(pipeline).__name__}, which nothing guides; give a guided one.")
     guidance_at(pipeline, settings.scales[0])
     for number in settings.steps:
         if number is not None:
@@ -374,9 +310,8 @@ def _rows_of(path: Path, record: dict[str, Any]) -> list[Row]:
     fix = "give another --output, or remove it to measure from scratch"
     known = without_credentials(read_json(path, {"settings": dict, "rows": rows}, fix))
     if changed := differing(known["settings"], record, {"model": "weights", "reference": "images"}):
-        raise ValueError(
-            f"{path} was measured otherwise ({', '.join(changed)}); give the same flags, or another --output."
-        )
+        listed = ", ".join(changed)
+        raise ValueError(f"{path} was measured otherwise ({listed}); give the same flags, or another --output.")
     return known["rows"]
 
 

@@ -21,24 +21,16 @@ from ...loading import check_cover, naming_damage, weights_digest
 from ...models.classifier_adm import ADMForImageClassification, image_size
 from ...models.image_processing_adm import ADMImageProcessor
 
-# Folder names that do not describe the model in them.
-_NAMELESS = ("model", "pipeline")
+_NAMELESS = ("model", "pipeline")  # folder names that do not describe the model in them
 
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """The outputs of an extractor for a batch of images.
+    """The outputs of an extractor for a batch of images, float32 of shape `(n, columns)`."""
 
-    Attributes:
-        features (`np.ndarray` of shape `(n, dim)`): Float32, for distances between sets.
-        probabilities (`np.ndarray` of shape `(n, classes)`, *optional*): Float32, from classifiers: for the Inception
-            Score and accuracy.
-        spatial (`np.ndarray` of shape `(n, dim)`, *optional*): Float32, from Inception: for sFID.
-    """
-
-    features: np.ndarray
-    probabilities: np.ndarray | None = None
-    spatial: np.ndarray | None = None
+    features: np.ndarray  # for distances between sets
+    probabilities: np.ndarray | None = None  # of classes, from classifiers: for the Inception Score and accuracy
+    spatial: np.ndarray | None = None  # from Inception: for sFID
 
 
 class FeatureExtractor(Protocol):
@@ -48,8 +40,7 @@ class FeatureExtractor(Protocol):
     Attributes:
         name (`str`): Part of the name of every metric: `"inception"`, `"dinov2-base"`, `"judge"`.
         fingerprint (`str`): Hex digest of weights and preprocessing; features are cached under it.
-        id2label (`dict[int, str]`, *optional*): Names of the classes of `probabilities`; `None` if they have no
-            names.
+        id2label (`dict[int, str]`, *optional*): Names of the classes of `probabilities`, if they have any.
     """
 
     @property
@@ -75,12 +66,14 @@ class ModelFeatures:
     their shape, where its processor would crop them: both as in FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675, and the
     code published with it, whose default is `facebook/dinov2-large`).
 
+    Called with RGB images, a model of 1 channel gets their luminance as PIL computes it; called with gray ones, a model
+    of 3 channels gets them repeated. `probabilities` are the softmax of a classifier's logits.
+
     Args:
         model (`PreTrainedModel`): The model, in any floating-point type. Its mode is not changed.
         name (`str`): The name of its features in metrics.
         processor (`BaseImageProcessor`, *optional*): Turns images into `pixel_values`. Only
-            [`ADMForImageClassification`] needs none, since its [`ADMImageProcessor`] follows from its config: images
-            of its own size become exactly `images / 127.5 - 1`, others are resized.
+            [`ADMForImageClassification`] needs none: its [`ADMImageProcessor`] follows from its config.
 
     Raises:
         `ValueError`: If the model takes no images, or images of neither 1 nor 3 channels, or has no processor.
@@ -108,8 +101,7 @@ class ModelFeatures:
 
     @property
     def id2label(self) -> dict[int, str] | None:
-        """Names of a classifier's classes; `None` for other models and for the placeholders of transformers,
-        `LABEL_0`, `LABEL_1` and so on."""
+        """Names of a classifier's classes; `None` for other models, and for `LABEL_0`, `LABEL_1` and so on."""
         names = self.model.config.id2label
         if not self.is_classifier or all(label == f"LABEL_{i}" for i, label in names.items()):
             return None
@@ -117,21 +109,12 @@ class ModelFeatures:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the model's class and weights and the processor's settings, computed on first use."""
+        """Hex digest of the model's class and weights and the processor's settings."""
         settings = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
         return weights_digest(self.model, settings)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> FeatureBatch:
-        """The features of images, from one forward pass.
-
-        Args:
-            images (`torch.Tensor` of shape `(n, channels, height, width)`): `torch.uint8`, gray or RGB. Gray values are
-                repeated for models of 3 channels; models of 1 channel get the luminance of RGB as PIL computes it.
-
-        Returns:
-            [`FeatureBatch`]: `probabilities` are the softmax of a classifier's logits.
-        """
         arrays = match_channels(images, self.channels).movedim(1, -1).numpy()
         pictures = [Image.fromarray(array.squeeze(-1) if self.channels == 1 else array) for array in arrays]
         pixel_values = self.processor(pictures, return_tensors="pt").pixel_values
@@ -180,34 +163,23 @@ class InceptionFeatures:
 
         module.load_state_dict_from_url = load_weights  # type: ignore[attr-defined]  # in our private copy of the module
         try:
-            model = module.FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"])
+            self.model = module.FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"]).to(device)
         except OSError as error:
             if weights is not None:
                 raise
-            url = module.URL_INCEPTION_V3
             raise OSError(
-                f"Inception's weights could not be downloaded ({error}); download {url} by hand and put it into "
-                f"{torch.hub.get_dir()}/checkpoints."
+                f"Inception's weights could not be downloaded ({error}); download {module.URL_INCEPTION_V3} by hand "
+                f"and put it into {torch.hub.get_dir()}/checkpoints."
             ) from error
-        self.model = model.to(device)
         self.device = torch.device(device)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the weights, computed on first use."""
+        """Hex digest of the weights."""
         return weights_digest(self.model)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> FeatureBatch:
-        """The features of images, from one forward pass.
-
-        Args:
-            images (`torch.Tensor` of shape `(n, channels, height, width)`): `torch.uint8`, of any size; gray values are
-                repeated.
-
-        Returns:
-            [`FeatureBatch`]: With all three fields.
-        """
         maps: list[torch.Tensor] = []
         hook = self.model.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: maps.append(output))
         try:
@@ -226,11 +198,8 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> FeatureExtra
             image classifier of transformers with its image processor, loaded in float32. Its name is the last part of
             the path or id that is not generic (`judge` for `outputs/judge/model`, `dinov2-base` for
             `facebook/dinov2-base`), or NAME in `"NAME=outputs/judge/model"`.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where the features are computed.
-
-    Returns:
-        [`FeatureExtractor`]: [`InceptionFeatures`] or [`ModelFeatures`]. Images are resized by PIL, whether or not
-        torchvision is installed.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where the features are computed. (Images are resized by
+            PIL, whether or not torchvision is installed.)
 
     Raises:
         `ValueError`: If there is no such model, it takes no images, some of its weights are missing, or the folder is a
@@ -246,15 +215,13 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> FeatureExtra
         raise ValueError(f"There is no folder {path}.")
     if (folder / "model_index.json").exists():
         raise ValueError(
-            f"{path} is a pipeline, and the classifier that guides it must not evaluate it; give the folder of a "
-            f"classifier that was trained separately, or of a vision model."
+            f"{path} is a pipeline, and the classifier that guides it must not evaluate it; give a classifier that was "
+            f"trained separately, or a vision model."
         )
     parts = folder.absolute().parts if folder.exists() else folder.parts
     name = name or next((part for part in reversed(parts) if part not in _NAMELESS), path)
     if name == InceptionFeatures.name:
-        raise ValueError(
-            f"The name {name} is reserved for the published features; give this model another: NAME={path}."
-        )
+        raise ValueError(f"The name {name} is reserved for the published features; name this model: NAME={path}.")
 
     source = str(folder) if folder.exists() else path
     shown = logging.is_progress_bar_enabled()
@@ -283,26 +250,17 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> FeatureExtra
 
 
 def match_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
-    """Images with the given channels: gray from RGB as PIL's `convert("L")`, or RGB from gray by repeating.
-
-    Args:
-        images (`torch.Tensor` of shape `(n, channels, height, width)`): `torch.uint8`, at least one, 1 or 3 channels.
-        channels (`int`): 1 or 3.
-
-    Raises:
-        `ValueError`: If they are not such images.
-    """
+    """Images `(n, 1 or 3, height, width)`, uint8, with the given channels, 1 or 3: gray from RGB as PIL's
+    `convert("L")`, or RGB from gray by repeating."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
-        raise ValueError(
-            f"The images must be a torch.uint8 tensor of shape (n, 1 or 3, height, width), got {images.dtype} of shape "
-            f"{tuple(images.shape)}."
-        )
-    if images.shape[1] < channels:
-        return images.expand(-1, channels, -1, -1)
-    if images.shape[1] > channels:
-        red, green, blue = images.to(torch.int32).unsqueeze(2).unbind(1)
-        return ((19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16).to(torch.uint8)  # ITU-R 601 in 65536ths
-    return images
+        given = f"{images.dtype} of shape {tuple(images.shape)}"
+        raise ValueError(f"The images must be a torch.uint8 tensor of shape (n, 1 or 3, height, width), got {given}.")
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return images.expand(-1, 3, -1, -1)
+    red, green, blue = images.to(torch.int32).unsqueeze(2).unbind(1)
+    return ((19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16).to(torch.uint8)  # ITU-R 601 in 65536ths
 
 
 def _mean(hidden_state: torch.Tensor) -> torch.Tensor:
@@ -315,11 +273,8 @@ def _numpy(values: torch.Tensor) -> np.ndarray:
 
 
 def _torch_fidelity_inception() -> ModuleType:
-    """A private copy of torch-fidelity's module of Inception.
-
-    The package's `__init__` imports torchvision, which the module does not need. It is therefore imported under an
-    empty package, which is removed afterwards.
-    """
+    """A private copy of torch-fidelity's module of Inception, imported under an empty package, since the package's own
+    `__init__` imports torchvision, which the module does not need."""
     found = importlib.util.find_spec("torch_fidelity")
     if found is None or found.submodule_search_locations is None:
         raise ImportError(

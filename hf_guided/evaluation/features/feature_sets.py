@@ -1,11 +1,9 @@
 """The features of a set of images: computed by all processes, and cached by the images' content."""
 
-import dataclasses
 import hashlib
 import json
 import logging
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,11 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
-from tqdm.auto import tqdm
 
 from ...data.npz import open_npz
 from ...files import FullDiskError, replacing
 from ...processes import from_main
-from ..metrics.moments import FeatureStatistics, InceptionScoreStatistics
+from ..metrics.moments import FeatureStatistics, InceptionScoreStatistics, read_moments
 from .extractors import FeatureExtractor
 from .image_sets import ImageSet
 
@@ -33,30 +30,26 @@ _FORMAT = 1  # of the files
 
 @dataclass
 class FeatureSet:
-    """The features of a set of images by one extractor: statistics, stored features and predictions.
+    """The features of a set of images by one extractor: statistics, stored features and predictions."""
 
-    Attributes:
-        extractor (`str`): The extractor's name, part of the name of every metric.
-        fingerprint (`str`): Digest of its weights and preprocessing.
-        num_images (`int`): Number of images.
-        statistics ([`FeatureStatistics`]): Mean and covariance of all features.
-        spatial_statistics ([`FeatureStatistics`], *optional*): The same for spatial features.
-        kept (`np.ndarray` of shape `(k, dim)`, *optional*): The features of all images, or of 50,000 evenly spaced
-            ones.
-        kept_indices (`np.ndarray` of shape `(k,)`): The indices of those images.
-        score ([`InceptionScoreStatistics`], *optional*): Statistics of the class probabilities.
-        predictions (`np.ndarray` of shape `(num_images,)`, *optional*): The predicted class of each image.
-    """
+    name = "saved statistics"  # in messages
 
-    extractor: str
-    fingerprint: str
-    num_images: int
-    statistics: FeatureStatistics
+    extractor: str  # its name, part of the name of every metric
+    fingerprint: str  # digest of its weights and preprocessing; empty in published files
+    num_images: int | None  # unknown in published files
+    statistics: FeatureStatistics  # of all features
     spatial_statistics: FeatureStatistics | None = None
-    kept: np.ndarray | None = None
-    kept_indices: np.ndarray | None = None
-    score: InceptionScoreStatistics | None = None
-    predictions: np.ndarray | None = None
+    kept: np.ndarray | None = None  # (k, dim): the features of all images, or of 50,000 evenly spaced ones
+    kept_indices: np.ndarray | None = None  # (k,): of those images
+    score: InceptionScoreStatistics | None = None  # of the class probabilities
+    predictions: np.ndarray | None = None  # (num_images,): the predicted class of each image
+
+    @property
+    def notes(self) -> list[str]:
+        """What limits their use as a reference, in sentences."""
+        if self.kept is not None:
+            return []
+        return ["the reference is statistics without images, so that only metrics that need no images are computed."]
 
     def digest(self) -> str:
         """A hash of the features, which does not depend on their file."""
@@ -69,12 +62,10 @@ class FeatureSet:
         return digest.hexdigest()
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes an `.npz` file under a temporary name and renames it. `mu`, `sigma` and, with spatial features,
-        `mu_s` and `sigma_s` are stored as in published reference files."""
+        """Writes an `.npz` file atomically; statistics are named as in published reference files."""
+        about = {"format": _FORMAT, "extractor": self.extractor, "fingerprint": self.fingerprint, "n": self.num_images}
         arrays: dict[str, Any] = {
-            "about": json.dumps(
-                {"format": _FORMAT, "extractor": self.extractor, "fingerprint": self.fingerprint, "n": self.num_images}
-            ),
+            "about": json.dumps(about),
             "mu": self.statistics.mean,
             "sigma": self.statistics.covariance,
             "kept": self.kept,
@@ -102,15 +93,13 @@ class FeatureSet:
         try:
             if "about" in arrays:
                 about = json.loads(str(arrays["about"]))
-            spatial = None
-            if "mu_s" in arrays:
-                spatial = FeatureStatistics.from_moments(arrays["mu_s"], arrays["sigma_s"], about["n"])
+            moments = read_moments(arrays, about["n"])
             return cls(
                 extractor=about["extractor"],
                 fingerprint=about["fingerprint"],
                 num_images=about["n"],
-                statistics=FeatureStatistics.from_moments(arrays["mu"], arrays["sigma"], about["n"]),
-                spatial_statistics=spatial,
+                statistics=moments["features"],
+                spatial_statistics=moments.get("spatial"),
                 **{name: arrays.get(name) for name in ("kept", "kept_indices", "predictions")},
             )
         except (ValueError, KeyError, TypeError) as error:
@@ -120,14 +109,14 @@ class FeatureSet:
 def is_saved(path: str | os.PathLike) -> bool:
     """Whether [`FeatureSet.save`] wrote a file; published files are not recognised."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_npz(path) as file:
             return "about" in file and "arr_0" not in file
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile):
+    except (ValueError, FileNotFoundError):
         return False
 
 
 def collect_features(
-    images: ImageSet,
+    images: ImageSet | FeatureSet,
     extractor: FeatureExtractor,
     *,
     batch_size: int = 64,
@@ -140,7 +129,7 @@ def collect_features(
     each image counts once.
 
     Args:
-        images ([`ImageSet`]): The images.
+        images ([`ImageSet`] or [`FeatureSet`]): The images; features are returned as they are.
         extractor ([`FeatureExtractor`]): Computes the features.
         batch_size (`int`, defaults to 64): Images at once in each process.
         num_workers (`int`, defaults to 0): Loader workers of each process.
@@ -153,25 +142,23 @@ def collect_features(
     Raises:
         `ValueError`: If features are not finite, naming the image.
     """
-    state = PartialState()
+    if isinstance(images, FeatureSet):
+        return images
     path, cached = None, None
     if cache_dir is not None:
-        if state.is_main_process:
+        if PartialState().is_main_process:
             path = Path(cache_dir) / f"{_key(images, extractor)}.npz"
             cached = _load_cached(path, images, extractor)
         if from_main(lambda: cached is not None):
             return cached
 
-    parts = gather_to_main(_collect_share(images, extractor, batch_size, num_workers, state))
-    if parts is None:
-        return None
-    collected = _merge(parts, images, extractor)
-    if path is not None:
+    computed = _compute(images, extractor, batch_size, num_workers)
+    if path is not None and computed is not None:
         try:
-            collected.save(path)
+            computed.save(path)
         except (OSError, FullDiskError) as error:
             logger.warning(f"The features of {images.name} are not cached: {error}")
-    return collected
+    return computed
 
 
 def _load_cached(path: Path, images: ImageSet, extractor: FeatureExtractor) -> FeatureSet | None:
@@ -199,35 +186,13 @@ def gather_to_main(item: Any) -> list[Any] | None:
     return gathered
 
 
-@dataclass
-class _Share:
-    """The results of one process."""
-
-    statistics: FeatureStatistics | None = None
-    spatial_statistics: FeatureStatistics | None = None
-    score: InceptionScoreStatistics | None = None
-    kept: list[np.ndarray] = dataclasses.field(default_factory=list)
-    kept_indices: list[np.ndarray] = dataclasses.field(default_factory=list)
-    predictions: list[np.ndarray] = dataclasses.field(default_factory=list)
-    indices: list[np.ndarray] = dataclasses.field(default_factory=list)
-
-
-def _collect_share(
-    images: ImageSet, extractor: FeatureExtractor, batch_size: int, num_workers: int, state: PartialState
-) -> _Share:
-    share = _Share()
+def _compute(images: ImageSet, extractor: FeatureExtractor, batch_size: int, num_workers: int) -> FeatureSet | None:
     is_kept = np.zeros(len(images), dtype=bool)
     is_kept[np.linspace(0, len(images) - 1, min(len(images), MAX_KEPT)).round().astype(int)] = True
-    batches = [part.tolist() for part in torch.arange(len(images)).split(batch_size)]
-    mine = batches[state.process_index :: state.num_processes]
-    progress = tqdm(
-        total=len(images),
-        desc=f"{extractor.name} features of {images.name}",
-        unit="image",
-        disable=not state.is_main_process,
-        leave=False,
-    )
-    for indices, batch in zip(mine, images.batches(mine, num_workers), strict=True):
+    statistics, spatial, score = FeatureStatistics(), FeatureStatistics(), InceptionScoreStatistics()
+    kept: list[np.ndarray] = []
+    predictions: list[np.ndarray] = []
+    for indices, batch in images.share(batch_size, f"{extractor.name} features of {images.name}", num_workers):
         computed = extractor(batch)
         for kind in (computed.features, computed.probabilities, computed.spatial):
             if kind is not None and not np.isfinite(kind).all():
@@ -236,54 +201,34 @@ def _collect_share(
                     f"The {extractor.name} features of image {broken} of {images.name} are not finite; compute them in "
                     f"float32, and check that image."
                 )
-        rows = np.array(indices)
-        share.statistics = _updated(share.statistics, computed.features)
+        statistics.update(computed.features)
+        kept.append(computed.features[is_kept[indices]])
         if computed.spatial is not None:
-            share.spatial_statistics = _updated(share.spatial_statistics, computed.spatial)
+            spatial.update(computed.spatial)
         if computed.probabilities is not None:
-            share.score = share.score or InceptionScoreStatistics()
-            share.score.update(computed.probabilities, indices[0])
-            share.predictions.append(computed.probabilities.argmax(axis=1))
-        share.kept.append(computed.features[is_kept[rows]])
-        share.kept_indices.append(rows[is_kept[rows]])
-        share.indices.append(rows)
-        progress.update(min(len(indices) * state.num_processes, len(images) - progress.n))
-    progress.close()
-    return share
+            score.update(computed.probabilities, indices[0])
+            predictions.append(computed.probabilities.argmax(axis=1))
 
-
-def _updated(statistics: FeatureStatistics | None, features: np.ndarray) -> FeatureStatistics:
-    statistics = statistics or FeatureStatistics()
-    statistics.update(features)
-    return statistics
-
-
-def _merge(parts: list[_Share], images: ImageSet, extractor: FeatureExtractor) -> FeatureSet:
-    """The merged results of all processes, in the order of the images."""
-    parts = [part for part in parts if part.indices]
-    first = parts[0]
+    parts = gather_to_main((statistics, spatial, score, kept, predictions))
+    if parts is None:
+        return None
     for part in parts[1:]:
-        for name in ("statistics", "spatial_statistics", "score"):
-            if getattr(first, name) is not None:
-                getattr(first, name).merge(getattr(part, name))
-    kept_indices = np.concatenate([rows for part in parts for rows in part.kept_indices])
-    order = np.argsort(kept_indices)
-    predictions = None
-    if first.score is not None:
-        predictions = np.empty(len(images), dtype=np.int64)
-        rows = np.concatenate([rows for part in parts for rows in part.indices])
-        predictions[rows] = np.concatenate([batch for part in parts for batch in part.predictions])
-    assert first.statistics is not None
+        statistics.merge(part[0])
+        spatial.merge(part[1])
+        score.merge(part[2])
+    kept, predictions = ([rows for part in parts for rows in part[i]] for i in (3, 4))
+    batches = images.split(batch_size)  # in the order of `parts`: the processes had whole ones, in turn
+    order = np.concatenate([batch for i in range(len(parts)) for batch in batches[i :: len(parts)]])
     return FeatureSet(
         extractor=extractor.name,
         fingerprint=extractor.fingerprint,
         num_images=len(images),
-        statistics=first.statistics,
-        spatial_statistics=first.spatial_statistics,
-        kept=np.concatenate([batch for part in parts for batch in part.kept])[order],
-        kept_indices=kept_indices[order],
-        score=first.score,
-        predictions=predictions,
+        statistics=statistics,
+        spatial_statistics=spatial if spatial.num_samples else None,
+        kept=np.concatenate(kept)[np.argsort(order[is_kept[order]])],
+        kept_indices=np.flatnonzero(is_kept),
+        score=score if predictions else None,
+        predictions=np.concatenate(predictions)[np.argsort(order)] if predictions else None,
     )
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -23,33 +23,25 @@ from ...generation.samples import to_picture
 from ...generation.sampling import sample_batches
 from ...loading import weights_digest
 from ...models.images import BAD_IMAGE_ERRORS, resize_and_crop, upright_size
-from ..metrics.moments import FeatureStatistics
+from ..metrics.moments import FeatureStatistics, read_moments
 
 HELD_OUT, TRAIN = "held_out", "train"
 _MODES = {1: "L", 3: "RGB"}
 
 
 class ImageSet(Dataset, ABC):
-    """Images of one size; `images[i]` is uint8 of shape `(channels, height, width)`.
+    """Images of one size; `image_set[i]` is uint8 of shape `(channels, height, width)`."""
 
-    Attributes:
-        name (`str`): Its name in messages.
-        size (`tuple[int, int]`): Height and width in pixels.
-        channels (`int`): 1 or 3.
-        labels (`np.ndarray` of shape `(n,)`, *optional*): The class id of each image.
-        id2label (`dict[int, str]`): Names of the classes; empty if they have no names.
-        notes (`list[str]`): How the images were changed, in sentences.
-    """
+    images: Any  # what stores them, of their number
+    name: str  # in messages
+    size: tuple[int, int]  # height and width in pixels
+    channels: int  # 1 or 3
+    labels: np.ndarray | None  # (n,): the class id of each image
+    id2label: dict[int, str]  # names of the classes; empty if they have no names
+    notes: list[str]  # how the images were changed, in sentences
 
-    name: str
-    size: tuple[int, int]
-    channels: int
-    labels: np.ndarray | None
-    id2label: dict[int, str]
-    notes: list[str]
-
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.images)
 
     @abstractmethod
     def __getitem__(self, index: int) -> torch.Tensor: ...
@@ -65,10 +57,23 @@ class ImageSet(Dataset, ABC):
             digest.update(content)
         return digest.hexdigest()
 
+    def share(self, batch_size: int, task: str, num_workers: int = 0) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """The batches of this process, each with the indices of its images: every process has whole ones, in turn."""
+        state = PartialState()
+        mine = self.split(batch_size)[state.process_index :: state.num_processes]
+        shown = {"desc": task, "unit": "image", "leave": False, "disable": not state.is_main_process}
+        with tqdm(total=len(self), **shown) as progress:
+            for indices, batch in zip(mine, self.batches(mine, num_workers), strict=True):
+                yield indices, batch
+                progress.update(min(len(indices) * state.num_processes, len(self) - progress.n))
+
+    def split(self, batch_size: int) -> list[list[int]]:
+        """The indices of all images, batch by batch."""
+        return [part.tolist() for part in torch.arange(len(self)).split(batch_size)]
+
     def batches(self, indices: Sequence[Sequence[int]], num_workers: int = 0) -> Iterable[torch.Tensor]:
         """Batches `(n, channels, height, width)` of the images with these indices."""
-        # without a generator of its own, a loader draws from the global one
-        generator = torch.Generator()
+        generator = torch.Generator()  # without its own, a loader draws from the global one
         return DataLoader(self, batch_sampler=list(map(list, indices)), num_workers=num_workers, generator=generator)
 
     def picture(self, index: int) -> Image.Image:
@@ -77,8 +82,8 @@ class ImageSet(Dataset, ABC):
 
     def pictures(self, batch_size: int = 64) -> list[Image.Image]:
         """All of the images."""
-        indices = [part.tolist() for part in torch.arange(len(self)).split(batch_size)]
-        return [to_picture(image.permute(1, 2, 0).numpy()) for batch in self.batches(indices) for image in batch]
+        batches = self.batches(self.split(batch_size))
+        return [to_picture(image.permute(1, 2, 0).numpy()) for batch in batches for image in batch]
 
 
 class ArrayImages(ImageSet):
@@ -86,9 +91,7 @@ class ArrayImages(ImageSet):
 
     Args:
         images (`np.ndarray` of shape `(n, height, width, channels)`): uint8.
-        labels (`np.ndarray` of shape `(n,)`, *optional*): Class ids.
-        id2label (`dict[int, str]`, *optional*): Names of the classes.
-        name (`str`): Its name in messages.
+        labels, id2label, name: See [`ImageSet`].
         size (`tuple[int, int]`, *optional*): Height and width to resize the images to, as in training; by default their
             own.
         statistics (`dict[str, FeatureStatistics]`, *optional*): Published statistics of Inception's features:
@@ -105,17 +108,12 @@ class ArrayImages(ImageSet):
         statistics: dict[str, FeatureStatistics] | None = None,
     ):
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in _MODES or len(images) == 0:
-            raise ValueError(
-                f"{name}: images are uint8 of shape (n, height, width, 1 or 3), got {images.dtype} of shape "
-                f"{images.shape}."
-            )
+            given = f"{images.dtype} of shape {images.shape}"
+            raise ValueError(f"{name}: images are uint8 of shape (n, height, width, 1 or 3), got {given}.")
         own = (images.shape[1], images.shape[2])
         self.images, self.labels, self.id2label, self.name = images, labels, id2label or {}, name
         self.size, self.channels, self.statistics = size or own, images.shape[3], statistics
         self.notes = [] if self.size == own else [_resized(name, [own], self.size)]
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         pixels = self.images[index]
@@ -132,20 +130,13 @@ class ArrayImages(ImageSet):
 
 
 class LoadedImages(ImageSet):
-    """Images of a folder or dataset, decoded on access and resized as in training.
-
-    Args:
-        images ([`LabelledImages`]): Images without augmentation.
-    """
+    """Images of a folder or dataset, without augmentation, decoded on access and resized as in training."""
 
     def __init__(self, images: LabelledImages, name: str | None = None):
         self.images, self.labels, self.id2label = images, images.labels, images.id2label
         self.name = name or images.name
         self.size, self.channels = images.resolution, images.image_channels
         self.notes = [f"{images.name}: {note}." for note in images.notes]
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         values = self.images[index]["pixel_values"]
@@ -176,7 +167,7 @@ class SampledImages(ImageSet):
         return self.sampled_labels if isinstance(self.sampled_labels, int) else len(self.sampled_labels)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return next(iter(self.batches([[index]])))[0]
+        return next(self.batches([[index]]))[0]
 
     def batches(self, indices: Sequence[Sequence[int]], num_workers: int = 0) -> Iterator[torch.Tensor]:
         """Samples of whole batches, each as long as the first."""
@@ -187,7 +178,7 @@ class SampledImages(ImageSet):
             yield from (images for _, images in made)
 
     def contents(self) -> Iterator[bytes]:
-        labels = self.sampled_labels if isinstance(self.sampled_labels, int) else self.sampled_labels.tolist()
+        labels = len(self) if isinstance(self.sampled_labels, int) else self.sampled_labels.tolist()
         arguments = {**(self.pipeline.config.get("sampling_defaults") or {}), **self.arguments}
         components = self.pipeline.components
         scheduler = components["scheduler"].config if "scheduler" in components else ""
@@ -215,28 +206,30 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
         `ValueError`: If there are no such images, or they differ in size and none is given.
     """
     if spec.endswith(".npz"):
-        return _open_samples(spec, size)
+        if not Path(spec).is_file():
+            raise ValueError(f"There is no file {spec}.")
+        pixels, labels = read_samples(spec)
+        with open_npz(spec) as file:
+            statistics = read_moments(file)
+        return ArrayImages(pixels, labels, name=spec, size=size, statistics=statistics or None)
     source, _, part = spec.rpartition(":") if ":" in spec and not Path(spec).exists() else (spec, "", "")
     if "/" in part or "@" in part:  # the rest of a URL, which has a colon of its own
         source, part = spec, ""
-    arguments: dict[str, Any] = {"resolution": None if size is None else list(size)}
-    if source in BUILT_IN or not Path(source).is_dir():
-        if Path(source).is_file() and not source.endswith(".parquet"):
-            raise ValueError(f"{source} is not a set of images; give a .npz or .parquet file of samples, or a folder.")
-        arguments["dataset_name"] = source
-    else:
-        arguments["train_data_dir"] = source
-    if source not in BUILT_IN and size is None:
-        arguments["resolution"] = [1]  # until their own is known
-    is_folder = part == HELD_OUT and Path(source, HELD_OUT).is_dir()  # a split of its own
-    if part not in ("", TRAIN, HELD_OUT) or is_folder:
+    if Path(source).is_file() and not source.endswith(".parquet"):
+        raise ValueError(f"{source} is not a set of images; give a .npz or .parquet file of samples, or a folder.")
+    is_folder = source not in BUILT_IN and Path(source).is_dir()
+    arguments: dict[str, Any] = {"train_data_dir" if is_folder else "dataset_name": source}
+    if size is not None or source not in BUILT_IN:
+        arguments["resolution"] = [1] if size is None else list(size)  # 1 until their own is known
+    is_split = part not in ("", TRAIN, HELD_OUT) or (part == HELD_OUT and Path(source, HELD_OUT).is_dir())
+    if is_split:
         if source in BUILT_IN:
             raise ValueError(f"The {source} have no part {part!r}; give {source}:{TRAIN} or {source}:{HELD_OUT}.")
         arguments["train_split"] = part
-    if part not in (TRAIN, HELD_OUT) or is_folder:
+    if is_split or not part:
         arguments["held_out_fraction"] = 0.0
     train, held_out = load_labelled_images(DataArguments(**arguments), seed=0, require_labels=False)
-    images = held_out if part == HELD_OUT and not is_folder else train
+    images = held_out if part == HELD_OUT and not is_split else train
     if images is None:
         raise ValueError(f"{train.name} has no held-out images; give other images.")
     sizes, images.image_channels = _look(images)
@@ -256,31 +249,8 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
 
 def has_images(path: str) -> bool:
     """Whether a `.npz` file holds images, and not only statistics."""
-    if not zipfile.is_zipfile(path):
-        return True
     with open_npz(path) as file:
         return "arr_0" in file
-
-
-def read_statistics(path: str) -> dict[str, FeatureStatistics] | None:
-    """Statistics of Inception's features in a published reference file, `"features"` and `"spatial"`; `None` if there
-    are none."""
-    with open_npz(path) as file:
-        if "mu" not in file:
-            return None
-        names = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-        return {
-            kind: FeatureStatistics.from_moments(file[mean], file[covariance])
-            for kind, (mean, covariance) in names.items()
-            if mean in file
-        }
-
-
-def _open_samples(path: str, size: tuple[int, int] | None) -> ArrayImages:
-    if not Path(path).is_file():
-        raise ValueError(f"There is no file {path}.")
-    images, labels = read_samples(path)
-    return ArrayImages(images, labels, name=path, size=size, statistics=read_statistics(path))
 
 
 def _look(images: LabelledImages) -> tuple[dict[tuple[int, int], str], int]:
@@ -309,8 +279,5 @@ def _resized(name: str, found: list[tuple[int, int]], size: tuple[int, int]) -> 
     smallest, largest = min(found, key=math.prod), max(found, key=math.prod)
     span = f"{smallest[0]}x{smallest[1]}" + ("" if smallest == largest else f" to {largest[0]}x{largest[1]}")
     upscaled = smallest[0] < size[0] or smallest[1] < size[1]
-    return (
-        f"{name} has images of {span} pixels; they are resized to {size[0]}x{size[1]} as in training, "
-        + ("which upscales small ones and affects the metrics" if upscaled else "shrunk and cropped at the centre")
-        + "."
-    )
+    effect = "which upscales small ones and affects the metrics" if upscaled else "shrunk and cropped at the centre"
+    return f"{name} has images of {span} pixels; they are resized to {size[0]}x{size[1]} as in training, {effect}."

@@ -18,18 +18,16 @@ def frechet_distance(a: Features | FeatureStatistics, b: Features | FeatureStati
     \\(|\mu_a - \mu_b|^2 + \mathrm{Tr}(\Sigma_a + \Sigma_b - 2 (\Sigma_a \Sigma_b)^{1/2})\\), covariances with n - 1.
 
     Args:
-        a (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`, or [`FeatureStatistics`]): Features of one set, at least
-            2 samples, or their statistics.
-        b (`np.ndarray` or `torch.Tensor` of shape `(m, dim)`, or [`FeatureStatistics`]): The same for the other set.
+        a, b (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`, or [`FeatureStatistics`]): Features of each set, at
+            least 2 samples, or their statistics.
 
     Returns:
-        `float`: The distance, in squared units of the features; symmetric in its arguments, 0 for equal sets.
+        `float`: In squared units of the features; symmetric in its arguments, 0 for equal sets.
 
     Raises:
-        `ValueError`: If a set has fewer than 2 samples, NaN or infinity, or if the two differ in width.
+        `ValueError`: For a set of fewer than 2 samples, NaN or infinity, or two widths.
     """
-    x, y = _statistics(a), _statistics(b)
-    _check_width(x, y)
+    x, y = _fitted(a, b)
     factor = _factor(x.covariance)
     difference = x.mean - y.mean
     traces = np.trace(x.covariance) + np.trace(y.covariance)
@@ -49,31 +47,27 @@ def frechet_interval(
 
     Two halves are independent sets of n / 2 samples, so \\((d_1 - d_2)^2 / 2\\) of their distances is an unbiased
     estimate of the variance at n / 2. Its mean over random splits, halved, is the variance at n, in a normal interval
-    around the distance itself. (Samples drawn with replacement, as in a bootstrap, add their own noise to that of the
-    covariance: for Gaussian features they give standard deviations up to 4 times too large.)
+    around the distance itself. (A bootstrap adds its own noise to the covariance: for Gaussian features its standard
+    deviations are up to 4 times too large.)
 
     The interval covers the distances of other sample sets of this size from the same model: two models whose intervals
-    do not overlap differ. It is up to sqrt(2) too wide in theory if the two distributions are equal, since the spread
-    of the distance then falls with 1 / n. It covers neither the bias of few samples, which raises the distance and
-    falls with their number, nor the choice of the reference.
+    do not overlap differ. For equal distributions it is up to sqrt(2) too wide, since the spread then falls with 1 / n.
+    It covers neither the bias of few samples, which raises the distance, nor the choice of the reference.
 
     Args:
         generated (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of generated samples, at least 4.
-        reference (`np.ndarray` or `torch.Tensor` of shape `(m, dim)`, or [`FeatureStatistics`]): Features of real
-            samples, at least 2, or their statistics.
+        reference (`np.ndarray` or `torch.Tensor` of shape `(m, dim)`, or [`FeatureStatistics`]): Of real samples.
         strata (`np.ndarray` of shape `(n,)`, *optional*): The class of each generated sample, if the classes are
             balanced and not drawn at random: then each half gets half of each class.
-        num_splits (`int`, defaults to 40): Random splits. With 40 the width of the interval is uncertain by about a
-            tenth, with 10 by a quarter.
-        seed (`int`, defaults to 0): Seed of the splits. The global generators are neither used nor changed.
+        num_splits (`int`, defaults to 40): Random splits; the width is uncertain by a tenth, with 10 by a quarter.
+        seed (`int`, defaults to 0): Seed of the splits; the global generators are not used.
         confidence (`float`, defaults to 0.95): The fraction of such intervals that contain the expected distance.
 
     Returns:
         `tuple[float, float]`: The lower end, not below 0, and the upper end.
 
     Raises:
-        `ValueError`: As [`frechet_distance`], or if there are fewer than 4 samples or no splits, `confidence` is not
-        between 0 and 1, or `strata` has another number of samples.
+        `ValueError`: As [`frechet_distance`], and for arguments out of range.
     """
     if num_splits < 1 or not 0 < confidence < 1:
         raise ValueError(f"Needs num_splits >= 1 and a confidence between 0 and 1, got {num_splits} and {confidence}.")
@@ -82,8 +76,7 @@ def frechet_interval(
     if strata is not None and np.shape(strata) != (n,):
         raise ValueError(f"Each sample needs one class, got strata of shape {np.shape(strata)} for {n} samples.")
     groups = [np.arange(n)] if strata is None else [np.flatnonzero(strata == group) for group in np.unique(strata)]
-    a, b = _statistics(x), _statistics(reference)
-    _check_width(a, b)
+    a, b = _fitted(FeatureStatistics.of(x), reference)
     x -= a.mean
     difference = a.mean - b.mean
     # With B = F F^T the reference's covariance, factored once, F^T A F is the covariance of the projected samples x F.
@@ -124,15 +117,13 @@ def kernel_distance(
     Sets that fit into one subset are used completely; for larger ones the estimate is averaged over random subsets.
 
     Args:
-        a (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of one set, at least 2 samples.
-        b (`np.ndarray` or `torch.Tensor` of shape `(m, dim)`): Features of the other set, at least 2 samples.
+        a, b (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of each set, at least 2 samples.
         subset_size (`int`, defaults to 1000): Maximal number of samples of each set in one estimate.
         num_subsets (`int`, defaults to 100): Estimates averaged when a set is larger than `subset_size`.
-        seed (`int`, defaults to 0): Seed of the subsets. The global generators are neither used nor changed.
+        seed (`int`, defaults to 0): Seed of the subsets; the global generators are not used.
 
     Returns:
-        `float`: The estimate, without unit. It is unbiased, so that it scatters around 0 (also below) for equal
-            distributions.
+        `float`: Without unit; for equal distributions it scatters around 0, also below.
     """
     x, y = feature_pair(a, b)
     if subset_size < 2 or num_subsets < 1:
@@ -159,27 +150,21 @@ def inception_score(probabilities: Features, split_size: int = 5000) -> float:
         split_size (`int`, defaults to 5000): Samples whose mean is taken as p(y).
 
     Returns:
-        `float`: The score, from 1 to the number of classes, averaged over the splits.
-
-    Raises:
-        `ValueError`: If there are fewer than 2 samples, rows that are not probabilities, or an invalid split size.
+        `float`: From 1 to the number of classes.
     """
     statistics = InceptionScoreStatistics(split_size)
-    statistics.update(feature_matrix(probabilities, "probabilities"), start=0)
+    statistics.update(probabilities, start=0, at_least=2)
     return statistics.score
 
 
-def _statistics(features: Features | FeatureStatistics) -> FeatureStatistics:
-    if isinstance(features, FeatureStatistics):
-        return features
-    statistics = FeatureStatistics()
-    statistics.update(feature_matrix(features))
-    return statistics
-
-
-def _check_width(a: FeatureStatistics, b: FeatureStatistics) -> None:
-    if a.mean.size != b.mean.size:
-        raise ValueError(f"Both sets must have features of one width, got {a.mean.size} and {b.mean.size}.")
+def _fitted(
+    a: Features | FeatureStatistics, b: Features | FeatureStatistics
+) -> tuple[FeatureStatistics, FeatureStatistics]:
+    """The statistics of two sets, of one width."""
+    x, y = (s if isinstance(s, FeatureStatistics) else FeatureStatistics.of(feature_matrix(s)) for s in (a, b))
+    if x.mean.size != y.mean.size:
+        raise ValueError(f"Both sets must have features of one width, got {x.mean.size} and {y.mean.size}.")
+    return x, y
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:

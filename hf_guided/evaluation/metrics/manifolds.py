@@ -13,28 +13,20 @@ from tqdm.auto import tqdm
 
 from .moments import Features, feature_pair
 
-# Samples of each set whose distances the published evaluator computes at once. If float16 overflows, it recomputes all
-# of them.
-_TILE = 10_000
-# Rows of a tile whose distances are held at once: 40 MB in float32.
-_BLOCK_ROWS = 1024
+_TILE = 10_000  # samples of each set that the published evaluator computes at once, and again where float16 overflows
+_BLOCK_ROWS = 1024  # of a tile, whose distances are held at once: 40 MB in float32
 
 
 class ManifoldMetrics(NamedTuple):
     """Two metrics of fidelity and two of diversity, from [`manifold_metrics`].
 
-    Attributes:
-        precision (`float`): The fraction of generated samples inside the reference's manifold.
-        recall (`float`): The fraction of reference samples inside the generated manifold.
-        density (`float`): The average number of the reference's balls that contain a generated sample, divided by k. It
-            may exceed 1.
-        coverage (`float`): The fraction of reference samples whose ball contains a generated sample.
+    All but density, which may exceed 1, are between 0 and 1.
     """
 
-    precision: float
-    recall: float
-    density: float
-    coverage: float
+    precision: float  # the fraction of generated samples inside the reference's manifold
+    recall: float  # the fraction of reference samples inside the generated manifold
+    density: float  # the average number of the reference's balls that contain a generated sample, divided by k
+    coverage: float  # the fraction of reference samples whose ball contains a generated sample
 
 
 def manifold_metrics(
@@ -43,20 +35,14 @@ def manifold_metrics(
     """[`precision_recall`] and [`density_coverage`] at once, which is faster, since they share their distances.
 
     Args:
-        generated (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of generated samples.
-        reference (`np.ndarray` or `torch.Tensor` of shape `(m, dim)`): Features of real samples.
-        k (`int`, defaults to 3): The neighbour that sets the radius of precision and recall, not counting the sample
-            itself; less than n and m.
-        density_k (`int`, defaults to 5): The neighbour that sets the radius of density and coverage; less than n and m.
-        distance_dtype (`str`, defaults to `"float32"`): The type in which squared distances are computed, see
-            [`precision_recall`].
-
-    Returns:
-        [`ManifoldMetrics`]
+        generated, reference (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of generated and of real
+            samples.
+        k (`int`, defaults to 3), density_k (`int`, defaults to 5): The neighbour that sets the radius of precision and
+            recall, and of density and coverage, not counting the sample itself; less than both numbers of samples.
+        distance_dtype (`str`, defaults to `"float32"`): See [`precision_recall`].
 
     Raises:
-        `ValueError`: If features are not finite or differ in width, if a set has too few samples, or for another
-        `distance_dtype`.
+        `ValueError`: For features that are not finite or of one width, too few samples, or another `distance_dtype`.
     """
     x, y = feature_pair(generated, reference)
     if min(k, density_k) < 1 or max(k, density_k) >= min(len(x), len(y)):
@@ -97,29 +83,24 @@ def precision_recall(
     The manifold of a set is the union of balls around its samples, each reaching to the k-th nearest neighbour in the
     set.
 
-    Published values of ADM include rounding errors of float16. There the features are rounded to float16, and so is the
-    result of each step of \\(|u|^2 - 2 u \cdot v + |v|^2\\), over 10,000 by 10,000 samples at once; if anything in such
-    a tile overflows (a squared norm or distance above 65504), the whole tile is computed again, in float32.
-    `distance_dtype="float16"` does the same. Sums are accumulated in float32 and rounded once, whereas TensorFlow's
-    rounding within the sum of a squared norm depends on the device, so that single samples at the edge of a ball may
-    still differ.
+    Published values of ADM include rounding errors of float16, which `distance_dtype="float16"` reproduces: features
+    are rounded, and so is the result of each step of \\(|u|^2 - 2 u \cdot v + |v|^2\\), over 10,000 by 10,000 samples
+    at once; a tile in which anything overflows (above 65504) is computed again in float32. Single samples at the edge
+    of a ball may still differ, since TensorFlow's rounding within the sum of a squared norm depends on the device; here
+    sums are accumulated in float32 and rounded once.
 
     Args:
-        generated (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of generated samples, n > k.
-        reference (`np.ndarray` or `torch.Tensor` of shape `(m, dim)`): Features of real samples, m > k.
+        generated, reference (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of generated and of real
+            samples, each n > k.
         k (`int`, defaults to 3): The neighbour that sets the radius, not counting the sample itself.
         distance_dtype (`str`, defaults to `"float32"`): The type in which squared distances are computed;
             `"float16"` for comparisons with published values.
 
     Returns:
-        `tuple[float, float]`: Precision, the fraction of generated samples inside the reference manifold (fidelity),
-        and recall, the fraction of reference samples inside the generated manifold (diversity).
+        `tuple[float, float]`: Precision (fidelity) and recall (diversity), see [`ManifoldMetrics`].
 
-    Raises:
-        `ValueError`: As [`manifold_metrics`].
     """
-    metrics = manifold_metrics(generated, reference, k, k, distance_dtype)
-    return metrics.precision, metrics.recall
+    return manifold_metrics(generated, reference, k, k, distance_dtype)[:2]
 
 
 def density_coverage(generated: Features, reference: Features, k: int = 5) -> tuple[float, float]:
@@ -131,33 +112,24 @@ def density_coverage(generated: Features, reference: Features, k: int = 5) -> tu
     equally many samples about `1 - 2**-k`.
 
     Args:
-        generated (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of generated samples, n > k.
-        reference (`np.ndarray` or `torch.Tensor` of shape `(m, dim)`): Features of real samples, m > k.
-        k (`int`, defaults to 5): The neighbour that sets the radius, not counting the sample itself.
+        generated, reference, k: As for [`precision_recall`].
 
     Returns:
-        `tuple[float, float]`: Density (fidelity), which may exceed 1, and coverage (diversity).
+        `tuple[float, float]`: Density (fidelity) and coverage (diversity), see [`ManifoldMetrics`].
 
-    Raises:
-        `ValueError`: As [`manifold_metrics`].
     """
-    metrics = manifold_metrics(generated, reference, k, k)
-    return metrics.density, metrics.coverage
+    return manifold_metrics(generated, reference, k, k)[2:]
 
 
 def nearest_distances(a: Features, b: Features) -> tuple[np.ndarray, np.ndarray]:
     """For each sample of one set, the distance to the nearest sample of another, and its index.
 
     Args:
-        a (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of the query samples.
-        b (`np.ndarray` or `torch.Tensor` of shape `(m, dim)`): Features of the samples to search.
+        a (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`), b (of shape `(m, dim)`): Features of the two sets.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: Euclidean distances, float64 of shape `(n,)`, exactly 0 for an equal sample;
         and the indices of the nearest in `b`, int64 of shape `(n,)`.
-
-    Raises:
-        `ValueError`: If a set is empty, features are not finite, or the two differ in width.
     """
     x, y = feature_pair(a, b, at_least=1)
     smallest, indices = np.full(len(x), np.inf), np.zeros(len(x), dtype=np.int64)
@@ -167,9 +139,8 @@ def nearest_distances(a: Features, b: Features) -> tuple[np.ndarray, np.ndarray]
         closer = found < smallest[rows]
         indices[rows] = np.where(closer, columns.start + nearest, indices[rows])
         smallest[rows] = np.where(closer, found, smallest[rows])
-    for start in range(
-        0, len(x), _BLOCK_ROWS
-    ):  # from differences, since the expanded square loses small distances to rounding
+    # From differences, since the expanded square loses small distances to rounding.
+    for start in range(0, len(x), _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
         smallest[rows] = np.linalg.norm(x[rows].astype(np.float64) - y[indices[rows]], axis=1)
     return smallest, indices

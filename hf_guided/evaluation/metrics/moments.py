@@ -1,13 +1,13 @@
 """Statistics of features and probabilities, collected batch by batch in constant memory and merged over processes."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 Features = np.ndarray | torch.Tensor
 
-# Rows whose covariance is computed at once, so that the result does not depend on the batch size. They take as much
-# memory as the covariance of 4096 features.
-_ROWS = 4096
+_ROWS = 4096  # whose covariance is computed at once, so that the result does not depend on the batch size
 
 
 class FeatureStatistics:
@@ -15,13 +15,7 @@ class FeatureStatistics:
 
     Blocks are centred before they are squared, and merged by the formula of Chan, Golub and LeVeque (1979, "Updating
     formulae and a pairwise algorithm for computing sample variances", eq. 2.1), so that a mean far from 0 loses no
-    precision.
-
-    ```python
-    statistics = FeatureStatistics()
-    for images in batches:
-        statistics.update(extractor(images).features)
-    ```
+    precision. Features are added by `update`, batch by batch.
     """
 
     def __init__(self) -> None:
@@ -37,28 +31,26 @@ class FeatureStatistics:
         """Statistics that were computed elsewhere, such as `mu` and `sigma` of a published reference file.
 
         Args:
-            mean (`np.ndarray` of shape `(dim,)`): Mean of the features.
-            covariance (`np.ndarray` of shape `(dim, dim)`): Their covariance, with n - 1.
-            num_samples (`int`, *optional*): Number of samples. Without it no samples can be added.
-
-        Returns:
-            [`FeatureStatistics`]
-
-        Raises:
-            `ValueError`: If shapes do not fit, a value is not finite, or `num_samples` is less than 2.
+            mean (`np.ndarray` of shape `(dim,)`), covariance (`np.ndarray` of shape `(dim, dim)`): With n - 1.
+            num_samples (`int`, *optional*): Number of samples, at least 2. Without it no samples can be added.
         """
         mean, covariance = np.array(mean, dtype=np.float64), np.array(covariance, dtype=np.float64)
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not len(mean):
-            raise ValueError(
-                f"A mean of shape (dim,) needs a covariance of shape (dim, dim), got {mean.shape} and "
-                f"{covariance.shape}."
-            )
+        if mean.ndim != 1 or covariance.shape != mean.shape * 2 or not len(mean):
+            given = f"{mean.shape} and {covariance.shape}"
+            raise ValueError(f"A mean of shape (dim,) needs a covariance of shape (dim, dim), got {given}.")
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise ValueError("The mean and covariance must be finite, but hold NaN or infinity.")
         if num_samples is not None and num_samples < 2:
             raise ValueError(f"A covariance needs at least 2 samples, got num_samples={num_samples}.")
         statistics = cls()
         statistics._num_folded, statistics._mean, statistics._covariance = num_samples, mean, covariance
+        return statistics
+
+    @classmethod
+    def of(cls, rows: np.ndarray) -> "FeatureStatistics":
+        """Statistics of features that [`feature_matrix`] has validated."""
+        statistics = cls()
+        statistics._add(rows)
         return statistics
 
     @property
@@ -79,31 +71,11 @@ class FeatureStatistics:
         return self._covariance
 
     def update(self, features: Features) -> None:
-        """Adds samples.
-
-        Args:
-            features (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of at least 1 sample.
-
-        Raises:
-            `ValueError`: If they are not finite, or have another width than earlier ones.
-        """
-        rows = feature_matrix(features, at_least=1)
-        self._prepare(rows.shape[1])
-        while len(rows):
-            part, rows = np.split(rows, [_ROWS - sum(map(len, self._pending))])
-            self._pending.append(part.astype(np.float64))
-            if sum(map(len, self._pending)) == _ROWS:
-                self._fold()
+        """Adds features of shape `(n, dim)`, finite and of the width of earlier ones."""
+        self._add(feature_matrix(features, at_least=1))
 
     def merge(self, other: "FeatureStatistics") -> None:
-        """Adds the samples of another instance, which is not changed and may be empty.
-
-        Args:
-            other ([`FeatureStatistics`]): Statistics of other samples, such as another process's.
-
-        Raises:
-            `ValueError`: If it has another width, or if one of the two has an unknown number of samples.
-        """
+        """Adds the samples of another instance, which is not changed and may be empty."""
         if other.num_samples == 0:
             return
         if other.num_samples is None:
@@ -112,6 +84,14 @@ class FeatureStatistics:
         self._fold()
         other._fold()
         self._join(other.num_samples, other._mean, other._covariance * (other.num_samples - 1))
+
+    def _add(self, rows: np.ndarray) -> None:
+        self._prepare(rows.shape[1])
+        while len(rows):
+            part, rows = np.split(rows, [_ROWS - sum(map(len, self._pending))])
+            self._pending.append(part.astype(np.float64))
+            if sum(map(len, self._pending)) == _ROWS:
+                self._fold()
 
     def _prepare(self, width: int) -> None:
         if self.num_samples is None:
@@ -148,12 +128,21 @@ class FeatureStatistics:
         self._fold()
 
 
+def read_moments(arrays: Mapping[str, np.ndarray], num_samples: int | None = None) -> dict[str, FeatureStatistics]:
+    """Statistics of `"features"` and, if there are any, `"spatial"` ones, of arrays named as in published files."""
+    names = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+    return {
+        kind: FeatureStatistics.from_moments(arrays[mean], arrays[covariance], num_samples)
+        for kind, (mean, covariance) in names.items()
+        if mean in arrays
+    }
+
+
 class InceptionScoreStatistics:
     r"""Sums of class probabilities for the Inception Score (Salimans et al. 2016, arXiv 1606.03498, section 4).
 
-    Splits are those of the published evaluator: by the image's index, consecutive and unshuffled.
-
-    For each split it keeps the sums of \\(p\\) and of \\(p \log p\\), since
+    Splits are those of the published evaluator: by the image's index, consecutive and unshuffled. Of each it keeps the
+    sums of \\(p\\) and of \\(p \log p\\), since
     \\(E_x KL(p(y|x) \| p(y)) = E_x \sum_y p \log p - \sum_y E_x[p] \log E_x[p]\\). Batches may come in any order.
 
     Args:
@@ -164,95 +153,71 @@ class InceptionScoreStatistics:
         if split_size < 1:
             raise ValueError(f"split_size must be at least 1, got {split_size}.")
         self.split_size = split_size
-        self._counts: dict[int, int] = {}
-        self._probabilities: dict[int, np.ndarray] = {}
-        self._negative_entropies: dict[int, float] = {}
+        self._sums: dict[int, np.ndarray] = {}  # of each split: images, p log p, and p by class
 
-    def update(self, probabilities: Features, start: int) -> None:
+    def update(self, probabilities: Features, start: int, at_least: int = 1) -> None:
         """Adds consecutive images.
 
         Args:
             probabilities (`np.ndarray` or `torch.Tensor` of shape `(n, classes)`): Class probabilities; rows sum to 1.
             start (`int`): Index of the first of them in the whole set.
-
-        Raises:
-            `ValueError`: If they are not probabilities, have another number of classes, or add images twice.
+            at_least (`int`, defaults to 1): The least number of images.
         """
-        p = feature_matrix(probabilities, "probabilities", at_least=1).astype(np.float64)
+        p = feature_matrix(probabilities, "probabilities", at_least).astype(np.float64)
         if (p < 0).any() or not np.allclose(p.sum(axis=1), 1, rtol=0, atol=1e-3):
             raise ValueError("Each row of probabilities must be non-negative and sum to 1; apply the softmax first.")
-        # p log p is 0 where p is 0: log 1 gives that without warnings.
-        negative_entropies = (p * np.log(np.where(p > 0, p, 1))).sum(axis=1)
+        negative_entropies = _p_log_p(p).sum(axis=1)
         splits = np.arange(start, start + len(p)) // self.split_size
         for split in np.unique(splits).tolist():
             rows = splits == split
-            self._add(split, int(rows.sum()), p[rows].sum(axis=0), float(negative_entropies[rows].sum()))
+            self._add(split, np.array([rows.sum(), negative_entropies[rows].sum(), *p[rows].sum(axis=0)]))
 
     def merge(self, other: "InceptionScoreStatistics") -> None:
-        """Adds other images of the same set from another instance, which is not changed.
-
-        Args:
-            other ([`InceptionScoreStatistics`]): Such as another process's.
-
-        Raises:
-            `ValueError`: If it has another split size or number of classes, or adds images twice.
-        """
+        """Adds other images of the same set from another instance, which is not changed."""
         if other.split_size != self.split_size:
             raise ValueError(f"Both must have one split_size, got {self.split_size} and {other.split_size}.")
-        for split, count in other._counts.items():
-            self._add(split, count, other._probabilities[split], other._negative_entropies[split])
+        for split, sums in other._sums.items():
+            self._add(split, sums)
 
     @property
     def score(self) -> float:
-        """The Inception Score: the mean over the splits, where a short last one counts like the others.
-
-        Raises:
-            `ValueError`: If images are missing.
-        """
-        if not self._counts:
+        """The Inception Score: the mean over the splits, where a short last one counts like the others."""
+        if not self._sums:
             raise ValueError("The Inception Score needs at least 1 image.")
-        last = max(self._counts)
-        for split in range(last):
-            if (count := self._counts.get(split, 0)) < self.split_size:
-                start = split * self.split_size
-                raise ValueError(
-                    f"Of the images {start} to {start + self.split_size - 1} only {count} were added; the Inception "
-                    f"Score needs all of them."
-                )
         scores = []
-        for split in range(last + 1):
-            marginal = self._probabilities[split] / self._counts[split]
-            negative_entropy = (marginal * np.log(np.where(marginal > 0, marginal, 1))).sum()
-            scores.append(np.exp(self._negative_entropies[split] / self._counts[split] - negative_entropy))
+        for split in range(max(self._sums) + 1):
+            count, negative_entropy = self._sums.get(split, np.zeros(2))[:2]
+            if count < self.split_size and split < max(self._sums):
+                raise ValueError(
+                    f"Of the images {self._images(split)} only {count:.0f} were added; the Inception Score needs all "
+                    f"of them."
+                )
+            scores.append(np.exp(negative_entropy / count - _p_log_p(self._sums[split][2:] / count).sum()))
         return float(np.mean(scores))
 
-    def _add(self, split: int, count: int, probabilities: np.ndarray, negative_entropy: float) -> None:
-        known = next(iter(self._probabilities.values()), probabilities)
-        if known.size != probabilities.size:
+    def _add(self, split: int, sums: np.ndarray) -> None:
+        known = next(iter(self._sums.values()), sums)
+        if known.size != sums.size:
             raise ValueError(
-                f"All probabilities must have the same number of classes, got {known.size} and {probabilities.size}."
+                f"All probabilities must have the same number of classes, got {known.size - 2} and {sums.size - 2}."
             )
-        self._counts[split] = self._counts.get(split, 0) + count
-        if self._counts[split] > self.split_size:
-            start = split * self.split_size
-            raise ValueError(f"Images among {start} to {start + self.split_size - 1} were added twice.")
-        self._probabilities[split] = self._probabilities.get(split, 0) + probabilities
-        self._negative_entropies[split] = self._negative_entropies.get(split, 0) + negative_entropy
+        self._sums[split] = self._sums.get(split, 0) + sums
+        if self._sums[split][0] > self.split_size:
+            raise ValueError(f"Images among {self._images(split)} were added twice.")
+
+    def _images(self, split: int) -> str:
+        return f"{split * self.split_size} to {(split + 1) * self.split_size - 1}"
+
+
+def _p_log_p(p: np.ndarray) -> np.ndarray:
+    return p * np.log(np.where(p > 0, p, 1))  # p log p is 0 where p is 0: log 1 gives that without warnings
 
 
 def feature_matrix(values: Features, name: str = "features", at_least: int = 2) -> np.ndarray:
-    """Validated `(samples, columns)` values as an array on the CPU, float32 or float64.
-
-    Args:
-        values (`np.ndarray` or `torch.Tensor`): The values; integers become float64, shorter floats float32.
-        name (`str`, defaults to `"features"`): Their name in errors.
-        at_least (`int`, defaults to 2): The least number of samples.
-
-    Returns:
-        `np.ndarray` of shape `(samples, columns)`
+    """Validated values `(samples, columns)` on the CPU; integers become float64, shorter floats float32.
 
     Raises:
-        `ValueError`: If there are too few samples, another number of axes, NaN or infinity.
+        `ValueError`: If there are fewer samples than `at_least`, another number of axes, NaN or infinity.
     """
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()

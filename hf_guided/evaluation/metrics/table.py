@@ -19,17 +19,10 @@ K, DENSITY_K = 3, 5  # published neighbours: of precision and recall, and of den
 
 @dataclass
 class Compared:
-    """The inputs of metrics: the features of samples and of real images, by one extractor.
+    """The inputs of metrics, by one extractor; see [`measure`]."""
 
-    Attributes:
-        generated, reference ([`FeatureSet`]): Features of the samples, and of real images.
-        labels (`np.ndarray` of shape `(n,)`, *optional*): The class that each sample was conditioned on, as an id among
-            the extractor's classes.
-        distance_dtype (`str`): Precision of the distances between features, see [`precision_recall`].
-    """
-
-    generated: Any
-    reference: Any
+    generated: Any  # FeatureSet of the samples
+    reference: Any  # FeatureSet of real images
     labels: np.ndarray | None = None
     distance_dtype: str = "float32"
 
@@ -41,29 +34,21 @@ class Compared:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of samples.
+    """A metric of samples."""
 
-    Attributes:
-        name (`str`): Its key in reports, before `/` and the name of the features.
-        title (`str`): Its title in tables and plots.
-        format (`Callable[[float], str]`): Formats its value.
-        higher_is_better (`bool`): Whether higher values are better.
-        needs (`tuple[str, ...]`): Attributes of [`Compared`] that it needs, by dotted names.
-        compute (`Callable`, *optional*): Computes it from [`Compared`]; `None` if it is measured elsewhere.
-        note (`str`): Its explanation on model cards, a sentence.
-    """
-
-    name: str
-    title: str
-    format: Callable[[float], str]
+    name: str  # its key in reports, before `/` and the name of the features
+    title: str  # in tables and plots
+    format: Callable[[float], str]  # of its value
+    compute: Callable[[Compared], float] | None = None  # None if it is measured elsewhere
+    needs: tuple[str, ...] = ()  # attributes of [`Compared`], by dotted names
     higher_is_better: bool = False
-    needs: tuple[str, ...] = ()
-    compute: Callable[[Compared], float] | None = None
-    note: str = ""
+    note: str = ""  # its explanation on model cards, a sentence
 
-    def applies_to(self, compared: Compared) -> bool:
-        """Whether it can be computed."""
-        return self.compute is not None and all(attrgetter(need)(compared) is not None for need in self.needs)
+    def of(self, compared: Compared) -> float | None:
+        """Its value; `None` where something that it needs is missing."""
+        if self.compute is None or any(attrgetter(need)(compared) is None for need in self.needs):
+            return None
+        return self.compute(compared)
 
 
 def significant(value: float) -> str:
@@ -71,9 +56,7 @@ def significant(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def share(value: float) -> str:
-    """A fraction of 1, with three decimals."""
-    return f"{value:.3f}"
+share = "{:.3f}".format  # a fraction of 1
 
 
 def percent(value: float) -> str:
@@ -82,58 +65,39 @@ def percent(value: float) -> str:
 
 
 _KEPT = ("generated.kept", "reference.kept")
+_SPATIAL = ("generated.spatial_statistics", "reference.spatial_statistics")
+
+
+def _frechet(name: str) -> Callable[[Compared], float]:
+    return lambda x: frechet_distance(getattr(x.generated, name), getattr(x.reference, name))
+
+
+def _manifold(name: str) -> Metric:
+    return Metric(name, name, share, lambda x: getattr(x.manifolds, name), _KEPT, higher_is_better=True)
+
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric(
-            "fid",
-            "FID",
-            significant,
-            compute=lambda compared: frechet_distance(compared.generated.statistics, compared.reference.statistics),
-        ),
-        Metric(
-            "sfid",
-            "sFID",
-            significant,
-            needs=("generated.spatial_statistics", "reference.spatial_statistics"),
-            compute=lambda compared: frechet_distance(
-                compared.generated.spatial_statistics, compared.reference.spatial_statistics
-            ),
-        ),
-        Metric(
-            "kid",
-            "KID",
-            significant,
-            needs=_KEPT,
-            compute=lambda compared: kernel_distance(compared.generated.kept, compared.reference.kept),
-        ),
-        *(
-            Metric(
-                name,
-                name,
-                share,
-                higher_is_better=True,
-                needs=_KEPT,
-                compute=lambda compared, name=name: getattr(compared.manifolds, name),  # type: ignore[misc]
-            )
-            for name in ManifoldMetrics._fields
-        ),
+        Metric("fid", "FID", significant, _frechet("statistics")),
+        Metric("sfid", "sFID", significant, _frechet("spatial_statistics"), _SPATIAL),
+        Metric("kid", "KID", significant, lambda x: kernel_distance(x.generated.kept, x.reference.kept), _KEPT),
+        *map(_manifold, ManifoldMetrics._fields),
         Metric(
             "inception_score",
             "Inception Score",
             significant,
+            lambda x: x.generated.score.score,
+            ("generated.score",),
             higher_is_better=True,
-            needs=("generated.score",),
-            compute=lambda compared: compared.generated.score.score,
         ),
         Metric(
             "accuracy",
             "accuracy",
             share,
+            lambda x: float((x.generated.predictions == x.labels).mean()),
+            ("labels", "generated.predictions"),
             higher_is_better=True,
-            needs=("labels", "generated.predictions"),
-            compute=lambda compared: float((compared.generated.predictions == compared.labels).mean()),
             note="Accuracy is the fraction of samples that an independent evaluation classifier, not the one that "
             "guides, assigns to the class they were conditioned on.",
         ),
@@ -143,6 +107,6 @@ METRICS: dict[str, Metric] = {
             percent,
             note="Copied is the fraction of samples closer to a training image than all but 1 % of held-out images.",
         ),
-        Metric("bits_per_dim", "bits/dim", lambda value: f"{value:.2f}"),
+        Metric("bits_per_dim", "bits/dim", "{:.2f}".format),
     )
 }
