@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from safetensors import safe_open
 
 from hf_guided import ADMClassifierConfig, ADMForImageClassification, ADMUNet2DModel
 from hf_guided.conversion import convert_openai_classifier, convert_openai_unet
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; what the tests start inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REFERENCE = Path(__file__).parent / "reference"
 
