@@ -118,7 +118,6 @@ def training_loop(task: Task, data_args: DataArguments, accelerator: Accelerator
     ema.to(accelerator.device)
 
     # Train
-    batches = TimedBatches(task, data_args, accelerator, step)
     last = args.max_train_steps
 
     def due(every: int) -> bool:
@@ -127,6 +126,7 @@ def training_loop(task: Task, data_args: DataArguments, accelerator: Accelerator
     model.train()
     with (
         snapshot_pushes(task, data_args, output_dir) as push,
+        closing(TimedBatches(task, data_args, accelerator, step)) as batches,
         closing(Log(task.name, accelerator, state, history, last)) as log,
         stop_requests(accelerator) as stop_requested,
     ):
@@ -273,7 +273,7 @@ class TimedBatches:
         )
         self.num_workers, self.warns = data_args.dataloader_num_workers, accelerator.is_main_process
         on_gpu = accelerator.device.type == "cuda"
-        self.batches = iter(
+        self.batches: Iterator[Batch] = iter(
             DataLoader(
                 task.images,
                 batch_sampler=sampler,
@@ -292,6 +292,10 @@ class TimedBatches:
         else:
             self.waited += time.monotonic() - started
         return batch
+
+    def close(self) -> None:
+        """Ends the loader's workers, even if the traceback of an error keeps this object."""
+        self.batches = iter(())
 
     def warn_if_slow(self) -> None:
         """Checks the share of loading in the time since the last call."""
