@@ -123,8 +123,7 @@ FLAGS = [
 def test_a_training_writes_none_and_resumes_with_another_token(photos, tmp_path, caplog):
     """The images are loaded as they can be without a network; the address is what the flags say."""
     from hf_guided.data import load_labelled_images
-    from hf_guided.schedulers.scheduling_adm import ADMScheduler
-    from hf_guided.training.train_classifier import ClassifierTask, make_classifier
+    from hf_guided.training.train_classifier import ClassifierTask
 
     caplog.set_level(logging.INFO)
     hub_token = "hf_" + "Aa0" * 10
@@ -136,10 +135,8 @@ def test_a_training_writes_none_and_resumes_with_another_token(photos, tmp_path,
         args = stages["classifier"]
         data_args.train_data_dir, data_args.dataset_name = None, f"https://user:{token}@host/cats.parquet?sig={token}"
         images[0].name = data_args.source
-        task = ClassifierTask(
-            "classifier", make_classifier(args, images[0]), ADMScheduler(**args.schedule()), args.noisy
-        )
-        train(task, *images, args, data_args, lambda folder: None)
+        task = ClassifierTask(args, images)
+        train(task, data_args)
     assert "after 1 of 2 steps" in caplog.text
     state = json.loads((tmp_path / "out/classifier/checkpoint-2/training_state.json").read_text())
     assert state["fingerprint"]["dataset_name"] == "https://host/cats.parquet"
@@ -154,7 +151,7 @@ def test_a_training_writes_none_and_resumes_with_another_token(photos, tmp_path,
     state["fingerprint"]["dataset_name"] = f"https://user:{SECRET}@host/cats.parquet?sig=1"
     older = {name: state[name] for name in ("step", "seconds", "fingerprint")}
     (tmp_path / "out/classifier/checkpoint-2/training_state.json").write_text(json.dumps(older))
-    train(task, *images, args, data_args, lambda folder: None)
+    train(task, data_args)
 
 
 @pytest.mark.parametrize(

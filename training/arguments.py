@@ -1,9 +1,8 @@
-"""Flags and recipes of the training scripts.
+"""Flags and recipes of the training scripts, checked against each field's type and range (`hf_guided/fields.py`).
 
 A recipe is a YAML file with a section for the data and one for each stage; a flag overrides its key. A stage that needs
 other data settings has a `data` section of its own. Scripts of several stages take a flag for all stages
-(`--max_train_steps`) or for one (`--classifier_max_train_steps`). Both are checked against the type and range that the
-field is declared with (`hf_guided/fields.py`).
+(`--max_train_steps`) or for one (`--classifier_max_train_steps`).
 """
 
 import argparse
@@ -12,6 +11,7 @@ import difflib
 import logging
 import re
 from collections.abc import Collection, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -87,6 +87,10 @@ class RunArguments(CheckedFields):
                     f"--hub_model_id {self.hub_model_id} cannot name a repository; give user/name in letters, digits, "
                     f"'-', '_' and '.'."
                 ) from None
+
+    def hub_access(self) -> dict[str, Any]:
+        """How to push: privately or not, and the token."""
+        return {"private": self.hub_private or None, "token": self.hub_token}
 
 
 @dataclass
@@ -193,15 +197,12 @@ class ArchitectureArguments(CheckedFields):
 def parse_arguments(
     stages: dict[str, type], argv: Sequence[str] | None = None, description: str | None = None
 ) -> tuple[DataArguments, dict[str, Any]]:
-    """Data arguments and one dataclass per stage, from flags and recipe.
+    """The data's arguments, and an instance of each stage's dataclass, from flags and recipe.
 
     Args:
         stages (`dict[str, type]`): The dataclass of flags of each stage, by its section in the recipe.
         argv (`Sequence[str]`, *optional*): The command line. Default: that of the process.
         description (`str`, *optional*): For `--help`.
-
-    Returns:
-        The data's arguments, and an instance of each stage's dataclass.
 
     Raises:
         `ValueError`: For a missing recipe, an unknown key, or a value of a flag or key that is not allowed.
@@ -253,15 +254,7 @@ def parse_arguments(
 
 
 def check_output_dir(name: str, stage: RunArguments, data: DataArguments) -> None:
-    """Refuses an `output_dir` that is not writable, lies among the images or has foreign files in place of results.
-
-    Args:
-        name (`str`): The stage.
-        stage ([`RunArguments`]), data ([`DataArguments`]): The flags.
-
-    Raises:
-        `ValueError`: Naming what is in the way.
-    """
+    """Refuses an `output_dir` that is not writable, lies among the images or has foreign files in place of results."""
     check_place(stage.output_dir, "--output_dir")
     folder = Path(stage.output_dir) / name
     pretrained = getattr(stage, "pretrained_model", None)
@@ -274,15 +267,13 @@ def check_output_dir(name: str, stage: RunArguments, data: DataArguments) -> Non
     check_kind([folder / HISTORY, folder / RUN_FILE, *folder.glob("preview-*.png")], is_folder=False)
     check_replaceable(
         [folder / "pipeline", folder / "model"],
-        lambda path: (folder / "history.json").is_file(),
+        lambda path: (folder / HISTORY).is_file(),
         [] if pretrained is None else [pretrained, Path(pretrained).parent],  # a pipeline, or the UNet of one
     )
 
 
 def read_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
     """The sections of a recipe, by its name in this package or from a YAML file.
-
-    Numbers may be written as `1e-4`, which YAML 1.1 reads as a string.
 
     Raises:
         `ValueError`: If there is no such recipe, or it is not YAML with sections of unique keys.
@@ -315,7 +306,7 @@ def read_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML that refuses duplicate keys, and whole numbers in other bases."""
+    """YAML with numbers such as `1e-4` (a string to YAML 1.1), without duplicate keys and numbers in other bases."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -369,19 +360,8 @@ def run_script(main: Any) -> None:
 
 def _flags_of(stages: list[type], prefix: str = "") -> type:
     """A dataclass with every field of some dataclasses, each once, under prefixed names."""
-    fields = {
-        prefix + f.name: (prefix + f.name, f.type, _copy(f))
-        for stage in stages
-        for f in dataclasses.fields(stage)
-        if f.init
-    }
-    return dataclasses.make_dataclass("Flags", fields.values())
-
-
-def _copy(f: dataclasses.Field) -> Any:
-    if f.default_factory is not dataclasses.MISSING:
-        return field(default_factory=f.default_factory, metadata=f.metadata)
-    return field(default=f.default, metadata=f.metadata)
+    flags = {f.name: f for stage in stages for f in dataclasses.fields(stage) if f.init}
+    return dataclasses.make_dataclass("Flags", [(prefix + name, f.type, copy(f)) for name, f in flags.items()])
 
 
 def _fill(stage: type, section: str, recipe: dict[str, Any], recipe_name: str, given: dict[str, dict[str, Any]]) -> Any:

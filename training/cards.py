@@ -1,7 +1,8 @@
-"""Entries of model cards about a training: data, steps and time, hardware."""
+"""What cards and logs say of a training: data, steps and time, hardware, tables."""
 
 import platform
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ def describe_steps(args: LoopArguments, stage: str) -> str:
     if state["step"] < args.max_train_steps:
         text = f"{state['step']} of {text} so far"
     return f"{text}, in {f'{minutes / 60:.1f} hours' if minutes > 90 else f'{minutes:.1f} minutes'}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a text of aligned columns, the first one to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in rows)
 
 
 def describe_run(args: RunArguments) -> dict[str, Any]:

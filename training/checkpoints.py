@@ -11,9 +11,7 @@ import logging
 import os
 import pickle
 import re
-import shutil
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
 OTHERS_FILE = "loop_state.pt"
-INDEX_FILE, CONFIG_FILE = "model_index.json", "config.json"
-MADE_FILE = ".hf-guided.json"  # in a finished folder: our files, and the entries of configs as written
 HISTORY = "history.json"
 RUN_FILE = ".run.json"  # the run that a folder belongs to
 _NAME = re.compile("checkpoint-(0|[1-9][0-9]*)")  # as this module writes it
@@ -85,27 +81,21 @@ def fingerprint(
         arguments (`list`): The flags, as dataclasses.
         images (a pair of [`LabelledImages`]): Images to train on, and held out, if any.
         model (`nn.Module`): The model before the first step.
-        accelerator (`Accelerator`): The training's accelerator.
     """
-    train_images = images[0]
-    merged: dict[str, Any] = {}
-    for part in arguments:
-        merged.update(dataclasses.asdict(part))
-    if merged["lr_scheduler"] in ("constant", "constant_with_warmup"):
-        merged.pop("max_train_steps")  # other schedules depend on the last step
-    known = {name: value for name, value in merged.items() if name not in FREE_FLAGS}
-    names = None if train_images.id2label is None else [composed(name) for name in train_images.id2label.values()]
-    is_pretrained = merged.get("pretrained_model") is not None
-    everything = {
-        **known,
+    flags = {name: value for part in arguments for name, value in dataclasses.asdict(part).items()}
+    if flags["lr_scheduler"] in ("constant", "constant_with_warmup"):
+        del flags["max_train_steps"]  # other schedules depend on the last step
+    id2label, is_pretrained = images[0].id2label, flags.get("pretrained_model") is not None
+    settings = {
+        **{name: value for name, value in flags.items() if name not in FREE_FLAGS},
         "mixed_precision": accelerator.mixed_precision,
         "number of processes": accelerator.num_processes,
-        "number of images": len(train_images),
-        "classes": names,
+        "number of images": len(images[0]),
+        "classes": None if id2label is None else [composed(name) for name in id2label.values()],
         "images": from_main(lambda: [None if part is None else part.digest for part in images]),
         "pretrained weights": from_main(lambda: weights_digest(model)) if is_pretrained else None,
     }
-    return without_credentials(json.loads(json.dumps(everything)))
+    return without_credentials(json.loads(json.dumps(settings)))
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
@@ -122,7 +112,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         folder = Path(wanted)
         state = read_state(folder)
         check_files(folder, state)
-        newer = [path.name for path in list_checkpoints(output_dir) if step_of(path) > state["step"]]
+        newer = [path.name for path in list_checkpoints(output_dir) if _step_of(path) > state["step"]]
         if newer and (state["run"] is None or run in (None, state["run"])):
             raise ValueError(
                 f"{output_dir} holds newer checkpoints than {folder.name}: {', '.join(newer)}. Resume from the newest "
@@ -130,43 +120,29 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
             )
         return folder
 
-    states: dict[Path, dict[str, Any]] = {}
-    damaged: dict[Path, ValueError] = {}
-    for path in _numbered(output_dir):
+    states, damaged = _scan(output_dir)
+    # If none is of this run, those of another were copied here to resume from
+    own = {path: state for path, state in states.items() if _is_of(run, state)} or states
+    newest = None
+    for path, state in reversed(own.items()):
         try:
-            state = read_state(path)
+            check_files(path, state)
         except ValueError as error:
             damaged[path] = error
         else:
-            if state["step"] == step_of(path):  # otherwise it is a copy
-                states[path] = state
-    if not any(state["run"] in (None, run) for state in states.values()):
-        run = None  # checkpoints of another run were copied here to resume from
-    newest = None
-    for path, state in reversed(states.items()):
-        if run is None or state["run"] in (None, run):
-            try:
-                check_files(path, state)
-            except ValueError as error:
-                damaged[path] = error
-            else:
-                newest = path
-                break
+            newest = path
+            break
     if newest is None and damaged:
         reasons = " ".join(map(str, damaged.values()))
         raise ValueError(f"{reasons} No checkpoint in {output_dir} is complete; remove them to start from scratch.")
     for path, why in damaged.items():
-        if newest is not None and step_of(path) > step_of(newest):
+        if newest is not None and _step_of(path) > _step_of(newest):
             logger.warning(f"{why} It is now called {move_aside(path, 'damaged').name}; {newest.name} takes its place.")
     return newest
 
 
 def check_named(wanted: str, output_dir: Path) -> None:
-    """Refuses a `--resume_from_checkpoint` that is not a checkpoint.
-
-    Raises:
-        `ValueError`: Naming it.
-    """
+    """Refuses a `--resume_from_checkpoint` that is not a checkpoint."""
     if wanted != "latest" and not (Path(wanted) / STATE_FILE).is_file():
         raise ValueError(
             f"--resume_from_checkpoint {wanted} is not a complete checkpoint ({STATE_FILE} is missing); name a folder "
@@ -176,25 +152,28 @@ def check_named(wanted: str, output_dir: Path) -> None:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of the run that a folder belongs to, oldest first."""
-    run, found = _run_of(output_dir), []
-    for path in _numbered(output_dir):
+    run = _run_of(output_dir)
+    return [path for path, state in _scan(output_dir)[0].items() if _is_of(run, state)]
+
+
+def _scan(output_dir: Path) -> tuple[dict[Path, dict[str, Any]], dict[Path, ValueError]]:
+    """The records of the checkpoints of any run, oldest first, and what is wrong with damaged ones."""
+    states, damaged = {}, {}
+    named = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    for path in sorted((path for path in named if (path / STATE_FILE).is_file()), key=_step_of):
         try:
             state = read_state(path)
-        except (ValueError, OSError):  # damaged, or deleted meanwhile
+        except ValueError as error:
+            damaged[path] = error
+        except OSError:  # deleted meanwhile
             continue
-        if state["step"] == step_of(path) and (run is None or state["run"] in (None, run)):
-            found.append(path)
-    return found
+        else:
+            if state["step"] == _step_of(path):  # otherwise it is a copy
+                states[path] = state
+    return states, damaged
 
 
-def _numbered(output_dir: Path) -> list[Path]:
-    """Folders named like a checkpoint with a state file, oldest first."""
-    named = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    return sorted((path for path in named if (path / STATE_FILE).is_file()), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The number of updates in a checkpoint's name."""
+def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
@@ -204,13 +183,15 @@ def _run_of(output_dir: Path) -> str | None:
     return read_json(path, {"run": str})["run"] if path.is_file() else None
 
 
+def _is_of(run: str | None, state: dict[str, Any]) -> bool:
+    """Whether a checkpoint is of a run; older versions recorded none."""
+    return run is None or state["run"] in (None, run)
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's record: `step` and `seconds` trained, `fingerprint`, `run`, and the `digests` of its files.
 
-    `digests` is `None` in checkpoints of older versions.
-
-    Raises:
-        `ValueError`: If it is damaged.
+    `digests` is `None` in checkpoints of older versions. A damaged record is a `ValueError`.
     """
     try:
         state = read_json(checkpoint / STATE_FILE, _STATE)
@@ -222,18 +203,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_files(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Compares the files with their digests; those of older versions without digests are only opened.
-
-    Raises:
-        `ValueError`: If one is missing or damaged, naming it.
-    """
-    if state["digests"] is not None:
-        wrong = {name for name in state["digests"] if not (checkpoint / name).is_file()}
-        if not wrong:
-            found = digests(checkpoint, list(state["digests"]))
-            wrong = {name for name, digest in state["digests"].items() if found[name] != digest}
+    """Refuses files that differ from their digests; those of older versions without digests are only opened."""
+    saved = state["digests"]
+    if saved is None:
+        wrong = [name for name in ("model.safetensors", "optimizer.bin", OTHERS_FILE) if not _opens(checkpoint / name)]
     else:
-        wrong = {name for name in ("model.safetensors", "optimizer.bin", OTHERS_FILE) if not _opens(checkpoint / name)}
+        found = digests(checkpoint, [name for name in saved if (checkpoint / name).is_file()])
+        wrong = [name for name, digest in saved.items() if found.get(name) != digest]
     if wrong:
         raise ValueError(f"{checkpoint / min(wrong)} is missing or damaged.")
 
@@ -279,20 +255,7 @@ def move_aside(path: Path, why: str) -> Path:
 def load_checkpoint(
     accelerator: Accelerator, folder: Path, current: dict[str, Any], others: dict[str, Any]
 ) -> dict[str, Any]:
-    """Restores a training from a checkpoint, and returns its record.
-
-    Args:
-        accelerator (`Accelerator`): Restores model and optimizer, which it prepared.
-        folder (`Path`): The checkpoint.
-        current (`dict`): The [`fingerprint`] of this training.
-        others (`dict`): Other objects with a `load_state_dict`, by name.
-
-    Returns:
-        `dict`: Its [`read_state`], and the `history` of logged values.
-
-    Raises:
-        `ValueError`: If flags, data or number of processes differ, naming each, or it does not fit the model.
-    """
+    """Restores a training from a checkpoint, see [`resume`]; returns its record and the `history` of logged values."""
     state = read_state(folder)
     saved = without_credentials(state["fingerprint"])
     if saved.get("classes") is not None:
@@ -322,12 +285,44 @@ def load_checkpoint(
     return {**state, "history": read_history(folder if (folder / HISTORY).is_file() else folder.parent)}
 
 
-def read_history(folder: Path) -> list[dict[str, float]]:
-    """The values that a stage logged, each with the step and the seconds of training.
+def resume(
+    accelerator: Accelerator, output_dir: Path, args: Any, current: dict[str, Any], others: dict[str, Any]
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Resumes a training from the checkpoint that its flags name, if any, or starts it; called by all processes.
+
+    Args:
+        accelerator (`Accelerator`): Restores model and optimizer, which it prepared.
+        current (`dict`): The [`fingerprint`] of this training.
+        others (`dict`): Other objects with a `load_state_dict`, by name.
+
+    Returns:
+        The state, see [`save_checkpoint`], and the values logged until then.
 
     Raises:
-        `ValueError`: If the file is damaged.
+        `ValueError`: If flags, data or number of processes differ, naming each, it does not fit the model, or it has
+            more steps than wanted.
     """
+    checkpoint = from_main(lambda: find_checkpoint(output_dir, args.resume_from_checkpoint))
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "run": None, "history": []}
+    if checkpoint:
+        state = load_checkpoint(accelerator, checkpoint, current, others)
+    step = state["step"]
+    if step > args.max_train_steps:
+        raise ValueError(
+            f"{checkpoint} has {step} steps, more than --max_train_steps {args.max_train_steps}; raise it, or use "
+            f"another --output_dir to start from scratch."
+        )
+    run = from_main(lambda: start_run(output_dir, state["run"], args.checkpoints_total_limit))
+    history = [row for row in state["history"] if row["step"] <= step]
+    if accelerator.is_main_process:
+        write_json(history, output_dir / HISTORY)
+        if checkpoint:
+            logger.info(f"Resuming from {checkpoint}, after {step} of {args.max_train_steps} steps.")
+    return {"step": step, "seconds": state["seconds"], "fingerprint": current, "run": run}, history
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """The values that a stage logged, each with the step and the seconds of training."""
     path = folder / HISTORY
     fix = "remove it to resume without what was logged before"
     return read_json(path, [_ROW], fix) if path.is_file() else []
@@ -345,14 +340,10 @@ def save_checkpoint(
 
     Args:
         accelerator (`Accelerator`): Saves model and optimizer.
-        output_dir (`Path`): The folder of the checkpoints.
         state (`dict`): Its `step`, `seconds`, `fingerprint` and `run`.
         others (`dict`): Other objects with a `state_dict`, by name.
         history (`list[dict]`): The logged values.
         total_limit (`int`): Number of newest checkpoints to keep.
-
-    Raises:
-        `FullDiskError`: If the disk is full; older checkpoints stay complete.
     """
     folder = output_dir / f"checkpoint-{state['step']}"
     if accelerator.is_main_process and os.path.lexists(folder):
@@ -392,15 +383,9 @@ def _files(folder: Path) -> list[str]:
 
 
 def start_run(output_dir: Path, run: str | None, total_limit: int) -> str:
-    """The run that a folder now belongs to; files of another run are moved to a subfolder.
+    """The run that a folder now belongs to: the one given, that of the folder, or a new one.
 
-    Args:
-        output_dir (`Path`): The folder.
-        run (`str`, *optional*): The run to resume. Default: that of the folder, or a new one.
-        total_limit (`int`): Number of newest checkpoints of the run to keep.
-
-    Returns:
-        `str`: The run.
+    Files of another run are moved to a subfolder, and checkpoints beyond the limit are removed.
     """
     old = _run_of(output_dir)
     run = run or old or uuid.uuid4().hex
@@ -418,94 +403,6 @@ def start_run(output_dir: Path, run: str | None, total_limit: int) -> str:
         write_json({"run": run}, output_dir / RUN_FILE)
     prune(output_dir, total_limit)
     return run
-
-
-def save_folder(save: Callable[[str], Any], folder: Path) -> None:
-    """Replaces a finished model or pipeline atomically, and keeps the user's files and edits in it.
-
-    Kept are files that no earlier call has written, and changes since in `model_index.json` (saved defaults, added
-    components) and of the class names in a model's config. `save` finds the older model card, to keep its edits.
-
-    Args:
-        save (`Callable`): Writes into the given folder.
-        folder (`Path`): The final folder.
-    """
-    with replacing_folder(folder) as partial:
-        if (folder / "README.md").is_file():
-            shutil.copy(folder / "README.md", partial)
-        save(str(partial))
-        made = {path.relative_to(partial) for path in partial.rglob("*")}
-        names = [path.as_posix() for path in made if path.name in (INDEX_FILE, CONFIG_FILE)]
-        configs = {name: read_record(partial / name) for name in names}
-        written = {name: _editable(name, config) for name, config in configs.items()}
-        if folder.is_dir():
-            record = read_record(folder / MADE_FILE, {"files": [str]})
-            ours = {*made, *map(Path, record.get("files", ())), Path(MADE_FILE)}
-            keep_foreign_files(folder, partial, ours)
-            for name, config in configs.items():
-                now = _editable(name, read_record(folder / name))
-                if now and (changed := changed_entries(name, record.get(name), now, written[name])):
-                    write_json({**config, **changed}, partial / name)
-        files = sorted(path.as_posix() for path in made if (partial / path).is_file())
-        write_json({"files": files, **written}, partial / MADE_FILE)
-
-
-def _editable(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a config that a user may change; of a model's config only the class names."""
-    if Path(name).name == INDEX_FILE:
-        return config
-    return {key: config[key] for key in ("id2label", "label2id") if key in config}
-
-
-def read_record(path: Path, shape: Any = dict) -> dict[str, Any]:
-    """The content of a JSON file, empty if it is missing or damaged: too late to stop for that."""
-    try:
-        return read_json(path, shape)
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        logger.warning(f"{error} Changes in it are lost.")
-        return {}
-
-
-def changed_entries(name: str, written: Any, now: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a config changed since it was last written, except class names of other classes.
-
-    Args:
-        name (`str`): The file.
-        written (`dict`): The entries as written; another type if there is no record.
-        now (`dict`), new (`dict`): The current entries, and those to write.
-    """
-    if not isinstance(written, dict):  # an older version kept no record
-        written = {key: value for key, value in now.items() if key != "sampling_defaults"}
-    if Path(name).name == CONFIG_FILE and _classes(now) != _classes(new):
-        return {}
-    keys = sorted(key for key in {*written, *now} if key[0] != "_")
-    changed = {key: now.get(key) for key in keys if now.get(key) != written.get(key)}
-    for key, value in changed.items():
-        if value != new.get(key):
-            logger.info(f"Kept the changed {key} of {name}: {value}.")
-    return changed
-
-
-def _classes(config: dict[str, Any]) -> set[str]:
-    names = config.get("id2label")
-    return set(names) if isinstance(names, dict) else set()
-
-
-def keep_foreign_files(old: Path, new: Path, ours: set[Path]) -> None:
-    """Links the user's files of an older folder into a newer one."""
-    for path in sorted(old.rglob("*")):
-        name = path.relative_to(old)
-        if path.is_dir() and not path.is_symlink():
-            if not any(path.iterdir()):
-                (new / name).mkdir(parents=True, exist_ok=True)
-        elif name not in ours:
-            (new / name).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(path, new / name, follow_symlinks=False)
-            except OSError:  # a file system without links
-                shutil.copy2(path, new / name, follow_symlinks=False)
 
 
 def recover_folders(output_dir: Path) -> None:

@@ -19,27 +19,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Pretrained:
-    """The configs of a pretrained pipeline with an ADM UNet, or of such a UNet alone.
+    """The configs of a pretrained pipeline with an ADM UNet, or of such a UNet alone."""
 
-    Attributes:
-        name (`str`): Its folder or Hub id.
-        config (`dict`): The UNet's arguments.
-        scheduler_config (`dict`, *optional*): The scheduler's; `None` for a UNet alone.
-        id2label (`dict[int, str]`, *optional*): The names of its classes, if known.
-    """
-
-    name: str
-    config: dict[str, Any]
-    scheduler_config: dict[str, Any] | None
+    name: str  # its folder or Hub id
+    config: dict[str, Any]  # the UNet's
+    scheduler_config: dict[str, Any] | None  # `None` for a UNet alone
     id2label: dict[int, str] | None
 
     @classmethod
     def find(cls, name: str) -> "Pretrained":
-        """The configs of a folder or Hub repository.
-
-        Raises:
-            `ValueError`: If there is no pipeline and no ADM UNet, or a config is damaged.
-        """
+        """The configs of a folder or Hub repository; a `ValueError`, if they are no ADM UNet's or damaged."""
         try:
             index = ClassifierGuidedPipeline.load_config(name)
         except OSError:
@@ -63,12 +52,7 @@ class Pretrained:
         return cls(name, config, scheduler_config, id2label)
 
     def check(self, wanted: Mapping[str, Any], is_upsampler: bool) -> None:
-        """Refuses a model for another task, and a noise schedule that it was not trained on.
-
-        Args:
-            wanted (`Mapping`): The arguments of the scheduler to train with.
-            is_upsampler (`bool`): Whether an upsampler is to be trained.
-        """
+        """Refuses a model for another task, or trained with other arguments of the scheduler than those wanted."""
         if (self.config.get("low_res_channels") is not None) != is_upsampler:
             here, script = ("an", "train_upscaler.py") if not is_upsampler else ("not an", "train_diffusion.py")
             raise ValueError(f"--pretrained_model {self.name} is {here} upsampler; train it with {script}.")
@@ -90,12 +74,7 @@ class Pretrained:
         return config
 
     def unet(self, config: dict[str, Any], id2label: dict[int, str]) -> ADMUNet2DModel:
-        """A UNet of another config with all pretrained tensors that fit; class embeddings fit if class names are equal.
-
-        Args:
-            config (`dict`): The UNet's arguments.
-            id2label (`dict[int, str]`): The classes of the images.
-        """
+        """A UNet of another config with all pretrained tensors that fit, those of classes if these have equal names."""
         subfolder = None if self.scheduler_config is None else "unet"
         weights = ADMUNet2DModel.from_pretrained(self.name, subfolder=subfolder, torch_dtype=torch.float32).state_dict()
         with torch.device("meta"):  # only reinitialised modules allocate and draw weights
@@ -113,11 +92,10 @@ class Pretrained:
         kept = {name: tensor for name, tensor in weights.items() if name not in reasons}
         unused = unet.load_state_dict(kept, strict=False, assign=True).unexpected_keys
         if os.environ.get("RANK", "0") == "0":
-            reinitialised = "".join(f"; reinitialised: {name} ({reason})" for name, reason in reasons.items())
-            left = f"; not used: {', '.join(unused)}" if unused else ""
-            logger.info(
-                f"Kept {len(kept) - len(unused)} of {len(weights)} tensors of {self.name}{reinitialised}{left}."
-            )
+            changes = [f"; reinitialised: {name} ({reason})" for name, reason in reasons.items()]
+            changes += [f"; not used: {', '.join(unused)}"] if unused else []
+            count = f"{len(kept) - len(unused)} of {len(weights)}"
+            logger.info(f"Kept {count} tensors of {self.name}{''.join(changes)}.")
         return unet
 
 

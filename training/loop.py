@@ -4,24 +4,19 @@ All randomness of a step follows from (seed, step, process). Rerun the same comm
 bit-identical to a training without a stop.
 """
 
-import copy
-import functools
 import hashlib
 import logging
 import math
 import os
-import shutil
-import signal
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
@@ -30,86 +25,48 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data import DataArguments, LabelledImages, StepBatchSampler, check_images
+from ..data import DataArguments, StepBatchSampler, load_labelled_images
 from ..data.folders import printable
-from ..files import locked, write_json
-from ..guidance.base import NotFiniteError
-from ..hub.push import BackgroundPush, PushError, prepare_push, push_command, push_folder
-from ..processes import StoppedError, from_main, join_processes
-from .arguments import LoopArguments, RunArguments
-from .checkpoints import (
-    HISTORY,
-    find_checkpoint,
-    fingerprint,
-    load_checkpoint,
-    recover_folders,
-    save_checkpoint,
-    save_folder,
-    start_run,
-)
+from ..processes import StoppedError, join_processes
+from .checkpoints import fingerprint, resume, save_checkpoint
+from .divergence import check_finite, check_loss, naming_divergence
+from .interruption import ignore_signals, stop_requests
+from .preflight import preflight
+from .saving import finish, save_task, snapshot_pushes
+from .task import Batch, Images, Task, evaluating, evenly
 from .timestep_sampling import TimestepSampler
 
 logger = logging.getLogger(__name__)
 
-LAUNCHER = os.getppid()
-DIVERGED = 1e6  # times its first value: a loss from which no training comes back
 
-check_once = functools.lru_cache(maxsize=1)(check_images)  # stages of one script share images
-
-Batch = dict[str, torch.Tensor]
-
-
-class Task(ABC):
-    """A model to train, its loss, and its previews and logs.
-
-    Attributes:
-        name (`str`): The stage, for logs and folders.
-        model (`nn.Module`): The model to train.
-        timestep_sampler (`TimestepSampler`): Draws the timesteps that batches are noised to; a single one for a model
-            without noise.
-    """
-
-    name: str
-    model: Any
-    timestep_sampler: TimestepSampler = TimestepSampler(1)
-
-    @abstractmethod
-    def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The loss of each image at its timestep, `(batch,)`, and tensors `(batch,)` to log, by name."""
-
-    @abstractmethod
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        """The model's arguments for a batch, to estimate memory."""
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for the optimizer, each with an optional learning rate."""
-        return [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
-
-    def preview(self, model: nn.Module, path: Path) -> None:
-        """Writes a picture of the model's current output, if it has one."""
-        return None
-
-    def watch(self) -> dict[str, float]:
-        """Further values of the current model to log with the losses on held-out images, by name."""
-        return {}
-
-
-def train(
-    task: Task,
-    train_images: LabelledImages,
-    held_out_images: LabelledImages | None,
-    args: LoopArguments,
+def train_and_save(
+    make_task: Callable[[Any, Images], Task],
     data_args: DataArguments,
-    save: Callable[[str], Any],
-) -> None:
+    args: Any,
+    images: Images | None = None,
+) -> Path:
+    """Trains a task and saves the result with its card; returns the finished folder.
+
+    Args:
+        make_task (`Callable`): The class of the task, or what makes one of flags and images.
+        data_args ([`DataArguments`]), args ([`LoopArguments`]): The flags; the latter of the task's own class.
+        images (a pair of [`LabelledImages`], *optional*): Images to train and to validate on, if already loaded.
+    """
+    images = images or load_labelled_images(
+        data_args, seed=args.seed, require_labels=getattr(args, "class_conditional", True)
+    )
+    torch.manual_seed(args.seed)
+    task = make_task(args, images)
+    train(task, data_args)
+    return finish(partial(save_task, task, data_args), Path(args.output_dir) / task.name / task.folder)
+
+
+def train(task: Task, data_args: DataArguments) -> None:
     """Trains `task.model`, which ends up with the moving average of its weights.
 
     Args:
-        task ([`Task`]): Model and loss.
-        train_images, held_out_images ([`LabelledImages`]): Images to train and to validate on.
-        args ([`LoopArguments`]): The loop's flags.
-        data_args ([`DataArguments`]): The data's flags, for the fingerprint.
-        save (`Callable`): Writes the model into a folder in its final format, to push it at checkpoints.
+        task ([`Task`]): Model, loss, images and flags.
+        data_args ([`DataArguments`]): The data's flags.
 
     Raises:
         `StoppedError`: If a signal stopped it; its state is then saved, and the same call resumes it.
@@ -117,20 +74,7 @@ def train(
         [`DivergedError`]: If the loss, a weight or an image of a preview is not finite.
         `OSError`: If `output_dir` cannot be written.
     """
-    with ExitStack() as lock:
-        train_alone(task, train_images, held_out_images, args, data_args, save, lock)
-
-
-def train_alone(
-    task: Task,
-    train_images: LabelledImages,
-    held_out_images: LabelledImages | None,
-    args: LoopArguments,
-    data_args: DataArguments,
-    save: Callable[[str], Any],
-    lock: ExitStack,
-) -> None:
-    """[`train`] with a given `lock` for its folder."""
+    args = task.args
     output_dir = Path(args.output_dir) / task.name
     join_processes()
     AcceleratorState._reset_state()  # an earlier stage may have had another precision
@@ -140,96 +84,60 @@ def train_alone(
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
-    preflight(task, train_images, args, accelerator, output_dir, lock)
+    with preflight(task, accelerator, output_dir):
+        training_loop(task, data_args, accelerator, output_dir)
+    if accelerator.is_main_process and task.images.bad_files:
+        logger.warning(f"{len(task.images.bad_files)} images could not be read and were replaced by others.")
+
+
+def training_loop(task: Task, data_args: DataArguments, accelerator: Accelerator, output_dir: Path) -> None:
+    """The loop of [`train`], after the checks."""
+    args = task.args
+
+    # Model, optimizer, moving average of the weights
     if args.gradient_checkpointing:
         enable = getattr(task.model, "enable_gradient_checkpointing", None)
         (enable or task.model.activation_checkpointing_enable)()  # as diffusers and transformers call it
     groups = task.parameter_groups()
     parameters = [parameter for group in groups for parameter in group["params"]]
+    betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
     optimizer = torch.optim.AdamW(
-        groups,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        fused=True,
+        groups, lr=args.learning_rate, betas=betas, weight_decay=decay, eps=args.adam_epsilon, fused=True
     )
     lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
     model, optimizer = accelerator.prepare(task.model, optimizer)
     ema = EMAModel(parameters, decay=args.ema_decay)
+
+    # Resume
     others = {"ema": ema, "lr_scheduler": lr_scheduler, "timestep_sampler": task.timestep_sampler}
-
-    current = fingerprint([args, data_args], (train_images, held_out_images), task.model, accelerator)
-    checkpoint = from_main(lambda: find_checkpoint(output_dir, args.resume_from_checkpoint))
-    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "run": None, "history": []}
-    if checkpoint:
-        state = load_checkpoint(accelerator, checkpoint, current, others)
-    step, seconds = state["step"], state["seconds"]
-    history = [row for row in state["history"] if row["step"] <= step]
+    settings = fingerprint([args, data_args], (task.images, task.held_out), task.model, accelerator)
+    state, history = resume(accelerator, output_dir, args, settings, others)
+    step = state["step"]
     ema.to(accelerator.device)
-    if step > args.max_train_steps:
-        raise ValueError(
-            f"{checkpoint} has {step} steps, more than --max_train_steps {args.max_train_steps}; raise it, or use "
-            f"another --output_dir to start from scratch."
-        )
-    run = from_main(lambda: start_run(output_dir, state["run"], args.checkpoints_total_limit))
-    if accelerator.is_main_process:
-        write_json(history, output_dir / HISTORY)
-        if checkpoint:
-            logger.info(f"Resuming from {checkpoint}, after {step} of {args.max_train_steps} steps.")
-    if accelerator.log_with:
-        config = {name: printable(str(value)) for name, value in current.items()}  # paths need not be UTF-8
-        # Purges log entries of a killed run after its newest checkpoint.
-        accelerator.init_trackers(task.name, config, {"tensorboard": {"purge_step": step + 1}})
 
-    sampler = StepBatchSampler(
-        len(train_images),
-        args.train_batch_size,
-        seed=args.seed,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        start_step=step * args.gradient_accumulation_steps,
-    )
-    loader = DataLoader(
-        train_images,
-        batch_sampler=sampler,
-        num_workers=data_args.dataloader_num_workers,
-        worker_init_fn=ignore_signals,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    batches = TimedBatches(loader)
-    progress = tqdm(
-        initial=step, total=args.max_train_steps, desc=task.name, disable=not accelerator.is_main_process, mininterval=1
-    )
+    # Train
+    last = args.max_train_steps
 
     def due(every: int) -> bool:
         return every > 0 and step % every == 0
 
-    def log(values: dict[str, float]) -> None:
-        accelerator.log(values, step=step)
-        history.append({"step": step, "seconds": time.monotonic() - started, **values})
-
-    pushes = None
-    if args.push_to_hub and args.hub_model_id and accelerator.is_main_process:
-        pushes = BackgroundPush(args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
-    snapshot = output_dir / "snapshot"
-
     model.train()
-    started = time.monotonic() - seconds
-    with stop_requests(accelerator) as stop_requested:
-        while step < args.max_train_steps:
+    with (
+        snapshot_pushes(task, data_args, output_dir) as push,
+        closing(TimedBatches(task, data_args, accelerator, step)) as batches,
+        closing(Log(task.name, accelerator, state, history, last)) as log,
+        stop_requests(accelerator) as stop_requested,
+    ):
+        while step < last:
             for micro_step in range(args.gradient_accumulation_steps):
                 seed_everything(args.seed, step, micro_step, accelerator.process_index)
                 batch = to_device(next(batches), accelerator.device)
                 timesteps, weights = task.timestep_sampler.sample(len(batch["pixel_values"]))
                 timesteps, weights = timesteps.to(accelerator.device), weights.to(accelerator.device)
                 with accelerator.accumulate(model):
-                    losses, logs = task.losses(model, batch, timesteps)
+                    losses, extra = task.losses(model, batch, timesteps)
                     accelerator.backward((losses * weights).mean())
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -240,195 +148,59 @@ def train_alone(
             lr_scheduler.step()
             ema.step(parameters)
             step += 1
-            progress.update()
+            log.progress.update()
 
-            if due(args.logging_steps) or step == args.max_train_steps:
-                values = {name: value.float().mean() for name, value in {"loss": losses.detach(), **logs}.items()}
+            # Log
+            if due(args.logging_steps) or step == last:
+                values = {name: value.float().mean() for name, value in {"loss": losses.detach(), **extra}.items()}
                 values = {name: accelerator.reduce(value, "mean").item() for name, value in values.items()}
                 check_loss(values["loss"], step, history)
-                progress.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
-                log({**values, "learning_rate": lr_scheduler.get_last_lr()[0]})
-                if accelerator.is_main_process:
-                    batches.warn_if_slow()
+                log.progress.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
+                log(step, {**values, "learning_rate": lr_scheduler.get_last_lr()[0]})
+                batches.warn_if_slow()
+
+            # Validate
             if accelerator.is_main_process and (due(args.validation_steps) or due(args.preview_steps)):
                 with averaged_weights(ema, parameters), naming_divergence():
                     if due(args.validation_steps):
-                        measured = task.watch()
-                        if held_out_images is not None:
-                            measured |= validate(task, held_out_images, args, accelerator.device)
-                        if measured:
-                            log(measured)
+                        log(step, {**task.watch(), **validate(task, accelerator.device)})
                     if due(args.preview_steps):
-                        task.preview(task.model, output_dir / f"preview-{step:06d}.png")
+                        task.preview(output_dir / f"preview-{step:06d}.png")
 
+            # Save
             stopping = stop_requested()
-            if stopping or due(args.checkpointing_steps) or step == args.max_train_steps:
+            if stopping or due(args.checkpointing_steps) or step == last:
                 check_finite(sum(parameter.detach().float().mean() for parameter in parameters).item(), step)
-                seconds = time.monotonic() - started
-                state = {"step": step, "seconds": round(seconds, 1), "fingerprint": current, "run": run}
+                state = {"step": step, "seconds": round(log.seconds, 1), "fingerprint": settings, "run": state["run"]}
                 folder = save_checkpoint(accelerator, output_dir, state, others, history, args.checkpoints_total_limit)
-                if pushes and not pushes.is_busy and not stopping and step < args.max_train_steps:
+                if push and not stopping and step < last:
                     with averaged_weights(ema, parameters):
-                        save_folder(save, snapshot)
-                    pushes.start(snapshot, f"Training, step {step} of {args.max_train_steps}")
+                        push(step)
             if stopping:
-                progress.close()
-                if pushes and (pushes.is_busy or pushes.failure):
-                    why = f"failed: {pushes.failure}" if pushes.failure else "is not done and ends here."
-                    logger.warning(
-                        f"The push of the newest snapshot {why} To finish it:\n"
-                        f"  {push_command(snapshot, pushes.repo_id, args.hub_private)}"
-                    )
-                finish_trackers(accelerator)
                 how = "" if args.resume_from_checkpoint == "latest" else " with --resume_from_checkpoint latest"
                 raise StoppedError(
                     stopping, f"Stopped after {step} steps, saved {folder}. Rerun the same command{how} to resume."
                 )
 
-    progress.close()
-    finish_trackers(accelerator)
-    if pushes:
-        if pushes.is_busy:
-            logger.info("Waiting for the push of the newest snapshot.")
-        pushes.wait()
-        if pushes.failure:
-            logger.warning(f"The push of the newest snapshot failed: {pushes.failure}")
-        shutil.rmtree(snapshot, ignore_errors=True)
     ema.copy_to(parameters)
     accelerator.unwrap_model(model).eval()
-    if accelerator.is_main_process and train_images.bad_files:
-        logger.warning(f"{len(train_images.bad_files)} images could not be read and were replaced by others.")
-
-
-def finish(save: Callable[[str], Any], folder: Path) -> Path:
-    """The finished folder, written atomically by the main process."""
-    if PartialState().is_main_process:
-        with locked(folder.parent), naming_divergence():
-            save_folder(save, folder)
-        logger.info(f"Saved {folder}")
-    return folder
-
-
-def publish(folder: Path, args: RunArguments) -> None:
-    """Pushes the finished folder, if `args` ask for it.
-
-    Raises:
-        `PushError`: If that fails, with the command to do it later.
-    """
-    if not args.push_to_hub or not args.hub_model_id or not PartialState().is_main_process:
-        return
-    try:
-        url = push_folder(folder, args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
-    except PushError as error:
-        command = push_command(folder, args.hub_model_id, args.hub_private)
-        raise PushError(f"{error}\nThe training is done and saved. To push it:\n  {command}") from error
-    logger.info(f"Pushed to {url}")
-
-
-def preflight(
-    task: Task,
-    images: LabelledImages,
-    args: LoopArguments,
-    accelerator: Accelerator,
-    output_dir: Path,
-    lock: ExitStack,
-) -> None:
-    """Prints a summary of the training and raises early what would fail late; then makes and locks the folder."""
-    if accelerator.is_main_process:
-        check_batch(images, args.train_batch_size, accelerator.device)
-        report = check_once(images)
-        memory = estimate_memory(task, images, args.train_batch_size)
-        make_writable(output_dir)
-        lock.enter_context(locked(output_dir))
-        recover_folders(output_dir)
-        if args.push_to_hub and args.hub_model_id:
-            args.hub_model_id = prepare_push(args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
-        num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
-        batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-        height, width = images.resolution
-        logger.info(
-            f"\n== {task.name} ==\n{report}\n"
-            f"model     {num_parameters:,} parameters, {height}x{width} pixels, "
-            f"about {memory / 2**30:.2g} GiB a process to train"
-            f"{', less with gradient checkpointing' if args.gradient_checkpointing else ''}\n"
-            f"training  {args.max_train_steps} steps of {batch_size} images on {accelerator.num_processes} "
-            f"{accelerator.device.type} process(es), {args.max_train_steps * batch_size / len(images):.1f} epochs\n"
-            f"writes    {output_dir}: checkpoints every {args.checkpointing_steps} steps, logs, the finished model"
-            f"{f', pushed to {args.hub_model_id} at each' if args.push_to_hub else ''}"
-        )
-    accelerator.wait_for_everyone()
-
-
-def check_batch(images: LabelledImages, batch_size: int, device: torch.device) -> None:
-    """Refuses batches whose pixels alone exceed the memory.
-
-    Raises:
-        `ValueError`: Naming the batch size.
-    """
-    size = 4 * batch_size * images.image_channels * math.prod(images.resolution)  # bytes, as float32
-    on_gpu = device.type == "cuda"
-    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
-    if size > memory:
-        raise ValueError(
-            f"--train_batch_size {batch_size}: the pixels of a batch take {size / 2**30:.3g} GiB, and there are "
-            f"{memory / 2**30:.3g}; give a smaller batch, and --gradient_accumulation_steps if it is to count as a "
-            f"large one."
-        )
-
-
-def make_writable(output_dir: Path) -> None:
-    """Makes the folder; an error names `--output_dir`."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / ".writable").touch()
-        (output_dir / ".writable").unlink()
-    except OSError as error:
-        raise OSError(
-            f"--output_dir {output_dir} cannot be written ({error.strerror}); choose another folder."
-        ) from None
-
-
-def estimate_memory(task: Task, images: LabelledImages, batch_size: int) -> int:
-    """Bytes of weights, gradients, AdamW's moments, the moving average, and a batch's activations.
-
-    The activations are counted on the meta device, where nothing is computed.
-    """
-    model = copy.deepcopy(task.model).to("meta").train()
-    weights = {parameter.untyped_storage()._cdata: parameter.nbytes for parameter in model.parameters()}
-    activations: dict[int, int] = {}  # by storage: tensors that several layers keep count once
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            activations[storage._cdata] = storage.nbytes()
-        return tensor
-
-    size = (batch_size, images.image_channels, *images.resolution)
-    batch = {"pixel_values": torch.empty(size, device="meta")}
-    batch["labels"] = torch.zeros(batch_size, dtype=torch.long, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(**task.inputs(batch))  # keeps every counted storage alive
-    del output
-    return 5 * sum(weights.values()) + sum(activations.values())
 
 
 @torch.no_grad()
-def validate(task: Task, images: LabelledImages, args: LoopArguments, device: torch.device) -> dict[str, float]:
-    """Mean losses on held-out images, each noised to the same timesteps with the same noise every time."""
-    was_training = task.model.training
-    task.model.eval()
-    with torch.random.fork_rng():
+def validate(task: Task, device: torch.device) -> dict[str, float]:
+    """Mean losses on held-out images, if any, each noised to the same timesteps with the same noise every time."""
+    if task.held_out is None:
+        return {}
+    with evaluating(task.model), torch.random.fork_rng():
         seed_everything(0, 0, 0, 0)
-        spread = torch.linspace(0, len(images) - 1, min(len(images), 1024)).long()  # rows may be sorted by class
-        keys = [(index, 0) for index in spread.tolist()]
+        keys = [(index, 0) for index in evenly(len(task.held_out), 1024)]
         totals: dict[str, float] = {}
-        for batch in DataLoader(images, sampler=keys, batch_size=args.train_batch_size):
+        for batch in DataLoader(task.held_out, sampler=keys, batch_size=task.args.train_batch_size):
             batch = to_device(batch, device)
             timesteps, _ = TimestepSampler(task.timestep_sampler.num_train_timesteps).sample(len(batch["pixel_values"]))
-            losses, logs = task.losses(task.model, batch, timesteps.to(device))
-            for name, value in {"loss": losses, **logs}.items():
+            losses, extra = task.losses(task.model, batch, timesteps.to(device))
+            for name, value in {"loss": losses, **extra}.items():
                 totals[name] = totals.get(name, 0.0) + value.float().sum().item() / len(keys)
-    task.model.train(was_training)
     return {f"held_out/{name}": value for name, value in totals.items()}
 
 
@@ -442,42 +214,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-class DivergedError(ValueError):
-    """A loss, a weight or an image is not finite, or the loss has grown beyond use.
-
-    Args:
-        what (`str`): Which of them.
-    """
-
-    def __init__(self, what: str):
-        super().__init__(
-            f"The training has diverged: {what}. Start from scratch in another --output_dir with a lower "
-            f"--learning_rate, more --lr_warmup_steps, or bf16 instead of fp16; checkpoints are kept."
-        )
-
-
-def check_finite(value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise DivergedError(f"a number is {value} at step {step}")
-
-
-def check_loss(loss: float, step: int, history: list[dict[str, float]]) -> None:
-    """Refuses a loss that is not finite, or a million times what it was first: the samples would soon not be finite."""
-    check_finite(loss, step)
-    first = next((row["loss"] for row in history if "loss" in row), loss)
-    if abs(loss) > DIVERGED * max(1.0, abs(first)):
-        raise DivergedError(f"the loss is {loss:.3g} at step {step}, and was {first:.3g} at first")
-
-
-@contextmanager
-def naming_divergence() -> Iterator[None]:
-    """Turns images that are not finite into a [`DivergedError`]: the weights are finite, but beyond use."""
-    try:
-        yield
-    except NotFiniteError:
-        raise DivergedError("the model's images are not finite") from None
-
-
 @contextmanager
 def averaged_weights(ema: EMAModel, parameters: list[nn.Parameter]) -> Iterator[None]:
     """Swaps in the moving average of the weights temporarily."""
@@ -489,46 +225,64 @@ def averaged_weights(ema: EMAModel, parameters: list[nn.Parameter]) -> Iterator[
         ema.restore(parameters)
 
 
-@contextmanager
-def stop_requests(accelerator: Accelerator) -> Iterator[Any]:
-    """A function for the loop to call after each step: the signal received (Ctrl-C, SIGTERM), 0 for none.
+class Log:
+    """Values by step, for the tracker and for `history`, with the seconds of training; and the progress bar."""
 
-    A second Ctrl-C ends the process at once.
-    """
-    requested: list[int] = []
+    def __init__(
+        self, name: str, accelerator: Accelerator, state: dict[str, Any], history: list[dict[str, float]], last: int
+    ):
+        self.accelerator, self.history = accelerator, history
+        if accelerator.log_with:
+            config = {key: printable(str(value)) for key, value in state["fingerprint"].items()}
+            # Purges log entries of a killed run after its newest checkpoint.
+            accelerator.init_trackers(name, config, {"tensorboard": {"purge_step": state["step"] + 1}})
+        self.progress = tqdm(
+            initial=state["step"], total=last, desc=name, disable=not accelerator.is_main_process, mininterval=1
+        )
+        self.started = time.monotonic() - state["seconds"]
 
-    def handle(signum: int, frame: Any) -> None:
-        # SIGTERM may come several times: from a launcher, and from a cluster's scheduler
-        if signum == signal.SIGINT and signum in requested:
-            raise StoppedError(signum)
-        requested.append(signum)
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return time.monotonic() - self.started
 
-    # `accelerate launch` of one process does not forward SIGTERM: watch for its end instead
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        if values:
+            self.accelerator.log(values, step=step)
+            self.history.append({"step": step, "seconds": self.seconds, **values})
 
-    def stop_requested() -> int:
-        if launched and os.getppid() != LAUNCHER:
-            requested.append(signal.SIGTERM)
-        signum = requested[0] if requested else 0
-        if accelerator.num_processes == 1:
-            return signum
-        signums = accelerator.gather(torch.tensor([signum], device=accelerator.device))
-        return int(signums.max())  # all processes stop after the same step
-
-    previous = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop_requested
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+    def close(self) -> None:
+        """Closes the trackers, but not the process group, which later stages need."""
+        self.progress.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 class TimedBatches:
-    """The batches of a loader; warns once if loading slows the training, as large files do."""
+    """The batches of a training from a step on; warns once if loading slows the training, as large files do."""
 
-    def __init__(self, loader: DataLoader):
-        self.batches, self.num_workers = iter(loader), loader.num_workers
-        self.waited, self.since, self.has_warned = 0.0, math.nan, False
+    def __init__(self, task: Task, data_args: DataArguments, accelerator: Accelerator, step: int):
+        args = task.args
+        sampler = StepBatchSampler(
+            len(task.images),
+            args.train_batch_size,
+            seed=args.seed,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+            start_step=step * args.gradient_accumulation_steps,
+        )
+        self.num_workers, self.warns = data_args.dataloader_num_workers, accelerator.is_main_process
+        on_gpu = accelerator.device.type == "cuda"
+        self.batches: Iterator[Batch] = iter(
+            DataLoader(
+                task.images,
+                batch_sampler=sampler,
+                num_workers=self.num_workers,
+                worker_init_fn=ignore_signals,
+                pin_memory=on_gpu,
+            )
+        )
+        self.waited, self.since = 0.0, math.nan
 
     def __next__(self) -> Batch:
         started = time.monotonic()
@@ -539,25 +293,17 @@ class TimedBatches:
             self.waited += time.monotonic() - started
         return batch
 
+    def close(self) -> None:
+        """Ends the loader's workers, even if the traceback of an error keeps this object."""
+        self.batches = iter(())
+
     def warn_if_slow(self) -> None:
         """Checks the share of loading in the time since the last call."""
         share = self.waited / (time.monotonic() - self.since)
         self.waited, self.since = 0.0, time.monotonic()
-        if share > 0.5 and not self.has_warned:
-            self.has_warned = True
+        if share > 0.5 and self.warns:
+            self.warns = False
             logger.warning(
                 f"{share:.0%} of the time is spent loading images: raise --dataloader_num_workers, now "
                 f"{self.num_workers} on {os.cpu_count()} cores, or resize the files to about the --resolution first."
             )
-
-
-def ignore_signals(worker_id: int) -> None:
-    """Lets the loader's workers ignore signals: they must live until the step is done."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
-
-
-def finish_trackers(accelerator: Accelerator) -> None:
-    """Closes the trackers, but not the process group, which later stages need."""
-    for tracker in accelerator.trackers:
-        tracker.finish()

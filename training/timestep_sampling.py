@@ -5,11 +5,7 @@ import torch
 
 
 class TimestepSampler:
-    """Draws timesteps uniformly.
-
-    Args:
-        num_train_timesteps (`int`): Number of timesteps of the schedule.
-    """
+    """Draws timesteps uniformly, with torch's global generator."""
 
     learns_from_losses = False
 
@@ -17,11 +13,7 @@ class TimestepSampler:
         self.num_train_timesteps = num_train_timesteps
 
     def sample(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Timesteps and loss weights, drawn with torch's global generator.
-
-        Returns:
-            Timesteps, and importance weights that keep the mean loss unbiased, each of shape `(batch_size,)`.
-        """
+        """Timesteps, and importance weights that keep the mean loss unbiased, each of shape `(batch_size,)`."""
         probabilities = self.probabilities()
         timesteps = torch.multinomial(probabilities, batch_size, replacement=True)
         return timesteps, (1 / (self.num_train_timesteps * probabilities[timesteps])).float()
@@ -47,7 +39,7 @@ class LossSecondMomentSampler(TimestepSampler):
     orders of magnitude.
 
     Args:
-        num_train_timesteps (`int`): Number of timesteps of the schedule.
+        num_train_timesteps (`int`): As for [`TimestepSampler`].
         history (`int`, defaults to 10): Number of last losses kept for each timestep.
         uniform (`float`, defaults to 0.001): Share of uniform draws, so that every timestep is drawn.
     """

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
 
 from hf_guided import ADMUNet2DModel, ClassifierGuidedPipeline
-from hf_guided.data import LabelledImages, load_labelled_images
+from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.evaluation import trade_off_curve
 from hf_guided.evaluation.evaluate import FEWEST_IMAGES, measure
 from hf_guided.evaluation.features.extractors import ModelFeatures
@@ -41,20 +41,11 @@ from hf_guided.files import check_kind, check_replaceable, has_json, read_json, 
 from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.hub import write_model_card
 from hf_guided.hub.push import prepare_push
-from hf_guided.training.arguments import (
-    RunArguments,
-    SamplingArguments,
-    parse_arguments,
-    run_script,
-)
-from hf_guided.training.cards import describe_data, describe_images, describe_run, describe_steps, on_hub
-from hf_guided.training.checkpoints import save_folder
-from hf_guided.training.loop import finish, publish
-from hf_guided.training.train_classifier import (
-    ClassifierArguments,
-    make_classifier,
-    train_classifier,
-)
+from hf_guided.training.arguments import RunArguments, SamplingArguments, parse_arguments, run_script
+from hf_guided.training.cards import aligned, describe_data, describe_images, describe_run, describe_steps, on_hub
+from hf_guided.training.saving import finish, publish, save_folder
+from hf_guided.training.task import Images
+from hf_guided.training.train_classifier import ClassifierArguments, make_classifier, train_classifier
 from hf_guided.training.train_diffusion import DiffusionArguments, train_diffusion, unet_config
 
 logger = logging.getLogger(__name__)
@@ -77,41 +68,37 @@ class ReportArguments(RunArguments, SamplingArguments):
     default_scale: NonNegativeFloat = flag(3.0, "Scale that the pipeline saves as its default.")
 
 
+STAGES = {
+    "judge": ClassifierArguments,
+    "classifier": ClassifierArguments,
+    "diffusion": DiffusionArguments,
+    "report": ReportArguments,
+}
+
+
 def main() -> None:
-    stage_types = {
-        "judge": ClassifierArguments,
-        "classifier": ClassifierArguments,
-        "diffusion": DiffusionArguments,
-        "report": ReportArguments,
-    }
-    data_args, stages = parse_arguments(stage_types, description=__doc__)
+    data_args, stages = parse_arguments(STAGES, description=__doc__)
     args: ReportArguments = stages["report"]
     output_dir = Path(args.output_dir)
     for name in ("judge", "classifier"):  # only the UNet's checkpoints and the finished pipeline are pushed
         stages[name].push_to_hub = False
 
-    check_kind([output_dir / "pipeline"], is_folder=True)
-    check_kind([output_dir / "report.json", *output_dir.glob("grid-scale-*.png")], is_folder=False)
-    check_replaceable([output_dir / "report.json"], lambda path: has_json(path, "seed", "rows"))
-    check_replaceable(
-        [output_dir / "pipeline"],
-        lambda path: (output_dir / "diffusion").is_dir(),
-        [stages["diffusion"].pretrained_model],
-    )
-
-    # 1. Train the evaluation classifier, the guiding classifier and the UNet
+    # 1. Check what would fail late
+    check_outputs(output_dir, stages)
     check_stages(stages)
     images = load_labelled_images(data_args, seed=args.seed)
     check_models(stages, images[0])
     if args.push_to_hub and args.hub_model_id and os.environ.get("RANK", "0") == "0":
-        args.hub_model_id = prepare_push(args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
+        args.hub_model_id = prepare_push(args.hub_model_id, **args.hub_access())
+
+    # 2. Train the evaluation classifier, the guiding classifier and the UNet
     judge_folder = train_classifier(data_args, stages["judge"], images, name="judge")
     classifier_folder = train_classifier(data_args, stages["classifier"], images)
     diffusion_folder = train_diffusion(data_args, stages["diffusion"], images)
     if not PartialState().is_main_process:
         return
 
-    # 2. Assemble and save the pipeline
+    # 3. Assemble and save the pipeline
     device = PartialState().device
     judge = AutoModelForImageClassification.from_pretrained(judge_folder).to(device)
     pipeline = ClassifierGuidedPipeline.from_pretrained(
@@ -122,43 +109,29 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     save_folder(pipeline.save_pretrained, output_dir / "pipeline")
 
-    # 3. Sample, evaluate, publish
+    # 4. Sample, evaluate, publish
     logger.info("\n== report ==")
     report = make_report(pipeline, judge, images, args, output_dir)
     write_json({"seed": args.seed, "rows": report}, output_dir / "report.json")
-
-    def save(folder: str) -> None:
-        pipeline.save_pretrained(folder)
-        draw_grid(pipeline, args.default_scale, Path(folder) / "grid.png", args.sampling_batch_size)
-        generated = [row for row in report if row["guidance_scale"] is not None]
-        trade_off_curve(generated, "judge", Path(folder) / "trade_off.png")
-        inspection = None
-        if (output_dir / "classifier" / "model" / "inspection.json").is_file():
-            for name in ("inspection.json", "inspection.png"):
-                shutil.copy(output_dir / "classifier" / "model" / name, folder)
-            inspection = read_json(Path(folder) / "inspection.json")
-        write_model_card(
-            folder,
-            title=f"Guided diffusion on {data_args.title}",
-            class_names=list(pipeline.id2label.values()),
-            training=describe(stages, images),
-            results=report,
-            inspection=inspection,
-            repo_id=args.hub_model_id,
-            license=args.hub_license,
-            base_model=on_hub(stages["diffusion"].pretrained_model),
-            **describe_data(data_args),
-        )
-
-    finish(save, output_dir / "pipeline")
-    print_table(report)
+    finish(lambda folder: save_pipeline(pipeline, report, data_args, stages, images, folder), output_dir / "pipeline")
     logger.info(
-        f"\nPictures, numbers and the pipeline are in {output_dir}. Try:\n\n"
+        f"\n{table(report)}\n\nPictures, numbers and the pipeline are in {output_dir}. Try:\n\n"
         f"  from hf_guided import ClassifierGuidedPipeline\n"
         f'  pipe = ClassifierGuidedPipeline.from_pretrained("{output_dir / "pipeline"}")\n'
         f"  pipe({[pipeline.id2label[0]]}).images[0].save('sample.png')"
     )
     publish(output_dir / "pipeline", args)
+
+
+def check_outputs(output_dir: Path, stages: dict[str, Any]) -> None:
+    """Refuses what is in the way of the results, before any image is loaded."""
+    report, pipeline = output_dir / "report.json", output_dir / "pipeline"
+    check_kind([pipeline], is_folder=True)
+    check_kind([report, *output_dir.glob("grid-scale-*.png")], is_folder=False)
+    check_replaceable([report], lambda path: has_json(path, "seed", "rows"))
+    check_replaceable(
+        [pipeline], lambda path: (output_dir / "diffusion").is_dir(), [stages["diffusion"].pretrained_model]
+    )
 
 
 def check_stages(stages: dict[str, Any]) -> None:
@@ -200,7 +173,7 @@ def check_models(stages: dict[str, Any], images: LabelledImages) -> None:
 def make_report(
     pipeline: ClassifierGuidedPipeline,
     judge: Any,
-    images: tuple[LabelledImages, LabelledImages | None],
+    images: Images,
     args: ReportArguments,
     output_dir: Path,
 ) -> list[dict[str, Any]]:
@@ -248,36 +221,57 @@ def draw_grid(
     save_png(labelled_grid(samples.pictures(batch_size), names, title=title), path)
 
 
-def describe(stages: dict[str, Any], images: tuple[LabelledImages, LabelledImages | None]) -> dict[str, Any]:
-    """Entries about the training for the model card."""
-    diffusion = stages["diffusion"]
-    return {
-        "images": describe_images(images),
-        "classifier": describe_steps(stages["classifier"], "classifier"),
-        "UNet": describe_steps(diffusion, "diffusion"),
-        **({"UNet fine-tuned from": diffusion.pretrained_model} if diffusion.pretrained_model else {}),
-        "noise schedule": diffusion.beta_schedule,
-        **describe_run(diffusion),
-    }
+def save_pipeline(
+    pipeline: ClassifierGuidedPipeline,
+    report: list[dict[str, Any]],
+    data_args: DataArguments,
+    stages: dict[str, Any],
+    images: Images,
+    folder: str,
+) -> None:
+    """Saves the pipeline with its grid, its trade-off curve, the classifier's inspection and a card."""
+    args, diffusion = stages["report"], stages["diffusion"]
+    pipeline.save_pretrained(folder)
+    draw_grid(pipeline, args.default_scale, Path(folder) / "grid.png", args.sampling_batch_size)
+    generated = [row for row in report if row["guidance_scale"] is not None]
+    trade_off_curve(generated, "judge", Path(folder) / "trade_off.png")
+    inspection, inspected = None, Path(args.output_dir) / "classifier" / "model"
+    if (inspected / "inspection.json").is_file():
+        for name in ("inspection.json", "inspection.png"):
+            shutil.copy(inspected / name, folder)
+        inspection = read_json(inspected / "inspection.json")
+    write_model_card(
+        folder,
+        title=f"Guided diffusion on {data_args.title}",
+        class_names=list(pipeline.id2label.values()),
+        training={
+            "images": describe_images(images),
+            "classifier": describe_steps(stages["classifier"], "classifier"),
+            "UNet": describe_steps(diffusion, "diffusion"),
+            **({"UNet fine-tuned from": diffusion.pretrained_model} if diffusion.pretrained_model else {}),
+            "noise schedule": diffusion.beta_schedule,
+            **describe_run(diffusion),
+        },
+        results=report,
+        inspection=inspection,
+        repo_id=args.hub_model_id,
+        license=args.hub_license,
+        base_model=on_hub(diffusion.pretrained_model),
+        **describe_data(data_args),
+    )
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Prints the report."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """The report as text."""
     shown = [metric for metric in METRICS.values() if any(f"{metric.name}/judge" in row for row in rows)]
-    widths = [max(len(metric.title), 7) + 2 for metric in shown]  # of four digits, a sign and a point at least
-    lines = ["\n" + " " * 34 + "".join(f"{m.title:>{width}}" for m, width in zip(shown, widths, strict=True))]
+    lines = [["", *(metric.title for metric in shown)]]
     for row in rows:
-        name = row["samples"]
-        if row["guidance_scale"] is not None:
-            name = (
-                f"scale {row['guidance_scale']:g}, {'conditional' if row['condition_unet'] else 'unconditional'} UNet"
-            )
-        line = f"{name:34}"
-        for metric, width in zip(shown, widths, strict=True):
-            value = row.get(f"{metric.name}/judge")
-            line += f"{'' if value is None else metric.format(value):>{width}}"
-        lines.append(line)
-    logger.info("\n".join(lines))
+        name, scale = row["samples"], row["guidance_scale"]
+        if scale is not None:
+            name = f"scale {scale:g}, {'conditional' if row['condition_unet'] else 'unconditional'} UNet"
+        values = [(metric, row.get(f"{metric.name}/judge")) for metric in shown]
+        lines.append([name, *("" if value is None else metric.format(value) for metric, value in values)])
+    return aligned(lines)
 
 
 if __name__ == "__main__":

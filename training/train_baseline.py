@@ -16,10 +16,10 @@ if __name__ == "__main__":  # before what takes seconds to import
 import argparse
 import logging
 import sys
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,15 +36,13 @@ from hf_guided.baselines import (
     ClassConditionalVAE,
 )
 from hf_guided.baselines.gan import hinge_losses
-from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
-from hf_guided.evaluation.features.image_sets import SampledImages
+from hf_guided.data import DataArguments
 from hf_guided.families import BASELINES
 from hf_guided.fields import Depth, Length, NonNegativeFloat, NonNegativeInt, PositiveFloat, Range, Share, Width, flag
-from hf_guided.generation.grids import labelled_grid, save_png
-from hf_guided.hub import write_model_card
 from hf_guided.training.arguments import LoopArguments, parse_arguments, run_script
-from hf_guided.training.cards import describe_data, describe_images, describe_run, describe_steps
-from hf_guided.training.loop import Batch, Task, finish, publish, train
+from hf_guided.training.loop import train_and_save
+from hf_guided.training.saving import publish
+from hf_guided.training.task import Batch, Images, Task, evenly, examples
 
 logger = logging.getLogger(__name__)
 
@@ -96,58 +94,50 @@ class FlowArguments(LoopArguments):
 
 
 class BaselineTask(Task):
-    """A model of another family than diffusion.
+    """A model of another family than diffusion."""
 
-    Args:
-        args ([`LoopArguments`]): The family's flags.
-        images ([`LabelledImages`]): Images to train on.
-    """
+    model_class: Any
+    pipeline_class: Any
+    widths: tuple[str, ...] = ("model_channels",)  # flags that make the model larger
 
-    widths: tuple[str, ...]  # flags that make the model larger
-    summary: str
+    def __init__(self, args: Any, images: Images):
+        super().__init__(args, images)
+        self.title = f"{BASELINES[self.name].title} of"
 
-    def __init__(self, args: Any, images: LabelledImages):
-        self.args, self.images = args, images
-        self.of_images = {
-            "sample_size": images.resolution,
-            "image_channels": images.image_channels,
-            "num_class_embeds": images.num_classes,
+    def make_model(self) -> Any:
+        return self.build(self.model_class)
+
+    def build(self, model_class: Any, **others: Any) -> Any:
+        """A model whose arguments are the images' size, channels and classes, and the flags of the same names."""
+        known = {
+            **vars(self.args),
+            "sample_size": self.images.resolution,
+            "image_channels": self.images.image_channels,
+            "num_class_embeds": self.images.num_classes,
+            **others,
         }
-        self.model = self.make_model()
+        return model_class(**{name: known[name] for name in signature(model_class).parameters})
 
-    @abstractmethod
-    def make_model(self) -> nn.Module:
-        """A new model for the images' size, channels and classes."""
-
-    @abstractmethod
     def pipeline(self) -> Any:
-        """The current model as a pipeline, to sample from and to save."""
+        return self.pipeline_class(self.model, id2label=self.id2label)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         return {"sample": batch["pixel_values"], "class_labels": batch["labels"]}
 
-    def preview(self, model: nn.Module, path: Path) -> None:
-        was_training = model.training
-        model.eval()
-        names = list(self.images.id2label.values())[:10]
-        samples = SampledImages(self.pipeline(), torch.arange(len(names)).repeat_interleave(8))
-        save_png(labelled_grid(samples.pictures(self.args.train_batch_size), names), path)
-        model.train(was_training)
-
-    def findings(self, held_out: LabelledImages | None) -> dict[str, Any]:
+    def findings(self) -> dict[str, Any]:
         """Entries about the finished model for its card."""
         return {}
+
+    def report(self, folder: Path) -> dict[str, Any]:
+        super().report(folder)
+        return {"facts": self.findings()}
 
 
 class VAETask(BaselineTask):
     """The negative ELBO: distortion and rate."""
 
-    name, widths = "vae", ("model_channels",)
+    name, model_class, pipeline_class = "vae", ClassConditionalVAE, VAEPipeline
     summary = "A class-conditional variational autoencoder"
-
-    def make_model(self) -> ClassConditionalVAE:
-        names = ("latent_dim", "model_channels", "channel_mult", "num_res_blocks", "decoder_variance")
-        return ClassConditionalVAE(**self.of_images, **{name: getattr(self.args, name) for name in names})
 
     def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         output = model(**self.inputs(batch))
@@ -155,43 +145,31 @@ class VAETask(BaselineTask):
         logs = {"bits_per_dim": distortion + rate, "rate": rate}
         return distortion + self.args.kl_weight * rate, {name: value.detach() for name, value in logs.items()}
 
-    def pipeline(self) -> VAEPipeline:
-        return VAEPipeline(self.model, id2label=self.images.id2label)
-
 
 class FlowTask(BaselineTask):
     """The exact negative log-likelihood of dequantised images."""
 
-    name, widths = "flow", ("hidden_channels",)
+    name, model_class, pipeline_class = "flow", ClassConditionalGlow, FlowPipeline
+    widths = ("hidden_channels",)
     summary = "A class-conditional normalizing flow"
 
-    def __init__(self, args: FlowArguments, images: LabelledImages):
+    def __init__(self, args: FlowArguments, images: Images):
         super().__init__(args, images)
-        indices = torch.linspace(0, len(images) - 1, min(len(images), 256)).long().tolist()
-        first = [images[index] for index in indices]
-        labels = torch.tensor([item["labels"] for item in first])
-        self.model.initialize(torch.stack([item["pixel_values"] for item in first]), labels)
-
-    def make_model(self) -> ClassConditionalGlow:
-        names = ("num_levels", "num_blocks", "hidden_channels", "dequantization_width")
-        return ClassConditionalGlow(**self.of_images, **{name: getattr(self.args, name) for name in names})
+        self.model.initialize(*examples(self.images, evenly(len(self.images), 256)))
 
     def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        bits = model(**self.inputs(batch))
-        return bits, {}
+        return model(**self.inputs(batch)), {}
 
-    def pipeline(self) -> FlowPipeline:
-        return FlowPipeline(self.model, id2label=self.images.id2label)
-
-    def findings(self, held_out: LabelledImages | None) -> dict[str, Any]:
-        return {"largest error of an image taken to latents and back": self.inversion_error(held_out or self.images)}
+    def findings(self) -> dict[str, Any]:
+        return {"largest error of an image taken to latents and back": self.inversion_error()}
 
     @torch.no_grad()
-    def inversion_error(self, images: LabelledImages) -> float:
-        """Largest absolute error of images encoded and decoded again, for values in [0, 1]."""
-        batch = [images[index] for index in range(min(len(images), 64))]
-        labels = torch.tensor([item["labels"] for item in batch], device=self.model.device)
-        values = self.model.dequantize(torch.stack([item["pixel_values"] for item in batch]).to(self.model.device))
+    def inversion_error(self) -> float:
+        """Largest absolute error of held-out images encoded and decoded again, for values in [0, 1]."""
+        images = self.held_out or self.images
+        pixel_values, labels = examples(images, range(min(len(images), 64)))
+        labels = labels.to(self.model.device)
+        values = self.model.dequantize(pixel_values.to(self.model.device))
         latents, _ = self.model.encode(values, labels)
         back = self.model.dequantize(self.model.decode(latents, labels).sample, torch.full_like(values, -0.5))
         error = (back - values).abs().max().item()
@@ -203,28 +181,25 @@ class FlowTask(BaselineTask):
 class GANTask(BaselineTask):
     """Adversarial training of generator and discriminator, each with its own learning rate; detects mode collapse."""
 
-    name, widths = "gan", ("model_channels", "discriminator_channels")
+    name, pipeline_class = "gan", GANPipeline
+    widths = ("model_channels", "discriminator_channels")
     summary = "A class-conditional GAN, a small BigGAN"
 
     @cached_property
     def real_spread(self) -> list[float]:
         """The spread of the real images of each class; computed on first use."""
         assert self.images.labels is not None  # required by the loader
-        spreads = []
-        for label in range(self.images.num_classes):
-            rows = np.flatnonzero(self.images.labels == label)[:_WATCHED]
-            spreads.append(spread(torch.stack([self.images[row]["pixel_values"] for row in rows.tolist()])))
-        return spreads
+        rows = [np.flatnonzero(self.images.labels == label)[:_WATCHED] for label in range(self.images.num_classes)]
+        return [spread(examples(self.images, of_class.tolist())[0]) for of_class in rows]
 
     def make_model(self) -> AdversarialPair:
-        shared = {**self.of_images, "channel_mult": self.args.channel_mult}
         side = min(self.images.resolution)
         if self.args.translation >= side:
             raise ValueError(
                 f"--translation {self.args.translation} shifts images of {side} pixels out of view; give less."
             )
-        generator = BigGANGenerator(**shared, latent_dim=self.args.latent_dim, model_channels=self.args.model_channels)
-        discriminator = BigGANDiscriminator(**shared, model_channels=self.args.discriminator_channels)
+        generator = self.build(BigGANGenerator)
+        discriminator = self.build(BigGANDiscriminator, model_channels=self.args.discriminator_channels)
         return AdversarialPair(generator, discriminator, self.args.translation)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -248,7 +223,7 @@ class GANTask(BaselineTask):
         generator = BigGANGenerator.from_config(self.model.generator.config).to(self.model.generator.device)
         generator.load_state_dict(self.model.generator.state_dict())
         generator.set_standing_statistics()
-        return GANPipeline(generator, id2label=self.images.id2label)
+        return GANPipeline(generator, id2label=self.id2label)
 
     def watch(self) -> dict[str, float]:
         spreads = self.spreads()
@@ -257,7 +232,7 @@ class GANTask(BaselineTask):
             logger.warning(f"The GAN's {collapsed}.")
         return {"spread": sum(spreads) / len(spreads), "lowest_spread": min(spreads)}
 
-    def findings(self, held_out: LabelledImages | None) -> dict[str, Any]:
+    def findings(self) -> dict[str, Any]:
         return {"collapse": self.collapsed(self.spreads()) or "none was seen"}
 
     def spreads(self) -> list[float]:
@@ -290,51 +265,9 @@ TRAINERS: dict[str, tuple[type[LoopArguments], type[BaselineTask]]] = {
 }
 
 
-def train_baseline(
-    family: str,
-    data_args: DataArguments,
-    args: LoopArguments,
-    images: tuple[LabelledImages, LabelledImages | None] | None = None,
-) -> Path:
-    """Trains a model of a family and saves it as a pipeline with a card.
-
-    Args:
-        family (`str`): `"vae"`, `"gan"` or `"flow"`.
-        data_args ([`DataArguments`]), args ([`LoopArguments`]): The flags; the latter of the family's own class.
-        images (a pair of [`LabelledImages`], *optional*): Images to train and to validate on, if already loaded.
-
-    Returns:
-        `Path`: The finished folder.
-    """
-    images = images or load_labelled_images(data_args, seed=args.seed)
-    torch.manual_seed(args.seed)
-    task = TRAINERS[family][1](args, images[0])
-
-    def save(folder: str, is_finished: bool = False) -> None:
-        pipeline = task.pipeline()
-        pipeline.save_pretrained(folder)
-        if is_finished:
-            task.preview(task.model, Path(folder) / "grid.png")
-        write_model_card(
-            folder,
-            title=f"{BASELINES[family].title} of {data_args.title}",
-            class_names=list(images[0].id2label.values()),
-            training={
-                "images": describe_images(images),
-                "steps": describe_steps(args, task.name),
-                **(task.findings(images[1]) if is_finished else {}),
-                **describe_run(args),
-            },
-            model_class=type(pipeline).__name__,
-            summary=task.summary,
-            guided=False,
-            repo_id=args.hub_model_id,
-            license=args.hub_license,
-            **describe_data(data_args),
-        )
-
-    train(task, *images, args, data_args, save)
-    return finish(lambda folder: save(folder, is_finished=True), Path(args.output_dir) / family / "pipeline")
+def train_baseline(family: str, data_args: DataArguments, args: LoopArguments, images: Images | None = None) -> Path:
+    """Trains a model of a family, `"vae"`, `"gan"` or `"flow"`, and saves it, see [`train_and_save`]."""
+    return train_and_save(TRAINERS[family][1], data_args, args, images)
 
 
 def main() -> None:

@@ -27,12 +27,11 @@ from accelerate import PartialState
 from torch import nn
 
 from hf_guided import ADMClassifierConfig, ADMForImageClassification, ADMScheduler
-from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
+from hf_guided.data import DataArguments, LabelledImages
 from hf_guided.evaluation.classifier_inspection import inspect_classifier
 from hf_guided.evaluation.plots import classifier_curves
 from hf_guided.fields import flag
 from hf_guided.files import write_json
-from hf_guided.hub import write_model_card
 from hf_guided.schedulers.scheduling_adm import model_timesteps
 from hf_guided.training.arguments import (
     ArchitectureArguments,
@@ -41,8 +40,9 @@ from hf_guided.training.arguments import (
     parse_arguments,
     run_script,
 )
-from hf_guided.training.cards import describe_data, describe_images, describe_run, describe_steps
-from hf_guided.training.loop import Batch, Task, finish, publish, train
+from hf_guided.training.loop import train_and_save
+from hf_guided.training.saving import publish
+from hf_guided.training.task import Batch, Images, Task
 from hf_guided.training.timestep_sampling import TimestepSampler
 
 logger = logging.getLogger(__name__)
@@ -57,18 +57,28 @@ class ClassifierArguments(LoopArguments, ScheduleArguments, ArchitectureArgument
 
 
 class ClassifierTask(Task):
-    """Cross entropy of the class of an image, noised or clean."""
+    """Cross entropy of the class of an image, noised or clean.
 
-    def __init__(self, name: str, model: ADMForImageClassification, scheduler: ADMScheduler, noisy: bool):
-        self.name = name
-        self.model = model
-        self.scheduler = scheduler
-        self.noisy = noisy
-        self.timestep_sampler = TimestepSampler(scheduler.config.num_train_timesteps)
+    Args:
+        args, images: As for [`Task`].
+        name (`str`, defaults to `"classifier"`): Name in logs and in `output_dir`.
+    """
+
+    folder = "model"
+
+    def __init__(self, args: ClassifierArguments, images: Images, name: str = "classifier"):
+        super().__init__(args, images)
+        kind = "noisy" if args.noisy else "clean"
+        self.name, self.title, self.summary = name, f"Classifier of {kind}", f"A classifier of {kind} images"
+        self.scheduler = ADMScheduler(**args.schedule())
+        self.timestep_sampler = TimestepSampler(args.num_train_timesteps)
+
+    def make_model(self) -> ADMForImageClassification:
+        return make_classifier(self.args, self.images)
 
     def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         images, model_timestep = batch["pixel_values"], None
-        if self.noisy:
+        if self.args.noisy:
             images = self.scheduler.add_noise(images, torch.randn_like(images), timesteps)
             model_timestep = model_timesteps(self.scheduler, timesteps)
         logits = model(images, model_timestep).logits.float()
@@ -78,71 +88,38 @@ class ClassifierTask(Task):
     def inputs(self, batch: Batch) -> dict[str, Any]:
         return {"pixel_values": batch["pixel_values"]}
 
+    def pipeline(self) -> ADMForImageClassification:
+        return self.model
+
+    def preview(self, path: Path) -> None:
+        """A classifier has none."""
+
+    def facts(self) -> dict[str, Any]:
+        return {"noise schedule": self.args.beta_schedule} if self.args.noisy else {}
+
+    def report(self, folder: Path) -> dict[str, Any]:
+        """Measures a noisy classifier at each noise level, into `inspection.png` and `inspection.json`."""
+        if not self.args.noisy:
+            return {}
+        try:
+            if self.held_out is None:
+                raise ValueError("no images are held out.")
+            classifier = ADMForImageClassification.from_pretrained(folder).to(PartialState().device)
+            found = inspect_classifier(classifier, self.held_out, self.images, batch_size=self.args.train_batch_size)
+        except ValueError as error:  # the images do not allow it: too late to refuse the training
+            logger.warning(f"The classifier is not inspected: {error}")
+            return {}
+        logger.info(f"\n{found}")
+        classifier_curves(found, folder / "inspection.png")
+        write_json(found.to_dict(), folder / "inspection.json")
+        return {"inspection": found.to_dict()}
+
 
 def train_classifier(
-    data_args: DataArguments,
-    args: ClassifierArguments,
-    images: tuple[LabelledImages, LabelledImages | None] | None = None,
-    name: str = "classifier",
+    data_args: DataArguments, args: ClassifierArguments, images: Images | None = None, name: str = "classifier"
 ) -> Path:
-    """Trains and saves a classifier; returns its folder.
-
-    Args:
-        data_args ([`DataArguments`]), args ([`ClassifierArguments`]): The flags.
-        images (a pair of [`LabelledImages`], *optional*): Images to train and to validate on, if already loaded.
-        name (`str`, defaults to `"classifier"`): Name in logs and in `output_dir`.
-
-    Returns:
-        `Path`: The finished folder.
-    """
-    train_images, held_out_images = images or load_labelled_images(data_args, seed=args.seed)
-    torch.manual_seed(args.seed)
-    task = ClassifierTask(name, make_classifier(args, train_images), ADMScheduler(**args.schedule()), args.noisy)
-    kind = "noisy" if args.noisy else "clean"
-
-    def save(folder: str, is_finished: bool = False) -> None:
-        task.model.save_pretrained(folder)
-        inspection = None
-        if args.noisy and is_finished:
-            inspection = inspect(folder, train_images, held_out_images, args)
-        write_model_card(
-            folder,
-            title=f"Classifier of {kind} {data_args.title}",
-            summary=f"A classifier of {kind} images",
-            class_names=list(train_images.id2label.values()),
-            training={
-                "images": describe_images((train_images, held_out_images)),
-                "steps": describe_steps(args, name),
-                **({"noise schedule": args.beta_schedule} if args.noisy else {}),
-                **describe_run(args),
-            },
-            inspection=inspection,
-            model_class="ADMForImageClassification",
-            repo_id=args.hub_model_id,
-            license=args.hub_license,
-            **describe_data(data_args),
-        )
-
-    train(task, train_images, held_out_images, args, data_args, save)
-    return finish(partial(save, is_finished=True), Path(args.output_dir) / name / "model")
-
-
-def inspect(
-    folder: str, train_images: LabelledImages, held_out_images: LabelledImages | None, args: ClassifierArguments
-) -> dict[str, Any] | None:
-    """Measures a saved classifier at each noise level, into `inspection.png` and `inspection.json` in its folder."""
-    try:
-        if held_out_images is None:
-            raise ValueError("no images are held out.")
-        classifier = ADMForImageClassification.from_pretrained(folder).to(PartialState().device)
-        inspection = inspect_classifier(classifier, held_out_images, train_images, batch_size=args.train_batch_size)
-    except ValueError as error:  # the images do not allow it: too late to refuse the training
-        logger.warning(f"The classifier is not inspected: {error}")
-        return None
-    logger.info(f"\n{inspection}")
-    classifier_curves(inspection, Path(folder) / "inspection.png")
-    write_json(inspection.to_dict(), Path(folder) / "inspection.json")
-    return inspection.to_dict()
+    """Trains a [`ClassifierTask`] of a name and saves it, see [`train_and_save`]."""
+    return train_and_save(partial(ClassifierTask, name=name), data_args, args, images)
 
 
 def make_classifier(args: ClassifierArguments, images: LabelledImages) -> ADMForImageClassification:

@@ -14,7 +14,6 @@ if __name__ == "__main__":  # before what takes seconds to import
 
     stop_at_once()
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,8 @@ import torch
 from torch import nn
 
 from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
-from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
-from hf_guided.evaluation.features.image_sets import SampledImages
+from hf_guided.data import DataArguments, LabelledImages
 from hf_guided.fields import PositiveInt, Share, flag
-from hf_guided.generation.grids import labelled_grid, save_png
-from hf_guided.hub import write_model_card
 from hf_guided.losses import diffusion_loss
 from hf_guided.schedulers.scheduling_adm import model_timesteps
 from hf_guided.training.arguments import (
@@ -38,9 +34,10 @@ from hf_guided.training.arguments import (
     parse_arguments,
     run_script,
 )
-from hf_guided.training.cards import describe_data, describe_images, describe_run, describe_steps, on_hub
 from hf_guided.training.fine_tuning import Pretrained
-from hf_guided.training.loop import Batch, Task, finish, publish, train
+from hf_guided.training.loop import train_and_save
+from hf_guided.training.saving import publish
+from hf_guided.training.task import Batch, Images, Task
 from hf_guided.training.timestep_sampling import LossSecondMomentSampler, TimestepSampler
 
 
@@ -86,16 +83,20 @@ class DiffusionTask(Task):
 
     name = "diffusion"
     kind = "Diffusion model"
+    pipeline_class: Any = ClassifierGuidedPipeline
 
-    def __init__(
-        self, model: ADMUNet2DModel, scheduler: ADMScheduler, args: DiffusionArguments, id2label: dict[int, str]
-    ):
-        self.model = model
-        self.scheduler = scheduler
-        self.args = args
-        self.id2label = id2label
+    def __init__(self, args: DiffusionArguments, images: Images):
+        super().__init__(args, images)
+        if not args.class_conditional:
+            self.id2label = None
+        self.title = f"{self.kind} of"
+        self.summary = f"{'A class-conditional' if args.class_conditional else 'An unconditional'} {self.kind.lower()}"
+        self.scheduler = ADMScheduler(**args.reverse_process())
         samplers = {"uniform": TimestepSampler, "loss_second_moment": LossSecondMomentSampler}
         self.timestep_sampler = samplers[args.timestep_sampler](args.num_train_timesteps)
+
+    def make_model(self) -> ADMUNet2DModel:
+        return make_unet(self.args, self.images)
 
     def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         clean = batch["pixel_values"]
@@ -107,95 +108,33 @@ class DiffusionTask(Task):
 
     def conditions(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The UNet's labels: none, or the batch's with label dropout."""
-        if not self.args.class_conditional:
+        if self.id2label is None:
             return {}
         withheld = torch.rand(len(batch["labels"]), device=batch["labels"].device) < self.args.label_dropout
         return {"class_labels": batch["labels"].masked_fill(withheld, len(self.id2label))}
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         timesteps = torch.zeros(len(batch["pixel_values"]), device=batch["pixel_values"].device)
-        labels = {"class_labels": batch["labels"]} if self.args.class_conditional else {}
+        labels = {} if self.id2label is None else {"class_labels": batch["labels"]}
         return {"sample": batch["pixel_values"], "timestep": timesteps, **labels}
 
-    def pipeline(self) -> ClassifierGuidedPipeline:
-        """The current model as a pipeline, to sample from and to save."""
-        id2label = self.id2label if self.args.class_conditional else None
+    def pipeline(self, **more: Any) -> Any:
         scheduler = ADMScheduler.from_config(self.scheduler.config, solver_order=2)
-        return ClassifierGuidedPipeline(self.model, scheduler, id2label=id2label, sampling_defaults=self.args.steps())
-
-    def preview(self, model: nn.Module, path: Path) -> None:
-        was_training = model.training
-        model.eval()
-        pipeline = self.pipeline()
-        pipeline.set_progress_bar_config(disable=True)
-        names = list(self.id2label.values())[:10] if self.args.class_conditional else ["samples"]
-        labels = torch.arange(len(names)).repeat_interleave(8) if self.args.class_conditional else 8
-        samples = SampledImages(pipeline, labels)
-        save_png(labelled_grid(samples.pictures(self.args.train_batch_size), names), path)
-        model.train(was_training)
-
-    def report(self, folder: Path) -> list[dict[str, Any]]:
-        """Draws samples of the finished model into its folder; returns rows of numbers for its card, if any."""
-        self.preview(self.model, folder / "grid.png")
-        return []
-
-
-def train_diffusion(
-    data_args: DataArguments,
-    args: DiffusionArguments,
-    images: tuple[LabelledImages, LabelledImages | None] | None = None,
-) -> Path:
-    """Trains a UNet and saves it as a pipeline; returns its folder.
-
-    Args:
-        data_args ([`DataArguments`]), args ([`DiffusionArguments`]): The flags.
-        images (a pair of [`LabelledImages`], *optional*): Images to train and to validate on, if already loaded.
-
-    Returns:
-        `Path`: The finished folder.
-    """
-    images = images or load_labelled_images(data_args, seed=args.seed, require_labels=args.class_conditional)
-    torch.manual_seed(args.seed)
-    task = DiffusionTask(make_unet(args, images[0]), ADMScheduler(**args.reverse_process()), args, images[0].id2label)
-    return train_and_save(task, images, args, data_args)
-
-
-def train_and_save(
-    task: DiffusionTask,
-    images: tuple[LabelledImages, LabelledImages | None],
-    args: DiffusionArguments,
-    data_args: DataArguments,
-) -> Path:
-    """Trains a task and saves its pipeline with a card; returns the folder."""
-
-    def save(folder: str, results: Sequence[dict[str, Any]] = ()) -> None:
-        pipeline = task.pipeline()
-        pipeline.save_pretrained(folder)
-        write_model_card(
-            folder,
-            title=f"{task.kind} of {data_args.title}",
-            class_names=list(task.id2label.values()) if args.class_conditional else (),
-            training={
-                "images": describe_images(images),
-                "steps": describe_steps(args, task.name),
-                **({"fine-tuned from": args.pretrained_model} if args.pretrained_model else {}),
-                "noise schedule": args.beta_schedule,
-                **describe_run(args),
-            },
-            results=results,
-            model_class=type(pipeline).__name__,
-            summary=f"{'A class-conditional' if args.class_conditional else 'An unconditional'} {task.kind.lower()}",
-            guided=False,
-            repo_id=args.hub_model_id,
-            license=args.hub_license,
-            base_model=on_hub(args.pretrained_model),
-            **describe_data(data_args),
+        defaults = self.args.steps()
+        pipeline = self.pipeline_class(
+            self.model, scheduler, id2label=self.id2label, sampling_defaults=defaults, **more
         )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
-    train(task, *images, args, data_args, save)
-    return finish(
-        lambda folder: save(folder, task.report(Path(folder))), Path(args.output_dir) / task.name / "pipeline"
-    )
+    def facts(self) -> dict[str, Any]:
+        pretrained = self.args.pretrained_model
+        return {**({"fine-tuned from": pretrained} if pretrained else {}), "noise schedule": self.args.beta_schedule}
+
+
+def train_diffusion(data_args: DataArguments, args: DiffusionArguments, images: Images | None = None) -> Path:
+    """Trains a [`DiffusionTask`] and saves it as a pipeline, see [`train_and_save`]."""
+    return train_and_save(DiffusionTask, data_args, args, images)
 
 
 def unet_config(

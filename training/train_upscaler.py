@@ -23,16 +23,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
-from torch import nn
 
-from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedUpscalePipeline
-from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
+from hf_guided import ADMUNet2DModel, ClassifierGuidedUpscalePipeline
+from hf_guided.data import DataArguments
 from hf_guided.fields import NonNegativeFloat, PositiveInt, flag
 from hf_guided.files import write_json
 from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.training.arguments import parse_arguments, run_script
-from hf_guided.training.loop import Batch, publish
-from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, make_unet, train_and_save
+from hf_guided.training.cards import aligned
+from hf_guided.training.loop import train_and_save
+from hf_guided.training.saving import publish
+from hf_guided.training.task import Batch, Images, evaluating, evenly, examples
+from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, make_unet
 
 logger = logging.getLogger(__name__)
 
@@ -54,29 +56,15 @@ class UpscalerArguments(DiffusionArguments):
 
 
 class UpscalerTask(DiffusionTask):
-    """The diffusion loss of images conditioned on a downsampled version.
-
-    Args:
-        model, scheduler, args: As for [`DiffusionTask`].
-        low_size (`tuple[int, int]`): Height and width of the small images.
-        examples ([`LabelledImages`]): Images for previews.
-    """
+    """The diffusion loss of images conditioned on a downsampled version."""
 
     name = "upscaler"
     kind = "Upsampler"
-    args: UpscalerArguments
+    pipeline_class = ClassifierGuidedUpscalePipeline
 
-    def __init__(
-        self,
-        model: ADMUNet2DModel,
-        scheduler: ADMScheduler,
-        args: UpscalerArguments,
-        low_size: tuple[int, int],
-        examples: LabelledImages,
-    ):
-        super().__init__(model, scheduler, args, examples.id2label)
-        self.low_size = low_size
-        self.examples = examples
+    def make_model(self) -> ADMUNet2DModel:
+        self.low_size = small_size(self.args.low_resolution, self.images.resolution)
+        return make_unet(self.args, self.images, low_res_channels=self.images.image_channels)
 
     def conditions(self, batch: Batch) -> dict[str, torch.Tensor]:
         low_res = downsample(batch["pixel_values"], self.low_size)
@@ -88,94 +76,68 @@ class UpscalerTask(DiffusionTask):
     def inputs(self, batch: Batch) -> dict[str, Any]:
         return {**super().inputs(batch), "low_res": downsample(batch["pixel_values"], self.low_size)}
 
-    def pipeline(self) -> ClassifierGuidedUpscalePipeline:
-        return ClassifierGuidedUpscalePipeline(
-            self.model,
-            ADMScheduler.from_config(self.scheduler.config, solver_order=2),
-            id2label=self.id2label if self.args.class_conditional else None,
-            sampling_defaults=self.args.steps(),
-            low_res_size=self.low_size[0],
-        )
+    def pipeline(self, **more: Any) -> ClassifierGuidedUpscalePipeline:
+        return super().pipeline(low_res_size=self.low_size[0], **more)
 
-    def preview(self, model: nn.Module, path: Path) -> None:
-        was_training = model.training
+    def preview(self, path: Path) -> None:
         self.show(path, NUM_SHOWN)
-        model.train(was_training)
 
     def show(self, path: Path, num_measured: int) -> dict[str, dict[str, float]]:
-        """Errors of the upsampled examples, and a picture of the first ones: bicubic, two samples, original."""
-        self.model.eval()
-        spread = torch.linspace(0, len(self.examples) - 1, min(num_measured, len(self.examples))).long()
-        items = [self.examples[index] for index in spread.tolist()]
-        original = torch.stack([item["pixel_values"] for item in items])
-        labels = torch.tensor([item["labels"] for item in items]) if self.args.class_conditional else None
+        """Errors of upsampled held-out images, and a picture of the first ones: bicubic, two samples, original."""
+        images = self.held_out or self.images
+        original, labels = examples(images, evenly(len(images), num_measured))
         low_res = downsample(original, self.low_size)
-
         pipeline = self.pipeline()
-        pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
 
         def samples() -> torch.Tensor:
             batches = [
                 pipeline(
                     ((low_res[batch] + 1) / 2).clamp(0, 1),  # negative values would be read as another range
-                    None if labels is None else labels[batch],
+                    None if self.id2label is None else labels[batch],
                     generator=generator,
                     output_type="latent",
                     return_dict=False,
                 )[0].cpu()
-                for batch in torch.arange(len(items)).split(self.args.train_batch_size)
+                for batch in torch.arange(len(original)).split(self.args.train_batch_size)
             ]
             return torch.cat(batches)
 
         size = tuple(original.shape[-2:])
-        columns = {
-            "nearest": F.interpolate(low_res, size, mode="nearest"),
-            "bicubic": F.interpolate(low_res, size, mode="bicubic", antialias=False).clamp(-1, 1),
-            "sample": samples(),
-            "another sample": samples(),
-            "original": original,
-        }
-        shown = torch.linspace(0, len(items) - 1, min(NUM_SHOWN, len(items))).long()
-        names = ["" if labels is None else self.id2label[int(labels[row])] for row in shown]
+        with evaluating(self.model):
+            columns = {
+                "nearest": F.interpolate(low_res, size, mode="nearest"),
+                "bicubic": F.interpolate(low_res, size, mode="bicubic", antialias=False).clamp(-1, 1),
+                "sample": samples(),
+                "another sample": samples(),
+                "original": original,
+            }
+        shown = evenly(len(original), NUM_SHOWN)
+        names = [self.id2label[int(labels[row])] if self.id2label else "" for row in shown]
         cells = torch.stack(list(columns.values()), dim=1)[shown].flatten(0, 1)
         pictures = VaeImageProcessor(vae_scale_factor=1).postprocess(cells, output_type="pil")
         title = f"{self.low_size[0]}x{self.low_size[1]}, bicubic, two samples, original {size[0]}x{size[1]}"
         save_png(labelled_grid(pictures, names, title=title), path)
         return {name: measure(columns[name], original, low_res) for name in ("bicubic", "sample")}
 
-    def report(self, folder: Path) -> list[dict[str, Any]]:
+    def report(self, folder: Path) -> dict[str, Any]:
         report = self.show(folder / "grid.png", NUM_MEASURED)
         write_json(report, folder / "report.json")
-        print_table(report)
-        return [{"held-out images": name, **row} for name, row in report.items()]
+        lines = [["held-out images, mean squares", "error", "error after downsampling", "share of detail"]]
+        for name, row in report.items():
+            error, after, share = row.values()
+            lines.append([name, f"{error:.4f}", f"{after:.5f}", f"{share:.2f}"])
+        logger.info(f"\n{aligned(lines)}")
+        return {"results": [{"held-out images": name, **row} for name, row in report.items()]}
 
 
-def train_upscaler(
-    data_args: DataArguments,
-    args: UpscalerArguments,
-    images: tuple[LabelledImages, LabelledImages | None] | None = None,
-) -> Path:
-    """Trains an upsampler and saves it as a pipeline with upsampled held-out images; returns its folder.
-
-    Args:
-        data_args ([`DataArguments`]), args ([`UpscalerArguments`]): The flags.
-        images (a pair of [`LabelledImages`], *optional*): Images to train and to validate on, if already loaded.
-
-    Returns:
-        `Path`: The finished folder.
+def train_upscaler(data_args: DataArguments, args: UpscalerArguments, images: Images | None = None) -> Path:
+    """Trains an [`UpscalerTask`] and saves it as a pipeline with upsampled held-out images, see [`train_and_save`].
 
     Raises:
         `ValueError`: If the images cannot be downsampled to the low resolution evenly.
     """
-    images = images or load_labelled_images(data_args, seed=args.seed, require_labels=args.class_conditional)
-    train_images, held_out_images = images
-    low_size = small_size(args.low_resolution, train_images.resolution)
-    torch.manual_seed(args.seed)
-    model = make_unet(args, train_images, low_res_channels=train_images.image_channels)
-    scheduler = ADMScheduler(**args.reverse_process())
-    task = UpscalerTask(model, scheduler, args, low_size, examples=held_out_images or train_images)
-    return train_and_save(task, images, args, data_args)
+    return train_and_save(UpscalerTask, data_args, args, images)
 
 
 def small_size(low_resolution: int | None, resolution: tuple[int, int]) -> tuple[int, int]:
@@ -222,15 +184,6 @@ def measure(upsampled: torch.Tensor, original: torch.Tensor, low_res: torch.Tens
         "error_after_downsampling": (downsample(upsampled, low_size) - low_res).square().mean().item(),
         "share_of_detail": detail(upsampled) / max(detail(original), 1e-12),
     }
-
-
-def print_table(report: dict[str, dict[str, float]]) -> None:
-    """Prints the report."""
-    lines = [f"\nheld-out images, mean squares{'error':>9}{'error after downsampling':>26}{'share of detail':>17}"]
-    for name, row in report.items():
-        error, after, share = row.values()
-        lines.append(f"{name:29}{error:9.4f}{after:26.5f}{share:17.2f}")
-    logger.info("\n".join(lines))
 
 
 def main() -> None:

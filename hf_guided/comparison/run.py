@@ -21,7 +21,6 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForImageClassification
 
-from hf_guided import ADMScheduler
 from hf_guided.comparison.report import write_comparison
 from hf_guided.credentials import without_credentials
 from hf_guided.data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images
@@ -40,11 +39,14 @@ from hf_guided.pipelines.auto_pipeline import pipeline_class
 from hf_guided.processes import StoppedError
 from hf_guided.training.arguments import LoopArguments, parse_arguments
 from hf_guided.training.cards import describe_run
-from hf_guided.training.checkpoints import read_history, save_folder
-from hf_guided.training.loop import DivergedError, Task, estimate_memory
+from hf_guided.training.checkpoints import read_history
+from hf_guided.training.divergence import DivergedError
+from hf_guided.training.preflight import estimate_memory
+from hf_guided.training.saving import save_folder
+from hf_guided.training.task import Task
 from hf_guided.training.train_baseline import COLLAPSED, TRAINERS, train_baseline
-from hf_guided.training.train_classifier import ClassifierArguments, ClassifierTask, make_classifier, train_classifier
-from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, make_unet, train_diffusion
+from hf_guided.training.train_classifier import ClassifierArguments, ClassifierTask, train_classifier
+from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, train_diffusion
 
 logger = logging.getLogger(__name__)
 
@@ -272,11 +274,8 @@ def with_flags(args: Any, **flags: Any) -> Any:
 
 def make_task(stage: str, args: Any, images: LabelledImages) -> Task:
     """The training task of a stage, with a newly initialised model."""
-    if stage in TRAINERS:
-        return TRAINERS[stage][1](args, images)
-    if stage == "classifier":
-        return ClassifierTask(stage, make_classifier(args, images), ADMScheduler(**args.schedule()), args.noisy)
-    return DiffusionTask(make_unet(args, images), ADMScheduler(**args.reverse_process()), args, images.id2label)
+    tasks = {"classifier": ClassifierTask, "diffusion": DiffusionTask}
+    return (TRAINERS[stage][1] if stage in TRAINERS else tasks[stage])(args, (images, None))
 
 
 def train_stage(stage: str, data_args: DataArguments, args: Any, images: Images) -> Path:
@@ -383,9 +382,7 @@ def trained_run(
         "title": TITLES[family],
         "seed": seed,
         "parameters": sum(num_parameters(task) for task in tasks.values()),
-        "memory_bytes": max(
-            estimate_memory(task, images[0], args[stage].train_batch_size) for stage, task in tasks.items()
-        ),
+        "memory_bytes": max(map(estimate_memory, tasks.values())),
         "steps": sum(part.max_train_steps for part in args.values()),
     }
     try:

@@ -9,7 +9,8 @@ from launching import TINY_RUN
 
 from hf_guided.training.arguments import run_script
 from hf_guided.training.checkpoints import list_checkpoints
-from hf_guided.training.loop import DivergedError, check_loss, finish, naming_divergence
+from hf_guided.training.divergence import DivergedError, check_loss, naming_divergence
+from hf_guided.training.saving import finish
 
 BASELINE = ["--channel_mult", "1", "--model_channels", "8", *TINY_RUN[TINY_RUN.index("--train_batch_size") :]]
 RUNS = {

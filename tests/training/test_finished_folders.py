@@ -13,7 +13,7 @@ from hf_guided import ADMForImageClassification, ADMScheduler, ClassifierGuidedP
 from hf_guided.evaluation.sweep import save_choice
 from hf_guided.files import recover_folder
 from hf_guided.hub import write_model_card
-from hf_guided.training.checkpoints import save_folder
+from hf_guided.training.saving import save_folder
 
 FOREIGN = {
     "notes.txt": "my notes",

@@ -2,19 +2,18 @@
 
 import torch
 
-from hf_guided import ADMScheduler
 from hf_guided.data import load_labelled_images
 from hf_guided.training.arguments import parse_arguments
-from hf_guided.training.loop import estimate_memory
-from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, make_unet
+from hf_guided.training.preflight import estimate_memory
+from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask
 
 
 def test_the_estimate_is_what_a_real_step_keeps():
     data_args, stages = parse_arguments({"diffusion": DiffusionArguments}, [])
-    images = load_labelled_images(data_args, seed=0)[0]
     args = stages["diffusion"]
-    unet = make_unet(args, images).train()
-    task = DiffusionTask(unet, ADMScheduler(**args.schedule()), args, images.id2label)
+    args.train_batch_size = 16
+    task = DiffusionTask(args, load_labelled_images(data_args, seed=0))
+    unet = task.model.train()
     weights = {parameter.data_ptr() for parameter in unet.parameters()}
     kept = {}
 
@@ -29,4 +28,4 @@ def test_the_estimate_is_what_a_real_step_keeps():
         loss = unet(**task.inputs(batch)).sample.sum()
     expected = sum(kept.values()) + 5 * sum(parameter.nbytes for parameter in unet.parameters())
     assert loss.requires_grad
-    assert abs(estimate_memory(task, images, 16) / expected - 1) < 0.05
+    assert abs(estimate_memory(task) / expected - 1) < 0.05

@@ -151,14 +151,13 @@ def test_a_step_on_one_loss_moves_one_player_at_its_own_rate(player, photos, tmp
     rates = {"generator": 1e-3, "discriminator": 1e-4}
     flags = ["--discriminator_learning_rate", "1e-4", "--max_train_steps", "1", "--lr_warmup_steps", "0"]
     data_args, args = arguments("gan", photos, tmp_path, *flags, "--ema_decay", "0", "--validation_steps", "0")
-    images = load_labelled_images(data_args, seed=0)
-    task = OnePlayer(args, images[0])
+    task = OnePlayer(args, load_labelled_images(data_args, seed=0))
     task.player = player
     groups = task.parameter_groups()
     assert [group["lr"] for group in groups] == list(rates.values())
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in task.model.parameters()}
     before = {name: parameter.detach().clone() for name, parameter in task.model.named_parameters()}
-    train(task, *images, args, data_args, lambda folder: None)
+    train(task, data_args)
     trained_name = ("discriminator", "generator")[player]
     largest = 0.0
     for name, parameter in task.model.named_parameters():
@@ -174,7 +173,7 @@ def test_a_step_on_one_loss_moves_one_player_at_its_own_rate(player, photos, tmp
 def gan(photos, tmp_path) -> script.GANTask:
     data_args, args = arguments("gan", photos, tmp_path, "--model_channels", "16")
     torch.manual_seed(0)
-    task = script.GANTask(args, load_labelled_images(data_args, seed=0)[0])
+    task = script.GANTask(args, load_labelled_images(data_args, seed=0))
     task.model.generator.norm_out.weight.data.fill_(3.0)  # images of many shades
     return task
 
@@ -184,7 +183,7 @@ def test_a_generator_that_ignores_its_latents_is_found_out(gan, caplog):
     assert len(spreads) == 3
     assert min(spreads) > 0.5
     assert gan.collapsed(spreads) == ""
-    assert gan.findings(None) == {"collapse": "none was seen"}
+    assert gan.findings() == {"collapse": "none was seen"}
     assert gan.watch() == pytest.approx({"spread": sum(spreads) / 3, "lowest_spread": min(spreads)})
     assert not caplog.records
 
@@ -194,7 +193,7 @@ def test_a_generator_that_ignores_its_latents_is_found_out(gan, caplog):
         assert gan.watch()["lowest_spread"] < 1e-6
     finding = "samples of a class differ far less than its real images do: apple (0%), banana (0%), cherry (0%)"
     assert f"The GAN's {finding}." in caplog.text
-    assert gan.findings(None) == {"collapse": finding}
+    assert gan.findings() == {"collapse": finding}
     assert gan.collapsed([0.9, 0.49, 0.51]).endswith("do: banana (49%)")
 
 
@@ -221,7 +220,7 @@ def test_the_weight_of_the_rate_changes_the_loss_and_not_the_bits(photos, tmp_pa
         data_args, args = arguments("vae", photos, tmp_path, "--kl_weight", str(weight))
         images = load_labelled_images(data_args, seed=0)[0]
         torch.manual_seed(0)
-        task = script.VAETask(args, images)
+        task = script.VAETask(args, (images, None))
         batch = {"pixel_values": torch.stack([images[i]["pixel_values"] for i in range(4)])}
         batch["labels"] = torch.tensor([images[i]["labels"] for i in range(4)])
         loss, logs = task.losses(task.model, batch, torch.zeros(4))
@@ -236,20 +235,20 @@ def test_a_flow_begins_with_unit_variance_and_tells_how_well_it_inverts(photos, 
     data_args, args = arguments("flow", photos, tmp_path)
     images, held_out = load_labelled_images(data_args, seed=0)
     torch.manual_seed(0)
-    task = script.FlowTask(args, images)
+    task = script.FlowTask(args, (images, held_out))
     batch = torch.stack([images[i]["pixel_values"] for i in range(len(images))])
     with torch.no_grad():
         hidden = task.model.squeeze.inverse(task.model.logit.inverse(task.model.dequantize(batch))[0])[0]
         hidden, _ = task.model.levels[0][0].norm.inverse(hidden)
     torch.testing.assert_close(hidden.mean(dim=(0, 2, 3)), torch.zeros(12), atol=0.02, rtol=0)
     torch.testing.assert_close(hidden.std(dim=(0, 2, 3)), torch.ones(12), atol=0.02, rtol=0)
-    (error,) = task.findings(held_out).values()
+    (error,) = task.findings().values()
     assert 0 < error < 1e-5
     assert not caplog.records
     for base in task.model.bases:
         base.loc.data.fill_(1e6)  # between such numbers float32 has little room
     with caplog.at_level(logging.WARNING):
-        (error,) = task.findings(None).values()
+        (error,) = task.findings().values()
     assert error > 1e-3
     assert "hard to invert: images come back with an error of" in caplog.text
 

@@ -13,7 +13,7 @@ import yaml
 from launching import TINY_RUN, run
 from PIL import Image
 
-from hf_guided import ADMScheduler, ClassifierGuidedUpscalePipeline
+from hf_guided import ClassifierGuidedUpscalePipeline
 from hf_guided.data import load_labelled_images
 from hf_guided.processes import StoppedError
 from hf_guided.training import train_upscaler as script
@@ -33,10 +33,9 @@ def parse(*flags: str):
 
 def make_task(photos: Path, *flags: str) -> UpscalerTask:
     data_args, args = parse("--train_data_dir", str(photos), *flags)
-    images = load_labelled_images(data_args, seed=0)[0]
+    images = load_labelled_images(data_args, seed=0)
     torch.manual_seed(0)
-    model = make_unet(args, images, low_res_channels=3)
-    return UpscalerTask(model, ADMScheduler(**args.reverse_process()), args, (2, 2), images)
+    return UpscalerTask(args, images)
 
 
 def bits(output_dir: Path) -> dict[str, bytes]:

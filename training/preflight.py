@@ -1,0 +1,97 @@
+"""What is checked and said before a training: images, memory, the folder, the Hub."""
+
+import copy
+import functools
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator
+
+from ..data import LabelledImages, check_images
+from ..files import locked
+from ..hub.push import prepare_push
+from .checkpoints import recover_folders
+from .task import Task
+
+logger = logging.getLogger(__name__)
+
+check_once = functools.lru_cache(maxsize=1)(check_images)  # stages of one script share images
+
+
+@contextmanager
+def preflight(task: Task, accelerator: Accelerator, output_dir: Path) -> Iterator[None]:
+    """Refuses early what would fail late and sums up the training; `output_dir` is locked until the end.
+
+    Raises:
+        `ValueError`: If a batch exceeds the memory, images cannot be used, or another process trains in `output_dir`.
+        `OSError`: If `output_dir` cannot be written.
+        `PushError`: If the Hub refuses the repository.
+    """
+    args, images = task.args, task.images
+    with ExitStack() as lock:
+        if accelerator.is_main_process:
+            check_batch(images, args.train_batch_size, accelerator.device)
+            report = check_once(images)
+            memory = estimate_memory(task)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(locked(output_dir))
+            recover_folders(output_dir)
+            if args.push_to_hub:
+                args.hub_model_id = prepare_push(args.hub_model_id, **args.hub_access())
+            num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
+            batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+            height, width = images.resolution
+            logger.info(
+                f"\n== {task.name} ==\n{report}\n"
+                f"model     {num_parameters:,} parameters, {height}x{width} pixels, "
+                f"about {memory / 2**30:.2g} GiB a process to train"
+                f"{', less with gradient checkpointing' if args.gradient_checkpointing else ''}\n"
+                f"training  {args.max_train_steps} steps of {batch_size} images on {accelerator.num_processes} "
+                f"{accelerator.device.type} process(es), {args.max_train_steps * batch_size / len(images):.1f} epochs\n"
+                f"writes    {output_dir}: checkpoints every {args.checkpointing_steps} steps, logs, the finished model"
+                f"{f', pushed to {args.hub_model_id} at each' if args.push_to_hub else ''}"
+            )
+        accelerator.wait_for_everyone()
+        yield
+
+
+def check_batch(images: LabelledImages, batch_size: int, device: torch.device) -> None:
+    """Refuses batches whose pixels alone exceed the memory."""
+    size = 4 * batch_size * images.image_channels * math.prod(images.resolution)  # bytes, as float32
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
+    if size > memory:
+        raise ValueError(
+            f"--train_batch_size {batch_size}: the pixels of a batch take {size / 2**30:.3g} GiB, and there are "
+            f"{memory / 2**30:.3g}; give a smaller batch, and --gradient_accumulation_steps if it is to count as a "
+            f"large one."
+        )
+
+
+def estimate_memory(task: Task) -> int:
+    """Bytes of weights, gradients, AdamW's moments, the moving average, and a batch's activations.
+
+    The activations are counted on the meta device, where nothing is computed.
+    """
+    model = copy.deepcopy(task.model).to("meta").train()
+    weights = {parameter.untyped_storage()._cdata: parameter.nbytes for parameter in model.parameters()}
+    activations: dict[int, int] = {}  # by storage: tensors that several layers keep count once
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            activations[storage._cdata] = storage.nbytes()
+        return tensor
+
+    size = (task.args.train_batch_size, task.images.image_channels, *task.images.resolution)
+    batch = {"pixel_values": torch.empty(size, device="meta")}
+    batch["labels"] = torch.zeros(len(batch["pixel_values"]), dtype=torch.long, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(**task.inputs(batch))  # keeps every counted storage alive
+    del output
+    return 5 * sum(weights.values()) + sum(activations.values())

@@ -1,0 +1,117 @@
+"""What a script trains: a model on images, its loss, and what is shown and saved of it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import LabelledImages
+from ..evaluation.features.image_sets import SampledImages
+from ..generation.grids import labelled_grid, save_png
+from .timestep_sampling import TimestepSampler
+
+Batch = dict[str, torch.Tensor]
+Images = tuple[LabelledImages, LabelledImages | None]
+
+
+class Task(ABC):
+    """A model to train on images.
+
+    Args:
+        args ([`LoopArguments`]): The flags of its kind.
+        images (a pair of [`LabelledImages`]): Images to train on, and to validate on, if any.
+
+    Attributes:
+        name (`str`): The stage, for logs and folders.
+        title (`str`): Of the card, before the name of the data: `"Diffusion model of"`.
+        summary (`str`): Of the card: the kind of model in a few words.
+        folder (`str`): Name of the finished folder.
+        model (`nn.Module`): The model to train.
+        id2label (`dict[int, str]`, *optional*): Names of the classes; `None` for an unconditional model.
+        timestep_sampler ([`TimestepSampler`]): Draws the timesteps that batches are noised to; a single one for a model
+            without noise.
+    """
+
+    name: str
+    title: str
+    summary: str
+    folder = "pipeline"
+    timestep_sampler = TimestepSampler(1)
+
+    def __init__(self, args: Any, images: Images):
+        self.args = args
+        self.images, self.held_out = images
+        self.id2label: dict[int, str] | None = self.images.id2label
+        self.model = self.make_model()
+
+    @abstractmethod
+    def make_model(self) -> Any:
+        """A new model for the images' size, channels and classes."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The loss of each image at its timestep, `(batch,)`, and tensors `(batch,)` to log, by name."""
+
+    @abstractmethod
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """The model's arguments for a batch, to estimate memory."""
+
+    @abstractmethod
+    def pipeline(self) -> Any:
+        """The current model as it is saved: a pipeline to sample from, or the model alone."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimizer, each with an optional learning rate."""
+        return [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
+
+    def watch(self) -> dict[str, float]:
+        """Further values of the current model to log with the losses on held-out images, by name."""
+        return {}
+
+    def preview(self, path: Path) -> None:
+        """Writes a grid of samples of the current model: eight of each of the first ten classes."""
+        names = ["samples"] if self.id2label is None else list(self.id2label.values())[:10]
+        labels = 8 if self.id2label is None else torch.arange(len(names)).repeat_interleave(8)
+        with evaluating(self.model):
+            samples = SampledImages(self.pipeline(), labels)
+            save_png(labelled_grid(samples.pictures(self.args.train_batch_size), names), path)
+
+    def facts(self) -> dict[str, Any]:
+        """Entries about the training for the card."""
+        return {}
+
+    def report(self, folder: Path) -> dict[str, Any]:
+        """Writes pictures and numbers of the finished model into its folder; returns what its card shows of them.
+
+        Returns:
+            `dict`: Arguments of [`write_model_card`]; `"facts"` are joined to those of the training.
+        """
+        self.preview(folder / "grid.png")
+        return {}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode, and back into its own at the end."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def evenly(size: int, at_most: int) -> list[int]:
+    """Indices spread over a set of images, whose rows may be sorted by class."""
+    return torch.linspace(0, size - 1, min(size, at_most)).long().tolist()
+
+
+def examples(images: LabelledImages, indices: Iterable[int]) -> tuple[torch.Tensor, Any]:
+    """Images `(n, channels, height, width)` and their labels, if they have any."""
+    items = [images[index] for index in indices]
+    labels = torch.tensor([item["labels"] for item in items]) if "labels" in items[0] else None
+    return torch.stack([item["pixel_values"] for item in items]), labels
