@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..schedulers.diffusers_compat import alpha_bar_at, original_of
+from ..schedulers.diffusers_compat import alpha_bar_at
+from ..schedulers.gaussian_diffusion import original_of
 from ..schedulers.scheduling_adm import model_timesteps
 from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, broken_images, frozen
 from .monitor import Monitor

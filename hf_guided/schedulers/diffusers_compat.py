@@ -6,6 +6,8 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
+from .gaussian_diffusion import original_coefficients
+
 logger = logging.get_logger(__name__)
 
 # The schedulers of diffusers that sample this process, with no randomness but the generator's. Others have
@@ -155,16 +157,6 @@ def alpha_bar_at(scheduler: SchedulerMixin, timestep: float) -> float:
     return 1 / (1 + scheduler.sigmas[index or 0].item() ** 2)
 
 
-def original_of(prediction: torch.Tensor, sample: torch.Tensor, alpha_bar: float, prediction_type: str) -> torch.Tensor:
-    """The clean image x_0 that a prediction implies (arXiv 2006.11239, equation 15; arXiv 2202.00512, appendix D)."""
-    signal, noise_scale = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-    if prediction_type == "epsilon":
-        return (sample - noise_scale * prediction) / signal
-    if prediction_type == "v_prediction":
-        return signal * sample - noise_scale * prediction
-    return prediction
-
-
 def correct_prediction(
     prediction: torch.Tensor,
     sample: torch.Tensor,
@@ -178,13 +170,10 @@ def correct_prediction(
     Solvers that do not clip diverge where hardly any signal is left (cosine schedule, last timesteps). DDIM of
     diffusers clips x_0, but continues with an epsilon that no longer matches it.
     """
-    signal, noise_scale = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-    original = original_of(prediction, sample, alpha_bar, prediction_type)
+    sample_coef, coef = map(float, original_coefficients(alpha_bar, prediction_type))
+    original = sample_coef * sample - coef * prediction
     if gradient is not None:
-        original = original + noise_scale**2 / signal * gradient
+        original = original + (1 - alpha_bar) / alpha_bar**0.5 * gradient
     if clip_sample:
         original = original.clamp(-1, 1)
-    if prediction_type == "sample":
-        return original
-    epsilon = (sample - signal * original) / noise_scale
-    return epsilon if prediction_type == "epsilon" else signal * epsilon - noise_scale * original
+    return (sample_coef * sample - original) / coef

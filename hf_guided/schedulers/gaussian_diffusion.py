@@ -6,9 +6,30 @@ used in float32 or better. They are indexed by the timestep of the training sche
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+def original_coefficients(alpha_bar: Any, prediction_type: str) -> tuple[Any, Any]:
+    """`a` and `b` of x_0 = a x_t - b prediction, at a number or an array of `alpha_bar`.
+
+    Equation 15 for `"epsilon"`; arXiv 2202.00512, appendix D, for `"v_prediction"`.
+    """
+    if prediction_type == "epsilon":
+        return np.sqrt(1 / alpha_bar), np.sqrt(1 / alpha_bar - 1)
+    if prediction_type == "v_prediction":
+        return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    return 0 * alpha_bar, 0 * alpha_bar - 1
+
+
+def original_of(prediction: torch.Tensor, sample: torch.Tensor, alpha_bar: float, prediction_type: str) -> torch.Tensor:
+    """The clean image x_0 of a sample x_t that a prediction implies."""
+    sample_coef, coef = map(float, original_coefficients(alpha_bar, prediction_type))
+    return sample_coef * sample - coef * prediction
 
 
 @dataclass
@@ -58,8 +79,6 @@ class GaussianDiffusion:
             "alpha_bar_prev": alpha_bar_prev,
             "sqrt_alpha_bar": np.sqrt(alpha_bar),
             "sqrt_one_minus_alpha_bar": np.sqrt(1 - alpha_bar),
-            "sqrt_recip_alpha_bar": np.sqrt(1 / alpha_bar),
-            "sqrt_recipm1_alpha_bar": np.sqrt(1 / alpha_bar - 1),
             "posterior_original_coef": betas * np.sqrt(alpha_bar_prev) / (1 - alpha_bar),
             "posterior_sample_coef": (1 - alpha_bar_prev) * np.sqrt(1 - betas) / (1 - alpha_bar),
             "posterior_variance": posterior_variance,
@@ -70,6 +89,8 @@ class GaussianDiffusion:
             "half_log_snr": half_log_snr,
             "half_log_snr_prev": np.append(half_log_snr[0], half_log_snr[:-1]),  # of the last step: no step
         }
+        for name in PREDICTION_TYPES:
+            tables[f"sample_coef_{name}"], tables[f"coef_{name}"] = original_coefficients(alpha_bar, name)
         # One row per table, one column per training timestep; NaN at timesteps outside the subset.
         self._rows = {name: row for row, name in enumerate(tables)}
         self._tables = torch.full((len(tables), len(alphas_cumprod)), torch.nan, dtype=torch.float64)
@@ -104,27 +125,21 @@ class GaussianDiffusion:
         signal, noise_scale = self.at(timestep, original, "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
         return signal * upcast(original) + noise_scale * upcast(noise)
 
-    def predict_original(
-        self, prediction: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor
+    def original_of(
+        self,
+        prediction: torch.Tensor,
+        timestep: torch.Tensor | int,
+        sample: torch.Tensor,
+        prediction_type: str = "epsilon",
     ) -> torch.Tensor:
-        """The predicted clean image x_0 (eq. 15 for epsilon)."""
-        sample, prediction = upcast(sample), upcast(prediction)
-        if self.prediction_type == "sample":
-            return prediction
-        if self.prediction_type == "v_prediction":  # arXiv 2202.00512, appendix D
-            signal, noise_scale = self.at(timestep, sample, "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
-            return signal * sample - noise_scale * prediction
-        return self.original_of(prediction, timestep, sample)
-
-    def original_of(self, epsilon: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor) -> torch.Tensor:
-        """The clean image x_0 of a sample x_t with noise `epsilon` (eq. 15)."""
-        scale, epsilon_scale = self.at(timestep, sample, "sqrt_recip_alpha_bar", "sqrt_recipm1_alpha_bar")
-        return scale * upcast(sample) - epsilon_scale * epsilon
+        """The clean image x_0 of a sample x_t that a prediction implies."""
+        sample_coef, coef = self.at(timestep, sample, f"sample_coef_{prediction_type}", f"coef_{prediction_type}")
+        return sample_coef * upcast(sample) - coef * upcast(prediction)
 
     def epsilon_of(self, original: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor) -> torch.Tensor:
-        """The noise epsilon of a sample x_t with clean image `original` (eq. 15)."""
-        scale, epsilon_scale = self.at(timestep, sample, "sqrt_recip_alpha_bar", "sqrt_recipm1_alpha_bar")
-        return (scale * upcast(sample) - original) / epsilon_scale
+        """The noise epsilon of a sample x_t with clean image `original`."""
+        sample_coef, coef = self.at(timestep, sample, "sample_coef_epsilon", "coef_epsilon")
+        return (sample_coef * upcast(sample) - original) / coef
 
     def posterior(self, original: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor) -> Gaussian:
         """`q(x_{t-1} | x_t, x_0)` (eq. 6 and 7)."""
@@ -159,7 +174,7 @@ class GaussianDiffusion:
             `ValueError`: If the channels do not fit `variance_type`.
         """
         prediction, variance_output = self.split(model_output, sample.shape[1])
-        original = self.predict_original(prediction, timestep, sample)
+        original = self.original_of(prediction, timestep, sample, self.prediction_type)
         gaussian = self.posterior(original.clamp(-1, 1) if clip_sample else original, timestep, sample)
         if variance_output is not None:  # between the two bounds on a logarithmic scale
             (log_beta,) = self.at(timestep, sample, "log_beta")

@@ -87,7 +87,7 @@ def test_prediction_types_name_the_same_clean_image(schedule, x):
         outputs = {"epsilon": noise, "sample": clean, "v_prediction": a**0.5 * noise - (1 - a) ** 0.5 * clean}
         for prediction_type, output in outputs.items():
             process = scheduler_of(schedule, "fixed_small", prediction_type=prediction_type).process
-            assert torch.allclose(process.predict_original(output, t, sample), clean, atol=1e-6)
+            assert torch.allclose(process.original_of(output, t, sample, prediction_type), clean, atol=1e-6)
             assert torch.allclose(process.epsilon_of(clean, t, sample), noise, atol=1e-6)
 
 
