@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> None:
     images, labels = read_small_images(args.images)
     with resumable():
         pipe = load_pipeline(args.model, join_processes(), ClassifierGuidedUpscalePipeline)
-        labels = labels if args.labels is None else class_ids(pipe, args.labels)
+        classes = labels if args.labels is None else class_ids(pipe, args.labels)
         settings = {name: getattr(args, name) for name in ("batch_size", "seed", *STEPS)}
-        is_new = upscale_to_file(pipe, images, labels, args.output, **settings)
+        is_new = upscale_to_file(pipe, images, classes, args.output, **settings)
     height, width = pipe.sample_size
     print_once(saved_message(f"{len(images)} images of {height}x{width}", args.output, is_new))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+Timestep = torch.Tensor | int  # one for all images, or of shape (batch,)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
@@ -97,7 +98,7 @@ class GaussianDiffusion:
         self._tables[:, self.timesteps] = torch.from_numpy(np.stack([np.float64(t) for t in tables.values()]))
         self._on_device: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
-    def at(self, timestep: torch.Tensor | int, sample: torch.Tensor, *names: str) -> tuple[torch.Tensor, ...]:
+    def at(self, timestep: Timestep, sample: torch.Tensor, *names: str) -> tuple[torch.Tensor, ...]:
         """The named constants at a timestep (a number, or one per image), broadcastable to `sample`."""
         key = (sample.device, compute_dtype(sample))
         if key not in self._on_device:
@@ -120,58 +121,38 @@ class GaussianDiffusion:
                 f"schedule ({self.timesteps[0]} … {self.timesteps[-1]}); call set_timesteps for others."
             )
 
-    def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor | int) -> torch.Tensor:
+    def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timestep: Timestep) -> torch.Tensor:
         """A sample of `q(x_t | x_0)` with given noise (eq. 4)."""
         signal, noise_scale = self.at(timestep, original, "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
         return signal * upcast(original) + noise_scale * upcast(noise)
 
     def original_of(
-        self,
-        prediction: torch.Tensor,
-        timestep: torch.Tensor | int,
-        sample: torch.Tensor,
-        prediction_type: str = "epsilon",
+        self, prediction: torch.Tensor, timestep: Timestep, sample: torch.Tensor, prediction_type: str = "epsilon"
     ) -> torch.Tensor:
         """The clean image x_0 of a sample x_t that a prediction implies."""
         sample_coef, coef = self.at(timestep, sample, f"sample_coef_{prediction_type}", f"coef_{prediction_type}")
         return sample_coef * upcast(sample) - coef * upcast(prediction)
 
-    def epsilon_of(self, original: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor) -> torch.Tensor:
+    def epsilon_of(self, original: torch.Tensor, timestep: Timestep, sample: torch.Tensor) -> torch.Tensor:
         """The noise epsilon of a sample x_t with clean image `original`."""
         sample_coef, coef = self.at(timestep, sample, "sample_coef_epsilon", "coef_epsilon")
         return (sample_coef * upcast(sample) - original) / coef
 
-    def posterior(self, original: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor) -> Gaussian:
+    def posterior(self, original: torch.Tensor, timestep: Timestep, sample: torch.Tensor) -> Gaussian:
         """`q(x_{t-1} | x_t, x_0)` (eq. 6 and 7)."""
+        names = ("original_coef", "sample_coef", "variance", "log_variance")
         original_coef, sample_coef, variance, log_variance = self.at(
-            timestep,
-            sample,
-            "posterior_original_coef",
-            "posterior_sample_coef",
-            "posterior_variance",
-            "posterior_log_variance",
+            timestep, sample, *(f"posterior_{name}" for name in names)
         )
         mean = original_coef * upcast(original) + sample_coef * upcast(sample)
         return Gaussian(mean, variance, log_variance, original)
 
     def predict(
-        self,
-        model_output: torch.Tensor,
-        timestep: torch.Tensor | int,
-        sample: torch.Tensor,
-        clip_sample: bool = False,
+        self, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor, clip_sample: bool = False
     ) -> Gaussian:
-        """The model's `p(x_{t-1} | x_t)` (eq. 1), before any guidance.
+        """The model's `p(x_{t-1} | x_t)` (eq. 1), before any guidance; arguments as of [`ADMScheduler.step`].
 
-        Args:
-            model_output (`torch.Tensor` of shape `(batch, C or 2C, height, width)`): Twice the channels if the
-                variance is learned.
-            timestep (`torch.Tensor` of shape `()` or `(batch,)`, or `int`): Timesteps of the training schedule.
-            sample (`torch.Tensor` of shape `(batch, C, height, width)`): `x_t`.
-            clip_sample (`bool`): Clip the predicted clean image to [-1, 1].
-
-        Raises:
-            `ValueError`: If the channels do not fit `variance_type`.
+        `clip_sample` clips the predicted clean image to [-1, 1].
         """
         prediction, variance_output = self.split(model_output, sample.shape[1])
         original = self.original_of(prediction, timestep, sample, self.prediction_type)
@@ -195,10 +176,10 @@ class GaussianDiffusion:
                 f"and a sample of {channels} channels need {expected}; the scheduler's variance_type must be the one "
                 f"that the model was trained with ('learned_range' doubles the channels)."
             )
-        if self.variance_type == "learned_range":
-            prediction, variance_output = model_output.split(channels, dim=1)
-            return prediction, variance_output
-        return model_output, None
+        if expected == channels:
+            return model_output, None
+        prediction, variance_output = model_output.split(channels, dim=1)
+        return prediction, variance_output
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
