@@ -22,9 +22,7 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
     r"""An invertible map between images and latents, with class-conditional couplings and Gaussians of the latents.
 
     Args:
-        sample_size (`int` or a pair, defaults to 32): Height and width in pixels.
-        image_channels (`int`, defaults to 3): Channels of the images.
-        num_class_embeds (`int`, defaults to 10): Number of classes.
+        sample_size, image_channels, num_class_embeds: As of [`ClassConditionalVAE`].
         num_levels (`int`, defaults to 3): Levels, each of half the side length; half of the channels become
             latents at each.
         num_blocks (`int`, defaults to 8): Steps of flow per level.

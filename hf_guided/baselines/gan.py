@@ -31,13 +31,8 @@ class BigGANGenerator(WholeModelMixin, ConfigMixin):
     r"""Images from latents and a class; both condition the batch norm of every residual block.
 
     Args:
-        sample_size (`int` or a pair, defaults to 32): Height and width in pixels.
-        image_channels (`int`, defaults to 3): Channels of the images.
-        num_class_embeds (`int`, defaults to 10): Number of classes.
         latent_dim (`int`, defaults to 120): Length of the latent vector.
-        model_channels (`int`, defaults to 64): Base width.
-        channel_mult (`Sequence[int]`, defaults to `(1, 2, 4)`): Width of each level, as a multiple of the base; each
-            level has half the side length of the one before.
+        sample_size, image_channels, num_class_embeds, model_channels, channel_mult: As of [`ClassConditionalVAE`].
 
     Raises:
         `ValueError`: If the size cannot be halved that often.

@@ -388,14 +388,12 @@ def _write_card(
     """Writes the model card: source, flags and usage."""
     main, guided = sources[0], len(sources) > 1
     kind, size = main.architecture.kind, main.model.config.sample_size
-    if kind == "classifier":
-        summary, model_class = f"A classifier of noisy {size}x{size} images", "ADMForImageClassification"
-    else:
-        article = "An unconditional" if main.architecture.num_classes is None else "A class-conditional"
-        is_upsampler = kind == "upsampler"
-        what = f"upsampler from {main.flags['small_size']} to {size} pixels" if is_upsampler else "diffusion model"
-        summary = f"{article} {what}{' with classifier guidance' if guided else ''}"
-        model_class = PIPELINES[kind].__name__
+    article = "An unconditional" if main.architecture.num_classes is None else "A class-conditional"
+    summary = {
+        "unet": f"{article} diffusion model",
+        "upsampler": f"{article} upsampler from {main.flags.get('small_size')} to {size} pixels",
+        "classifier": f"A classifier of noisy {size}x{size} images",
+    }[kind]
     origin = "converted with `hf-guided`\nfrom the format of OpenAI's guided-diffusion"
     if published is not None:
         names = " and ".join(code_span(str(source.checkpoint.name)) for source in sources)
@@ -410,8 +408,8 @@ def _write_card(
         dataset_id="ILSVRC/imagenet-1k" if published is not None and published.data == "ImageNet" else None,
         repo_id=repo_id,
         license=None if published is None else "mit",
-        model_class=model_class,
-        summary=summary,
+        model_class="ADMForImageClassification" if kind == "classifier" else PIPELINES[kind].__name__,
+        summary=f"{summary}{' with classifier guidance' if guided else ''}",
         origin=origin,
         guided=guided,
         dtype=None if dtype == "fp32" else str(DTYPES[dtype]).removeprefix("torch."),

@@ -173,11 +173,7 @@ def add_improved_defaults(flags: Flags, architecture: Architecture) -> tuple[dic
 
 
 def unet_config(flags: Flags, architecture: Architecture) -> dict[str, Any]:
-    """The published constructor's arguments of a UNet or upsampler.
-
-    Raises:
-        `ValueError`: If a flag is missing or contradicts the tensors, naming it.
-    """
+    """The published constructor's arguments of a UNet or upsampler; a missing or wrong flag is a `ValueError`."""
     upsampler = architecture.kind == "upsampler"
     size_flag = "large_size" if upsampler else "image_size"
     size = _required(flags, size_flag, "256" if upsampler else "64")
@@ -194,7 +190,7 @@ def unet_config(flags: Flags, architecture: Architecture) -> dict[str, Any]:
     _agree(flags, "class_cond", architecture.num_classes is not None)
     _agree(flags, "learn_sigma", architecture.learns_sigma)
     config = _common_config(flags, architecture, size_flag, prefix="")
-    heads = _heads(flags, architecture, ("num_heads", "num_head_channels"))
+    heads = _heads(flags, architecture, prefix="")
     if heads is None:
         raise ValueError(
             "--num_heads or --num_head_channels is missing, and the tensors do not determine the number of attention "
@@ -213,16 +209,10 @@ def unet_config(flags: Flags, architecture: Architecture) -> dict[str, Any]:
 
 
 def classifier_config(flags: Flags, architecture: Architecture, alone: bool = False) -> dict[str, Any]:
-    """The published constructor's arguments of a classifier, with the noise schedule that it was trained on.
+    """The published constructor's arguments of a classifier, with its noise schedule; raises as [`unet_config`].
 
-    Args:
-        flags (`Mapping[str, Any]`): From [`parse_flags`].
-        architecture ([`Architecture`]): The architecture that the tensors determine.
-        alone (`bool`, defaults to `False`): Whether it is converted without a UNet, so that `--num_channels`,
-            `--use_new_attention_order` and the like are the classifier's, unless the flags describe both.
-
-    Raises:
-        `ValueError`: If a flag is missing or contradicts the tensors, naming it.
+    Of a classifier converted without a UNet (`alone`), `--num_channels`, `--use_new_attention_order` and the like are
+    its own, unless the flags describe both.
     """
     sizes = (flags.get("image_size"), flags.get("large_size"), architecture.config.get("image_size"))
     if (size := next((size for size in sizes if size is not None), None)) is not None:  # large: it guides an upsampler
@@ -232,10 +222,10 @@ def classifier_config(flags: Flags, architecture: Architecture, alone: bool = Fa
     own = alone and not (described and any(name in flags for name in ("num_channels", "num_res_blocks", "class_cond")))
     _agree(flags, "classifier_pool", architecture.config["pool"])
     config = _common_config(flags, architecture, "image_size", prefix="" if own and not described else "classifier_")
-    heads = _heads(flags, architecture, ("classifier_num_heads", "classifier_num_head_channels"))
+    heads = _heads(flags, architecture, prefix="classifier_")
     published = _scripts_make(architecture, size) and not any(width % 64 for width in architecture.attended_widths)
     if heads is None and (own or not published):  # in the scripts this flag sets the heads where the size is another
-        heads = _heads(flags, architecture, ("num_heads", "num_head_channels"))
+        heads = _heads(flags, architecture, prefix="")
     if heads is None and not published:
         raise ValueError(
             "--classifier_num_heads or --classifier_num_head_channels is missing, and the tensors do not determine the "
@@ -249,11 +239,7 @@ def classifier_config(flags: Flags, architecture: Architecture, alone: bool = Fa
 
 
 def scheduler_arguments(flags: Flags, learns_sigma: bool) -> dict[str, Any]:
-    """The arguments of the [`ADMScheduler`] that flags describe.
-
-    Raises:
-        `ValueError`: If the noise schedule or the number of its steps is missing or unknown.
-    """
+    """The arguments of the [`ADMScheduler`] that flags describe; raises as [`unet_config`]."""
     schedule = _required(flags, "noise_schedule", "linear")
     steps = _required(flags, "diffusion_steps", "1000")
     if schedule not in SCHEDULES:
@@ -264,8 +250,8 @@ def scheduler_arguments(flags: Flags, learns_sigma: bool) -> dict[str, Any]:
         make_betas(SCHEDULES[schedule], steps)
     except ValueError:
         raise ValueError(
-            f"--diffusion_steps {steps} is too few for --noise_schedule {schedule}, whose betas would reach 1; models "
-            f"of so few steps were trained with --noise_schedule cosine."
+            f"--diffusion_steps {steps} is too few for --noise_schedule {schedule}, whose betas would reach 1; such "
+            f"models were trained with --noise_schedule cosine."
         ) from None
     fixed = "fixed_small" if flags.get("sigma_small", False) else "fixed_large"
     return {
@@ -318,15 +304,13 @@ def _common_config(flags: Flags, architecture: Architecture, size_flag: str, pre
     return {**inferred, "image_size": size}
 
 
-def _heads(flags: Flags, architecture: Architecture, names: tuple[str, str]) -> dict[str, Any] | None:
+def _heads(flags: Flags, architecture: Architecture, prefix: str) -> dict[str, Any] | None:
     """The attention heads; their width takes precedence over their number, as in the published code."""
-    number, width = names
-    if flags.get(width, -1) != -1:
-        _divides(width, flags[width], architecture.attended_widths)
-        return {"num_head_channels": flags[width]}
-    if number in flags:
-        _divides(number, flags[number], architecture.attended_widths)
-        return {"num_heads": flags[number]}
+    for name, unset in (("num_head_channels", -1), ("num_heads", None)):
+        value = flags.get(f"{prefix}{name}", unset)
+        if value != unset:
+            _divides(f"{prefix}{name}", value, architecture.attended_widths)
+            return {name: value}
     return None
 
 
