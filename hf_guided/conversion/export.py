@@ -174,15 +174,13 @@ def _unet_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         "learn_sigma": config.out_channels == 2 * config.in_channels,
         "dropout": config.dropout,
     }
+    heads = {"num_heads": config.num_heads, "num_heads_upsample": config.num_heads_upsample}
     if config.num_heads is None:
-        flags["num_head_channels"] = config.attention_head_dim or 64
-    else:
-        flags["num_heads"] = config.num_heads
-        if config.num_heads_upsample is not None:
-            flags["num_heads_upsample"] = config.num_heads_upsample
+        heads = {"num_head_channels": config.attention_head_dim or 64}
+    flags |= {name: value for name, value in heads.items() if value is not None}
     if not config.resblock_updown:  # a default, and a flag that improved-diffusion lacks
         del flags["resblock_updown"]
-        known = scripts_channel_mult("unet", flags["image_size"]) if flags.get("image_size") == 32 else None
+        known = scripts_channel_mult("unet", 32) if flags.get("image_size") == 32 else None
         if config.num_heads is not None and flags.get("channel_mult", ()) == known:
             del flags["channel_mult"]  # improved-diffusion's own widths for images of 32 pixels
     rows = None if config.num_class_embeds is None else config.num_class_embeds + config.null_class_label
@@ -211,10 +209,10 @@ def _classifier_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
     """The published scripts' flags for a classifier, and notes on settings without a flag."""
     config = parts["classifier"].config
     shared, notes = _shared_flags(config, "classifier")
-    widths = level_widths(config.model_channels, config.channel_mult)
-    attends = level_attention(config.sample_size, len(widths), config.attention_resolutions)
     head_widths = {64 if config.attention_head_dim is None else config.attention_head_dim}
     if config.num_heads is not None:
+        widths = level_widths(config.model_channels, config.channel_mult)
+        attends = level_attention(config.sample_size, len(widths), config.attention_resolutions)
         attended = {width for width, has in zip(widths, attends, strict=True) if has} | {widths[-1]}
         head_widths = {width // config.num_heads for width in attended}
         if config.pool == "attention" and len(head_widths) > 1:
@@ -244,10 +242,9 @@ def _schedule_flags(config: Any, notes: list[str]) -> dict[str, Any]:
     """The flags of a noise schedule."""
     steps, betas = config.num_train_timesteps, config.trained_betas
     flags: dict[str, Any] = {"diffusion_steps": steps}
-    names = {ours: theirs for theirs, ours in SCHEDULES.items()}
-    named = config.beta_schedule in names
-    if named and (betas is None or abs(make_betas(config.beta_schedule, steps) - betas).max() < 1e-6):
-        flags["noise_schedule"] = names[config.beta_schedule]
+    name = next((theirs for theirs, ours in SCHEDULES.items() if ours == config.beta_schedule), None)
+    if name and (betas is None or abs(make_betas(config.beta_schedule, steps) - betas).max() < 1e-6):
+        flags["noise_schedule"] = name
     else:
         notes.append("Its noise schedule has no name in the published scripts.")
     if config.rescale_timesteps or steps != 1000:  # the defaults of the two published codes differ
@@ -260,11 +257,11 @@ def _shared_flags(config: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
     notes = []
     size = config.sample_size
     if not isinstance(size, int):
-        if len(set(size)) > 1 and getattr(config, "pool", None) == "attention":
-            raise ValueError(
-                f"The published classifier uses attention pooling for square images only; this one's are {list(size)}."
-            )
-        if len(set(size)) > 1:
+        if size[0] != size[1]:
+            if getattr(config, "pool", None) == "attention":
+                raise ValueError(
+                    f"The published classifier has attention pooling for square images only; these are {list(size)}."
+                )
             notes.append(f"The published scripts sample square images; this model's are {size[0]}x{size[1]}.")
         size = size[0]
     attends = level_attention(size, len(config.channel_mult), config.attention_resolutions)
