@@ -6,7 +6,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
-from .gaussian_diffusion import original_coefficients
+from .gaussian_diffusion import original_coefficients, original_of
 
 logger = logging.get_logger(__name__)
 
@@ -144,10 +144,10 @@ def correct_prediction(
     Solvers that do not clip diverge where hardly any signal is left (cosine schedule, last timesteps). DDIM of
     diffusers clips x_0, but continues with an epsilon that no longer matches it.
     """
-    sample_coef, coef = map(float, original_coefficients(alpha_bar, prediction_type))
-    original = sample_coef * sample - coef * prediction
+    original = original_of(prediction, sample, alpha_bar, prediction_type)
     if gradient is not None:
         original = original + (1 - alpha_bar) / alpha_bar**0.5 * gradient
     if clip_sample:
         original = original.clamp(-1, 1)
+    sample_coef, coef = map(float, original_coefficients(alpha_bar, prediction_type))
     return (sample_coef * sample - original) / coef
