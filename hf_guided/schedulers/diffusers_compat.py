@@ -66,9 +66,9 @@ def check_solver(scheduler: SchedulerMixin, shifted: bool) -> None:
     reads_it = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
     if reads_it and str(config.get("variance_type")).startswith("learned"):
         raise ValueError(
-            f"{name} has variance_type={config.variance_type!r}, which no scheduler of diffusers reads correctly for "
-            f"every number of channels and steps. Make it with from_config(…, variance_type='fixed_small'), or take an "
-            f"ADMScheduler."
+            f"{name} has variance_type={config.variance_type!r}, but no scheduler of diffusers reads a learned variance "
+            f"correctly for every number of channels and steps. Make it with "
+            f"from_config(…, variance_type='fixed_small'), or take an ADMScheduler."
         )
     if scheduler.alphas_cumprod[-1] == 0 and (shifted or prediction_type == "epsilon"):
         raise ValueError(
