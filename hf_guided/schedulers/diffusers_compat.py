@@ -66,7 +66,7 @@ def check_solver(scheduler: SchedulerMixin, shifted: bool) -> None:
     reads_it = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
     if reads_it and str(config.get("variance_type")).startswith("learned"):
         raise ValueError(
-            f"{name} has variance_type={config.variance_type!r}, but no scheduler of diffusers reads a learned variance "
+            f"{name} has variance_type={config.variance_type!r}: no scheduler of diffusers reads a learned variance "
             f"correctly for every number of channels and steps. Make it with "
             f"from_config(…, variance_type='fixed_small'), or take an ADMScheduler."
         )
