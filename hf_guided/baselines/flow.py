@@ -22,9 +22,7 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
     r"""An invertible map between images and latents, with class-conditional couplings and Gaussians of the latents.
 
     Args:
-        sample_size (`int` or a pair, defaults to 32): Height and width in pixels.
-        image_channels (`int`, defaults to 3): Channels of the images.
-        num_class_embeds (`int`, defaults to 10): Number of classes.
+        sample_size, image_channels, num_class_embeds: As of [`ClassConditionalVAE`].
         num_levels (`int`, defaults to 3): Levels, each of half the side length; half of the channels become
             latents at each.
         num_blocks (`int`, defaults to 8): Steps of flow per level.
@@ -59,9 +57,8 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
         channels = image_channels
         for level in range(num_levels):  # from the image down
             channels *= 4
-            self.levels.append(
-                nn.ModuleList(GlowStep(channels, hidden_channels, hidden_channels) for _ in range(num_blocks))
-            )
+            steps = [GlowStep(channels, hidden_channels, hidden_channels) for _ in range(num_blocks)]
+            self.levels.append(nn.ModuleList(steps))
             if level < num_levels - 1:
                 channels //= 2  # the other half stays in the flow
             factor = 2 ** (num_levels - 1 - level)
@@ -71,7 +68,7 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
     def forward(
         self, sample: torch.Tensor, class_labels: torch.Tensor, noise: torch.Tensor | None = None
     ) -> torch.Tensor:
-        r"""Bits per dimension, exact for the dequantised images (arXiv 1511.01844, section 3.1).
+        r"""Bits per dimension of shape `(batch,)`, exact for the dequantised images (arXiv 1511.01844, section 3.1).
 
         Averaged over noise of one step of the 8-bit scale, it is an upper bound for the 8-bit images.
 
@@ -79,9 +76,6 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
             sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Images in [-1, 1].
             class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
             noise (`torch.Tensor` of `sample`'s shape, *optional*): See [`dequantize`].
-
-        Returns:
-            `torch.Tensor` of shape `(batch,)`
         """
         latents, log_det = self.encode(self.dequantize(sample, noise), class_labels)
         dimensions = sample[0].numel()
@@ -89,13 +83,10 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
         return math.log2(255 + self.config.dequantization_width) - log_likelihood / (dimensions * math.log(2))
 
     def dequantize(self, sample: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """8-bit images as continuous values in (0, 1) (arXiv 1511.01844, section 3.1).
+        """8-bit images in [-1, 1] as continuous values in (0, 1) (arXiv 1511.01844, section 3.1).
 
-        Args:
-            sample (`torch.Tensor`): Images in [-1, 1].
-            noise (`torch.Tensor` of the same shape, *optional*): In steps of the 8-bit scale, centred: uniform in
-                [-1/2, 1/2) to measure likelihood. Default: drawn as in training, uniform over the
-                `dequantization_width`.
+        `noise` is in steps of the 8-bit scale, centred: uniform in [-1/2, 1/2) to measure likelihood; by default drawn
+        as in training, uniform over the `dequantization_width`.
         """
         width = self.config.dequantization_width
         noise = (torch.rand_like(sample) - 0.5) * width if noise is None else noise
@@ -109,8 +100,7 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
             class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
 
         Returns:
-            Latents of shape `(batch, image_channels * height * width)`, and the logarithm of the map's Jacobian
-            determinant, of shape `(batch,)`.
+            Latents `(batch, image_channels * height * width)`, and the logarithmic Jacobian determinant `(batch,)`.
         """
         embedding = self.class_embedding(class_labels)
         hidden, log_det = self.logit.inverse(values)
@@ -194,9 +184,7 @@ class GlowStep(nn.Module):
         kept, changed = hidden.chunk(2, dim=1)
         shift, log_scale = self._affine(kept, embedding)
         hidden = torch.cat([kept, changed * torch.exp(-log_scale) - shift], dim=1)
-        hidden, _ = self.conv(hidden)
-        hidden, _ = self.norm(hidden)
-        return hidden
+        return self.norm(self.conv(hidden)[0])[0]
 
     def _affine(self, kept: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         planes = embedding[:, :, None, None].expand(-1, -1, *kept.shape[2:])

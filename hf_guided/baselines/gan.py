@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,11 +21,7 @@ from .sizes import bottom_size
 
 @dataclass
 class GeneratorOutput(BaseOutput):
-    """Output of the generator.
-
-    Args:
-        sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Images in [-1, 1].
-    """
+    """Images in [-1, 1], of shape `(batch, image_channels, height, width)`."""
 
     sample: torch.Tensor
 
@@ -34,13 +31,8 @@ class BigGANGenerator(WholeModelMixin, ConfigMixin):
     r"""Images from latents and a class; both condition the batch norm of every residual block.
 
     Args:
-        sample_size (`int` or a pair, defaults to 32): Height and width in pixels.
-        image_channels (`int`, defaults to 3): Channels of the images.
-        num_class_embeds (`int`, defaults to 10): Number of classes.
         latent_dim (`int`, defaults to 120): Length of the latent vector.
-        model_channels (`int`, defaults to 64): Base width.
-        channel_mult (`Sequence[int]`, defaults to `(1, 2, 4)`): Width of each level, as a multiple of the base; each
-            level has half the side length of the one before.
+        sample_size, image_channels, num_class_embeds, model_channels, channel_mult: As of [`ClassConditionalVAE`].
 
     Raises:
         `ValueError`: If the size cannot be halved that often.
@@ -63,24 +55,17 @@ class BigGANGenerator(WholeModelMixin, ConfigMixin):
         self.class_embedding = nn.Embedding(num_class_embeds, latent_dim)
         conditions = 2 * latent_dim  # latents and class, at every block (BigGAN, figure 15)
         self.from_latents = _normalised(nn.Linear(latent_dim, torch.Size(self.bottom_shape).numel()))
-        self.up_blocks = nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
-            is_bottom = level == len(widths) - 1
-            self.up_blocks.append(
-                GeneratorBlock(width if is_bottom else widths[level + 1], width, conditions, upsample=not is_bottom)
-            )
+        self.up_blocks = nn.ModuleList(
+            GeneratorBlock(before, width, conditions, upsample=i > 0)
+            for i, (before, width) in enumerate(pairwise([widths[-1], *reversed(widths)]))
+        )
         self.norm_out = nn.BatchNorm2d(widths[0])
         self.conv_out = _normalised(nn.Conv2d(widths[0], image_channels, 3, padding=1))
 
     def forward(
         self, latents: torch.Tensor, class_labels: torch.Tensor, return_dict: bool = True
     ) -> GeneratorOutput | tuple[torch.Tensor]:
-        """
-        Args:
-            latents (`torch.Tensor` of shape `(batch, latent_dim)`): Standard normal.
-            class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
-            return_dict (`bool`, defaults to `True`): Return an output object instead of a tuple.
-        """
+        """The images of standard normal latents `(batch, latent_dim)` and class ids `(batch,)`."""
         conditions = torch.cat([latents, self.class_embedding(class_labels)], dim=1)
         hidden = self.from_latents(latents).unflatten(1, self.bottom_shape)
         for block in self.up_blocks:
@@ -139,14 +124,7 @@ class BigGANDiscriminator(WholeModelMixin, ConfigMixin):
         self.class_embedding = _normalised(nn.Embedding(num_class_embeds, widths[-1]))
 
     def forward(self, sample: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Images in [-1, 1].
-            class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
-
-        Returns:
-            `torch.Tensor` of shape `(batch,)`: Scores; the higher, the more real.
-        """
+        """Scores `(batch,)`, the higher, the more real, of images in [-1, 1] and class ids `(batch,)`."""
         hidden = sample
         for block in self.down_blocks:
             hidden = block(hidden)
@@ -184,12 +162,7 @@ class AdversarialPair(nn.Module):
         self.generator, self.discriminator, self.translation = generator, discriminator, translation
 
     def forward(self, sample: torch.Tensor, class_labels: torch.Tensor, latents: torch.Tensor) -> AdversarialOutput:
-        """
-        Args:
-            sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Real images in [-1, 1].
-            class_labels (`torch.Tensor` of shape `(batch,)`): Their classes, and those of the samples.
-            latents (`torch.Tensor` of shape `(batch, latent_dim)`): Of the samples.
-        """
+        """The scores of real images in [-1, 1], and of samples of their classes from latents `(batch, latent_dim)`."""
         made = self.generator(latents, class_labels).sample
         both = torch.cat([sample, made.detach()])
         real, fake = self.discriminator(self._shift(both), class_labels.repeat(2)).chunk(2)
@@ -207,17 +180,12 @@ class AdversarialPair(nn.Module):
         rows = (torch.arange(height, device=images.device) + down)[:, None, :, None]
         columns = (torch.arange(width, device=images.device) + right)[:, None, None, :]
         padded = F.pad(images, (reach,) * 4, value=-1.0)
-        item = torch.arange(len(images), device=images.device)[:, None, None, None]
-        channel = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
-        return padded[item, channel, rows, columns]
+        item, channel = (torch.arange(n, device=images.device) for n in images.shape[:2])
+        return padded[item[:, None, None, None], channel[None, :, None, None], rows, columns]
 
 
 def hinge_losses(output: AdversarialOutput) -> tuple[torch.Tensor, torch.Tensor]:
-    """The losses of discriminator and generator, each of shape `(batch,)` (arXiv 1705.02894; BigGAN, section 3).
-
-    Args:
-        output ([`AdversarialOutput`]): Of [`AdversarialPair`].
-    """
+    """The losses of discriminator and generator, each of shape `(batch,)` (arXiv 1705.02894; BigGAN, section 3)."""
     return F.relu(1 - output.real) + F.relu(1 + output.fake), -output.fake_for_generator
 
 

@@ -94,22 +94,12 @@ class ClassConditionalVAE(WholeModelMixin, ConfigMixin):
         self.decoder_log_variance = nn.Parameter(torch.tensor(log_variance), requires_grad=decoder_variance is None)
 
     def encode(self, sample: torch.Tensor, class_labels: torch.Tensor) -> DiagonalGaussianDistribution:
-        """The posterior q(z|x) of the latents.
-
-        Args:
-            sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Images in [-1, 1].
-            class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
-        """
+        """The posterior q(z|x) of the latents, of images in [-1, 1] and class ids `(batch,)`."""
         features = self.encoder(self._with_class(sample, class_labels))
         return DiagonalGaussianDistribution(self.to_posterior(features.flatten(1))[:, :, None, None])
 
     def decode(self, latents: torch.Tensor, class_labels: torch.Tensor) -> DecoderOutput:
-        """The mean of the images given latents, in [-1, 1].
-
-        Args:
-            latents (`torch.Tensor` of shape `(batch, latent_dim)`): Standard normal to sample.
-            class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
-        """
+        """The mean of the images in [-1, 1], given latents `(batch, latent_dim)` and class ids `(batch,)`."""
         features = self.from_latents(latents).unflatten(1, self.bottom_shape)
         return DecoderOutput(sample=self.decoder(self._with_class(features, class_labels)))
 
@@ -129,13 +119,8 @@ class ClassConditionalVAE(WholeModelMixin, ConfigMixin):
     def bound(self, images: torch.Tensor, output: VAEOutput) -> tuple[torch.Tensor, torch.Tensor]:
         r"""Distortion and rate of 8-bit images, in bits per dimension: the negative ELBO (arXiv 1312.6114, equation 3).
 
-        Args:
-            images (`torch.Tensor`): The encoded images, in [-1, 1].
-            output ([`VAEOutput`]): From [`forward`].
-
-        Returns:
-            Distortion `-log p(x|z)`, with one sample from the posterior, and rate `KL(q(z|x) || p(z))`, each of
-            shape `(batch,)` in bits per dimension.
+        Distortion is `-log p(x|z)`, with one sample from the posterior, and rate `KL(q(z|x) || p(z))`, each of shape
+        `(batch,)`; `output` is that of [`forward`] for these images in [-1, 1].
         """
         log_scale = (0.5 * self.decoder_log_variance.float()).expand_as(images)
         likelihood = discretized_gaussian_log_likelihood(images.float(), output.sample.float(), log_scale)

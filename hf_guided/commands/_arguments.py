@@ -18,14 +18,56 @@ def number_between(low: int, high: int) -> Callable[[str], int]:
 
 
 count = number_between(1, 10**9)
-seed = number_between(0, 2**63 - 1)
-port = number_between(1, 65535)
-workers = number_between(0, 1024)
-
-
+PIPELINE = "a pipeline's folder, or its name on the Hub"
+FLAGS: dict[str, dict[str, Any]] = {
+    "guidance_scale": {"type": float, "metavar": "S", "help": "default: the pipeline's own"},
+    "num_inference_steps": {"type": count, "metavar": "N", "help": "default: the pipeline's own"},
+    "respacing": {"metavar": "R", "help": 'instead: published timesteps, such as "250" or "ddim25"'},
+    "truncation": {"type": float, "metavar": "T", "help": "of a GAN: latents between -T and T"},
+    "temperature": {"type": float, "metavar": "T", "help": "of a VAE or flow: the latents' spread"},
+    "condition_unet": {
+        "action": argparse.BooleanOptionalAction,
+        "default": True,
+        "help": "condition the UNet on the class, or leave the class to the guidance; default: condition it",
+    },
+    "features": {
+        "nargs": "+",
+        "default": ["inception"],
+        "metavar": "MODEL",
+        "help": "what images are measured in: inception, or a model's folder or name on the Hub; NAME=MODEL names it; "
+        "default: inception",
+    },
+    "labels": {"nargs": "+", "metavar": "LABEL", "help": "of samples, as for sample; default: all"},
+    "num_images": {"type": count, "metavar": "N"},
+    "batch_size": {"type": count, "default": 64, "metavar": "N", "help": "images at once; default: %(default)s"},
+    "compile": {"action": "store_true", "help": "compile the models first: worth it for many batches"},
+    "num_workers": {
+        "type": number_between(0, 1024),
+        "default": 0,
+        "metavar": "N",
+        "help": "processes that decode images",
+    },
+    "no_cache": {"action": "store_true", "help": "compute the features of real images again"},
+    "seed": {"type": number_between(0, 2**63 - 1), "default": 0, "help": "of the noise; default: 0"},
+    "output": {"metavar": "FOLDER", "help": "default: %(default)s"},
+    "hub_private": {"action": "store_true", "help": "make a new repository private"},
+    "hub_token": {
+        "metavar": "TOKEN",
+        "help": "default: that of `hf auth login`, or HF_TOKEN; prefer those, for the machine's list of processes "
+        "shows a flag to everybody on it",
+    },
+}
 # Flags that go to the pipeline by the same name.
 STEPS = ("guidance_scale", "num_inference_steps", "respacing")
 LATENTS = ("truncation", "temperature")
+# What the commands that measure samples share.
+MEASURING = ("features", "labels", "condition_unet", "batch_size", "compile", "num_workers", "no_cache")
+
+
+def add_flags(parser: argparse.ArgumentParser, *names: str, **settings: Any) -> None:
+    """Adds shared flags; `settings`, such as another default or help, are those of argparse for each of them."""
+    for name in names:
+        parser.add_argument(f"--{name}", **{**FLAGS[name], **settings})
 
 
 def parse_numbers(flag: str, text: str) -> list[Any]:
@@ -38,76 +80,13 @@ def parse_numbers(flag: str, text: str) -> list[Any]:
     return numbers
 
 
-def add_steps(parser: argparse.ArgumentParser) -> None:
-    """The flags of guided denoising; a pipeline's saved defaults stand where they are left out."""
-    parser.add_argument("--guidance_scale", type=float, metavar="S", help="default: the pipeline's own")
-    parser.add_argument("--num_inference_steps", type=count, metavar="N", help="default: the pipeline's own")
-    parser.add_argument("--respacing", metavar="R", help='instead: published timesteps, such as "250" or "ddim25"')
-
-
-def add_latents(parser: argparse.ArgumentParser) -> None:
-    """The flags of the families that make an image from a latent in one pass."""
-    parser.add_argument("--truncation", type=float, metavar="T", help="of a GAN: latents between -T and T")
-    parser.add_argument("--temperature", type=float, metavar="T", help="of a VAE or flow: the latents' spread")
-
-
-def add_condition_unet(parser: argparse.ArgumentParser) -> None:
-    """Whether the UNet is class-conditional."""
-    parser.add_argument(
-        "--condition_unet",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="condition the UNet on the class, or leave the class to the guidance; default: condition it",
-    )
-
-
-def add_compile(parser: argparse.ArgumentParser) -> None:
-    """The switch that sampling and measuring commands share."""
-    parser.add_argument("--compile", action="store_true", help="compile the models first: worth it for many batches")
-
-
-def add_batch_size(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """The batch size; its default is the command's own."""
-    parser.add_argument(
-        "--batch_size", type=count, default=batch_size, metavar="N", help="images at once; default: %(default)s"
-    )
-
-
-def add_seed(parser: argparse.ArgumentParser) -> None:
-    """The seed of all images together."""
-    parser.add_argument("--seed", type=seed, default=0, help="of the noise; default: 0")
-
-
-def add_measuring(parser: argparse.ArgumentParser) -> None:
-    """The flags that measuring commands share."""
-    parser.add_argument(
-        "--features",
-        nargs="+",
-        default=["inception"],
-        metavar="MODEL",
-        help="what images are measured in: inception, or a model's folder or name on the Hub; NAME=MODEL names it; "
-        "default: inception",
-    )
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="of samples, as for sample; default: all")
-    add_condition_unet(parser)
-    add_batch_size(parser, 64)
-    add_compile(parser)
-    parser.add_argument("--num_workers", type=workers, default=0, metavar="N", help="processes that decode images")
-    parser.add_argument("--no_cache", action="store_true", help="compute the features of real images again")
-
-
-def add_token(parser: argparse.ArgumentParser) -> None:
-    """The token of the commands that push."""
-    parser.add_argument(
-        "--hub_token",
-        metavar="TOKEN",
-        help="default: that of `hf auth login`, or HF_TOKEN; prefer those, for the machine's list of processes shows a "
-        "flag to everybody on it",
-    )
-
-
 def shown_name(model: str) -> str:
     """What a model is called: its name on the Hub, or the part of its folder's path that says something."""
     if not Path(model).exists():
         return model
     return next(part for part in reversed(Path(model).absolute().parts) if part not in ("pipeline", "model"))
+
+
+def saved_message(what: str, output: str, is_new: bool) -> str:
+    """What a command says that has made a file, or found the one of an earlier run."""
+    return f"Saved {what} as {output}" if is_new else f"{output} is there already, made by the same command"

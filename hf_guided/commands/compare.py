@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..credentials import log_to_screen
-from ._arguments import count, parse_numbers, shown_name
+from ._arguments import add_flags, parse_numbers, shown_name
 
+PASSED_ON = ("budget", "features", "num_images", "guidance_scale", "resolution", "recipe", "batch_size")
 HELP = "train a VAE, a GAN, a flow and diffusion alike, and measure them"
 
 
@@ -23,11 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features", metavar="MODEL", help="the evaluation classifier; default: one is trained by the recipe"
     )
-    parser.add_argument("--num_images", type=count, default=2000, metavar="N", help="of each model; default: 2000")
-    parser.add_argument("--guidance_scale", type=float, default=0.5, metavar="S", help="in the table; default: 0.5")
+    add_flags(parser, "num_images", default=2000, help="of each model; default: 2000")
+    add_flags(parser, "guidance_scale", default=0.5, help="in the table; default: 0.5")
     parser.add_argument("--scales", default="0,0.25,0.5,1,3,10", help="of guidance's curve; default: %(default)s")
-    parser.add_argument("--batch_size", type=count, default=250, metavar="N", help="images at once; default: 250")
-    parser.add_argument("--output", default="comparison", metavar="FOLDER", help="default: comparison")
+    add_flags(parser, "batch_size", default=250)
+    add_flags(parser, "output", default="comparison")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,15 +51,9 @@ def run(args: argparse.Namespace) -> None:
             check_place(args.output),
             families=args.families.split(","),
             models=models,
-            budget=args.budget,
             seeds=parse_numbers("--seeds", args.seeds),
-            features=args.features,
-            num_images=args.num_images,
-            guidance_scale=args.guidance_scale,
             guidance_scales=parse_scales(args.scales),
-            resolution=args.resolution,
-            recipe=args.recipe,
-            batch_size=args.batch_size,
+            **{name: getattr(args, name) for name in PASSED_ON},
         )
     print(f"\n{sheet.with_suffix('.md').read_text()}\nThe sheet is {sheet}.")
 

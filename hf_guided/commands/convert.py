@@ -3,7 +3,7 @@
 import argparse
 
 from ..credentials import without_credentials
-from ._arguments import add_token
+from ._arguments import add_flags
 
 HELP = "OpenAI's checkpoints to a pipeline, and back"
 
@@ -21,8 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=["openai"], help="write .pt files that the published code loads")
     parser.add_argument("--push_to_hub", action="store_true", help="push the folder to --hub_model_id")
     parser.add_argument("--hub_model_id", metavar="user/name", help="the repository, made if there is none")
-    parser.add_argument("--hub_private", action="store_true", help="make a new repository private")
-    add_token(parser)
+    add_flags(parser, "hub_private", "hub_token")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -42,12 +41,13 @@ def run(args: argparse.Namespace) -> None:
 
     if args.checkpoint is None:
         raise ValueError("--checkpoint is missing: the .pt file to convert.")
+    access = {"private": args.hub_private or None, "token": args.hub_token}
     if args.push_to_hub:
         if not args.hub_model_id:
             raise ValueError("--push_to_hub needs --hub_model_id user/name to know where.")
         from ..hub.push import prepare_push
 
-        args.hub_model_id = prepare_push(args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
+        args.hub_model_id = prepare_push(args.hub_model_id, **access)
 
     from ..conversion.convert import convert_checkpoint
 
@@ -64,5 +64,4 @@ def run(args: argparse.Namespace) -> None:
     if args.push_to_hub:
         from ..hub import push_folder
 
-        url = push_folder(args.output, args.hub_model_id, private=args.hub_private or None, token=args.hub_token)
-        print(without_credentials(url))
+        print(without_credentials(push_folder(args.output, args.hub_model_id, **access)))

@@ -6,20 +6,20 @@ import signal
 import sys
 import time
 
-from ._arguments import port, shown_name
+from ._arguments import PIPELINE, number_between, shown_name
 
 HELP = "a demo of a pipeline in the browser"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a pipeline's folder, or its name on the Hub")
+    parser.add_argument("model", help=PIPELINE)
     parser.add_argument(
         "--judge", metavar="MODEL", help="evaluation classifier: one that does not guide, to classify the samples"
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone; 0.0.0.0 lets others in"
     )
-    parser.add_argument("--port", type=port, default=7860, help="default: 7860")
+    parser.add_argument("--port", type=number_between(1, 65535), default=7860, help="default: 7860")
 
 
 def run(args: argparse.Namespace) -> None:

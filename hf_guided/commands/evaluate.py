@@ -2,7 +2,7 @@
 
 import argparse
 
-from ._arguments import add_latents, add_measuring, add_seed, add_steps, count
+from ._arguments import LATENTS, MEASURING, STEPS, add_flags
 
 HELP = "measure samples against real images"
 
@@ -22,12 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="float16 has the published evaluator's noise in precision and recall; default: float32",
     )
     parser.add_argument("--save_statistics", metavar="NPZ", help="save the reference's, to be given in its place")
-    parser.add_argument("--num_images", type=count, default=10_000, metavar="N", help="of a pipeline; default: 10000")
-    add_steps(parser)
-    add_latents(parser)
-    add_seed(parser)
-    add_measuring(parser)
-    parser.add_argument("--output", default="evaluation", metavar="FOLDER", help="default: evaluation")
+    add_flags(parser, "num_images", default=10_000, help="of a pipeline; default: 10000")
+    add_flags(parser, *STEPS, *LATENTS, "seed", *MEASURING)
+    add_flags(parser, "output", default="evaluation")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ._arguments import add_batch_size, add_seed, count
+from ._arguments import add_flags
 
 HELP = "measure how good a noisy classifier is, and where to guide"
 
@@ -13,11 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train_split", default="train", metavar="NAME", help="as it was trained; default: train")
     parser.add_argument("--validation_split", metavar="NAME", help="the split held out; default: a part of the above")
     parser.add_argument("--held_out_fraction", type=float, metavar="F", help="that part; default: training's own")
-    parser.add_argument("--image_column", metavar="NAME", help="default: found by its type or usual name")
-    parser.add_argument("--label_column", metavar="NAME", help="default: found by its type or usual name")
-    parser.add_argument("--num_images", type=count, default=2000, metavar="N", help="held-out ones; default: 2000")
-    add_batch_size(parser, 64)
-    add_seed(parser)
+    for column in ("--image_column", "--label_column"):
+        parser.add_argument(column, metavar="NAME", help="default: found by its type or usual name")
+    add_flags(parser, "num_images", default=2000, help="held-out ones; default: 2000")
+    add_flags(parser, "batch_size", "seed")
     parser.add_argument(
         "--output", default="inspection.png", metavar="PNG", help="numbers go beside it as .json; default: %(default)s"
     )

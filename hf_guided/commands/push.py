@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..credentials import without_credentials
-from ._arguments import add_token
+from ._arguments import add_flags
 
 HELP = "push a finished pipeline or model to the Hub, in one commit"
 
@@ -35,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--space", metavar="user/space", help="also push the page of `hf-guided demo`, as a Space")
     parser.add_argument("--judge", metavar="MODEL", help="of that page: the classifier on the Hub that judges")
-    parser.add_argument("--hub_private", action="store_true", help="make a new repository private")
-    add_token(parser)
+    add_flags(parser, "hub_private", "hub_token")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,25 +46,17 @@ def run(args: argparse.Namespace) -> None:
     access = {"private": args.hub_private or None, "token": args.hub_token}
     if args.repo_id is None and args.space is None:
         raise ValueError("Name the repository to push to, user/name; or, for a page of a model there, --space.")
-    if args.include and args.repo_id is None:
-        raise ValueError("--include is for files of a folder that is pushed; name its repository, or leave it out.")
-    if args.hub_license and args.repo_id is None:
-        raise ValueError("--hub_license is for a folder that is pushed; name its repository, or leave it out.")
+    for flag in ("include", "hub_license"):
+        if getattr(args, flag) and args.repo_id is None:
+            raise ValueError(f"--{flag} is for a folder that is pushed; name its repository, or leave it out.")
     if args.judge and not args.space:
         raise ValueError("--judge is for the page of --space; add that, or leave it out.")
     if args.repo_id is not None:
-        url = push_folder(
-            args.folder,
-            args.repo_id,
-            commit_message=args.commit_message,
-            revision=args.revision,
-            create_pr=args.create_pr,
-            standalone=args.standalone,
-            include=args.include,
-            license=args.hub_license,
-            **access,
+        names = ("commit_message", "revision", "create_pr", "standalone", "include")
+        options = {name: getattr(args, name) for name in names}
+        print(
+            without_credentials(push_folder(args.folder, args.repo_id, license=args.hub_license, **options, **access))
         )
-        print(without_credentials(url))
     elif Path(args.folder).exists():
         raise ValueError(f"A page shows a model of the Hub: say where {args.folder} goes, as user/name before --space.")
     if args.space is not None:

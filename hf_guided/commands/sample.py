@@ -2,38 +2,22 @@
 
 import argparse
 
-from ._arguments import (
-    LATENTS,
-    STEPS,
-    add_batch_size,
-    add_compile,
-    add_condition_unet,
-    add_latents,
-    add_seed,
-    add_steps,
-    count,
-)
+from ._arguments import LATENTS, PIPELINE, STEPS, add_flags, count, saved_message
 
 HELP = "draw samples: a picture, or a file of many"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a pipeline's folder, or its name on the Hub")
-    parser.add_argument(
-        "--labels",
-        nargs="+",
-        metavar="LABEL",
+    parser.add_argument("model", help=PIPELINE)
+    add_flags(
+        parser,
+        "labels",
         help="classes by id or name, in turn, a number being the id unless it is a class's name; or all, in turn; or "
         "uniform, drawn at random; default: of a picture the first ten, of a file uniform",
     )
-    parser.add_argument("--num_images", type=count, metavar="N", help="images in all")
+    add_flags(parser, "num_images", help="images in all")
     parser.add_argument("--num_images_per_label", type=count, metavar="N", help="instead; default: 8")
-    add_steps(parser)
-    add_condition_unet(parser)
-    add_latents(parser)
-    add_batch_size(parser, 64)
-    add_compile(parser)
-    add_seed(parser)
+    add_flags(parser, *STEPS, "condition_unet", *LATENTS, "batch_size", "compile", "seed")
     parser.add_argument(
         "--output",
         default="samples.png",
@@ -63,16 +47,8 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
         )
         check_compile(pipe, args.compile)
+        settings = {name: getattr(args, name) for name in ("batch_size", "seed", "compile")}
         options = {name: getattr(args, name) for name in (*STEPS, *LATENTS, "condition_unet")}
-        made = sample_to_file(
-            pipe,
-            labels,
-            args.output,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            compile=args.compile,
-            **pipeline_arguments(pipe, **options),
-        )
+        is_new = sample_to_file(pipe, labels, args.output, **settings, **pipeline_arguments(pipe, **options))
     num_images = labels if isinstance(labels, int) else len(labels)
-    there = "is there already, made by the same command"
-    print_once(f"Saved {num_images} samples as {args.output}" if made else f"{args.output} {there}")
+    print_once(saved_message(f"{num_images} samples", args.output, is_new))

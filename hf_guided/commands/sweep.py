@@ -2,21 +2,21 @@
 
 import argparse
 
-from ._arguments import add_measuring, count, parse_numbers
+from ._arguments import MEASURING, PIPELINE, add_flags, parse_numbers
 
 HELP = "find the guidance scale"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a pipeline's folder, or its name on the Hub")
+    parser.add_argument("model", help=PIPELINE)
     parser.add_argument("reference", help="real images, as for evaluate")
     parser.add_argument("--scales", default="0:10", help='"0,1,2.5", or "0:10" for a range; default: 0:10')
     parser.add_argument("--steps", help='numbers of steps, "25,50"; default: the pipeline\'s own')
     parser.add_argument("--seeds", default="0,1,2", help="each makes samples of its own; default: 0,1,2")
-    parser.add_argument("--num_images", type=count, default=1000, metavar="N", help="at each setting; default: 1000")
+    add_flags(parser, "num_images", default=1000, help="at each setting; default: 1000")
     parser.add_argument("--no_save", action="store_true", help="do not write the choice into the pipeline's defaults")
-    add_measuring(parser)
-    parser.add_argument("--output", default="sweep", metavar="FOLDER", help="default: sweep")
+    add_flags(parser, *MEASURING)
+    add_flags(parser, "output", default="sweep")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ._arguments import STEPS, add_batch_size, add_seed, add_steps
+from ._arguments import STEPS, add_flags, saved_message
 
 HELP = "make large images of small ones"
 
@@ -10,10 +10,10 @@ HELP = "make large images of small ones"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="an upscaling pipeline's folder, or its name on the Hub")
     parser.add_argument("images", nargs="+", help="a .npz file of samples as OpenAI's scripts write it, or image files")
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="one class for all or one for each, as for sample")
-    add_steps(parser)
-    add_batch_size(parser, 16)
-    add_seed(parser)
+    add_flags(parser, "labels", help="one class for all or one for each, as for sample")
+    add_flags(parser, *STEPS)
+    add_flags(parser, "batch_size", default=16)
+    add_flags(parser, "seed")
     parser.add_argument(
         "--output",
         default="upscaled.npz",
@@ -35,16 +35,8 @@ def run(args: argparse.Namespace) -> None:
     images, labels = read_small_images(args.images)
     with resumable():
         pipe = load_pipeline(args.model, join_processes(), ClassifierGuidedUpscalePipeline)
-        made = upscale_to_file(
-            pipe,
-            images,
-            labels if args.labels is None else class_ids(pipe, args.labels),
-            args.output,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            **{name: getattr(args, name) for name in STEPS},
-        )
+        classes = labels if args.labels is None else class_ids(pipe, args.labels)
+        settings = {name: getattr(args, name) for name in ("batch_size", "seed", *STEPS)}
+        is_new = upscale_to_file(pipe, images, classes, args.output, **settings)
     height, width = pipe.sample_size
-    there = "is there already, made by the same command"
-    saved = f"Saved {len(images)} images of {height}x{width} as {args.output}"
-    print_once(saved if made else f"{args.output} {there}")
+    print_once(saved_message(f"{len(images)} images of {height}x{width}", args.output, is_new))

@@ -19,9 +19,8 @@ class Architecture:
 
     Attributes:
         kind (`str`): `"unet"`, `"upsampler"` or `"classifier"`.
-        config (`dict`): The arguments of the published constructor that the tensors determine, as
-            [`convert_openai_unet`] and [`convert_openai_classifier`] take them; `image_size` is among them only for a
-            classifier that pools by attention.
+        config (`dict`): The arguments of the published constructor that they determine; `image_size` is among them only
+            for a classifier that pools by attention.
     """
 
     kind: str
@@ -56,13 +55,8 @@ def infer_architecture(
 ) -> Architecture:
     """The architecture of a model, from the names and shapes of its tensors.
 
-    Args:
-        shapes (`Mapping[str, Sequence[int]]`): Published name -> shape.
-        image_size (`int`, *optional*), classifier_depth (`int`, *optional*): Values of the flags, for classifiers
-            whose tensors fit several numbers of residual blocks.
-
-    Returns:
-        [`Architecture`]: Not all tensors are checked; [`check_tensors`] does that.
+    `image_size` and `classifier_depth` are values of the flags, for classifiers whose tensors fit several numbers of
+    residual blocks. Not all tensors are checked; [`check_tensors`] does that.
 
     Raises:
         `ValueError`: If the tensors are not those of a model of guided-diffusion or improved-diffusion, or if they fit
@@ -84,11 +78,8 @@ def infer_architecture(
         num_res_blocks = min(convolutions + gaps) - 1
     elif is_unet:
         # A residual block that halves the image has no mark, but one that doubles it is a level's second or third.
-        ups = [
-            int(match[1])
-            for name in shapes
-            if (match := re.match(r"output_blocks\.(\d+)\.([12])\.in_layers\.0\.weight$", name))
-        ]
+        mark = re.compile(r"output_blocks\.(\d+)\.([12])\.in_layers\.0\.weight$")
+        ups = [int(match[1]) for name in shapes if (match := mark.match(name))]
         resblock_updown = bool(ups)
         num_res_blocks = min(ups) if ups else total - 1
     else:
@@ -118,10 +109,7 @@ def infer_architecture(
     out_channels = _size(shapes, "out.2.weight", 0)
     # Images are grey or coloured; with a learned variance the output has twice their channels.
     image_channels = {1: 1, 2: 1, 3: 3, 6: 3}.get(out_channels, in_channels)
-    if in_channels not in (image_channels, 2 * image_channels) or out_channels not in (
-        image_channels,
-        2 * image_channels,
-    ):
+    if not {in_channels, out_channels} <= {image_channels, 2 * image_channels}:
         raise ValueError(
             f"A model that takes {in_channels} channels and returns {out_channels} is not one of the published kinds."
         )
@@ -151,8 +139,7 @@ def _encoder_depth(shapes: Shapes, total: int, image_size: int | None, wanted: i
             and not any(widens[i] for i in range(total) if i not in firsts)
             and not any(attends[i] for i in range(0, total, depth + 1))
             and all(len(set(attends[first : first + depth])) == 1 for first in firsts)
-            and (lowest_side is None or lowest_side.is_integer())
-            and (lowest_side is None or tokens is None or lowest_side**2 == tokens)
+            and (lowest_side is None or (lowest_side.is_integer() and tokens in (None, lowest_side**2)))
         ):
             fitting.append(depth)
     if not fitting:

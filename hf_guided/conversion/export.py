@@ -23,15 +23,8 @@ from .files import same_content
 from .flags import SCHEDULES, parse_flags, scripts_channel_mult, spell_flags
 from .openai import to_openai_state_dict
 
+PARTS = {"unet": ADMUNet2DModel, "classifier": ADMForImageClassification, "scheduler": ADMScheduler}
 _TAKEN = "{} exists already; choose another file, or remove it."
-
-
-def _is_export(path: str | os.PathLike) -> bool:
-    """Whether a file may be an earlier export, an archive of torch."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/data.pkl") for name in archive.namelist())
 
 
 def export_checkpoint(
@@ -55,17 +48,15 @@ def export_checkpoint(
         log (`Callable`, defaults to `print`): Called with the flags, and further settings of the published scripts.
 
     Raises:
-        `ValueError`: If there is no such model, or the published code cannot express it. Nothing is written
-            then.
+        `ValueError`: If there is no such model, or the published code cannot express it. Nothing is written then.
     """
     if classifier is not None and os.path.realpath(output) == os.path.realpath(classifier):
         raise ValueError(f"--output and --classifier both name {output}; choose a file for each.")
     for path, flag in ((output, "--output"), (classifier, "--classifier")):
-        if path is None:
-            continue
-        check_parent(path, flag)
-        if os.path.lexists(path) and not _is_export(path):
-            raise ValueError(_TAKEN.format(path))
+        if path is not None:
+            check_parent(path, flag)
+            if os.path.lexists(path) and not _is_export(path):
+                raise ValueError(_TAKEN.format(path))
     folder = _find(source, token)
     record = read_config(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
     parts = _load_parts(folder)
@@ -74,11 +65,11 @@ def export_checkpoint(
     if classifier is not None and "classifier" not in parts:
         raise ValueError(f"{source} has no classifier; leave out --classifier.")
 
-    files = {"unet": output, "classifier": classifier} if "unet" in parts else {"classifier": output}
+    files = {"classifier": output}
+    if "unet" in parts:
+        files = {"unet": output, **({} if classifier is None else {"classifier": classifier})}
     written = {}
     for part, path in files.items():
-        if path is None:
-            continue
         flags, notes = (_unet_flags if part == "unet" else _classifier_flags)(parts)
         said = parse_flags(record.get(part, {}).get("flags", ""))
         new_order = said.get("use_new_attention_order", False)
@@ -105,6 +96,14 @@ def export_checkpoint(
         log(f"The classifier of {source} was not exported; rerun with --classifier classifier.pt for both files.")
 
 
+def _is_export(path: str | os.PathLike) -> bool:
+    """Whether a file may be an earlier export, an archive of torch."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/data.pkl") for name in archive.namelist())
+
+
 def _find(source: str | os.PathLike, token: str | None) -> Path:
     """A local folder, or the downloaded folder of a model on the Hub."""
     if Path(source).exists():
@@ -115,8 +114,8 @@ def _find(source: str | os.PathLike, token: str | None) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], token=token))
     except RepositoryNotFoundError:
         raise ValueError(
-            f"There is no folder {source}, and {source} was not found on the Hub with this token: check the name, "
-            f"or log in with `hf auth login`."
+            f"There is no folder {source}, and {source} was not found on the Hub with this token: check the name, or "
+            f"log in with `hf auth login`."
         ) from None
     except (HTTPError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -126,44 +125,39 @@ def _find(source: str | os.PathLike, token: str | None) -> Path:
 
 
 def _load_parts(folder: Path) -> dict[str, Any]:
-    """The models and the scheduler in a folder of a pipeline or a model."""
+    """This library's models and scheduler in a folder of a pipeline or a model."""
     try:
         with naming_damage(folder):
-            return _from_pretrained(folder)
+            if (folder / "model_index.json").is_file():
+                index = read_config(folder / "model_index.json")
+                kinds = {name: entry[1] for name, entry in index.items() if isinstance(entry, list)}
+                if kinds.get("unet") != "ADMUNet2DModel":
+                    raise ValueError(
+                        f"The UNet of {folder} is a {kinds.get('unet')}; only an ADMUNet2DModel can be exported to the "
+                        f"published code."
+                    )
+                parts = {
+                    name: kind.from_pretrained(folder / name)
+                    for name, kind in PARTS.items()
+                    if kinds.get(name) == kind.__name__
+                }
+                return {**parts, "index": index}
+            config = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
+            if config.get("_class_name") == "ADMUNet2DModel":
+                return {"unet": ADMUNet2DModel.from_pretrained(folder)}
+            if config.get("model_type") == "adm-classifier":
+                return {"classifier": ADMForImageClassification.from_pretrained(folder)}
+            raise ValueError(f"{folder} is not a pipeline, UNet or classifier of this library.")
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"The models of {folder} cannot be loaded: {reason}") from error
-
-
-def _from_pretrained(folder: Path) -> dict[str, Any]:
-    """This library's models and scheduler in a folder; a missing file is an `OSError`."""
-    index = folder / "model_index.json"
-    if index.is_file():
-        components = read_config(index)
-        if components.get("unet", [None, None])[1] != "ADMUNet2DModel":
-            raise ValueError(
-                f"The UNet of {folder} is a {components.get('unet', [None, None])[1]}; only an "
-                f"ADMUNet2DModel can be exported to the published code."
-            )
-        parts = {"unet": ADMUNet2DModel.from_pretrained(folder / "unet"), "index": components}
-        if components.get("classifier", [None, None])[1] == "ADMForImageClassification":
-            parts["classifier"] = ADMForImageClassification.from_pretrained(folder / "classifier")
-        if components.get("scheduler", [None, None])[1] == "ADMScheduler":
-            parts["scheduler"] = ADMScheduler.from_pretrained(folder / "scheduler")
-        return parts
-    config = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if config.get("_class_name") == "ADMUNet2DModel":
-        return {"unet": ADMUNet2DModel.from_pretrained(folder)}
-    if config.get("model_type") == "adm-classifier":
-        return {"classifier": ADMForImageClassification.from_pretrained(folder)}
-    raise ValueError(f"{folder} is not a pipeline, UNet or classifier of this library.")
 
 
 def _unet_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The published scripts' flags for a UNet and its scheduler, and notes on settings without a flag."""
     config = parts["unet"].config
     upsampler = config.low_res_channels is not None
-    if upsampler and config.low_res_channels != config.in_channels:
+    if config.low_res_channels not in (None, config.in_channels):
         raise ValueError(
             f"The published upsampler takes two images with the same number of channels; this one takes "
             f"{config.in_channels} and {config.low_res_channels}."
@@ -180,15 +174,13 @@ def _unet_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         "learn_sigma": config.out_channels == 2 * config.in_channels,
         "dropout": config.dropout,
     }
+    heads = {"num_heads": config.num_heads, "num_heads_upsample": config.num_heads_upsample}
     if config.num_heads is None:
-        flags["num_head_channels"] = config.attention_head_dim or 64
-    else:
-        flags["num_heads"] = config.num_heads
-        if config.num_heads_upsample is not None:
-            flags["num_heads_upsample"] = config.num_heads_upsample
+        heads = {"num_head_channels": config.attention_head_dim or 64}
+    flags |= {name: value for name, value in heads.items() if value is not None}
     if not config.resblock_updown:  # a default, and a flag that improved-diffusion lacks
         del flags["resblock_updown"]
-        known = scripts_channel_mult("unet", flags["image_size"]) if flags.get("image_size") == 32 else None
+        known = scripts_channel_mult("unet", 32) if flags.get("image_size") == 32 else None
         if config.num_heads is not None and flags.get("channel_mult", ()) == known:
             del flags["channel_mult"]  # improved-diffusion's own widths for images of 32 pixels
     rows = None if config.num_class_embeds is None else config.num_class_embeds + config.null_class_label
@@ -217,10 +209,10 @@ def _classifier_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
     """The published scripts' flags for a classifier, and notes on settings without a flag."""
     config = parts["classifier"].config
     shared, notes = _shared_flags(config, "classifier")
-    widths = level_widths(config.model_channels, config.channel_mult)
-    attends = level_attention(config.sample_size, len(widths), config.attention_resolutions)
     head_widths = {64 if config.attention_head_dim is None else config.attention_head_dim}
     if config.num_heads is not None:
+        widths = level_widths(config.model_channels, config.channel_mult)
+        attends = level_attention(config.sample_size, len(widths), config.attention_resolutions)
         attended = {width for width, has in zip(widths, attends, strict=True) if has} | {widths[-1]}
         head_widths = {width // config.num_heads for width in attended}
         if config.pool == "attention" and len(head_widths) > 1:
@@ -250,10 +242,9 @@ def _schedule_flags(config: Any, notes: list[str]) -> dict[str, Any]:
     """The flags of a noise schedule."""
     steps, betas = config.num_train_timesteps, config.trained_betas
     flags: dict[str, Any] = {"diffusion_steps": steps}
-    names = {ours: theirs for theirs, ours in SCHEDULES.items()}
-    named = config.beta_schedule in names
-    if named and (betas is None or abs(make_betas(config.beta_schedule, steps) - betas).max() < 1e-6):
-        flags["noise_schedule"] = names[config.beta_schedule]
+    name = next((theirs for theirs, ours in SCHEDULES.items() if ours == config.beta_schedule), None)
+    if name and (betas is None or abs(make_betas(config.beta_schedule, steps) - betas).max() < 1e-6):
+        flags["noise_schedule"] = name
     else:
         notes.append("Its noise schedule has no name in the published scripts.")
     if config.rescale_timesteps or steps != 1000:  # the defaults of the two published codes differ
@@ -266,11 +257,11 @@ def _shared_flags(config: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
     notes = []
     size = config.sample_size
     if not isinstance(size, int):
-        if len(set(size)) > 1 and getattr(config, "pool", None) == "attention":
-            raise ValueError(
-                f"The published classifier uses attention pooling for square images only; this one's are {list(size)}."
-            )
-        if len(set(size)) > 1:
+        if size[0] != size[1]:
+            if getattr(config, "pool", None) == "attention":
+                raise ValueError(
+                    f"The published classifier has attention pooling for square images only; these are {list(size)}."
+                )
             notes.append(f"The published scripts sample square images; this model's are {size[0]}x{size[1]}.")
         size = size[0]
     attends = level_attention(size, len(config.channel_mult), config.attention_resolutions)
@@ -296,10 +287,5 @@ def _shared_flags(config: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _save(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
-    try:
-        with path.open("wb") as file:  # given a path, torch would write its name into the archive
-            torch.save(dict(state_dict), file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # a full disk, which torch reports as a broken archive
-            raise error.__context__ from None
-        raise
+    with path.open("wb") as file:  # given a path, torch would write its name into the archive
+        torch.save(dict(state_dict), file)

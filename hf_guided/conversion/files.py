@@ -23,20 +23,13 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF1
 
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], bool]:
-    """The tensors of a state dict that the published code saved.
+    """The tensors of a `.pt` state dict by their published names, and whether they are mapped, see [`release_pages`].
 
     Code in a pickle is never run. The file is memory-mapped, so that tensors are read on use; only files of PyTorch
     before 1.6 are read completely.
 
-    Args:
-        path (`str` or `os.PathLike`): The `.pt` file.
-
-    Returns:
-        The tensors by their published names, and whether they are mapped, for [`release_pages`].
-
     Raises:
-        `ValueError`: If the file is missing or damaged, holds anything but tensors, or is not a state dict of a
-            model.
+        `ValueError`: If the file is missing or damaged, or holds anything but the tensors of a model.
     """
     path = Path(path)
     if path.is_dir():
@@ -179,14 +172,11 @@ def write_safetensors(
         for name, tensor in tensors:
             converted = tensor.to(dtype).contiguous()
             if not converted.isfinite().all():
-                raise ValueError(_not_finite(name, tensor, dtype))
+                reason = f"{dtype} cannot hold; convert with --dtype bf16 or fp32."
+                if not tensor.isfinite().all():
+                    reason = "are not finite: its training diverged, or the file is damaged."
+                raise ValueError(f"The tensor {name} has values that {reason}")
             file.seek(8 + len(encoded) + header[name]["data_offsets"][0])
             file.write(converted.view(torch.uint8).numpy().data)
             missing.remove(name)
     assert not missing, missing
-
-
-def _not_finite(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> str:
-    if not tensor.isfinite().all():
-        return f"The tensor {name} has values that are not finite: its training diverged, or the file is damaged."
-    return f"The tensor {name} has values that {dtype} cannot hold; convert with --dtype bf16 or fp32."

@@ -15,99 +15,46 @@ from .architecture import Architecture
 Flags = Mapping[str, Any]
 
 
-def _boolean(text: str) -> bool:
-    if text.lower() in ("yes", "true", "t", "y", "1"):
-        return True
-    if text.lower() in ("no", "false", "f", "n", "0"):
-        return False
-    raise ValueError
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
-
-
-def _multiples(text: str) -> tuple[float, ...]:
-    return tuple(float(number) for number in text.split(","))
-
-
-# The kind of value that each parser takes, for errors.
-_WANTED: dict[Callable[[str], Any], str] = {
-    _boolean: "True or False",
-    _integers: "whole numbers separated by commas",
-    _multiples: "numbers separated by commas",
-    int: "a whole number",
-    float: "a number",
-}
-
-_FLAGS: dict[str, Callable[[str], Any]] = {
+# What a flag takes, in words for errors, and its parser, which raises `KeyError` or `ValueError`.
+_TRUTH = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
+Parser = tuple[str, Callable[[str], Any]]
+_BOOLEAN: Parser = ("True or False", lambda text: _TRUTH[text.lower()])
+_INTEGER: Parser = ("a whole number", int)
+_INTEGERS: Parser = ("whole numbers separated by commas", lambda text: tuple(map(int, text.split(","))))
+_NUMBER: Parser = ("a number", float)
+_NUMBERS: Parser = ("numbers separated by commas", lambda text: tuple(map(float, text.split(","))))
+_TEXT: Parser = ("a text", str)
+_FLAGS: dict[str, Parser] = {
     # the model
-    "image_size": int,
-    "large_size": int,
-    "small_size": int,
-    "num_channels": int,
-    "num_res_blocks": int,
-    "num_heads": int,
-    "num_heads_upsample": int,
-    "num_head_channels": int,
-    "attention_resolutions": _integers,
-    "channel_mult": _multiples,
-    "dropout": float,
-    "class_cond": _boolean,
-    "learn_sigma": _boolean,
-    "use_scale_shift_norm": _boolean,
-    "resblock_updown": _boolean,
-    "use_new_attention_order": _boolean,
-    # the classifier; the last two are ours, since the published code only has heads of 64 channels
-    "classifier_width": int,
-    "classifier_depth": int,
-    "classifier_attention_resolutions": _integers,
-    "classifier_use_scale_shift_norm": _boolean,
-    "classifier_resblock_updown": _boolean,
-    "classifier_pool": str,
-    "classifier_num_heads": int,
-    "classifier_num_head_channels": int,
+    **dict.fromkeys(("image_size", "large_size", "small_size", "num_channels", "num_res_blocks"), _INTEGER),
+    **dict.fromkeys(("num_heads", "num_heads_upsample", "num_head_channels"), _INTEGER),
+    **dict.fromkeys(("class_cond", "learn_sigma", "use_scale_shift_norm", "resblock_updown"), _BOOLEAN),
+    "use_new_attention_order": _BOOLEAN,
+    "attention_resolutions": _INTEGERS,
+    "channel_mult": _NUMBERS,
+    "dropout": _NUMBER,
+    # the classifier; its heads are ours, since the published code only has heads of 64 channels
+    **dict.fromkeys(("classifier_width", "classifier_depth"), _INTEGER),
+    **dict.fromkeys(("classifier_num_heads", "classifier_num_head_channels"), _INTEGER),
+    **dict.fromkeys(("classifier_use_scale_shift_norm", "classifier_resblock_updown"), _BOOLEAN),
+    "classifier_attention_resolutions": _INTEGERS,
+    "classifier_pool": _TEXT,
     # the diffusion
-    "diffusion_steps": int,
-    "noise_schedule": str,
-    "predict_xstart": _boolean,
-    "rescale_timesteps": _boolean,
-    "sigma_small": _boolean,
+    "diffusion_steps": _INTEGER,
+    "noise_schedule": _TEXT,
+    **dict.fromkeys(("predict_xstart", "rescale_timesteps", "sigma_small"), _BOOLEAN),
     # sampling
-    "timestep_respacing": str,
-    "use_ddim": _boolean,
-    "clip_denoised": _boolean,
-    "classifier_scale": float,
+    "timestep_respacing": _TEXT,
+    **dict.fromkeys(("use_ddim", "clip_denoised"), _BOOLEAN),
+    "classifier_scale": _NUMBER,
 }
 
 # Flags of training, computation and files, which a converted model does not need.
 _IGNORED = {
-    "anneal_lr",
-    "base_samples",
-    "batch_size",
-    "classifier_path",
-    "classifier_use_fp16",
-    "data_dir",
-    "ema_rate",
-    "eval_interval",
-    "fp16_scale_growth",
-    "iterations",
-    "log_interval",
-    "lr",
-    "lr_anneal_steps",
-    "microbatch",
-    "model_path",
-    "noised",
-    "num_samples",
-    "rescale_learned_sigmas",
-    "resume_checkpoint",
-    "save_interval",
-    "schedule_sampler",
-    "use_checkpoint",
-    "use_fp16",
-    "use_kl",
-    "val_data_dir",
-    "weight_decay",
+    *("batch_size", "microbatch", "lr", "lr_anneal_steps", "anneal_lr", "weight_decay", "ema_rate", "iterations"),
+    *("schedule_sampler", "noised", "use_kl", "rescale_learned_sigmas", "log_interval", "eval_interval"),
+    *("use_checkpoint", "use_fp16", "fp16_scale_growth", "classifier_use_fp16", "num_samples", "base_samples"),
+    *("data_dir", "val_data_dir", "model_path", "classifier_path", "resume_checkpoint", "save_interval"),
 }
 
 # Flags of guided-diffusion's scripts only; so are all flags of a classifier.
@@ -121,11 +68,7 @@ _CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     256: (1, 1, 2, 2, 4, 4),
     512: (0.5, 1, 1, 2, 2, 4, 4),
 }
-_UPSAMPLER_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
-    64: (1, 2, 3, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    512: (1, 1, 2, 2, 4, 4),
-}
+_UPSAMPLER_CHANNEL_MULT = {64: (1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (1, 1, 2, 2, 4, 4)}
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
@@ -138,33 +81,25 @@ def scripts_channel_mult(kind: str, image_size: int) -> tuple[float, ...] | None
 
 
 def parse_flags(text: str) -> dict[str, Any]:
-    """The values of flags, written as for the published scripts.
+    """The values by name of flags written as for the published scripts, without those that a model does not need.
 
     Args:
-        text (`str`): `--name value` or `--name=value`, in any order; the later of two wins. A whole command line or
-            the README's lines `MODEL_FLAGS="…"` can be given, too.
-
-    Returns:
-        `dict[str, Any]`: The values by name, without flags that a converted model does not need (of training,
-        computation and files).
+        text (`str`): `--name value` or `--name=value`, the later of two wins; or a whole command line, or the README's
+            lines `MODEL_FLAGS="…"`.
 
     Raises:
-        `ValueError`: For a flag that neither guided-diffusion nor improved-diffusion has, one without a value, or with
-            a value of another kind.
+        `ValueError`: For a flag that neither guided-diffusion nor improved-diffusion has, or a missing or wrong value.
     """
     try:
         words = shlex.split(text.replace("\\\n", " "))
     except ValueError as error:
         raise ValueError(f"The flags cannot be read, {error}: {text}") from None
-    expanded: list[str] = []
+    expanded: list[str] = []  # of lines such as MODEL_FLAGS="…"
     for word in words:
         assignment = re.match(r"[A-Z_]+=(.*)$", word, re.DOTALL)
         expanded += shlex.split(assignment[1]) if assignment else [word]
-    for word in expanded:
-        if word.startswith("$"):
-            raise ValueError(
-                f"{word} in the flags was not expanded; put double quotes around the flags for the shell to expand it."
-            )
+    if variable := next((word for word in expanded if word.startswith("$")), None):
+        raise ValueError(f"{variable} in the flags was not expanded; put double quotes around the flags for the shell.")
     # the command in front, such as `mpiexec -n 8 python scripts/image_train.py`
     start = next((i for i, word in enumerate(expanded) if word.startswith("--")), len(expanded))
     if start and not expanded[start - 1].endswith(".py"):
@@ -186,10 +121,11 @@ def parse_flags(text: str) -> dict[str, Any]:
             continue
         flags.pop(name, None)
         if value:  # the scripts write an empty value for "not given"
+            wanted, parse = _FLAGS[name]
             try:
-                flags[name] = _FLAGS[name](value)
-            except ValueError:
-                raise ValueError(f"--{name} takes {_WANTED[_FLAGS[name]]}; {value!r} was given.") from None
+                flags[name] = parse(value)
+            except (KeyError, ValueError):
+                raise ValueError(f"--{name} takes {wanted}; {value!r} was given.") from None
     return flags
 
 
@@ -227,25 +163,20 @@ def _scripts_make(architecture: Architecture, image_size: int | None) -> bool:
 
 def add_improved_defaults(flags: Flags, architecture: Architecture) -> tuple[dict[str, Any], dict[str, Any]]:
     """The flags with improved-diffusion's defaults for those that its README omits, and these defaults alone."""
-    assumed: dict[str, Any] = {}
-    if "num_heads" not in flags:
-        assumed["num_heads"] = 4
+    defaults: dict[str, Any] = {"num_heads": 4}
     if architecture.kind == "upsampler":
-        assumed |= {name: size for name, size in (("large_size", 256), ("small_size", 64)) if name not in flags}
-    if "rescale_timesteps" not in flags and flags.get("diffusion_steps", 1000) != 1000:
-        assumed["rescale_timesteps"] = True
+        defaults |= {"large_size": 256, "small_size": 64}
+    if flags.get("diffusion_steps", 1000) != 1000:
+        defaults["rescale_timesteps"] = True
+    assumed = {name: value for name, value in defaults.items() if name not in flags}
     return {**flags, **assumed}, assumed
 
 
 def unet_config(flags: Flags, architecture: Architecture) -> dict[str, Any]:
-    """The published constructor's arguments of a UNet or upsampler.
-
-    Raises:
-        `ValueError`: If a flag is missing or contradicts the tensors, naming it.
-    """
+    """The published constructor's arguments of a UNet or upsampler; a missing or wrong flag is a `ValueError`."""
     upsampler = architecture.kind == "upsampler"
     size_flag = "large_size" if upsampler else "image_size"
-    size = _required(flags, size_flag, "64" if not upsampler else "256")
+    size = _required(flags, size_flag, "256" if upsampler else "64")
     if not upsampler and "large_size" in flags:
         raise ValueError(
             f"--large_size {flags['large_size']} is a flag of upsamplers, but the tensors take no low-resolution image."
@@ -259,11 +190,11 @@ def unet_config(flags: Flags, architecture: Architecture) -> dict[str, Any]:
     _agree(flags, "class_cond", architecture.num_classes is not None)
     _agree(flags, "learn_sigma", architecture.learns_sigma)
     config = _common_config(flags, architecture, size_flag, prefix="")
-    heads = _heads(flags, architecture, ("num_heads", "num_head_channels"))
+    heads = _heads(flags, architecture, prefix="")
     if heads is None:
         raise ValueError(
-            "--num_heads or --num_head_channels is missing, and the tensors do not determine the number of "
-            "attention heads;  the published scripts' default is --num_heads 4."
+            "--num_heads or --num_head_channels is missing, and the tensors do not determine the number of attention "
+            "heads; the published scripts' default is --num_heads 4."
         )
     upsample = flags.get("num_heads_upsample", -1)
     if upsample != -1 and "num_heads" in heads:
@@ -278,38 +209,27 @@ def unet_config(flags: Flags, architecture: Architecture) -> dict[str, Any]:
 
 
 def classifier_config(flags: Flags, architecture: Architecture, alone: bool = False) -> dict[str, Any]:
-    """The published constructor's arguments of a classifier, with the noise schedule that it was trained on.
+    """The published constructor's arguments of a classifier, with its noise schedule; raises as [`unet_config`].
 
-    Args:
-        flags (`Mapping[str, Any]`): From [`parse_flags`].
-        architecture ([`Architecture`]): The architecture that the tensors determine.
-        alone (`bool`, defaults to `False`): Whether it is converted without a UNet, so that `--num_channels`,
-            `--use_new_attention_order` and the like are the classifier's, unless the flags describe both.
-
-    Raises:
-        `ValueError`: If a flag is missing or contradicts the tensors, naming it.
+    Of a classifier converted without a UNet (`alone`), `--num_channels`, `--use_new_attention_order` and the like are
+    its own, unless the flags describe both.
     """
-    if "image_size" not in flags and "large_size" in flags:  # it guides an upsampler
-        flags = {**flags, "image_size": flags["large_size"]}
-    if "image_size" not in flags and "image_size" in architecture.config:
-        flags = {**flags, "image_size": architecture.config["image_size"]}
+    sizes = (flags.get("image_size"), flags.get("large_size"), architecture.config.get("image_size"))
+    if (size := next((size for size in sizes if size is not None), None)) is not None:  # large: it guides an upsampler
+        flags = {**flags, "image_size": size}
     _required(flags, "image_size", "64")
     described = any(name.startswith("classifier_") and name != "classifier_scale" for name in flags)
     own = alone and not (described and any(name in flags for name in ("num_channels", "num_res_blocks", "class_cond")))
     _agree(flags, "classifier_pool", architecture.config["pool"])
     config = _common_config(flags, architecture, "image_size", prefix="" if own and not described else "classifier_")
-    heads = _heads(flags, architecture, ("classifier_num_heads", "classifier_num_head_channels"))
-    published = _scripts_make(architecture, flags["image_size"])
-    published = published and not any(width % 64 for width in architecture.attended_widths)
-    if heads is None and (
-        own or not published
-    ):  # in the scripts this flag sets the heads of a classifier of another size
-        heads = _heads(flags, architecture, ("num_heads", "num_head_channels"))
+    heads = _heads(flags, architecture, prefix="classifier_")
+    published = _scripts_make(architecture, size) and not any(width % 64 for width in architecture.attended_widths)
+    if heads is None and (own or not published):  # in the scripts this flag sets the heads where the size is another
+        heads = _heads(flags, architecture, prefix="")
     if heads is None and not published:
         raise ValueError(
-            "--classifier_num_heads or --classifier_num_head_channels is missing, and the tensors do not determine "
-            "the number of attention heads; the published scripts' heads of 64 channels only apply to the sizes and "
-            "widths of their own classifiers, and this one has others."
+            "--classifier_num_heads or --classifier_num_head_channels is missing, and the tensors do not determine the "
+            "number of attention heads; only the published scripts' own classifiers have heads of 64 channels."
         )
     heads = heads or {"num_head_channels": 64}
     schedule = scheduler_arguments(flags, learns_sigma=False)
@@ -319,11 +239,7 @@ def classifier_config(flags: Flags, architecture: Architecture, alone: bool = Fa
 
 
 def scheduler_arguments(flags: Flags, learns_sigma: bool) -> dict[str, Any]:
-    """The arguments of the [`ADMScheduler`] that flags describe.
-
-    Raises:
-        `ValueError`: If the noise schedule or the number of its steps is missing or unknown.
-    """
+    """The arguments of the [`ADMScheduler`] that flags describe; raises as [`unet_config`]."""
     schedule = _required(flags, "noise_schedule", "linear")
     steps = _required(flags, "diffusion_steps", "1000")
     if schedule not in SCHEDULES:
@@ -334,8 +250,8 @@ def scheduler_arguments(flags: Flags, learns_sigma: bool) -> dict[str, Any]:
         make_betas(SCHEDULES[schedule], steps)
     except ValueError:
         raise ValueError(
-            f"--diffusion_steps {steps} is too few for --noise_schedule {schedule}, whose betas would reach 1; models "
-            f"of so few steps were trained with --noise_schedule cosine."
+            f"--diffusion_steps {steps} is too few for --noise_schedule {schedule}, whose betas would reach 1; such "
+            f"models were trained with --noise_schedule cosine."
         ) from None
     fixed = "fixed_small" if flags.get("sigma_small", False) else "fixed_large"
     return {
@@ -351,28 +267,24 @@ def scheduler_arguments(flags: Flags, learns_sigma: bool) -> dict[str, Any]:
 
 def _common_config(flags: Flags, architecture: Architecture, size_flag: str, prefix: str) -> dict[str, Any]:
     """The arguments that UNets and classifiers share, after checking their flags against the tensors."""
-    inferred, size = architecture.config, flags[size_flag]
+    inferred, size, widths = architecture.config, flags[size_flag], architecture.config["channel_mult"]
     width, depth = (f"{prefix}width", f"{prefix}depth") if prefix else ("num_channels", "num_res_blocks")
     _agree(flags, width, inferred["model_channels"])
     _agree(flags, depth, inferred["num_res_blocks"])
     _agree(flags, f"{prefix}use_scale_shift_norm", inferred["use_scale_shift_norm"])
-    several = len(inferred["channel_mult"]) > 1  # with one level nothing is resampled
-    if several:
+    if len(widths) > 1:  # with one level nothing is resampled
         _agree(flags, f"{prefix}resblock_updown", inferred["resblock_updown"])
-    if "image_size" in inferred:
-        _agree(flags, size_flag, inferred["image_size"])
-    lowest = 2 ** (len(inferred["channel_mult"]) - 1)
-    if size < 1 or size % lowest:
+    _agree(flags, size_flag, inferred.get("image_size", size))
+    if size < 1 or size % 2 ** (len(widths) - 1):
         raise ValueError(
-            f"--{size_flag} {size} cannot be halved {len(inferred['channel_mult']) - 1} times, as the tensors' levels "
-            f"require."
+            f"--{size_flag} {size} cannot be halved {len(widths) - 1} times, as the tensors' levels require."
         )
 
     scripts = scripts_channel_mult(architecture.kind, size)
     if prefix == "" and "channel_mult" in flags:
-        _agree(flags, "channel_mult", inferred["channel_mult"])
-    elif scripts is not None and scripts != inferred["channel_mult"]:
-        given, found = _spell(scripts), _spell(inferred["channel_mult"])
+        _agree(flags, "channel_mult", widths)
+    elif scripts is not None and scripts != widths:
+        given, found = _spell(scripts), _spell(widths)
         fix = "" if prefix else f", or add --channel_mult {found}"
         raise ValueError(
             f"--{size_flag} {size} means widths of {given} times the base in the published scripts, but the tensors "
@@ -381,7 +293,7 @@ def _common_config(flags: Flags, architecture: Architecture, size_flag: str, pre
 
     resolutions = flags.get(f"{prefix}attention_resolutions")
     if resolutions is not None:
-        levels = {2**level for level in range(len(inferred["channel_mult"]))}
+        levels = {2**level for level in range(len(widths))}
         factors = sorted(levels & {size // side for side in resolutions if side > 0})
         if factors != inferred["attention_resolutions"]:
             found = _spell([size // factor for factor in inferred["attention_resolutions"]]) or "none"
@@ -392,24 +304,20 @@ def _common_config(flags: Flags, architecture: Architecture, size_flag: str, pre
     return {**inferred, "image_size": size}
 
 
-def _heads(flags: Flags, architecture: Architecture, names: tuple[str, str]) -> dict[str, Any] | None:
+def _heads(flags: Flags, architecture: Architecture, prefix: str) -> dict[str, Any] | None:
     """The attention heads; their width takes precedence over their number, as in the published code."""
-    number, width = names
-    if flags.get(width, -1) != -1:
-        for channels in architecture.attended_widths:
-            if flags[width] < 1 or channels % flags[width]:
-                raise ValueError(f"--{width} {flags[width]} does not divide the tensors' {channels} channels.")
-        return {"num_head_channels": flags[width]}
-    if number in flags:
-        _divides(number, flags[number], architecture.attended_widths)
-        return {"num_heads": flags[number]}
+    for name, unset in (("num_head_channels", -1), ("num_heads", None)):
+        value = flags.get(f"{prefix}{name}", unset)
+        if value != unset:
+            _divides(f"{prefix}{name}", value, architecture.attended_widths)
+            return {name: value}
     return None
 
 
-def _divides(name: str, heads: int, widths: set[int]) -> None:
+def _divides(name: str, divisor: int, widths: set[int]) -> None:
     for channels in widths:
-        if heads < 1 or channels % heads:
-            raise ValueError(f"--{name} {heads} does not divide the tensors' {channels} channels.")
+        if divisor < 1 or channels % divisor:
+            raise ValueError(f"--{name} {divisor} does not divide the tensors' {channels} channels.")
 
 
 def _required(flags: Flags, name: str, default: str) -> Any:

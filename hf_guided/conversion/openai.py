@@ -5,64 +5,59 @@ projects query, key and value in one product whose rows are ordered `(3, heads, 
 `(heads, 3, width)`. They are split into three products here, so that the models have only one layout.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..models.classifier_adm import ADMClassifierConfig, ADMForImageClassification
-from ..models.layers import ADMAttention, ADMAttentionPool, ADMResnetBlock, Downsample2D
+from ..models.layers import ADMAttention, ADMAttentionPool, ADMResnetBlock, Downsample2D, Upsample2D
 from ..models.unet_adm import ADMUNet2DModel
-
-RESNET_NAMES = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-
-REQUIRED_ARGUMENTS = (
-    "image_size",
-    "in_channels",
-    "model_channels",
-    "out_channels",
-    "num_res_blocks",
-    "attention_resolutions",
-)
 
 # The published constructors' arguments by this library's names. Those with None do not affect the model, or are
 # translated separately.
-CONSTRUCTOR_ARGUMENTS = {
+CONSTRUCTOR_ARGUMENTS: dict[str, str | None] = {
+    **{name: name for name in ("in_channels", "model_channels", "out_channels", "num_res_blocks", "dropout", "pool")},
+    **{name: name for name in ("channel_mult", "conv_resample", "use_scale_shift_norm", "resblock_updown")},
     "image_size": "sample_size",
-    "in_channels": "in_channels",
-    "model_channels": "model_channels",
-    "out_channels": "out_channels",
-    "num_res_blocks": "num_res_blocks",
-    "attention_resolutions": None,
-    "dropout": "dropout",
-    "channel_mult": "channel_mult",
-    "conv_resample": "conv_resample",
-    "dims": None,
     "num_classes": "num_class_embeds",
-    "use_checkpoint": None,
-    "use_fp16": None,
-    "num_heads": None,
-    "num_head_channels": None,
-    "num_heads_upsample": None,
-    "use_scale_shift_norm": "use_scale_shift_norm",
-    "resblock_updown": "resblock_updown",
-    "use_new_attention_order": None,
-    "pool": "pool",
+    **dict.fromkeys(("attention_resolutions", "num_heads", "num_head_channels", "num_heads_upsample")),
+    **dict.fromkeys(("dims", "use_checkpoint", "use_fp16", "use_new_attention_order")),
+}
+REQUIRED_ARGUMENTS = (
+    *("image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions"),
+)
+
+# Parts of our layers, by their published names; "" is the layer's own: of an attention layer query, key and value.
+PARTS: dict[type, dict[str, str]] = {
+    ADMResnetBlock: {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "conv_shortcut": "skip_connection",
+    },
+    ADMAttention: {"group_norm": "norm", "": "qkv", "to_out": "proj_out"},
+    ADMAttentionPool: {"": "qkv_proj", "to_out": "c_proj"},
+    Downsample2D: {"conv": "op"},
+    Upsample2D: {"conv": "conv"},
+}
+POSITIONS = "positional_embedding"
+HEADS = {
+    "adaptive": {"head.norm": "out.0", "head.classifier.2": "out.3"},
+    "attention": {"head.norm": "out.0", "head.classifier": "out.2"},
+    "spatial": {"head.linear_1": "out.0", "head.linear_2": "out.2"},
+    "spatial_v2": {"head.linear_1": "out.0", "head.norm": "out.1", "head.linear_2": "out.3"},
 }
 
 
 def convert_openai_unet(
     state_dict: dict[str, torch.Tensor], config: dict[str, Any], super_resolution: bool = False
 ) -> ADMUNet2DModel:
-    """The UNet of a state dict of the published code.
+    """The UNet of a state dict of the published code, in float32 and in evaluation mode.
 
     Args:
         state_dict (`dict[str, torch.Tensor]`): The published names and tensors; floating-point, any precision.
@@ -71,30 +66,18 @@ def convert_openai_unet(
         super_resolution (`bool`, defaults to `False`): Whether the model is an upsampler, which also takes a
             low-resolution image of `in_channels` channels.
 
-    Returns:
-        [`ADMUNet2DModel`]: In float32 and in evaluation mode.
-
     Raises:
-        `ValueError`: If names or shapes do not fit the config, naming the first of them, or if the config has an
-            argument that the published constructor lacks.
+        `ValueError`: For the first name or shape that does not fit the config, or an argument that the published
+            constructor lacks.
     """
     return _load(make_unet(config, super_resolution), state_dict, config.get("use_new_attention_order", False))
 
 
 def convert_openai_classifier(state_dict: dict[str, torch.Tensor], config: dict[str, Any]) -> ADMForImageClassification:
-    """The noisy-image classifier of a state dict of the published code.
+    """The noisy-image classifier of a state dict of the published code, as [`convert_openai_unet`].
 
-    Args:
-        state_dict (`dict[str, torch.Tensor]`): The published names and tensors; floating-point, any precision.
-        config (`dict`): The arguments of the published constructor, `EncoderUNetModel`; `out_channels` is the number
-            of classes. Arguments of [`ADMClassifierConfig`] that the published one lacks, such as `beta_schedule` or
-            `id2label`, are allowed, too.
-
-    Returns:
-        [`ADMForImageClassification`]: In float32 and in evaluation mode.
-
-    Raises:
-        `ValueError`: As [`convert_openai_unet`].
+    `config` has the arguments of the published constructor, `EncoderUNetModel`, where `out_channels` is the number of
+    classes, and may have those that only [`ADMClassifierConfig`] has, such as `beta_schedule` or `id2label`.
     """
     return _load(make_classifier(config), state_dict, config.get("use_new_attention_order", False))
 
@@ -107,8 +90,7 @@ def to_openai_state_dict(
     Args:
         model ([`ADMUNet2DModel`] or [`ADMForImageClassification`]): Converted or trained here.
         new_attention_order (`bool`, defaults to `False`): Order the rows of query, key and value as the published
-            models with `use_new_attention_order=True` do. Either order can be written for any model; the
-            published constructor must get the same value.
+            models with `use_new_attention_order=True` do, the value that the published constructor must then get.
 
     Returns:
         `dict[str, torch.Tensor]`: The published names and tensors in float32, in the published order. Tensors whose
@@ -117,23 +99,9 @@ def to_openai_state_dict(
     Raises:
         `ValueError`: If query, key and value are fused; unfuse them first.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    for _, theirs, module in published_names(model):
-        if isinstance(module, ADMAttention | ADMAttentionPool):
-            pooling = isinstance(module, ADMAttentionPool)
-            if getattr(module, "fused_projections", False):
-                raise ValueError("The attention layers are fused; call unfuse_qkv_projections() on the model first.")
-            for kind, query in module.to_q.named_parameters():
-                parts = [query, module.to_k.get_parameter(kind), module.to_v.get_parameter(kind)]
-                rows = _join_qkv([part.detach() for part in parts], module.heads, new_attention_order or pooling)
-                tensors[f"{theirs}.{qkv_name(module)}.{kind}"] = rows
-            if isinstance(module, ADMAttentionPool):
-                tensors[f"{theirs}.positional_embedding"] = module.position_embedding.detach().T.contiguous()
-        else:
-            for kind, parameter in module.named_parameters(recurse=False):
-                tensors[f"{theirs}.{kind}"] = parameter.detach()
-    shapes = published_shapes(model)
-    return {name: tensors[name].to(torch.float32).reshape(shape) for name, shape in shapes.items()}
+    if any(getattr(module, "fused_projections", False) for module in model.modules()):
+        raise ValueError("The attention layers are fused; call unfuse_qkv_projections() on the model first.")
+    return {tensor.name: tensor.to_published() for tensor in published_tensors(model, new_attention_order)}
 
 
 def make_unet(config: dict[str, Any], super_resolution: bool = False) -> ADMUNet2DModel:
@@ -204,7 +172,7 @@ def check_tensors(model: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
                 f"config."
             )
         given = tuple(state_dict[name].shape)
-        if _without_trailing_ones(given) != _without_trailing_ones(shape):
+        if squeezed(given) != squeezed(shape):
             raise ValueError(
                 f"The tensor {name} has shape {given} where the config expects {shape}; the checkpoint belongs to "
                 f"another config."
@@ -224,139 +192,112 @@ def converted_tensors(
 
     One by one, and as views if the order does not change, so that a file larger than the memory can be converted.
     """
-    for ours, theirs, module in published_names(model):
-        if isinstance(module, ADMAttention | ADMAttentionPool):
-            pooling = isinstance(module, ADMAttentionPool)
-            for kind, parameter in module.to_q.named_parameters():
-                rows = state_dict[f"{theirs}.{qkv_name(module)}.{kind}"]
-                rows = rows.reshape(3 * len(parameter), *parameter.shape[1:])
-                for part, tensor in zip("qkv", _split_qkv(rows, module.heads, new_order or pooling), strict=True):
-                    yield f"{ours}.to_{part}.{kind}", tensor
-            if isinstance(module, ADMAttentionPool):
-                yield f"{ours}.position_embedding", state_dict[f"{theirs}.positional_embedding"].T
-        else:
-            for kind, parameter in module.named_parameters(recurse=False):
-                yield f"{ours}.{kind}", state_dict[f"{theirs}.{kind}"].reshape(parameter.shape)
+    for tensor in published_tensors(model, new_order):
+        yield from tensor.to_ours(state_dict[tensor.name])
 
 
 def published_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Published name -> shape for every tensor of one of our models, in the published order.
+    """Published name -> shape for every tensor of one of our models, in the published order."""
+    return {tensor.name: tensor.shape for tensor in published_tensors(model)}
 
-    Our linear layers are 1x1 convolutions there.
+
+@dataclass(frozen=True)
+class PublishedTensor:
+    """A tensor of the published code, and the parameters that it is here.
+
+    Attributes:
+        name (`str`), shape (`tuple[int, ...]`): The published ones; our linear layers are 1x1 convolutions there.
+        parameters (`Mapping[str, torch.Tensor]`): Ours by name: one, or those of query, key and value.
+        heads (`int`): Groups in which rows of query, key and value take turns; 1 is the new attention order.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for ours, theirs, module in published_names(model):
-        if isinstance(module, ADMAttention | ADMAttentionPool):
-            channels = module.to_q.in_features
-            if isinstance(module, ADMAttentionPool):
-                shapes[f"{theirs}.positional_embedding"] = tuple(module.position_embedding.T.shape)
-            shapes[f"{theirs}.{qkv_name(module)}.weight"] = (3 * channels, channels, 1)
-            shapes[f"{theirs}.{qkv_name(module)}.bias"] = (3 * channels,)
-        else:
-            for kind, parameter in module.named_parameters(recurse=False):
-                ones = 0
-                if kind == "weight" and theirs.endswith(("proj_out", "c_proj")):
-                    ones = 1
-                elif kind == "weight" and ours == "head.classifier.2":  # behind the adaptive pool
-                    ones = 2
-                shapes[f"{theirs}.{kind}"] = (*parameter.shape, *[1] * ones)
-    return shapes
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: Mapping[str, torch.Tensor]
+    heads: int = 1
+
+    def to_ours(self, tensor: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
+        """Our names and tensors, of the published tensor."""
+        first = next(iter(self.parameters.values()))
+        if len(self.parameters) == 3:
+            rows = tensor.reshape(3 * len(first), *first.shape[1:]).unflatten(0, (self.heads, 3, -1))
+            return zip(self.parameters, (part.flatten(0, 1) for part in rows.unbind(1)), strict=True)
+        tensor = tensor.T if self.name.endswith(POSITIONS) else tensor.reshape(first.shape)
+        return zip(self.parameters, [tensor], strict=True)
+
+    def to_published(self) -> torch.Tensor:
+        """The published tensor in float32, of our parameters."""
+        parts = [parameter.detach() for parameter in self.parameters.values()]
+        tensor = parts[0].T.contiguous() if self.name.endswith(POSITIONS) else parts[0]
+        if len(parts) == 3:
+            tensor = torch.stack([part.unflatten(0, (self.heads, -1)) for part in parts], dim=1).flatten(0, 2)
+        return tensor.to(torch.float32).reshape(self.shape)
 
 
-def qkv_name(module: ADMAttention | ADMAttentionPool) -> str:
-    """The published name of the joint projection of query, key and value."""
-    return "qkv_proj" if isinstance(module, ADMAttentionPool) else "qkv"
+def published_tensors(model: Any, new_order: bool = False) -> Iterator[PublishedTensor]:
+    """Every tensor of one of our models as in the published code, in the published order."""
+    for layer, their_layer in _layers(model):
+        for part, their_part in PARTS.get(type(model.get_submodule(layer)), {"": ""}).items():
+            ours, theirs = f"{layer}.{part}".rstrip("."), f"{their_layer}.{their_part}".rstrip(".")
+            module: nn.Module = model.get_submodule(ours)
+            if isinstance(module, ADMAttention | ADMAttentionPool):
+                if isinstance(module, ADMAttentionPool):
+                    positions = module.position_embedding
+                    parameters = {f"{ours}.position_embedding": positions}
+                    yield PublishedTensor(f"{their_layer}.{POSITIONS}", tuple(positions.T.shape), parameters)
+                heads = 1 if new_order or isinstance(module, ADMAttentionPool) else module.heads
+                for kind in ("weight", "bias"):
+                    names = [f"to_{name}.{kind}" for name in "qkv"]
+                    parameters = {f"{ours}.{name}": module.get_parameter(name) for name in names}
+                    channels = module.to_q.in_features
+                    shape = (3 * channels, channels, 1) if kind == "weight" else (3 * channels,)
+                    yield PublishedTensor(f"{theirs}.{kind}", shape, parameters, heads)
+            else:
+                convolves = {"proj_out": 1, "c_proj": 1}.get(their_part, 2 if ours == "head.classifier.2" else 0)
+                for kind, parameter in module.named_parameters(recurse=False):
+                    shape = (*parameter.shape, *[1] * (convolves if kind == "weight" else 0))
+                    yield PublishedTensor(f"{theirs}.{kind}", shape, {f"{ours}.{kind}": parameter})
 
 
-def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A 1x1 convolution's shape as a linear layer's."""
     while shape and shape[-1] == 1:
         shape = shape[:-1]
     return shape
 
 
-def _join_qkv(parts: Sequence[torch.Tensor], heads: int, new_order: bool) -> torch.Tensor:
-    """The rows of query, key and value in either published layout; the inverse of [`_split_qkv`]."""
-    if new_order:
-        return torch.cat(list(parts))
-    return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 2)
-
-
-def _split_qkv(rows: torch.Tensor, heads: int, new_order: bool) -> tuple[torch.Tensor, ...]:
-    """The rows of query, key and value, ordered by head, from either published layout."""
-    if new_order:
-        return rows.chunk(3)
-    return tuple(part.flatten(0, 1) for part in rows.unflatten(0, (heads, 3, -1)).unbind(1))
-
-
-def published_names(model: Any) -> Iterator[tuple[str, str, nn.Module]]:
-    """Yields `(our name, published name, module)` for every module with tensors of its own, in the published order.
-
-    An attention layer is yielded for its query, key and value, which are one tensor in the published code; its other
-    tensors follow under their own names.
-    """
-    yield from _names_in(model, "time_embedding.linear_1", "time_embed.0")
-    yield from _names_in(model, "time_embedding.linear_2", "time_embed.2")
+def _layers(model: Any) -> Iterator[tuple[str, str]]:
+    """Our name and the published one of every layer, in the published order."""
+    yield from (("time_embedding.linear_1", "time_embed.0"), ("time_embedding.linear_2", "time_embed.2"))
     if getattr(model, "class_embedding", None) is not None:
-        yield from _names_in(model, "class_embedding", "label_emb")
-    yield from _names_in(model, "conv_in", "input_blocks.0.0")
+        yield "class_embedding", "label_emb"
+    yield "conv_in", "input_blocks.0.0"
 
     index = 1
     for level, block in enumerate(model.down_blocks):
         for i in range(len(block.resnets)):
-            yield from _names_in(model, f"down_blocks.{level}.resnets.{i}", f"input_blocks.{index}.0")
+            yield f"down_blocks.{level}.resnets.{i}", f"input_blocks.{index}.0"
             if block.attentions:
-                yield from _names_in(model, f"down_blocks.{level}.attentions.{i}", f"input_blocks.{index}.1")
+                yield f"down_blocks.{level}.attentions.{i}", f"input_blocks.{index}.1"
             index += 1
         if block.resamplers:
-            yield from _names_in(model, f"down_blocks.{level}.resamplers.0", f"input_blocks.{index}.0")
+            yield f"down_blocks.{level}.resamplers.0", f"input_blocks.{index}.0"
             index += 1
 
-    yield from _names_in(model, "mid_block.resnets.0", "middle_block.0")
-    yield from _names_in(model, "mid_block.attentions.0", "middle_block.1")
-    yield from _names_in(model, "mid_block.resnets.1", "middle_block.2")
+    for i, layer in enumerate(("resnets.0", "attentions.0", "resnets.1")):
+        yield f"mid_block.{layer}", f"middle_block.{i}"
 
-    if isinstance(model, ADMUNet2DModel):
-        index = 0
-        for level, block in enumerate(model.up_blocks):
-            for i in range(len(block.resnets)):
-                yield from _names_in(model, f"up_blocks.{level}.resnets.{i}", f"output_blocks.{index}.0")
-                if block.attentions:
-                    yield from _names_in(model, f"up_blocks.{level}.attentions.{i}", f"output_blocks.{index}.1")
-                index += 1
-            if block.resamplers:  # the last layer of the level's last block
-                position = 2 if block.attentions else 1
-                yield from _names_in(model, f"up_blocks.{level}.resamplers.0", f"output_blocks.{index - 1}.{position}")
-        yield from _names_in(model, "conv_norm_out", "out.0")
-        yield from _names_in(model, "conv_out", "out.2")
-    else:
-        for ours, theirs in {
-            "adaptive": {"head.norm": "out.0", "head.classifier.2": "out.3"},
-            "attention": {"head.norm": "out.0", "head.classifier": "out.2"},
-            "spatial": {"head.linear_1": "out.0", "head.linear_2": "out.2"},
-            "spatial_v2": {"head.linear_1": "out.0", "head.norm": "out.1", "head.linear_2": "out.3"},
-        }[model.config.pool].items():
-            yield from _names_in(model, ours, theirs)
-
-
-def _names_in(model: nn.Module, ours: str, theirs: str) -> Iterator[tuple[str, str, nn.Module]]:
-    """The modules with tensors inside one layer."""
-    module = model.get_submodule(ours)
-    if isinstance(module, ADMResnetBlock):
-        for our_part, their_part in RESNET_NAMES.items():
-            yield f"{ours}.{our_part}", f"{theirs}.{their_part}", module.get_submodule(our_part)
-    elif isinstance(module, ADMAttention):
-        yield f"{ours}.group_norm", f"{theirs}.norm", module.group_norm
-        yield ours, theirs, module
-        yield f"{ours}.to_out", f"{theirs}.proj_out", module.to_out
-    elif isinstance(module, ADMAttentionPool):
-        yield ours, theirs, module
-        yield f"{ours}.to_out", f"{theirs}.c_proj", module.to_out
-    elif hasattr(module, "conv"):
-        yield (
-            f"{ours}.conv",
-            f"{theirs}.{'op' if isinstance(module, Downsample2D) else 'conv'}",
-            module.get_submodule("conv"),
-        )
-    else:
-        yield ours, theirs, module
+    if not isinstance(model, ADMUNet2DModel):
+        yield from HEADS[model.config.pool].items()
+        return
+    index = 0
+    for level, block in enumerate(model.up_blocks):
+        for i in range(len(block.resnets)):
+            yield f"up_blocks.{level}.resnets.{i}", f"output_blocks.{index}.0"
+            if block.attentions:
+                yield f"up_blocks.{level}.attentions.{i}", f"output_blocks.{index}.1"
+            index += 1
+        if block.resamplers:  # the last layer of the level's last block
+            position = 2 if block.attentions else 1
+            yield f"up_blocks.{level}.resamplers.0", f"output_blocks.{index - 1}.{position}"
+    yield from (("conv_norm_out", "out.0"), ("conv_out", "out.2"))

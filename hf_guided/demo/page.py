@@ -30,7 +30,8 @@ from ..guidance import ClassifierGuidance, Guidance, guidance_from_dict
 from ..labels import composed, unique_names
 from ..pipelines.class_conditional import ClassConditionalPipeline
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
-from ..schedulers.diffusers_compat import check_solver, original_of
+from ..schedulers.diffusers_compat import check_solver
+from ..schedulers.gaussian_diffusion import original_of
 from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler
 
 try:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..schedulers.diffusers_compat import alpha_bar_at, original_of
+from ..schedulers.diffusers_compat import alpha_bar_at
+from ..schedulers.gaussian_diffusion import original_of
 from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, broken_images, frozen
 from .monitor import Monitor
 

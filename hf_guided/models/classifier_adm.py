@@ -1,7 +1,7 @@
 """The noisy-image classifier of ADM, arXiv 2105.05233, section 4: the UNet's encoder with a pooling head."""
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,7 @@ from ..registration import register_with_diffusers
 from ..settings import check_names, check_settings
 from .image_classification_adm import ADMImageClassificationPipeline
 from .image_processing_adm import ADMImageProcessor
-from .layers import (
-    ADMAttention,
-    ADMAttentionPool,
-    ADMResnetBlock,
-    Downsample2D,
-    check_sides,
-    expand_timestep,
-    level_attention,
-    level_widths,
-    make_encoder,
-)
+from .layers import ADMAttentionPool, check_sides, expand_timestep, layer_makers, level_widths, make_encoder
 from .ops import NORM_GROUPS, Conv2d, GroupNormSiLU, ZeroLinear
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
@@ -47,22 +37,13 @@ class ADMClassifierConfig(PreTrainedConfig):
     r"""Configuration of [`ADMForImageClassification`].
 
     Args:
-        sample_size (`int` or pair, defaults to 64): Side length in pixels, or `[height, width]`.
-        in_channels (`int`, defaults to 3): Channels of the image.
-        model_channels (`int`, defaults to 128): Base width.
-        channel_mult (list of `float`, defaults to `[1, 2, 3, 4]`): Width of each level as a multiple of the base.
-        num_res_blocks (`int`, defaults to 2): Residual blocks per level.
-        attention_resolutions (list of `int`, defaults to `[32, 16, 8]`): Side lengths in pixels with attention.
-        num_heads (`int`, *optional*): A fixed number of attention heads.
-        attention_head_dim (`int`, *optional*): A fixed width of a head instead; 64 if neither is given.
-        dropout (`float`, defaults to 0.0): Rate of dropout in residual blocks.
-        conv_resample (`bool`, defaults to `True`): Downsample with strided convolutions, or else average pooling.
-        resblock_updown (`bool`, defaults to `True`): Downsample with residual blocks instead of both.
-        use_scale_shift_norm (`bool`, defaults to `True`): Adaptive group normalisation instead of addition.
         pool (`str`, defaults to `"attention"`): The head: `"adaptive"` (mean, linear), `"attention"` (attention from
             the mean, section 4.3), `"spatial"` or `"spatial_v2"` (the means of every layer, two linear layers).
         beta_schedule, num_train_timesteps, trained_betas, rescale_timesteps: The noise schedule that the classifier
             was trained on, spelled as in [`ADMScheduler`].
+        sample_size, in_channels, model_channels, channel_mult, num_res_blocks, attention_resolutions, num_heads,
+            attention_head_dim, dropout, conv_resample, resblock_updown, use_scale_shift_norm: As of
+            [`ADMUNet2DModel`]; `sample_size` as `[height, width]` for a pair.
     """
 
     model_type = "adm-classifier"
@@ -202,46 +183,25 @@ class ADMForImageClassification(PreTrainedModel):
     def __init__(self, config: ADMClassifierConfig):
         super().__init__(config)
         widths = level_widths(config.model_channels, config.channel_mult)
-        temb_channels = 4 * config.model_channels
         processor = TransformersAttnProcessor(config)
-        resnet = partial(
-            ADMResnetBlock,
-            temb_channels=temb_channels,
-            dropout=config.dropout,
-            use_scale_shift_norm=config.use_scale_shift_norm,
-        )
-
-        def downsample(channels: int) -> nn.Module:
-            if config.resblock_updown:
-                return resnet(channels, channels, resample="down")
-            return Downsample2D(channels, use_conv=config.conv_resample)
 
         self.time_proj = Timesteps(config.model_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(config.model_channels, temb_channels)
+        self.time_embedding = TimestepEmbedding(config.model_channels, 4 * config.model_channels)
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks, self.mid_block, skip_channels = make_encoder(
-            widths,
-            config.num_res_blocks,
-            level_attention(config.sample_size, len(widths), config.attention_resolutions),
-            resnet,
-            partial(ADMAttention, num_heads=config.num_heads, head_dim=config.attention_head_dim, processor=processor),
-            downsample,
-        )
+        makers = layer_makers(config, processor)
+        self.down_blocks, self.mid_block, skip_channels = make_encoder(config, *makers)
 
         self.head: nn.Module
         if config.pool in ("adaptive", "attention"):
-            height, width = image_size(config)
-            num_tokens = (height >> (len(widths) - 1)) * (width >> (len(widths) - 1))
-            self.head = PooledHead(config, widths[-1], num_tokens, processor)
+            height, width = (side >> (len(widths) - 1) for side in image_size(config))
+            self.head = PooledHead(config, widths[-1], height * width, processor)
         else:
             self.head = SpatialHead(config, sum(skip_channels) + widths[-1])
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        reset_parameters: Callable | None = getattr(module, "reset_parameters", None)
-        if reset_parameters is not None:
-            reset_parameters()
+        getattr(module, "reset_parameters", lambda: None)()
 
     def forward(
         self,
@@ -258,8 +218,8 @@ class ADMForImageClassification(PreTrainedModel):
                 `timestep`.
             timestep (`torch.Tensor` of shape `()` or `(batch,)`, or a number, *optional*): Timesteps; fractions are
                 allowed. `None` means clean images, timestep 0.
-            labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class ids; with them `.loss`, the mean cross
-                entropy in nats, is returned.
+            labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class ids, for `.loss`: the mean cross entropy in
+                nats.
             output_hidden_states (`bool`, *optional*): Also return the feature maps of every layer, `(batch, channels,
                 h, w)`, the middle block's last. Default: as in the config.
             return_dict (`bool`, *optional*): Return an output object instead of a tuple. Default: as in the config.
@@ -272,11 +232,10 @@ class ADMForImageClassification(PreTrainedModel):
         """
         height, width = pixel_values.shape[-2:]
         check_sides(height, width, num_levels=len(self.down_blocks))
-        if self.config.pool == "attention" and (height, width) != image_size(self.config):
-            expected = "x".join(map(str, image_size(self.config)))
+        if self.config.pool == "attention" and (height, width) != (expected := image_size(self.config)):
             raise ValueError(
                 f"Images of {height}x{width} were given; pool='attention' has an embedding per pixel and takes exactly "
-                f"{expected}. Resize the images, or use a classifier with another pool."
+                f"{expected[0]}x{expected[1]}. Resize the images, or use a classifier with another pool."
             )
 
         timestep = expand_timestep(0 if timestep is None else timestep, pixel_values)

@@ -33,9 +33,9 @@ class ADMImageProcessor(PilBackend):
     r"""Pixel values in [-1, 1], bit-identical to those of training.
 
     EXIF orientation is applied, transparent parts become white, 16-bit and float depth is kept. Images are resized
-    until they cover the classifier's size, and the centre is cropped. Images are PIL images, or paths, URLs and base64
-    strings of files in one of `IMAGE_FORMATS`. 8-bit arrays and tensors of 1, 3 or 4 channels are treated alike; float
-    arrays keep their values and channels.
+    until they cover the classifier's size, and the centre is cropped. They are PIL images, or paths, URLs and base64
+    strings of files in one of `IMAGE_FORMATS`, or 8-bit arrays and tensors of 1, 3 or 4 channels; float arrays keep
+    their values and channels.
 
     Args:
         size (`dict`, defaults to `{"height": 64, "width": 64}`): Height and width in pixels.

@@ -24,13 +24,10 @@ MAX_ELONGATION = 32  # largest length of a resized image, in units of the target
 
 
 def open_file(source: Any) -> Image.Image:
-    """The opened image of a file, of which only the header has been read.
+    """The opened image (first frame) of a file, of which only the header has been read; a context manager.
 
     Args:
         source (`str`, `os.PathLike`, `bytes` or a binary file): A path to a regular file, or the contents of one.
-
-    Returns:
-        `PIL.Image.Image`: The first frame, not decoded yet; a context manager.
 
     Raises:
         One of `BAD_IMAGE_ERRORS`: If it is no image in one of `IMAGE_FORMATS`, has no pixels, or has more than
@@ -60,16 +57,11 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """An image of mode "L", "RGB" or "F", of the same depth, transparent parts on white.
+    """An image of the same depth, transparent parts on white: mode "L", "RGB" (0..255), or "F" (0..1) for more bits.
 
     Args:
-        image (`PIL.Image.Image`): An image in any mode that Pillow can convert. Floats must lie in 0..1, and integers
-            of more than 8 bits in 0..65535.
-        channels (`int`): Input channels of the model, 1 or 3.
-
-    Returns:
-        `PIL.Image.Image`: Mode "L" or "RGB" (0..255), or "F" (0..1) for 16-bit and float images. For three channels,
-        "L" and "F" stand for three equal ones.
+        image (`PIL.Image.Image`): Of any mode that Pillow converts. Floats lie in 0..1, 16-bit integers in 0..65535.
+        channels (`int`): Input channels of the model, 1 or 3; "L" and "F" then stand for three equal ones.
 
     Raises:
         `ValueError`: If the values are out of range, or Pillow cannot convert from the mode.
@@ -104,9 +96,6 @@ def resize_and_crop(
         resolution (`tuple[int, int]`): Height and width in pixels.
         crop_rng (`numpy.random.Generator`, *optional*): Draws the scale (the crop keeps 80 to 100 % of the shorter
             side) and the place of the crop. None crops the centre at full scale.
-
-    Returns:
-        `PIL.Image.Image`: The crop, of that height and width, in the same mode.
     """
     height, width = resolution
     cover_height, cover_width = float(height), float(width)
@@ -132,16 +121,9 @@ def resize_and_crop(
 def covering_steps(
     height: int, width: int, cover_height: float, cover_width: float
 ) -> Iterator[tuple[tuple[int, int], Image.Resampling]]:
-    """The sizes in pixels of an image that is resized step by step until it just covers a target.
+    """Height and width in pixels after each step in which an image is resized to just cover a target, and the filter.
 
     It is halved with BOX while it is at least twice the target, and then resized to the target with BICUBIC.
-
-    Args:
-        height, width (`int`): The image's size in pixels.
-        cover_height, cover_width (`float`): The target, in pixels.
-
-    Returns:
-        Height and width after each step, and its filter.
     """
     while height >= 2 * cover_height and width >= 2 * cover_width:
         height, width = height // 2, width // 2
@@ -157,11 +139,7 @@ def cut_middle(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def to_planes(image: Image.Image, channels: int) -> np.ndarray:
-    """Pixel values in the depth of the image.
-
-    Args:
-        image (`PIL.Image.Image`): From `to_channels` with the same `channels`, resized or not.
-        channels (`int`): 1 or 3.
+    """Pixel values of an image from [`to_channels`], resized or not, in its depth.
 
     Returns:
         `numpy.ndarray` of shape (channels, height, width): uint8 in 0..255, or float32 in 0..1 for mode "F".
@@ -174,15 +152,7 @@ def to_planes(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def to_pixel_values(image: Image.Image, channels: int) -> np.ndarray:
-    """Pixel values in [-1, 1].
-
-    Args:
-        image (`PIL.Image.Image`): From `to_channels` with the same `channels`, resized or not.
-        channels (`int`): 1 or 3.
-
-    Returns:
-        `numpy.ndarray` of float32 and shape (channels, height, width), in -1..1.
-    """
+    """Pixel values in [-1, 1], float32 of shape (channels, height, width); arguments as of [`to_planes`]."""
     planes = to_planes(image, channels)
     # For bytes this equals the published x / 127.5 - 1 to the bit.
     values = planes if planes.dtype == np.float32 else planes.astype(np.float32) / np.float32(255)

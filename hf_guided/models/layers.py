@@ -6,7 +6,9 @@ width)`; `temb` is the activated embedding of timestep and class, `(batch, 4 * m
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +45,6 @@ class ADMResnetBlock(nn.Module):
     """The residual block of ADM, BigGAN's up- and downsampling included (section 3, tables 1 and 3).
 
     Args:
-        in_channels (`int`): Channels of the input.
-        out_channels (`int`): Channels of the output.
-        temb_channels (`int`): Width of `temb`.
-        dropout (`float`): Rate of dropout before the second convolution.
         use_scale_shift_norm (`bool`): Adaptive group normalisation, `AdaGN(h, y) = y_s GroupNorm(h) + y_b`
             (section 3.1); otherwise the projected embedding is added to the hidden states.
         resample (`"up"`, `"down"` or `None`): Resample both branches by two before their convolutions.
@@ -65,18 +63,16 @@ class ADMResnetBlock(nn.Module):
         self.use_scale_shift_norm = use_scale_shift_norm
         self.resample = resample
         self.norm1 = GroupNormSiLU(in_channels)
-        self.conv1 = (
-            UpsampleConv2d(in_channels, out_channels)
-            if resample == "up"
-            else Conv2d(in_channels, out_channels, 3, padding=1)
-        )
+        if resample == "up":
+            self.conv1: nn.Module = UpsampleConv2d(in_channels, out_channels)
+        else:
+            self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(temb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
         self.norm2 = GroupNormSiLU(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = ZeroConv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = (
-            nn.Identity() if in_channels == out_channels else Conv2d(in_channels, out_channels, kernel_size=1)
-        )
+        keeps_width = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if keeps_width else Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         residual = hidden_states
@@ -113,7 +109,6 @@ class ADMAttention(nn.Module, AttentionModuleMixin):
     """Self-attention over pixels with a residual connection (section 3).
 
     Args:
-        channels (`int`): Channels of the hidden states.
         num_heads (`int`, *optional*): A fixed number of heads.
         head_dim (`int`, *optional*): A fixed width of a head instead (64, if neither is given).
         processor (`Callable`, *optional*): Maps query, key and value of shape `(batch, tokens, heads, head_dim)` to
@@ -155,12 +150,7 @@ class ADMAttention(nn.Module, AttentionModuleMixin):
 class ADMAttentionPool(nn.Module):
     """Pools a feature map by attention from its mean, as CLIP does (section 4.3: the classifier's head).
 
-    Args:
-        num_tokens (`int`): Pixels of the feature map, `height * width`.
-        channels (`int`): Channels of the feature map.
-        out_features (`int`): Width of the output.
-        num_heads (`int`, *optional*), head_dim (`int`, *optional*): As for [`ADMAttention`].
-        processor (`Callable`, *optional*): As for [`ADMAttention`].
+    `num_tokens` is the number of its pixels; the other arguments are as for [`ADMAttention`].
     """
 
     def __init__(
@@ -195,13 +185,7 @@ class ADMAttentionPool(nn.Module):
 
 
 class ADMBlock(nn.Module):
-    """One level of the UNet: residual blocks, each with its attention, then up- or downsampling.
-
-    Args:
-        resnets (`Sequence[nn.Module]`): Residual blocks, called with `(hidden_states, temb)`.
-        attentions (`Sequence[nn.Module]`): As many attention layers, or none.
-        resampler (`nn.Module`, *optional*): Up- or downsampling at the end, called with `(hidden_states, temb)`.
-    """
+    """One level of the UNet: residual blocks, each with its attention (or none), then up- or downsampling."""
 
     _gradient_checkpointing_func: Callable  # set by both libraries' models when they enable gradient checkpointing
 
@@ -260,37 +244,44 @@ class ADMUpBlock(ADMBlock):
         return hidden_states, skips
 
 
-def make_encoder(
-    widths: Sequence[int],
-    num_res_blocks: int,
-    has_attention: Sequence[bool],
-    resnet: Callable[..., nn.Module],
-    attention: Callable[[int], nn.Module],
-    downsample: Callable[[int], nn.Module],
-) -> tuple[nn.ModuleList, ADMMidBlock, list[int]]:
-    """The encoder that the UNet and the classifier share.
+def layer_makers(config: Any, processor: Callable | None = None) -> tuple[Callable, Callable, Callable]:
+    """What makes residual blocks, attention layers, and (of channels and `"up"` or `"down"`) resamplers of a config."""
+    resnet = partial(
+        ADMResnetBlock,
+        temb_channels=4 * config.model_channels,
+        dropout=config.dropout,
+        use_scale_shift_norm=config.use_scale_shift_norm,
+    )
+    attention = partial(
+        ADMAttention, num_heads=config.num_heads, head_dim=config.attention_head_dim, processor=processor
+    )
 
-    Args:
-        widths (`Sequence[int]`): Channels of each level, from the full resolution down.
-        num_res_blocks (`int`): Residual blocks on each level.
-        has_attention (`Sequence[bool]`): Whether a level has attention.
-        resnet, attention, downsample (`Callable`): Make a layer from its channels.
+    def resampler(channels: int, direction: str) -> nn.Module:
+        if config.resblock_updown:
+            return resnet(channels, channels, resample=direction)
+        return (Upsample2D if direction == "up" else Downsample2D)(channels, use_conv=config.conv_resample)
+
+    return resnet, attention, resampler
+
+
+def make_encoder(
+    config: Any, resnet: Callable, attention: Callable, resampler: Callable
+) -> tuple[nn.ModuleList, ADMMidBlock, list[int]]:
+    """The encoder that the UNet and the classifier share, of [`layer_makers`].
 
     Returns:
         The down blocks, the middle block, and the channels of every skip connection, first to last.
     """
+    widths = level_widths(config.model_channels, config.channel_mult)
+    has_attention = level_attention(config.sample_size, len(widths), config.attention_resolutions)
     down_blocks = nn.ModuleList()
     skip_channels = [widths[0]]
     for level, (before, width) in enumerate(pairwise([widths[0], *widths])):
-        inputs = [before] + [width] * (num_res_blocks - 1)
-        down_blocks.append(
-            ADMDownBlock(
-                resnets=[resnet(channels, width) for channels in inputs],
-                attentions=[attention(width) for _ in inputs if has_attention[level]],
-                resampler=downsample(width) if level < len(widths) - 1 else None,
-            )
-        )
-        skip_channels += [width] * (num_res_blocks + (level < len(widths) - 1))
+        resnets = [resnet(channels, width) for channels in [before] + [width] * (config.num_res_blocks - 1)]
+        attentions = [attention(width) for _ in resnets if has_attention[level]]
+        is_last = level == len(widths) - 1
+        down_blocks.append(ADMDownBlock(resnets, attentions, None if is_last else resampler(width, "down")))
+        skip_channels += [width] * (config.num_res_blocks + (not is_last))
     last = widths[-1]
     return down_blocks, ADMMidBlock([resnet(last, last), resnet(last, last)], [attention(last)]), skip_channels
 
@@ -302,7 +293,7 @@ def level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[int
         if width == 0 or width % NORM_GROUPS:
             raise ValueError(
                 f"model_channels={model_channels} times the entry {mult} of channel_mult gives {width} channels; group "
-                f"normalisation needs a multiple of {NORM_GROUPS}, so choose model_channels accordingly."
+                f"normalisation needs a multiple of {NORM_GROUPS}: change model_channels."
             )
     return widths
 
@@ -326,19 +317,14 @@ def count_heads(channels: int, num_heads: int | None, head_dim: int | None) -> i
             f"num_heads={num_heads} and attention_head_dim={head_dim} contradict each other; give a fixed number of "
             f"heads or a fixed width of a head, and leave the other None."
         )
-    if num_heads is None:
-        num_heads, rest = divmod(channels, head_dim or 64)
-        if rest:
-            raise ValueError(
-                f"{channels} channels do not divide into attention heads of width {head_dim or 64}; choose an "
-                f"attention_head_dim that divides every width with attention, or give num_heads instead."
-            )
-    elif channels % num_heads:
+    head_dim = head_dim or 64
+    if channels % (num_heads or head_dim):
+        heads = f"attention heads of width {head_dim}" if num_heads is None else f"{num_heads} attention heads"
         raise ValueError(
-            f"{channels} channels do not divide into {num_heads} attention heads; choose a num_heads that divides "
-            f"every width with attention, or give attention_head_dim instead."
+            f"{channels} channels do not divide into {heads}; choose an attention_head_dim or a num_heads that divides "
+            f"every width with attention."
         )
-    return num_heads
+    return num_heads or channels // head_dim
 
 
 def check_sides(height: int, width: int, num_levels: int) -> None:

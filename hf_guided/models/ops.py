@@ -47,18 +47,16 @@ class ZeroConv2d(Conv2d):
     """A convolution that starts at zero, so that its residual branch starts as the identity."""
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
 
 class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero."""
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
 
 class _NormSiLU(torch.autograd.Function):

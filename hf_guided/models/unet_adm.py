@@ -1,7 +1,6 @@
 """The UNet of ADM, "Diffusion Models Beat GANs on Image Synthesis" (arXiv 2105.05233), section 3."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +14,10 @@ from ..loading import WholeModelMixin
 from ..registration import register_with_diffusers
 from ..settings import check_settings
 from .layers import (
-    ADMAttention,
-    ADMResnetBlock,
     ADMUpBlock,
-    Downsample2D,
-    Upsample2D,
     check_sides,
     expand_timestep,
+    layer_makers,
     level_attention,
     level_widths,
     make_encoder,
@@ -98,19 +94,8 @@ class ADMUNet2DModel(WholeModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError("null_class_label=True needs num_class_embeds, the number of classes.")
 
         widths = level_widths(model_channels, channel_mult)
-        has_attention = level_attention(sample_size, len(widths), attention_resolutions)
         temb_channels = 4 * model_channels
-        resnet = partial(
-            ADMResnetBlock,
-            temb_channels=temb_channels,
-            dropout=dropout,
-            use_scale_shift_norm=use_scale_shift_norm,
-        )
-
-        def resampler(direction: str, channels: int) -> nn.Module:
-            if resblock_updown:
-                return resnet(channels, channels, resample=direction)
-            return (Upsample2D if direction == "up" else Downsample2D)(channels, use_conv=conv_resample)
+        resnet, attention, resampler = layer_makers(self.config)
 
         # 1. Conditioning: timestep and class
         self.time_proj = Timesteps(model_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -121,17 +106,10 @@ class ADMUNet2DModel(WholeModelMixin, AttentionMixin, ConfigMixin):
 
         # 2. Encoder and middle
         self.conv_in = Conv2d(in_channels + (low_res_channels or 0), widths[0], 3, padding=1)
-        self.down_blocks, self.mid_block, skip_channels = make_encoder(
-            widths,
-            num_res_blocks,
-            has_attention,
-            resnet,
-            partial(ADMAttention, num_heads=num_heads, head_dim=attention_head_dim),
-            partial(resampler, "down"),
-        )
+        self.down_blocks, self.mid_block, skip_channels = make_encoder(self.config, resnet, attention, resampler)
 
         # 3. Decoder, its levels from the lowest resolution up
-        attention = partial(ADMAttention, num_heads=num_heads_upsample or num_heads, head_dim=attention_head_dim)
+        has_attention = level_attention(sample_size, len(widths), attention_resolutions)
         self.up_blocks = nn.ModuleList()
         channels = widths[-1]
         for level, width in reversed(list(enumerate(widths))):
@@ -139,8 +117,9 @@ class ADMUNet2DModel(WholeModelMixin, AttentionMixin, ConfigMixin):
             for _ in range(num_res_blocks + 1):
                 resnets.append(resnet(channels + skip_channels.pop(), width))
                 channels = width
-            attentions = [attention(width) for _ in resnets if has_attention[level]]
-            self.up_blocks.append(ADMUpBlock(resnets, attentions, resampler("up", width) if level else None))
+            heads = num_heads_upsample or num_heads
+            attentions = [attention(width, num_heads=heads) for _ in resnets if has_attention[level]]
+            self.up_blocks.append(ADMUpBlock(resnets, attentions, resampler(width, "up") if level else None))
 
         # 4. Output
         self.conv_norm_out = GroupNormSiLU(channels)
@@ -156,8 +135,8 @@ class ADMUNet2DModel(WholeModelMixin, AttentionMixin, ConfigMixin):
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         r"""
         Args:
-            sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Noisy images; clean ones are
-                in [-1, 1].
+            sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Noisy images; clean ones are in
+                [-1, 1].
             timestep (`torch.Tensor` of shape `()` or `(batch,)`, or a number): Timesteps; fractions are allowed.
             class_labels (`torch.Tensor` of shape `(batch,)`, *optional*): Class ids. `None` is the null label, or no
                 label for an unconditional model.
@@ -177,11 +156,9 @@ class ADMUNet2DModel(WholeModelMixin, AttentionMixin, ConfigMixin):
         # 1. Timestep and class
         temb = self.time_embedding(self.time_proj(expand_timestep(timestep, sample)).to(sample.dtype))
         if self.class_embedding is not None:
+            if class_labels is None and not self.config.null_class_label:
+                raise ValueError("This UNet is class-conditional and has no null label: class_labels must be given.")
             if class_labels is None:
-                if not self.config.null_class_label:
-                    raise ValueError(
-                        "This UNet is class-conditional and has no null label: class_labels must be given."
-                    )
                 class_labels = torch.full_like(sample[:, 0, 0, 0], self.config.num_class_embeds, dtype=torch.long)
             temb = temb + self.class_embedding(class_labels).to(temb.dtype)
         elif class_labels is not None:

@@ -7,6 +7,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
+from .gaussian_diffusion import original_coefficients, original_of
 from .schedules import space_timesteps
 
 logger = logging.get_logger(__name__)
@@ -14,24 +15,11 @@ logger = logging.get_logger(__name__)
 # The schedulers of diffusers that sample this process, with no randomness but the generator's. Others have
 # `alphas_cumprod` too, but invert the process, need more than a prediction, or shift the schedule.
 SOLVERS = (
-    "DDIMParallelScheduler",
-    "DDIMScheduler",
-    "DDPMParallelScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LCMScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "SASolverScheduler",
-    "TCDScheduler",
-    "UniPCMultistepScheduler",
+    *("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler"),
+    *("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler"),
+    *("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"),
+    *("KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "UniPCMultistepScheduler"),
+    *("LCMScheduler", "TCDScheduler"),
 )
 # The prediction types that some of these support; all others take "epsilon", "v_prediction" and "sample". (PNDM
 # averages predictions over timesteps, and treats an average of v as the v of one timestep.)
@@ -49,10 +37,10 @@ SPACINGS = ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas")
 
 
 def check_solver(scheduler: SchedulerMixin, shifted: bool) -> None:
-    """Refuses a scheduler of diffusers or of a third party that would misinterpret the prediction.
+    """Refuses a scheduler, not an [`ADMScheduler`], that would misinterpret the prediction.
 
     Args:
-        scheduler (`SchedulerMixin`): Other than [`ADMScheduler`].
+        scheduler (`SchedulerMixin`): Of diffusers or of a third party.
         shifted (`bool`): Whether gradients will correct the prediction.
 
     Raises:
@@ -60,18 +48,16 @@ def check_solver(scheduler: SchedulerMixin, shifted: bool) -> None:
     """
     name, config = type(scheduler).__name__, scheduler.config
     prediction_type = config.get("prediction_type", "epsilon")
-    if not hasattr(scheduler, "alphas_cumprod") or (
-        type(scheduler).__module__.startswith("diffusers.") and name not in SOLVERS
-    ):
-        lacks = "" if hasattr(scheduler, "alphas_cumprod") else ": it has no alphas_cumprod"
+    lacks = "" if hasattr(scheduler, "alphas_cumprod") else ": it has no alphas_cumprod"
+    if lacks or (type(scheduler).__module__.startswith("diffusers.") and name not in SOLVERS):
         raise ValueError(
             f"{name} is not a scheduler of this diffusion process{lacks}. Take one such as DDIMScheduler or "
             f"DPMSolverMultistepScheduler, made from the config of an ADMScheduler."
         )
     if config.get("use_flow_sigmas", False) or config.get("timestep_type") == "continuous":
         raise ValueError(
-            f"{name} with use_flow_sigmas=True or timestep_type='continuous' follows another process than the one "
-            f"this UNet was trained on; leave both out."
+            f"{name} with use_flow_sigmas=True or timestep_type='continuous' follows another process than this UNet's; "
+            f"leave both out."
         )
     known = KNOWN_PREDICTIONS.get(name, ("epsilon", "v_prediction", "sample"))
     if prediction_type not in known:
@@ -82,9 +68,9 @@ def check_solver(scheduler: SchedulerMixin, shifted: bool) -> None:
     reads_it = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
     if reads_it and str(config.get("variance_type")).startswith("learned"):
         raise ValueError(
-            f"{name} has variance_type={config.variance_type!r}, which is not supported: no scheduler of diffusers "
-            f"reads a learned variance correctly for every number of channels and steps. Make it with "
-            f"from_config(…, variance_type='fixed_small'), or take an ADMScheduler, which does."
+            f"{name} has variance_type={config.variance_type!r}: no scheduler of diffusers reads a learned variance "
+            f"correctly for every number of channels and steps. Make it with "
+            f"from_config(…, variance_type='fixed_small'), or take an ADMScheduler."
         )
     if scheduler.alphas_cumprod[-1] == 0 and (shifted or prediction_type == "epsilon"):
         raise ValueError(
@@ -94,23 +80,12 @@ def check_solver(scheduler: SchedulerMixin, shifted: bool) -> None:
 
 
 def check_solver_timesteps(scheduler: SchedulerMixin, num_steps: int) -> None:
-    """Refuses timesteps of a solver of diffusers that lie outside the schedule or repeat a noise level.
-
-    Args:
-        scheduler (`SchedulerMixin`): After its `set_timesteps`.
-        num_steps (`int`): Number of steps requested.
-
-    Raises:
-        `ValueError`: Naming what to change.
-    """
+    """Refuses timesteps of a solver of diffusers, set for `num_steps`, outside the schedule or of one noise level."""
     name, total = type(scheduler).__name__, scheduler.config.num_train_timesteps
     first, last = scheduler.timesteps.max().item(), scheduler.timesteps.min().item()
     if first >= total or last < 0:
-        options = [
-            f"{option}={value!r}"
-            for option in ("timestep_spacing", "steps_offset")
-            if (value := scheduler.config.get(option)) is not None
-        ]
+        given = {option: scheduler.config.get(option) for option in ("timestep_spacing", "steps_offset")}
+        options = [f"{option}={value!r}" for option, value in given.items() if value is not None]
         raise ValueError(
             f"{name} makes timesteps from {first:g} to {last:g} of num_inference_steps={num_steps}, and the schedule "
             f"has 0 to {total - 1}; give fewer steps, or change its {' or '.join(options) or 'settings'}."
@@ -158,16 +133,6 @@ def alpha_bar_at(scheduler: SchedulerMixin, timestep: float) -> float:
     return 1 / (1 + scheduler.sigmas[index or 0].item() ** 2)
 
 
-def original_of(prediction: torch.Tensor, sample: torch.Tensor, alpha_bar: float, prediction_type: str) -> torch.Tensor:
-    """The clean image x_0 that a prediction implies (arXiv 2006.11239, equation 15; arXiv 2202.00512, appendix D)."""
-    signal, noise_scale = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-    if prediction_type == "epsilon":
-        return (sample - noise_scale * prediction) / signal
-    if prediction_type == "v_prediction":
-        return signal * sample - noise_scale * prediction
-    return prediction
-
-
 def correct_prediction(
     prediction: torch.Tensor,
     sample: torch.Tensor,
@@ -181,16 +146,13 @@ def correct_prediction(
     Solvers that do not clip diverge where hardly any signal is left (cosine schedule, last timesteps). DDIM of
     diffusers clips x_0, but continues with an epsilon that no longer matches it.
     """
-    signal, noise_scale = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     original = original_of(prediction, sample, alpha_bar, prediction_type)
     if gradient is not None:
-        original = original + noise_scale**2 / signal * gradient
+        original = original + (1 - alpha_bar) / alpha_bar**0.5 * gradient
     if clip_sample:
         original = original.clamp(-1, 1)
-    if prediction_type == "sample":
-        return original
-    epsilon = (sample - signal * original) / noise_scale
-    return epsilon if prediction_type == "epsilon" else signal * epsilon - noise_scale * original
+    sample_coef, coef = map(float, original_coefficients(alpha_bar, prediction_type))
+    return (sample_coef * sample - original) / coef
 
 
 def set_solver_timesteps(

@@ -6,9 +6,31 @@ used in float32 or better. They are indexed by the timestep of the training sche
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+
+Timestep = torch.Tensor | int  # one for all images, or of shape (batch,)
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+def original_coefficients(alpha_bar: Any, prediction_type: str) -> tuple[Any, Any]:
+    """`a` and `b` of x_0 = a x_t - b prediction, at a number or an array of `alpha_bar`.
+
+    Equation 15 for `"epsilon"`; arXiv 2202.00512, appendix D, for `"v_prediction"`.
+    """
+    if prediction_type == "epsilon":
+        return np.sqrt(1 / alpha_bar), np.sqrt(1 / alpha_bar - 1)
+    if prediction_type == "v_prediction":
+        return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    return 0 * alpha_bar, 0 * alpha_bar - 1
+
+
+def original_of(prediction: torch.Tensor, sample: torch.Tensor, alpha_bar: float, prediction_type: str) -> torch.Tensor:
+    """The clean image x_0 of a sample x_t that a prediction implies."""
+    sample_coef, coef = map(float, original_coefficients(alpha_bar, prediction_type))
+    return sample_coef * sample - coef * prediction
 
 
 @dataclass
@@ -58,8 +80,6 @@ class GaussianDiffusion:
             "alpha_bar_prev": alpha_bar_prev,
             "sqrt_alpha_bar": np.sqrt(alpha_bar),
             "sqrt_one_minus_alpha_bar": np.sqrt(1 - alpha_bar),
-            "sqrt_recip_alpha_bar": np.sqrt(1 / alpha_bar),
-            "sqrt_recipm1_alpha_bar": np.sqrt(1 / alpha_bar - 1),
             "posterior_original_coef": betas * np.sqrt(alpha_bar_prev) / (1 - alpha_bar),
             "posterior_sample_coef": (1 - alpha_bar_prev) * np.sqrt(1 - betas) / (1 - alpha_bar),
             "posterior_variance": posterior_variance,
@@ -70,13 +90,15 @@ class GaussianDiffusion:
             "half_log_snr": half_log_snr,
             "half_log_snr_prev": np.append(half_log_snr[0], half_log_snr[:-1]),  # of the last step: no step
         }
+        for name in PREDICTION_TYPES:
+            tables[f"sample_coef_{name}"], tables[f"coef_{name}"] = original_coefficients(alpha_bar, name)
         # One row per table, one column per training timestep; NaN at timesteps outside the subset.
         self._rows = {name: row for row, name in enumerate(tables)}
         self._tables = torch.full((len(tables), len(alphas_cumprod)), torch.nan, dtype=torch.float64)
         self._tables[:, self.timesteps] = torch.from_numpy(np.stack([np.float64(t) for t in tables.values()]))
         self._on_device: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
-    def at(self, timestep: torch.Tensor | int, sample: torch.Tensor, *names: str) -> tuple[torch.Tensor, ...]:
+    def at(self, timestep: Timestep, sample: torch.Tensor, *names: str) -> tuple[torch.Tensor, ...]:
         """The named constants at a timestep (a number, or one per image), broadcastable to `sample`."""
         key = (sample.device, compute_dtype(sample))
         if key not in self._on_device:
@@ -99,67 +121,41 @@ class GaussianDiffusion:
                 f"schedule ({self.timesteps[0]} … {self.timesteps[-1]}); call set_timesteps for others."
             )
 
-    def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor | int) -> torch.Tensor:
+    def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timestep: Timestep) -> torch.Tensor:
         """A sample of `q(x_t | x_0)` with given noise (eq. 4)."""
         signal, noise_scale = self.at(timestep, original, "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
         return signal * upcast(original) + noise_scale * upcast(noise)
 
-    def predict_original(
-        self, prediction: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor
+    def original_of(
+        self, prediction: torch.Tensor, timestep: Timestep, sample: torch.Tensor, prediction_type: str = "epsilon"
     ) -> torch.Tensor:
-        """The predicted clean image x_0 (eq. 15 for epsilon)."""
-        sample, prediction = upcast(sample), upcast(prediction)
-        if self.prediction_type == "sample":
-            return prediction
-        if self.prediction_type == "v_prediction":  # arXiv 2202.00512, appendix D
-            signal, noise_scale = self.at(timestep, sample, "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
-            return signal * sample - noise_scale * prediction
-        return self.original_of(prediction, timestep, sample)
+        """The clean image x_0 of a sample x_t that a prediction implies."""
+        sample_coef, coef = self.at(timestep, sample, f"sample_coef_{prediction_type}", f"coef_{prediction_type}")
+        return sample_coef * upcast(sample) - coef * upcast(prediction)
 
-    def original_of(self, epsilon: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor) -> torch.Tensor:
-        """The clean image x_0 of a sample x_t with noise `epsilon` (eq. 15)."""
-        scale, epsilon_scale = self.at(timestep, sample, "sqrt_recip_alpha_bar", "sqrt_recipm1_alpha_bar")
-        return scale * upcast(sample) - epsilon_scale * epsilon
+    def epsilon_of(self, original: torch.Tensor, timestep: Timestep, sample: torch.Tensor) -> torch.Tensor:
+        """The noise epsilon of a sample x_t with clean image `original`."""
+        sample_coef, coef = self.at(timestep, sample, "sample_coef_epsilon", "coef_epsilon")
+        return (sample_coef * upcast(sample) - original) / coef
 
-    def epsilon_of(self, original: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor) -> torch.Tensor:
-        """The noise epsilon of a sample x_t with clean image `original` (eq. 15)."""
-        scale, epsilon_scale = self.at(timestep, sample, "sqrt_recip_alpha_bar", "sqrt_recipm1_alpha_bar")
-        return (scale * upcast(sample) - original) / epsilon_scale
-
-    def posterior(self, original: torch.Tensor, timestep: torch.Tensor | int, sample: torch.Tensor) -> Gaussian:
+    def posterior(self, original: torch.Tensor, timestep: Timestep, sample: torch.Tensor) -> Gaussian:
         """`q(x_{t-1} | x_t, x_0)` (eq. 6 and 7)."""
+        names = ("original_coef", "sample_coef", "variance", "log_variance")
         original_coef, sample_coef, variance, log_variance = self.at(
-            timestep,
-            sample,
-            "posterior_original_coef",
-            "posterior_sample_coef",
-            "posterior_variance",
-            "posterior_log_variance",
+            timestep, sample, *(f"posterior_{name}" for name in names)
         )
         mean = original_coef * upcast(original) + sample_coef * upcast(sample)
         return Gaussian(mean, variance, log_variance, original)
 
     def predict(
-        self,
-        model_output: torch.Tensor,
-        timestep: torch.Tensor | int,
-        sample: torch.Tensor,
-        clip_sample: bool = False,
+        self, model_output: torch.Tensor, timestep: Timestep, sample: torch.Tensor, clip_sample: bool = False
     ) -> Gaussian:
-        """The model's `p(x_{t-1} | x_t)` (eq. 1), before any guidance.
+        """The model's `p(x_{t-1} | x_t)` (eq. 1), before any guidance; arguments as of [`ADMScheduler.step`].
 
-        Args:
-            model_output (`torch.Tensor` of shape `(batch, C or 2C, height, width)`): Twice the channels if the
-                variance is learned.
-            timestep (`torch.Tensor` of shape `()` or `(batch,)`, or `int`): Timesteps of the training schedule.
-            sample (`torch.Tensor` of shape `(batch, C, height, width)`): `x_t`.
-            clip_sample (`bool`): Clip the predicted clean image to [-1, 1].
-
-        Raises:
-            `ValueError`: If the channels do not fit `variance_type`.
+        `clip_sample` clips the predicted clean image to [-1, 1].
         """
         prediction, variance_output = self.split(model_output, sample.shape[1])
-        original = self.predict_original(prediction, timestep, sample)
+        original = self.original_of(prediction, timestep, sample, self.prediction_type)
         gaussian = self.posterior(original.clamp(-1, 1) if clip_sample else original, timestep, sample)
         if variance_output is not None:  # between the two bounds on a logarithmic scale
             (log_beta,) = self.at(timestep, sample, "log_beta")
@@ -180,10 +176,10 @@ class GaussianDiffusion:
                 f"and a sample of {channels} channels need {expected}; the scheduler's variance_type must be the one "
                 f"that the model was trained with ('learned_range' doubles the channels)."
             )
-        if self.variance_type == "learned_range":
-            prediction, variance_output = model_output.split(channels, dim=1)
-            return prediction, variance_output
-        return model_output, None
+        if expected == channels:
+            return model_output, None
+        prediction, variance_output = model_output.split(channels, dim=1)
+        return prediction, variance_output
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -14,12 +14,8 @@ def jump_positions(num_steps: int, jump_length: int, jump_n_sample: int) -> list
 
     Args:
         num_steps (`int`): Steps from noise to image, numbered from 0.
-        jump_length (`int`): Number of steps that a jump goes back. The steps are divided into sections of that length,
-            counted from the image.
+        jump_length (`int`): Steps that a jump goes back, the length of a section, counted from the image.
         jump_n_sample (`int`): How often each section is denoised; 1 is sampling without jumps.
-
-    Returns:
-        `list[int]`: Indices of steps, each section repeated.
 
     Raises:
         `ValueError`: If either is less than 1, or there are more steps than `MOST_STEPS`.
@@ -59,11 +55,7 @@ class RePaint:
         self.mask = mask
 
     def __call__(
-        self,
-        sample: torch.Tensor,
-        timestep: int,
-        next_timestep: int | None,
-        generators: list[torch.Generator],
+        self, sample: torch.Tensor, timestep: int, next_timestep: int | None, generators: list[torch.Generator]
     ) -> torch.Tensor:
         """The sample with its known pixels replaced, noised to the next timestep.
 
@@ -73,11 +65,7 @@ class RePaint:
             next_timestep (`int`, *optional*): Timestep of the next step; not below `timestep` for a jump back.
                 `None` at the end, where the known pixels become the original's exactly.
             generators (`list[torch.Generator]`): Draw the noise, one per image.
-
-        Returns:
-            `torch.Tensor`: The sample with its known pixels, noised to `next_timestep`.
         """
-
         if next_timestep is None:
             return torch.where(self.mask, sample, self.original)
 

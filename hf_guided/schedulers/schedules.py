@@ -6,18 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from ..settings import shortened
+
 
 def make_betas(beta_schedule: str, num_train_timesteps: int) -> np.ndarray:
-    """Betas: the variance of the noise that each step of the forward process adds.
+    """The variances (beta) of the noise that the steps of the forward process add, float64 of that length.
 
     Args:
         beta_schedule (`str`): `"linear"`, from 1e-4 to 0.02 at 1,000 steps (DDPM, arXiv 2006.11239, section 4) and
             scaled by `1000 / num_train_timesteps` for other numbers of steps; or `"squaredcos_cap_v2"`, the cosine
             schedule of Improved DDPM (arXiv 2102.09672, equation 17).
         num_train_timesteps (`int`): Number of steps.
-
-    Returns:
-        `np.ndarray` of shape `(num_train_timesteps,)`, float64.
 
     Raises:
         `ValueError`: For another schedule, or so few steps that a linear beta reaches 1.
@@ -38,16 +37,13 @@ def make_betas(beta_schedule: str, num_train_timesteps: int) -> np.ndarray:
 
 
 def space_timesteps(num_train_timesteps: int, respacing: str) -> list[int]:
-    """The timesteps that a respacing keeps, in OpenAI's notation (Improved DDPM, section 4; ADM, appendix on sampling).
+    """The timesteps that a respacing keeps, ascending (Improved DDPM, section 4; ADM, appendix on sampling).
 
     Args:
         num_train_timesteps (`int`): Number of timesteps of the training schedule.
-        respacing (`str`): `"250"`: that many, evenly spaced from first to last. `"90,60,60,20,20"`: the schedule in
-            sections of equal length (the least noisy first), that many evenly spaced in each. `"ddim25"`: that many at
-            a constant integer stride from 0 (DDIM).
-
-    Returns:
-        `list[int]`: Timesteps in ascending order.
+        respacing (`str`): OpenAI's notation. `"250"`: that many, evenly spaced from first to last. `"90,60,60,20,20"`:
+            the schedule in sections of equal length (the least noisy first), that many evenly spaced in each.
+            `"ddim25"`: that many at a constant integer stride from 0 (DDIM).
 
     Raises:
         `ValueError`: If the notation is not one of these, or asks for more timesteps than there are.
@@ -96,8 +92,11 @@ def respacing_counts(respacing: Any) -> list[int]:
 
 
 def check_timesteps(timesteps: Any, num_train_timesteps: int) -> list[int]:
-    """Explicit timesteps in descending order, as sampling uses them; anything else is a `ValueError`."""
-    timesteps = whole_numbers("timesteps", timesteps)
+    """Timesteps in a list, array or tensor, descending as sampling uses them; anything else is a `ValueError`."""
+    values = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise ValueError(f"timesteps: {values!r} ({type(values).__name__}) is not a list of whole numbers.")
+    timesteps = [whole_number("timesteps", value) for value in values]
     if not timesteps or any(a <= b for a, b in pairwise(timesteps)):
         raise ValueError(f"timesteps must be given in descending order without repeats; got {timesteps}.")
     if timesteps[0] >= num_train_timesteps or timesteps[-1] < 0:
@@ -107,28 +106,12 @@ def check_timesteps(timesteps: Any, num_train_timesteps: int) -> list[int]:
     return timesteps
 
 
-def whole_numbers(name: str, values: Any) -> list[int]:
-    """Whole numbers of any integer type in a list, array or tensor, as Python's `int`; else a `ValueError`."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise ValueError(f"{name}: {values!r} ({type(values).__name__}) is not a list of whole numbers.")
-    return [whole_number(name, value) for value in values]
-
-
 def whole_number(name: str, value: Any, wanted: str = "a whole number") -> int:
-    """A whole number of any integer type as Python's `int`.
+    """A whole number, of Python's, numpy's or torch's types, as Python's `int`.
 
-    Args:
-        name (`str`): What it is called in errors.
-        value: An `int`, or an integer of numpy's or torch's.
-        wanted (`str`, defaults to `"a whole number"`): What errors ask for.
-
-    Raises:
-        `ValueError`: For anything else, booleans and floats such as 2.0 included.
+    Anything else is a `ValueError` that says `name` and what is `wanted`, booleans and floats such as 2.0 included.
     """
     number = value.item() if getattr(value, "ndim", None) == 0 else value
     if isinstance(number, bool) or not isinstance(number, int):
-        shown = repr(number)
-        shown = shown if len(shown) <= 80 else f"{shown[:79]}…"
-        raise ValueError(f"{name}: {shown} ({type(number).__name__}) is not {wanted}.")
+        raise ValueError(f"{name}: {shortened(number)} ({type(number).__name__}) is not {wanted}.")
     return number

@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..loading import SavedConfigMixin
 from ..registration import register_with_diffusers
 from ..settings import check_settings
-from .gaussian_diffusion import GaussianDiffusion, compute_dtype, upcast
+from .gaussian_diffusion import PREDICTION_TYPES, GaussianDiffusion, Timestep, compute_dtype, upcast
 from .schedules import check_timesteps, make_betas, space_timesteps, whole_number
 
 # Default number of second-order steps. On digits 10 are as good as 250 published ones
@@ -26,7 +26,7 @@ FEW_STEPS = 20
 
 CHOICES = {
     "variance_type": ("learned_range", "fixed_small", "fixed_large"),
-    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "prediction_type": PREDICTION_TYPES,
     "algorithm_type": ("ddpm", "ddim"),
     "solver_order": (1, 2),
 }
@@ -145,40 +145,38 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         if sum(given is not None for given in (num_inference_steps, respacing, timesteps)) > 1:
             raise ValueError("Give only one of num_inference_steps, respacing and timesteps.")
         total = self.config.num_train_timesteps
-        if num_inference_steps is not None:
-            num_inference_steps = whole_number("num_inference_steps", num_inference_steps)
-        self.is_second_order = False
+        self.is_second_order = num_inference_steps is not None and self.config.solver_order == 2
         if timesteps is not None:
             descending = check_timesteps(timesteps, total)
-        elif num_inference_steps is not None and self.config.solver_order == 2:
-            self.is_second_order = True
-            if not 1 <= num_inference_steps < total:
-                raise ValueError(
-                    f"num_inference_steps={num_inference_steps} does not lie between 1 and {total - 1}, the most "
-                    f"that solver_order=2 allows with {total} timesteps; respacing='{total}' uses all of them."
-                )
-            descending = np.linspace(0, total - 1, num_inference_steps + 1).round()[:0:-1].astype(int).tolist()
-        else:
-            if num_inference_steps is not None:
-                respacing = str(num_inference_steps)
+        elif num_inference_steps is None:
             kept = list(range(total)) if respacing in (None, "") else space_timesteps(total, respacing)
             descending = kept[::-1]
+        else:
+            steps = whole_number("num_inference_steps", num_inference_steps)
+            if not self.is_second_order:
+                descending = space_timesteps(total, str(steps))[::-1]
+            elif 1 <= steps < total:
+                descending = np.linspace(0, total - 1, steps + 1).round()[:0:-1].astype(int).tolist()
+            else:
+                raise ValueError(
+                    f"num_inference_steps={steps} does not lie between 1 and {total - 1}, the most that solver_order=2 "
+                    f"allows with {total} timesteps; respacing='{total}' uses all of them."
+                )
         self.num_inference_steps = len(descending)
         self.timesteps = torch.tensor(descending, device=device)
-        complete = len(descending) == total
-        self.process = self.training_process if complete else self.process_of(descending[::-1])
+        self.process = self.training_process if len(descending) == total else self.process_of(descending[::-1])
 
     def step(
         self,
         model_output: torch.Tensor,
-        timestep: torch.Tensor | int,
+        timestep: Timestep,
         sample: torch.Tensor,
         *,
         gradient: torch.Tensor | None = None,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: torch.Tensor | None = None,
-        previous: tuple[torch.Tensor | int, torch.Tensor] | None = None,
+        previous: tuple[Timestep, torch.Tensor] | None = None,
         return_dict: bool = True,
     ) -> ADMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         r"""The sample at the next timestep of `scheduler.timesteps`, from `sample` at `timestep`.
@@ -189,10 +187,9 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
             sample (`torch.Tensor` of shape `(batch, C, height, width)`): The noisy images.
             gradient (`torch.Tensor` like `sample`, *optional*): The scaled gradient of log p(y | x_t). DDPM moves
                 the mean by variance * gradient (Algorithm 1), DDIM and the second order move epsilon by
-                -sqrt(1 - alpha_bar) * gradient (Algorithm 2); DDIM clips before that, as published, the second order
-                after.
-            eta (`float`, defaults to 0.0): DDIM's share of noise, from 0 (none) to 1 (DDPM's; arXiv 2010.02502,
-                equation 16).
+                -sqrt(1 - alpha_bar) * gradient (Algorithm 2); DDIM clips x_0 before that, as published, the second
+                order after.
+            eta (`float`, defaults to 0.0): DDIM's share of noise, from 0 to 1 (DDPM's; arXiv 2010.02502, eq. 16).
             generator (`torch.Generator` or a list, *optional*): Draws the noise; a list has one per image.
             variance_noise (`torch.Tensor` like `sample`, *optional*): The noise itself.
             previous (a timestep and a `torch.Tensor` like `sample`, *optional*): The preceding (noisier) timestep
@@ -206,24 +203,21 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
             `ValueError`: For a timestep that is not in `scheduler.timesteps`, channels that do not fit `variance_type`,
                 or an `eta` outside [0, 1] or with DDPM.
         """
-        if not 0 <= eta <= 1 or (eta and self.config.algorithm_type != "ddim"):
+        algorithm, is_second_order = self.config.algorithm_type, self.is_second_order
+        if not 0 <= eta <= 1 or (eta and algorithm != "ddim"):
             raise ValueError(
-                f"eta={eta} with algorithm_type={self.config.algorithm_type!r}: eta lies between 0 and 1 and belongs "
-                f"to 'ddim'."
+                f"eta={eta} with algorithm_type={algorithm!r}: eta lies between 0 and 1 and belongs to 'ddim'."
             )
-        if eta or self.config.algorithm_type == "ddpm":
+        if eta or algorithm == "ddpm":
             if variance_noise is None:
-                variance_noise = randn_tensor(
-                    sample.shape, generator=generator, device=sample.device, dtype=compute_dtype(sample)
-                )
-            noise = upcast(variance_noise).to(sample.device)
+                variance_noise = randn_tensor(sample.shape, generator, sample.device, compute_dtype(sample))
             (is_noisy,) = self.process.at(timestep, sample, "is_noisy")
-            noise = is_noisy * noise
+            noise = is_noisy * upcast(variance_noise).to(sample.device)
 
-        clip_first = self.config.clip_sample and not self.is_second_order
+        clip_first = self.config.clip_sample and not is_second_order
         predicted = self.process.predict(model_output, timestep, sample, clip_first)
         original = predicted.pred_original_sample
-        if self.config.algorithm_type == "ddpm" and not self.is_second_order:
+        if algorithm == "ddpm" and not is_second_order:
             mean = predicted.mean
             if gradient is not None:
                 mean = mean + predicted.variance * upcast(gradient)
@@ -235,19 +229,16 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
                 epsilon = epsilon - (1 - alpha_bar).sqrt() * upcast(gradient)
                 original = self.process.original_of(epsilon, timestep, sample)
             target = original
-            if self.is_second_order:
-                if self.config.algorithm_type == "ddpm":
-                    eta = 1.0  # equals DDPM with the posterior's variance
-                if self.config.clip_sample:
-                    original = original.clamp(-1, 1)
+            if is_second_order:
+                eta = 1.0 if algorithm == "ddpm" else eta  # 1 equals DDPM with the posterior's variance
+                original = original.clamp(-1, 1) if self.config.clip_sample else original
                 target = self.extrapolate(original, timestep, previous)
                 epsilon = self.process.epsilon_of(target, timestep, sample)
             # arXiv 2010.02502, equations 12 and 16; by rounding the direction's square may be below 0
             sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_prev).sqrt()
             direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt()
             prev_sample = alpha_bar_prev.sqrt() * target + direction * epsilon
-            if eta:
-                prev_sample = prev_sample + sigma * noise
+            prev_sample = prev_sample + sigma * noise if eta else prev_sample
 
         prev_sample, original = prev_sample.to(sample.dtype), original.to(sample.dtype)
         if not return_dict:
@@ -255,10 +246,7 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         return ADMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=original)
 
     def extrapolate(
-        self,
-        original: torch.Tensor,
-        timestep: torch.Tensor | int,
-        previous: tuple[torch.Tensor | int, torch.Tensor] | None,
+        self, original: torch.Tensor, timestep: Timestep, previous: tuple[Timestep, torch.Tensor] | None
     ) -> torch.Tensor:
         """The clean image extrapolated by half a step from the preceding one (arXiv 2211.01095, Algorithm 2)."""
         if previous is None:
@@ -277,7 +265,7 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         velocity = signal * upcast(noise) - noise_scale * upcast(sample)
         return velocity.to(sample.dtype)
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | int | None = None) -> torch.Tensor:
+    def scale_model_input(self, sample: torch.Tensor, timestep: Timestep | None = None) -> torch.Tensor:
         """Returns `sample`: this scheduler's samples need no scaling."""
         return sample
 
@@ -324,21 +312,19 @@ def plain_betas(trained_betas: Any) -> Any:
 
 def check_betas(trained_betas: Sequence[float] | None, beta_schedule: str, num_train_timesteps: int) -> np.ndarray:
     """The betas of the config, float64 of shape `(num_train_timesteps,)`."""
-    betas = (
-        make_betas(beta_schedule, num_train_timesteps) if trained_betas is None else np.asarray(trained_betas, float)
-    )
+    given = trained_betas is not None
+    betas = np.asarray(trained_betas, float) if given else make_betas(beta_schedule, num_train_timesteps)
     if betas.shape != (num_train_timesteps,) or not ((betas > 0) & (betas < 1)).all():
         raise ValueError(
             f"trained_betas must be {num_train_timesteps} numbers between 0 and 1, one per timestep; got {betas.size}. "
             f"To choose another num_train_timesteps, give trained_betas=None with it."
         )
-    if trained_betas is not None:
-        for name in {"linear", "squaredcos_cap_v2"} - {beta_schedule}:
-            if num_train_timesteps > 20 and np.array_equal(betas, make_betas(name, num_train_timesteps)):
-                raise ValueError(
-                    f"trained_betas are those of beta_schedule={name!r}, and beta_schedule={beta_schedule!r} was asked "
-                    f"for; to change the schedule, give trained_betas=None with it."
-                )
+    for name in {"linear", "squaredcos_cap_v2"} - {beta_schedule}:
+        if given and num_train_timesteps > 20 and np.array_equal(betas, make_betas(name, num_train_timesteps)):
+            raise ValueError(
+                f"trained_betas are those of beta_schedule={name!r}, and beta_schedule={beta_schedule!r} was given; to "
+                f"change the schedule, give trained_betas=None with it."
+            )
     return betas
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from hf_guided import ADMScheduler, ClassifierGuidedPipeline
 from hf_guided.guidance import ClassifierFreeGuidance, ClassifierGuidance, LossGuidance
 from hf_guided.guidance.base import GradientGuidance
-from hf_guided.schedulers.diffusers_compat import KNOWN_PREDICTIONS, SOLVERS, alpha_bar_at, original_of
+from hf_guided.schedulers.diffusers_compat import KNOWN_PREDICTIONS, SOLVERS, alpha_bar_at
+from hf_guided.schedulers.gaussian_diffusion import original_of
 
 OURS = {
     "ADM ddpm": {},

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from hf_guided import ADMScheduler
+from hf_guided.schedulers.diffusers_compat import correct_prediction
+from hf_guided.schedulers.gaussian_diffusion import original_of
 from hf_guided.schedulers.schedules import make_betas
 
 T = 50
@@ -87,8 +89,21 @@ def test_prediction_types_name_the_same_clean_image(schedule, x):
         outputs = {"epsilon": noise, "sample": clean, "v_prediction": a**0.5 * noise - (1 - a) ** 0.5 * clean}
         for prediction_type, output in outputs.items():
             process = scheduler_of(schedule, "fixed_small", prediction_type=prediction_type).process
-            assert torch.allclose(process.predict_original(output, t, sample), clean, atol=1e-6)
+            assert torch.allclose(process.original_of(output, t, sample, prediction_type), clean, atol=1e-6)
             assert torch.allclose(process.epsilon_of(clean, t, sample), noise, atol=1e-6)
+
+
+def test_guidance_and_the_scheduler_predict_the_same_clean_image(x):
+    output, sample = x
+    scheduler = scheduler_of("linear", "fixed_small")
+    for t in (0, 20, 49):
+        alpha_bar = scheduler.alphas_cumprod[t].item()
+        for prediction_type in ("epsilon", "sample", "v_prediction"):
+            of_scheduler = scheduler.process.original_of(output, t, sample, prediction_type)
+            of_guidance = original_of(output, sample, alpha_bar, prediction_type)
+            torch.testing.assert_close(of_guidance, of_scheduler, rtol=1e-4, atol=1e-4)  # of alpha_bar in float32
+            unguided = correct_prediction(output, sample, None, alpha_bar, prediction_type, clip_sample=False)
+            torch.testing.assert_close(unguided, output)
 
 
 def test_clipping(x):
