@@ -24,9 +24,9 @@ from ..families import BASELINES
 from .selection import select_files
 
 _GUIDED_PIPELINES = ("ClassifierGuidedPipeline", "ClassifierGuidedUpscalePipeline")
-_PIPELINES = (*_GUIDED_PIPELINES, *(family.pipeline for family in BASELINES.values()))
+PIPELINES = (*_GUIDED_PIPELINES, *(family.pipeline for family in BASELINES.values()))
 # The auto classes of a model, by the config file that names them.
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "ADMUNet2DModel": {"config.json": {"AutoModel": "ADMUNet2DModel"}},
     "ADMForImageClassification": {
         "config.json": {
@@ -94,8 +94,8 @@ def _code_and_configs(folder: Path) -> dict[str, str]:
     name = index.get("_class_name") or config.get("_class_name") or (config.get("architectures") or [None])[0]
     if isinstance(name, list) or "auto_map" in config:
         raise ValueError(f"{folder} carries its code already: push it without --standalone.")
-    if name not in (_PIPELINES if index else _AUTO_CLASSES):
-        known = [*_PIPELINES, *_AUTO_CLASSES]
+    if name not in (PIPELINES if index else AUTO_CLASSES):
+        known = [*PIPELINES, *AUTO_CLASSES]
         raise ValueError(
             f"{folder} holds {name or 'no model'}; code can be added to a saved {', '.join(known[:-1])} or {known[-1]}."
         )
@@ -134,7 +134,7 @@ def _code(name: str) -> str:
 def _auto_maps(folder: Path, name: str) -> dict[str, str]:
     """The configs of a model, with the `auto_map` of the auto classes."""
     configs = {}
-    for path, found in _AUTO_CLASSES[name].items():
+    for path, found in AUTO_CLASSES[name].items():
         if config := _read_json(folder / path):
             auto_map = {auto_class: f"{_code_module(name)}.{class_name}" for auto_class, class_name in found.items()}
             configs[path] = _to_json({**config, "auto_map": auto_map})
