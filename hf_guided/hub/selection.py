@@ -33,6 +33,7 @@ _SAVED = {
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _PICTURES = (".avif", ".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 _SPACE = {".gitattributes", "README.md", "app.py", "packages.txt", "requirements.txt"}
+COPIED = (".py", ".jinja", ".css")  # of this package, in a Space
 _NAMED = 5  # names of files that are not pushed, in the log
 
 
@@ -140,7 +141,7 @@ def _components(index_file: Path) -> list[str]:
 
 
 def _is_part_of_space(path: str) -> bool:
-    return path in _SPACE or (path.startswith("hf_guided/") and path.endswith(".py"))
+    return path in _SPACE or (path.startswith("hf_guided/") and path.endswith(COPIED))
 
 
 def _is_held(folder: Path, path: str, is_part: Callable[[str], bool]) -> bool:
