@@ -76,7 +76,7 @@ def build_demo(pipe: ClassConditionalPipeline, judge: FeatureExtractor | None = 
                 with gr.Tab("Sample"):
                     _tab(session, settings, comparing=False)
                 if session.trade_off is not None:
-                    with gr.Tab(f"Effect of {session.trade_off.topic}"):
+                    with gr.Tab(f"Effect of {session.trade_off.name.split()[0]}"):
                         _tab(session, settings, comparing=True)
     return blocks.queue(api_open=False, max_size=MAX_WAITING, default_concurrency_limit=1)
 
@@ -138,7 +138,8 @@ def _tab(session: Session, settings: list[Any], comparing: bool) -> None:
             chosen: list[Any] = [None]
             if trade_off is not None:
                 value = values[values_field]
-                chosen = trade_off.values_of(value) if comparing else [trade_off.value_of(value)]
+                one = [] if comparing else [number(f"The {trade_off.name}", value, trade_off.low, trade_off.high)]
+                chosen = one or trade_off.values_of(value)
             is_wanted, started, file = watch(gradio_request), time.monotonic(), file_name(request)
             if comparing:
                 yield dict.fromkeys(rows, "")

@@ -96,16 +96,8 @@ class TradeOff:
     effect: str = "Lower values give images that are more typical of their class and less varied."
 
     @property
-    def topic(self) -> str:
-        return self.name.split()[0]
-
-    @property
     def noun(self) -> str:
         return self.name.split()[-1]
-
-    def value_of(self, value: Any) -> float:
-        """A valid value; a `ValueError` names the bounds."""
-        return number(f"The {self.name}", value, self.low, self.high)
 
     def values_of(self, text: Any) -> list[float]:
         """The values in a text such as `"0, 1, 3"`, in their order; a `ValueError` if they are invalid or too many."""
@@ -178,15 +170,11 @@ class Session:
     """A pipeline that visitors of the demo sample from, one request at a time, and an evaluation classifier.
 
     Args:
-        pipe, judge: As for [`build_demo`].
+        pipe, judge: As for [`build_demo`], with its errors.
 
     Attributes:
         solvers (`dict[str, Solver]`): The solvers by name; empty for pipelines that sample in one step.
         trade_off ([`TradeOff`], *optional*): The parameter that trades variety for fidelity.
-
-    Raises:
-        `ValueError`: For a pipeline that upsamples or whose images do not have 1 or 3 channels, and for an evaluation
-            classifier that guides or lacks classes of the pipeline.
     """
 
     def __init__(self, pipe: ClassConditionalPipeline, judge: FeatureExtractor | None = None):
@@ -239,15 +227,14 @@ class Session:
         notes: list[str] = []
         judged = judged_labels(SampledImages(self.pipe, torch.arange(len(self.label_of))), judge, notes)
         if judged is None:
-            reason = notes[0] if notes else "it has no classes with names"
+            reason = [*notes, "it has no classes with names"][0]
             raise ValueError(f"{judge.name} cannot evaluate this pipeline's samples: {reason}")
         return judged
 
     def default_steps(self, solver: Solver) -> int:
-        """The default number of steps: for the pipeline's own solver the saved one."""
+        """The saved number of steps of the pipeline's own solver."""
         usual = FEW_STEPS if solver.max_steps <= 100 else 100
-        saved = self.pipe.default("num_inference_steps", usual) if solver.name == next(iter(self.solvers)) else usual
-        return min(saved, self.max_steps(solver))
+        return min(self.pipe.default("num_inference_steps", usual), self.max_steps(solver))
 
     def max_steps(self, solver: Solver) -> int:
         return min(solver.max_steps, self.pipe.scheduler.config.num_train_timesteps - 1)
