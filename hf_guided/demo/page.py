@@ -110,7 +110,8 @@ def _solver_fields(session: Session) -> list[Any]:
 def _tab(session: Session, settings: list[Any], comparing: bool) -> None:
     """A tab that shows samples while they are denoised: at one value of the trade-off, or one row for each of several
     values, from the same noise."""
-    name, trade_off, values_field = "compare" if comparing else "sample", session.trade_off, None
+    name, trade_off = "compare" if comparing else "sample", session.trade_off
+    values_field: Any = None
     noun = "" if trade_off is None else trade_off.noun
     if trade_off is not None and comparing:
         gr.Markdown(f"Each column starts from the same noise; only the {trade_off.name} differs. {trade_off.effect}")

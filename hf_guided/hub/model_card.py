@@ -78,35 +78,26 @@ class Card:
         Raises:
             `ValueError`: If its metadata are invalid.
         """
-        family, kind = family_of(self.model_class), _kind_of(self.model_class)
-        upscales = self.model_class == "ClassifierGuidedUpscalePipeline"
+        kind, upscales = _kind_of(self.model_class), self.model_class == "ClassifierGuidedUpscalePipeline"
         pictures = _PICTURES | ({"grid.png": "Upsampled images"} if upscales else {})
-        copied = [value for row in self.results for key, value in row.items() if key.startswith("copied_share/")]
-        sections = {"Sampling defaults": self.defaults, "Training": self.training}
+        measured = list(dict.fromkeys(column for row in self.results for column in row))
+        levels = self.inspection["rows"] if self.inspection else []
+        inspected = [name for name in _INSPECTION_COLUMNS if any(level[name] is not None for level in levels)]
         card = TEMPLATES.get_template("model_card.jinja").render(
+            vars(self),
             metadata=self._metadata(kind).to_yaml(),
-            title=escape(_public(self.title)),
-            summary=escape(_public(self.summary)),
-            origin=without_credentials(self.origin) or f"trained on {escape(_public(self.dataset))} with\n`hf-guided`",
-            family=family,
-            pictures={name: text for name, text in pictures.items() if (folder / name).is_file()},
+            family=family_of(self.model_class),
             kind=kind,
-            model_class=self.model_class,
             upscales=upscales,
+            pictures={name: text for name, text in pictures.items() if (folder / name).is_file()},
             arguments=json.dumps(self.repo_id or ".") + (f", dtype=torch.{self.dtype}" if self.dtype else ""),
-            dtype=self.dtype,
             label=_label(self.class_names),
-            guided=self.guided,
-            classes=[code_span(name) for name in self.class_names],
             images=_images(folder),
-            copied=f"{max(copied):.1%}" if copied else None,
-            tables={
-                heading: _table(["", ""], [[_heading(name), _public(value)] for name, value in values.items()])
-                for heading, values in sections.items()
-                if values
-            },
-            **_results(self.results),
-            inspection=self.inspection and _inspection(folder, self.inspection),
+            copied=[row[column] for row in self.results for column in row if column.startswith("copied_share/")],
+            report=(measured, [[row.get(column) for column in measured] for row in self.results]),
+            notes=_notes({column.partition("/")[0] for column in measured}),
+            levels=(inspected, [[_rounded(level[name]) for name in inspected] for level in levels]),
+            has_inspection_picture=(folder / "inspection.png").is_file(),
         )
         return str(ModelCard(card))  # validates the metadata
 
@@ -196,32 +187,13 @@ def _kind_of(model_class: str) -> str:
     return "pipeline" if model_class.endswith("Pipeline") else "model"
 
 
-def _results(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The table of a report, and what its metrics mean."""
-    if not results:
-        return {"results": None, "notes": []}
+def _notes(metrics: set[str]) -> list[str]:
+    """What the metrics of a report mean."""
+    if not metrics:
+        return []
     from ..evaluation.metrics.table import METRICS  # imports torch, which a card without results does without
 
-    columns = list(dict.fromkeys(column for row in results for column in row))
-    shown = {column.partition("/")[0] for column in columns}
-    rows = [[_public(row.get(column)) for column in columns] for row in results]
-    notes = [metric.note for name, metric in METRICS.items() if name in shown and metric.note]
-    return {"results": _table([_heading(column) for column in columns], rows), "notes": notes}
-
-
-def _inspection(folder: Path, inspection: Mapping[str, Any]) -> dict[str, Any]:
-    """The classifier's table by noise level, and what follows from it."""
-    rows, num_trained = inspection["rows"], inspection["num_train_images"]
-    columns = [name for name in _INSPECTION_COLUMNS if any(row[name] is not None for row in rows)]
-    return {
-        "num_images": f"{inspection['num_images']:,}",
-        "num_trained": f"{num_trained:,}" if num_trained else "",
-        "has_picture": (folder / "inspection.png").is_file(),
-        "table": _table(
-            [_heading(name) for name in columns], [[_rounded(row[name]) for name in columns] for row in rows]
-        ),
-        "findings": [escape(_public(finding)) for finding in inspection["findings"]],
-    }
+    return [metric.note for name, metric in METRICS.items() if name in metrics and metric.note]
 
 
 def _images(folder: Path) -> str:
@@ -253,17 +225,6 @@ def _heading(column: str) -> str:
     return words if words[1:2].isupper() else words[:1].upper() + words[1:]
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, *rows]
-    cells = [[escape(cell).replace("|", "\\|") for cell in line] for line in lines]
-    cells.insert(1, ["---"] * len(headings))
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
-
-
-def _rounded(value: float | None) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else _public(value)
-
-
 def _public(value: Any) -> str:
     """Text for a public page: one line, short numbers, no credentials, only the last part of absolute paths."""
     if value is None:
@@ -279,3 +240,20 @@ def _public(value: Any) -> str:
         if flavour(text).is_absolute():
             return flavour(text).name
     return text
+
+
+def _rounded(value: float | None) -> Any:
+    return f"{value:.3f}" if isinstance(value, float) else value
+
+
+def _shown(value: Any) -> str:
+    return escape(_public(value))
+
+
+TEMPLATES.filters |= {
+    "cell": lambda value: _shown(value).replace("|", "\\|"),
+    "code_span": code_span,
+    "heading": _heading,
+    "shown": _shown,
+    "without_credentials": without_credentials,
+}
