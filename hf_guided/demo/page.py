@@ -133,29 +133,28 @@ def _tab(session: Session, settings: list[Any], comparing: bool) -> None:
     row_ids = [f"row-{i}" for i in range(MAX_VALUES)] if comparing else ["sample-pictures"]
     rows = [gr.HTML(elem_id=row_id) for row_id in row_ids]
 
+    def chosen_rows(chosen: Any, file: str) -> list[tuple[float | None, str, str]]:
+        """For each row the value of the trade-off, the row's name, and the name of its files."""
+        if trade_off is None:
+            return [(None, "", file)]
+        if not comparing:
+            return [(number(f"The {trade_off.name}", chosen, trade_off.low, trade_off.high), "", file)]
+        described = {trade_off.neutral: f", {trade_off.neutral_is}"}
+        values = trade_off.values_of(chosen)
+        return [(value, f"{noun} {value:g}{described.get(value, '')}", f"{file}-{noun}{value:g}") for value in values]
+
     def run(values: dict[Any, Any], gradio_request: gr.Request) -> Iterator[dict[Any, str]]:
         with _errors_shown():
             request = session.check_request(*(values[field] for field in requested))
-            chosen: list[Any] = [None]
-            if trade_off is not None:
-                value = values[values_field]
-                one = [] if comparing else [number(f"The {trade_off.name}", value, trade_off.low, trade_off.high)]
-                chosen = one or trade_off.values_of(value)
             is_wanted, started, file = watch(gradio_request), time.monotonic(), file_name(request)
+            chosen = chosen_rows(values.get(values_field), file)
             if comparing:
                 yield dict.fromkeys(rows, "")
             finished: list[tuple[str, torch.Tensor]] = []
-            for row, value in zip(rows, chosen, strict=False):
-                row_name, row_file = "", file
-                if trade_off is not None and comparing:
-                    is_neutral = value == trade_off.neutral
-                    row_name = f"{noun} {value:g}" + (f", {trade_off.neutral_is}" if is_neutral else "")
-                    row_file = f"{file}-{noun}{value:g}"
+            for row, (value, row_name, row_file) in zip(rows, chosen, strict=False):
                 for preview in session.sample(request, value, is_wanted):
-                    step, mistakes = f"step {preview.step} of {preview.num_steps}", None
-                    text = step.capitalize()
-                    if comparing:
-                        text = f"{noun.capitalize()} {value:g}" + (f": {step}" if session.solvers else "")
+                    step = f"step {preview.step} of {preview.num_steps}" if session.solvers else ""
+                    text, mistakes = ": ".join(filter(None, [row_name, step])).capitalize(), None
                     if preview.is_last:
                         mistakes = session.mistakes(request, preview.images)
                         finished.append((row_name or request.name, preview.images))

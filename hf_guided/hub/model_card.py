@@ -167,7 +167,9 @@ def address(card: str, repo_id: str, standalone: bool = False) -> str:
     changes = [*zip(spelled(False), spelled(True), strict=True)] if standalone else []
     lines, in_code = [], False
     for line in card.split("\n"):
-        new, in_code = line, in_code ^ line.startswith("```")
+        new = line
+        if line.startswith("```"):
+            in_code = not in_code and "`" not in line[3:]  # which would be code within a line
         if in_code:
             for before in ("from_pretrained(", "model="):
                 new = new.replace(f'{before}"."', before + json.dumps(repo_id))
