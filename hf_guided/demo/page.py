@@ -265,23 +265,20 @@ def launch_demo(blocks: Any, host: str = "127.0.0.1", port: int = 7860) -> str:
         `ValueError`: If the port is taken.
     """
     fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    without = dict.fromkeys(("share", "ssr_mode", "run_history", "enable_monitoring", "mcp_server"), False)
     try:
         _, url, _ = blocks.launch(
             server_name=host,
             server_port=port,
             prevent_thread_lock=True,
             quiet=True,
-            share=False,
-            ssr_mode=False,
             footer_links=[],
             theme=gr.themes.Default(**fonts),
             css_paths=Path(__file__).with_name("templates") / "page.css",
             show_error=True,
-            run_history=False,
-            enable_monitoring=False,
-            mcp_server=False,
             state_session_capacity=1000,
             app_kwargs={"middleware": [Middleware(Gate)]},
+            **without,
         )
     except OSError as error:
         raise ValueError(f"Port {port} of {host} is not available; give another --port.") from error

@@ -183,7 +183,7 @@ class Session:
         if pipe.image_channels not in (1, 3):
             raise ValueError(f"Images of {pipe.image_channels} channels cannot be shown; the demo supports 1 or 3.")
         self.pipe: Any = pipe
-        self.judge = judge
+        self.judge: Any = judge
         is_diffusion = isinstance(pipe, ClassifierGuidedPipeline)
         self.solvers = solvers_of(self.pipe.scheduler) if is_diffusion else {}
         height, width = pipe.sample_size
@@ -357,11 +357,9 @@ class Session:
         class; `None` without a classifier."""
         if self.judge is None:
             return None
-        probabilities, names = self.judge(images).probabilities, self.judge.id2label
-        assert probabilities is not None
-        assert names is not None
-        wanted = self.judged[request.label]
-        return [None if seen == wanted else names[seen] for seen in probabilities.argmax(axis=1).tolist()]
+        names, wanted = self.judge.id2label, self.judged[request.label]
+        seen = self.judge(images).probabilities.argmax(axis=1).tolist()
+        return [None if label == wanted else names[label] for label in seen]
 
 
 def expected_images(scheduler: Any, prediction: torch.Tensor, sample: torch.Tensor, timestep: Any) -> torch.Tensor:

@@ -71,25 +71,23 @@ def push_folder(
     include: Sequence[str] | None = None,
     license: str | None = None,
 ) -> str:
-    """Pushes a saved pipeline or model to a model repository on the Hub, created if needed, in one commit.
+    """Pushes a saved pipeline or model to a repository on the Hub, created if needed, in one commit.
 
-    The files of a model repository are pushed, see [`select_files`]; the log names the others. Files that are in the
-    repository already are not uploaded again. Files that are only in the repository are kept, and so are edits of its
-    model card. If neither the folder nor the repository has a card, one is generated from the configs.
+    The files of a model are pushed, see [`select_files`]; the log names the others. Files that are in the repository
+    already are not uploaded again; those that are only there are kept, and so are edits of its model card. If neither
+    the folder nor the repository has a card, one is generated from the configs.
 
     Args:
         folder (`str` or `os.PathLike`): A folder with a `model_index.json` (pipeline) or `config.json` (model).
         repo_id (`str`): `"user/name"`, `"organization/name"`, or `"name"` for the user who is logged in.
-        private (`bool`, *optional*): Whether a new repository is private. `None` is the account's default; an existing
-            repository is not changed.
+        private (`bool`, *optional*): Whether a new repository is private. By default what the account says.
         token (`str`, *optional*): A token with write access. By default the one of `hf auth login` or `HF_TOKEN`.
         commit_message (`str`, defaults to `"Upload with hf-guided"`): First line of the commit.
         revision (`str`, *optional*): The branch to push to, created if needed. By default `main`.
         create_pr (`bool`, defaults to `False`): Propose the commit as a pull request to `main` instead.
         standalone (`bool`, defaults to `False`): Add the model's code to the repository, see [`write_standalone`].
         repo_type (`str`, defaults to `"model"`): `"space"` for the folder of [`write_space`].
-        include (`Sequence[str]`, *optional*): Further files to push: paths in the folder, or patterns such as
-            `"assets/*"`.
+        include (`Sequence[str]`, *optional*): Further files: paths in the folder, or patterns such as `"assets/*"`.
         license (`str`, *optional*): Identifier of the licence, such as `"apache-2.0"`, for a model card that is added.
 
     Returns:
@@ -200,7 +198,6 @@ class BackgroundPush:
         self._thread.start()
 
     def wait(self) -> None:
-        """Waits for the running push."""
         if self._thread is not None:
             self._thread.join()
 

@@ -51,8 +51,7 @@ def write_standalone(
     """Copies a saved pipeline or model and adds its code, so that it loads where this package is not installed.
 
     A pipeline then loads with diffusers' `DiffusionPipeline`, a UNet with diffusers' `AutoModel`, and a classifier with
-    `AutoModelForImageClassification`. Components of diffusers and transformers are not changed. Weights are hard-linked
-    if the file system allows it.
+    `AutoModelForImageClassification`. Weights are hard-linked if the file system allows it.
 
     Args:
         folder (`str` or `os.PathLike`): A folder that `save_pretrained` or training wrote.
