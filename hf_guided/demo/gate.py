@@ -23,7 +23,7 @@ SECONDS_TO_LISTEN = 5  # between a request and the opening of its stream of answ
 NOT_WAITED_FOR = f"No client waited for this answer: open its stream within {SECONDS_TO_LISTEN} seconds of the request."
 
 _CALLS = re.compile(r"/gradio_api/(run|api|call|queue)/([^/]+)/?")
-_POSTS = re.compile(rf"{_CALLS.pattern}|/gradio_api/(cancel|reset)/?")
+_ENDS = re.compile(r"/gradio_api/(cancel|reset)/?")
 _STREAMS = re.compile(r"/gradio_api/(queue/data|call/[^/]+/[^/]+)/?")
 _CLOSED = re.compile(r"/gradio_api/(file|proxy|upload|stream/|deep_link)")  # the page neither receives nor sends files
 
@@ -69,7 +69,8 @@ class Gate:
             if len(body) <= MAX_BODY:  # the rest of a larger body is read and dropped, so that the answer arrives
                 body += message.get("body", b"")
             is_whole = not message.get("more_body", False)
-        if not _POSTS.fullmatch(scope["path"]):
+        call = _CALLS.fullmatch(scope["path"])
+        if not (call or _ENDS.fullmatch(scope["path"])):
             return await _refuse(send, 404, "This demo has no such route.")
         if len(body) > MAX_BODY:
             return await _refuse(send, 413, f"A request must have at most {MAX_BODY:,} bytes.")
@@ -79,13 +80,10 @@ class Gate:
             return messages.pop() if messages else await receive()
 
         asked, queue = _parsed(body), _queue_of(scope)
-        call = _CALLS.fullmatch(scope["path"])
         if call is None:
-            cancelled = (
-                asked.get("session_hash"),
-                asked.get("fn_index"),
-            )  # gradio itself only ends it at the next preview
+            cancelled = asked.get("session_hash"), asked.get("fn_index")
             for event in (event for job in queue.active_jobs if job for event in job):
+                # gradio itself only ends it at the next preview
                 event.alive &= (event.session_hash, event.fn._id) != cancelled
             return await self.app(scope, replay, send)
         if problem := _problem(queue.blocks.fns, call[1], call[2], asked):
@@ -93,7 +91,10 @@ class Gate:
         if call[1] in ("run", "api"):
             return await self.app(scope, replay, send)
         async with self.joining:
-            await self._drop_abandoned(queue)
+            for event in list(queue.event_ids_to_events.values()):
+                if not self.is_wanted(event):
+                    queue.send_message(event, ProcessCompletedMessage(output={"error": NOT_WAITED_FOR}, success=False))
+                    await queue.clean_events(event_id=event._id)
             if problem := _limit_reached(queue, _address(scope), asked.get("session_hash")):
                 return await _refuse(send, 429, problem)
             await self.app(scope, replay, send)
@@ -103,12 +104,6 @@ class Gate:
         """Whether a client waits for the answer to a request."""
         is_new = time.monotonic() - event.enqueue_time < SECONDS_TO_LISTEN
         return event.alive and (is_new or event.session_hash in self.streams)
-
-    async def _drop_abandoned(self, queue: Any) -> None:
-        for event in list(queue.event_ids_to_events.values()):
-            if not self.is_wanted(event):
-                queue.send_message(event, ProcessCompletedMessage(output={"error": NOT_WAITED_FOR}, success=False))
-                await queue.clean_events(event_id=event._id)
 
     def _take_turns(self, queue: Any) -> None:
         """Sorts waiting requests: those with a listening client first, then by number per client and per address."""
@@ -177,13 +172,12 @@ def _queue_of(scope: Any) -> Any:
 def _session_of_stream(scope: Any) -> str | None:
     """The session of a stream of answers; `None` if no answer is pending."""
     queue, path = _queue_of(scope), scope["path"].rstrip("/")
+    pending, event = queue.pending_event_ids_session, path.rpartition("/")[2]
     if path.endswith("/queue/data"):
         session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
     else:
-        event = path.rpartition("/")[2]
-        session = next((one for one, events in queue.pending_event_ids_session.items() if event in events), "")
-    is_open = session in queue.pending_messages_per_session and queue.pending_event_ids_session.get(session)
-    return session if is_open else None
+        session = next((one for one, events in pending.items() if event in events), "")
+    return session if session in queue.pending_messages_per_session and pending.get(session) else None
 
 
 def _parsed(body: bytes) -> dict[str, Any]:

@@ -17,8 +17,7 @@ from huggingface_hub.utils import yaml_dump
 
 _RECORD = re.compile(r"(?m)^<!-- hf-guided: (.*) -->[ \t]*$")
 _FRONT_MATTER = re.compile(r"\A---\n(.*?\n)?---[ \t]*(?:\n|\Z)", re.DOTALL)
-_HEADING = re.compile(r"(?m)^##? .*$")
-CODE = re.compile(r"(?ms)^```[^`\n]*\n.*?(?:^```|\Z)")
+_HEADING_OR_CODE = re.compile(r"(?m)^##? .*$|^```[^`\n]*\n(?s:.*?)(?:^```|\Z)")
 
 
 def sign(card: str) -> str:
@@ -93,30 +92,24 @@ def _read(card: str) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
         if not isinstance(data, dict):
             raise ValueError("README.md has metadata that are not a mapping of names to values.")
         card = card[match.end() :]
-    code = [match.span() for match in CODE.finditer(card)]
-    starts = [
-        (match.start(), match[0].strip())
-        for match in _HEADING.finditer(card)
-        if not any(start <= match.start() < end for start, end in code)
-    ]
+    # A heading in code matches as code.
+    starts = [(match.start(), match[0].strip()) for match in _HEADING_OR_CODE.finditer(card) if match[0][0] == "#"]
     sections: dict[str, str] = {}
-    bounds = [(0, ""), *starts, (len(card), "")]
-    for (start, heading), (end, _) in pairwise(bounds):
+    for (start, heading), (end, _) in pairwise([(0, ""), *starts, (len(card), "")]):
         while heading in sections:  # two sections with the same name
             heading += " "
         sections[heading] = card[start:end].strip()
-    if not sections.get(""):
-        sections.pop("", None)
+    if not sections[""]:
+        del sections[""]
     return data, sections, record
 
 
 def _parse(text: str) -> dict[str, dict[str, str]]:
     """The digests in a comment; a `ValueError` if it holds anything else."""
     record = json.loads(text)
-    is_dict = isinstance(record, dict) and record.keys() == {"metadata", "sections"}
-    if not is_dict or not all(isinstance(part, dict) for part in record.values()):
-        raise ValueError("no two dicts")
-    if not all(isinstance(digest, str) for part in record.values() for digest in part.values()):
+    is_record = isinstance(record, dict) and record.keys() == {"metadata", "sections"}
+    parts = record.values() if is_record else [None]
+    if not all(isinstance(part, dict) and all(isinstance(digest, str) for digest in part.values()) for part in parts):
         raise ValueError("no digests")
     return record
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -13,33 +14,35 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ..credentials import without_credentials
 from ..families import BASELINES, DIFFUSION, family_of
 from ..files import replacing
-from .card_edits import CODE, merge, sign
+from .card_edits import merge, sign
 from .markdown import code_span, escape, single_line
+from .standalone import AUTO_CLASSES, PIPELINES
 
-_HEADINGS = {"condition_unet": "class-conditional UNet"}
-
-_ENVIRONMENT = Environment(
+TEMPLATES = Environment(
     loader=PackageLoader("hf_guided.hub"), trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
 )
+_HEADINGS = {"condition_unet": "class-conditional UNet"}
+_PICTURES = {"grid.png": "Samples, one row per class", "trade_off.png": "Precision, recall and FID by guidance scale"}
 _INSPECTION_COLUMNS = (
     "timestep", "accuracy", "train_accuracy", "confidence", "calibration_error", "cross_entropy", "epsilon_shift"
 )  # fmt: skip
 
 
 def write_model_card(folder: str | os.PathLike, **card: Any) -> Path:
-    """Writes the model card `README.md` of a saved pipeline or model.
-
-    The user's edits of an existing card are kept.
+    """Writes the model card `README.md` of a saved pipeline or model, and keeps the user's edits of an existing one.
 
     Args:
         folder (`str` or `os.PathLike`): The saved pipeline.
-        card: The arguments of [`render_card`].
+        card: The fields of [`Card`].
 
     Returns:
         `Path`: The card.
+
+    Raises:
+        `ValueError`: If its metadata are invalid.
     """
     path = Path(folder, "README.md")
-    text = sign(render_card(folder, **card))
+    text = sign(Card(**card).render(Path(folder)))
     if path.is_file():
         text = merge(path.read_text(encoding="utf-8"), text)
     with replacing(path) as temporary:
@@ -47,147 +50,100 @@ def write_model_card(folder: str | os.PathLike, **card: Any) -> Path:
     return path
 
 
-def render_card(
-    folder: str | os.PathLike,
-    *,
-    title: str,
-    dataset: str,
-    class_names: Sequence[str] = (),
-    training: Mapping[str, Any] | None = None,
-    results: Sequence[Mapping[str, Any]] = (),
-    inspection: Mapping[str, Any] | None = None,
-    dataset_id: str | None = None,
-    repo_id: str | None = None,
-    license: str | None = None,
-    base_model: str | None = None,
-    model_class: str = "ClassifierGuidedPipeline",
-    summary: str = "A class-conditional diffusion model with classifier guidance",
-    origin: str | None = None,
-    guided: bool = True,
-    dtype: str | None = None,
-    defaults: Mapping[str, Any] | None = None,
-) -> str:
-    """The model card of a saved pipeline or model, which shows `grid.png` and `trade_off.png` where present.
+@dataclass(kw_only=True)
+class Card:
+    """What a model card says; all texts but `origin` are escaped."""
 
-    Args:
-        folder (`str` or `os.PathLike`): The saved pipeline.
-        title (`str`): Heading of the card, and the name of the model in its metadata.
-        dataset (`str`): The training data in words, such as `"scikit-learn's 8x8 digits"`.
-        class_names (`Sequence[str]`, *optional*): Name of each class, in the order of the ids; empty for an
-            unconditional model.
-        training (`Mapping[str, Any]`, *optional*): How it was trained, shown as a table in this order: steps, batch
-            size, time, hardware, versions of packages ... A nested mapping becomes one row. Only the last part of a
-            path is shown.
-        results (`Sequence[Mapping[str, Any]]`, *optional*): Rows of the report, shown as a table with the first row's
-            keys as columns. The name of a metric includes its features, `"fid/judge"`. The metadata lists them as
-            `model-index`.
-        inspection (`Mapping[str, Any]`, *optional*): The result of [`inspect_classifier`], from its `to_dict()` or
-            `inspection.json`; shown with `inspection.png`, where present.
-        dataset_id (`str`, *optional*): The data's id on the Hub.
-        repo_id (`str`, *optional*): The pipeline's id on the Hub, which the usage then loads. By default it loads the
-            current folder.
-        license (`str`, *optional*): Identifier of the licence, such as `"apache-2.0"`.
-        base_model (`str`, *optional*): The model that it was fine-tuned from, by its id on the Hub.
-        model_class (`str`, defaults to `"ClassifierGuidedPipeline"`): The class of the pipeline or model.
-        summary (`str`): The kind of model, in a few words.
-        origin (`str`, *optional*): The end of the first sentence, in Markdown, such as how it was made; by default that
-            it was trained on `dataset` with this library. All other texts are escaped.
-        guided (`bool`, defaults to `True`): Whether a classifier guides it.
-        dtype (`str`, *optional*): `"float16"` or `"bfloat16"`, if the weights are saved in half precision.
-        defaults (`Mapping[str, Any]`, *optional*): The pipeline's saved sampling defaults, shown as a table.
+    title: str  # heading, and the name of the model in the metadata
+    dataset: str  # the training data in words, such as "scikit-learn's 8x8 digits"
+    dataset_id: str | None = None  # its id on the Hub
+    class_names: Sequence[str] = ()  # in the order of the ids; empty for an unconditional model
+    training: Mapping[str, Any] | None = None  # how it was trained, as a table; a nested mapping becomes one row
+    # Rows of the report, also listed as `model-index`. The name of a metric includes its features, "fid/judge".
+    results: Sequence[Mapping[str, Any]] = ()
+    inspection: Mapping[str, Any] | None = None  # the `to_dict()` of `inspect_classifier`
+    repo_id: str | None = None  # on the Hub, which the usage loads; None: it loads the current folder
+    license: str | None = None  # identifier, such as "apache-2.0"
+    base_model: str | None = None  # id on the Hub of the model that it was fine-tuned from
+    model_class: str = DIFFUSION.pipeline  # class of the pipeline or model
+    summary: str = "A class-conditional diffusion model with classifier guidance"
+    origin: str | None = None  # end of the first sentence, in Markdown; None: trained on `dataset` with this library
+    guided: bool = True  # whether a classifier guides it
+    dtype: str | None = None  # "float16" or "bfloat16", if the weights are saved in half precision
+    defaults: Mapping[str, Any] | None = None  # the pipeline's saved sampling defaults, as a table
 
-    Returns:
-        `str`: The card.
+    def render(self, folder: Path) -> str:
+        """The card of a folder, with the pictures that are in it.
 
-    Raises:
-        `ValueError`: If its metadata are invalid.
-    """
-    folder, title, dataset = Path(folder), _public(title), _public(dataset)
-    dataset_id = dataset_id and _public(dataset_id)
-    classifies, is_pipeline = model_class == "ADMForImageClassification", model_class.endswith("Pipeline")
-    family = family_of(model_class)
-    tags = {
-        "hf-guided": True,
-        "diffusers": not classifies,
-        family.tag: True,
-        "classifier-guidance": guided or classifies,
-    }
-    tags["class-conditional-image-generation"] = bool(class_names) and not classifies
-    data = ModelCardData(
-        library_name="transformers" if classifies else "diffusers",
-        # The Hub has no tag for class-conditional models; those on ImageNet are listed under this one.
-        pipeline_tag="image-classification" if classifies else "unconditional-image-generation",
-        tags=[tag for tag, applies in tags.items() if applies],
-        license=license and _public(license),
-        datasets=None if dataset_id is None else [dataset_id],
-        base_model=base_model and _public(base_model),
-        model_name=title,
-        eval_results=_eval_results(results, inspection, dataset, dataset_id) or None,
-    )
-    upscales = model_class == "ClassifierGuidedUpscalePipeline"
-    pictures = {
-        "grid.png": "Upsampled images" if upscales else "Samples, one row per class",
-        "trade_off.png": "Precision, recall and FID by guidance scale",
-    }
-    copied = [value for row in results for key, value in row.items() if key.startswith("copied_share/")]
-    sections = {"Sampling defaults": defaults, "Training": training}
-    card = _ENVIRONMENT.get_template("model_card.jinja").render(
-        metadata=data.to_yaml(),
-        title=escape(title),
-        summary=escape(_public(summary)),
-        paper=family.paper,
-        origin=without_credentials(origin) or f"trained on {escape(dataset)} with\n`hf-guided`",
-        pictures=[{"name": name, "text": text} for name, text in pictures.items() if (folder / name).is_file()],
-        requirements=family.requirements,
-        kind="pipeline" if is_pipeline else "classifier" if classifies else "model",
-        model_class=model_class,
-        upscales=upscales,
-        source=json.dumps(repo_id or "."),
-        dtype=dtype,
-        loaded_in="" if dtype is None else f", dtype=torch.{dtype}",
-        label=_label(class_names),
-        guided=guided,
-        trade_off=family.trade_off,
-        classes=[code_span(name) for name in class_names],
-        images=_images(folder),
-        copied=f"{max(copied):.1%}" if copied else None,
-        tables=[
-            {"heading": heading, "rows": _table(["", ""], [[_heading(name), _public(v)] for name, v in values.items()])}
-            for heading, values in sections.items()
-            if values
-        ],
-        **_results(results),
-        inspection=None if inspection is None else _inspection(folder, inspection),
-    )
-    return str(ModelCard(card))  # validates the metadata
+        Raises:
+            `ValueError`: If its metadata are invalid.
+        """
+        kind, upscales = _kind_of(self.model_class), self.model_class == "ClassifierGuidedUpscalePipeline"
+        pictures = _PICTURES | ({"grid.png": "Upsampled images"} if upscales else {})
+        measured = list(dict.fromkeys(column for row in self.results for column in row))
+        levels = self.inspection["rows"] if self.inspection else []
+        inspected = [name for name in _INSPECTION_COLUMNS if any(level[name] is not None for level in levels)]
+        card = TEMPLATES.get_template("model_card.jinja").render(
+            vars(self),
+            metadata=self._metadata(kind).to_yaml(),
+            family=family_of(self.model_class),
+            kind=kind,
+            upscales=upscales,
+            pictures={name: text for name, text in pictures.items() if (folder / name).is_file()},
+            arguments=json.dumps(self.repo_id or ".") + (f", dtype=torch.{self.dtype}" if self.dtype else ""),
+            label=_label(self.class_names),
+            images=_images(folder),
+            copied=[row[column] for row in self.results for column in row if column.startswith("copied_share/")],
+            report=(measured, [[row.get(column) for column in measured] for row in self.results]),
+            notes=_notes({column.partition("/")[0] for column in measured}),
+            levels=(inspected, [[_rounded(level[name]) for name in inspected] for level in levels]),
+            has_inspection_picture=(folder / "inspection.png").is_file(),
+        )
+        return str(ModelCard(card))  # validates the metadata
 
+    def _metadata(self, kind: str) -> ModelCardData:
+        classifies = kind == "classifier"
+        tags = {
+            "hf-guided": True,
+            "diffusers": not classifies,
+            family_of(self.model_class).tag: True,
+            "classifier-guidance": self.guided or classifies,
+            "class-conditional-image-generation": bool(self.class_names) and not classifies,
+        }
+        return ModelCardData(
+            library_name="transformers" if classifies else "diffusers",
+            # The Hub has no tag for class-conditional models; those on ImageNet are listed under this one.
+            pipeline_tag="image-classification" if classifies else "unconditional-image-generation",
+            tags=[tag for tag, applies in tags.items() if applies],
+            license=self.license and _public(self.license),
+            datasets=None if self.dataset_id is None else [_public(self.dataset_id)],
+            base_model=self.base_model and _public(self.base_model),
+            model_name=_public(self.title),
+            eval_results=self._eval_results() or None,
+        )
 
-def _results(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The table of a report, and what its metrics mean."""
-    if not results:
-        return {"results": None, "notes": []}
-    from ..evaluation.metrics.table import METRICS  # imports torch, which a card without results does without
+    def _eval_results(self) -> list[EvalResult]:
+        """The metrics of all rows, named with their features and the row's settings, and the classifier's accuracy."""
+        name = _public(self.dataset)
+        dataset_type = _public(self.dataset_id or "") or re.sub(r"\W+", "-", name).strip("-").lower()
+        evaluations = []
 
-    columns = list(dict.fromkeys(column for row in results for column in row))
-    shown = {column.partition("/")[0] for column in columns}
-    rows = [[_public(row.get(column)) for column in columns] for row in results]
-    notes = [metric.note for name, metric in METRICS.items() if name in shown and metric.note]
-    return {"results": _table([_heading(column) for column in columns], rows), "notes": notes}
+        def add(task: str, metric: str, metric_name: str, value: float) -> None:
+            evaluations.append(EvalResult(task, dataset_type, name, metric, value, metric_name=metric_name))
 
-
-def _inspection(folder: Path, inspection: Mapping[str, Any]) -> dict[str, Any]:
-    """The classifier's table by noise level, and what follows from it."""
-    rows, num_trained = inspection["rows"], inspection["num_train_images"]
-    columns = [name for name in _INSPECTION_COLUMNS if any(row[name] is not None for row in rows)]
-    return {
-        "num_images": f"{inspection['num_images']:,}",
-        "num_trained": f"{num_trained:,}" if num_trained else "",
-        "has_picture": (folder / "inspection.png").is_file(),
-        "table": _table(
-            [_heading(name) for name in columns], [[_rounded(row[name]) for name in columns] for row in rows]
-        ),
-        "findings": [escape(_public(finding)) for finding in inspection["findings"]],
-    }
+        for row in self.results:
+            if row.get("samples", "generated") != "generated":  # real images for comparison, no result of the model
+                continue
+            present = {key: value for key, value in row.items() if value is not None and key != "samples"}
+            settings = "".join(f", {_heading(k)}: {_public(v)}" for k, v in present.items() if "/" not in k)
+            for key, value in present.items():
+                if "/" in key:
+                    metric = key.partition("/")[0]
+                    add("unconditional-image-generation", metric, _heading(key) + settings, float(value))
+        if self.inspection is not None:
+            first = self.inspection["rows"][0]
+            add("image-classification", "accuracy", f"Accuracy at timestep {first['timestep']}", first["accuracy"])
+        return evaluations
 
 
 def address(card: str, repo_id: str, standalone: bool = False) -> str:
@@ -199,75 +155,47 @@ def address(card: str, repo_id: str, standalone: bool = False) -> str:
         standalone (`bool`, defaults to `False`): Whether the repository carries its code and does not need this
             package.
     """
+    usage: Any = TEMPLATES.get_template("usage.jinja").module
 
-    pipelines = "|".join(family.pipeline for family in BASELINES.values())
+    def spelled(alone: bool) -> list[list[str]]:
+        """What stands before and after the arguments in the lines that name this package or its classes."""
+        lines = [usage.install(["\0"], alone)]
+        for name in (*PIPELINES, *AUTO_CLASSES):
+            lines += [macro(name, _kind_of(name), "\0", alone) for macro in (usage.imported, usage.loaded)]
+        return [line.split("\0") for line in lines]
 
-    def addressed(block: re.Match) -> str:
-        code = re.sub(r'(from_pretrained\(|model=)"\."', lambda match: f"{match[1]}{json.dumps(repo_id)}", block[0])
-        if standalone:
-            code = re.sub(r"(?m)^from hf_guided import \w*Pipeline", "from diffusers import DiffusionPipeline", code)
-            code = re.sub(
-                rf"\b(?:ClassifierGuided\w*Pipeline|{pipelines})\.from_pretrained\((.*?)\)\n",
-                r"DiffusionPipeline.from_pretrained(\1, trust_remote_code=True)\n",
-                code,
-            )
-            code = re.sub(r"(?m)^from hf_guided import ADMUNet2DModel$", "from diffusers import AutoModel", code)
-            code = re.sub(
-                r"\bADMUNet2DModel\.from_pretrained\((.*?)\)\n",
-                r"AutoModel.from_pretrained(\1, trust_remote_code=True)\n",
-                code,
-            )
-            code = re.sub(r"(?m)^from hf_guided import ADMForImageClassification  # .*\n", "", code)
-            code = re.sub(r'(pipeline\("image-classification".*?)\)\n', r"\1, trust_remote_code=True)\n", code)
-        return code
-
-    card = CODE.sub(addressed, card)
-    if standalone:
-        pip = r"(?m)^`pip install hf-guided(.*)`, then:"
-        card = re.sub(pip, r"`pip install torch diffusers transformers\1`, then:", card)
-    return card
+    changes = [*zip(spelled(False), spelled(True), strict=True)] if standalone else []
+    lines, in_code = [], False
+    for line in card.split("\n"):
+        new = line
+        if line.startswith("```"):
+            in_code = not in_code and "`" not in line[3:]  # which would be code within a line
+        if in_code:
+            for before in ("from_pretrained(", "model="):
+                new = new.replace(f'{before}"."', before + json.dumps(repo_id))
+        for (start, end), (new_start, new_end) in changes:
+            left, found, middle = new.partition(start)
+            if found and middle.endswith(end) and (in_code or not left):
+                new = left + new_start + middle.removesuffix(end) + new_end
+                break
+        if new or not line:  # a line that only this package needs becomes empty
+            lines.append(new)
+    return "\n".join(lines)
 
 
-def _eval_results(
-    results: Sequence[Mapping[str, Any]], inspection: Mapping[str, Any] | None, dataset: str, dataset_id: str | None
-) -> list[EvalResult]:
-    """The metrics of all rows, named with their features and the row's settings, and the classifier's accuracy."""
-    data: dict[str, Any] = {
-        "dataset_type": dataset_id or re.sub(r"\W+", "-", dataset).strip("-").lower(),
-        "dataset_name": dataset,
-    }
-    evaluations = []
-    for row in results:
-        if row.get("samples", "generated") != "generated":  # real images for comparison, not a result of the model
-            continue
-        metrics = {key: value for key, value in row.items() if "/" in key and value is not None}
-        settings = "".join(
-            f", {_heading(key)}: {_public(value)}"
-            for key, value in row.items()
-            if key not in (*metrics, "samples") and value is not None
-        )
-        evaluations += [
-            EvalResult(
-                task_type="unconditional-image-generation",
-                **data,
-                metric_type=key.partition("/")[0],
-                metric_name=_heading(key) + settings,
-                metric_value=float(value),
-            )
-            for key, value in metrics.items()
-        ]
-    if inspection is not None:
-        first = inspection["rows"][0]
-        evaluations.append(
-            EvalResult(
-                task_type="image-classification",
-                **data,
-                metric_type="accuracy",
-                metric_name=f"Accuracy at timestep {first['timestep']}",
-                metric_value=first["accuracy"],
-            )
-        )
-    return evaluations
+def _kind_of(model_class: str) -> str:
+    if model_class == "ADMForImageClassification":
+        return "classifier"
+    return "pipeline" if model_class.endswith("Pipeline") else "model"
+
+
+def _notes(metrics: set[str]) -> list[str]:
+    """What the metrics of a report mean."""
+    if not metrics:
+        return []
+    from ..evaluation.metrics.table import METRICS  # imports torch, which a card without results does without
+
+    return [metric.note for name, metric in METRICS.items() if name in metrics and metric.note]
 
 
 def _images(folder: Path) -> str:
@@ -299,17 +227,6 @@ def _heading(column: str) -> str:
     return words if words[1:2].isupper() else words[:1].upper() + words[1:]
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, *rows]
-    cells = [[escape(cell).replace("|", "\\|") for cell in line] for line in lines]
-    cells.insert(1, ["---"] * len(headings))
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
-
-
-def _rounded(value: float | None) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else _public(value)
-
-
 def _public(value: Any) -> str:
     """Text for a public page: one line, short numbers, no credentials, only the last part of absolute paths."""
     if value is None:
@@ -325,3 +242,20 @@ def _public(value: Any) -> str:
         if flavour(text).is_absolute():
             return flavour(text).name
     return text
+
+
+def _rounded(value: float | None) -> Any:
+    return f"{value:.3f}" if isinstance(value, float) else value
+
+
+def _shown(value: Any) -> str:
+    return escape(_public(value))
+
+
+TEMPLATES.filters |= {
+    "cell": lambda value: _shown(value).replace("|", "\\|"),
+    "code_span": code_span,
+    "heading": _heading,
+    "shown": _shown,
+    "without_credentials": without_credentials,
+}

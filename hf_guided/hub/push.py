@@ -5,11 +5,12 @@ import os
 import shlex
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -18,10 +19,10 @@ from .card_edits import merge, sign
 from .model_card import address
 from .saved_card import card_of_saved
 from .selection import CODE_FILES, select_files
+from .standalone import write_standalone
 
 logger = logging.getLogger(__name__)
 
-_MODEL_FILES = ("model_index.json", "config.json")
 _ATTEMPTS = 3  # if others push to the same branch at the same time
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN, using a token with write access (https://huggingface.co/settings/tokens)"
@@ -70,25 +71,23 @@ def push_folder(
     include: Sequence[str] | None = None,
     license: str | None = None,
 ) -> str:
-    """Pushes a saved pipeline or model to a model repository on the Hub, created if needed, in one commit.
+    """Pushes a saved pipeline or model to a repository on the Hub, created if needed, in one commit.
 
-    The files of a model repository are pushed, see [`select_files`]; the log names the others. Files that are in the
-    repository already are not uploaded again. Files that are only in the repository are kept, and so are edits of its
-    model card. If neither the folder nor the repository has a card, one is generated from the configs.
+    The files of a model are pushed, see [`select_files`]; the log names the others. Files that are in the repository
+    already are not uploaded again; those that are only there are kept, and so are edits of its model card. If neither
+    the folder nor the repository has a card, one is generated from the configs.
 
     Args:
         folder (`str` or `os.PathLike`): A folder with a `model_index.json` (pipeline) or `config.json` (model).
         repo_id (`str`): `"user/name"`, `"organization/name"`, or `"name"` for the user who is logged in.
-        private (`bool`, *optional*): Whether a new repository is private. `None` is the account's default; an existing
-            repository is not changed.
+        private (`bool`, *optional*): Whether a new repository is private. By default what the account says.
         token (`str`, *optional*): A token with write access. By default the one of `hf auth login` or `HF_TOKEN`.
         commit_message (`str`, defaults to `"Upload with hf-guided"`): First line of the commit.
         revision (`str`, *optional*): The branch to push to, created if needed. By default `main`.
         create_pr (`bool`, defaults to `False`): Propose the commit as a pull request to `main` instead.
         standalone (`bool`, defaults to `False`): Add the model's code to the repository, see [`write_standalone`].
         repo_type (`str`, defaults to `"model"`): `"space"` for the folder of [`write_space`].
-        include (`Sequence[str]`, *optional*): Further files to push: paths in the folder, or patterns such as
-            `"assets/*"`.
+        include (`Sequence[str]`, *optional*): Further files: paths in the folder, or patterns such as `"assets/*"`.
         license (`str`, *optional*): Identifier of the licence, such as `"apache-2.0"`, for a model card that is added.
 
     Returns:
@@ -100,78 +99,72 @@ def push_folder(
         `PushError`: If the Hub cannot be reached or refuses the push; the message says how to fix it.
     """
     folder = Path(folder)
-    if repo_type == "model" and not any((folder / name).is_file() for name in _MODEL_FILES):
+    if repo_type == "model" and not any((folder / name).is_file() for name in ("model_index.json", "config.json")):
         raise ValueError(
             f"{folder} has neither model_index.json nor config.json: give the folder that `save_pretrained` wrote."
         )
     if create_pr and revision is not None:
         raise ValueError(f"A pull request is made to main; leave out the revision {revision!r}, or create_pr.")
-    if standalone:
-        from .standalone import write_standalone
-
-        # On the same disk as the folder, so that weights are linked and not copied.
-        with TemporaryDirectory(dir=folder.absolute().parent, prefix=".standalone-") as parent:
-            return push_folder(
-                write_standalone(folder, Path(parent) / folder.absolute().name, include),
-                repo_id,
-                private=private,
-                token=token,
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-                include=include,
-                license=license,
-            )
-    paths = select_files(folder, include, repo_type)
-    api = HfApi(token=token or True)  # True: a token is required
-    try:
-        sdk = "gradio" if repo_type == "space" else None
-        repo = api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk)
-        if revision is not None:
-            api.create_branch(repo.repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
-        for attempt in range(1, _ATTEMPTS + 1):
-            # The card is merged with the card of this commit, and a later commit of others is not overwritten.
-            head: Any = api.repo_info(repo.repo_id, revision=revision, repo_type=repo_type)
-            there = {file.rfilename for file in head.siblings or ()}
-            operations: list[CommitOperationAdd | CommitOperationDelete] = [
-                CommitOperationAdd(path, folder / path) for path in paths if path != "README.md"
-            ]
-            if repo_type == "model":  # code of an earlier push that is no longer used is removed
-                stale = [path for path in there.difference(paths) if Path(path).name in CODE_FILES]
-                operations += [CommitOperationDelete(path) for path in stale]
-            card = None
-            if "README.md" in paths:
-                card = (folder / "README.md").read_text(encoding="utf-8")
-            elif "README.md" not in there and repo_type == "model":
-                card = card_of_saved(folder, repo.repo_id.rpartition("/")[2], license)
-            if license is not None and ("README.md" in paths or "README.md" in there):
-                logger.warning(f"The existing model card is kept; write the licence {license} into it.")
-            if card is not None:
-                card = sign(address(card, repo.repo_id, standalone=not CODE_FILES.isdisjoint(paths)))
-                if "README.md" in there:
-                    edited = api.hf_hub_download(repo.repo_id, "README.md", revision=head.sha, repo_type=repo_type)
-                    card = merge(Path(edited).read_text(encoding="utf-8"), card)
-                operations.append(CommitOperationAdd("README.md", card.encode()))
-            try:
-                commit = api.create_commit(
-                    repo.repo_id,
-                    operations,
-                    commit_message=commit_message,
-                    revision=revision,
-                    create_pr=create_pr,
-                    parent_commit=head.sha,
-                    repo_type=repo_type,
-                )
-                break
-            except (HfHubHTTPError, HTTPError) as error:
-                # Another commit came first, or the answer was lost: the next attempt then finds the files already
-                # there.
-                status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
-                if (status != 412 and (status < 500 or create_pr)) or attempt == _ATTEMPTS:
-                    raise
-    except (HTTPError, OSError, RuntimeError) as error:
-        raise PushError(_explain(error, repo_id)) from error
+    with ExitStack() as stack:
+        if standalone:
+            # On the same disk as the folder, so that weights are linked and not copied.
+            parent = TemporaryDirectory(dir=folder.absolute().parent, prefix=".standalone-")
+            folder = write_standalone(folder, Path(stack.enter_context(parent), folder.absolute().name), include)
+        paths = select_files(folder, include, repo_type)
+        api = HfApi(token=token or True)  # True: a token is required
+        try:
+            sdk = "gradio" if repo_type == "space" else None
+            repo = api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk)
+            place = {"repo_id": repo.repo_id, "revision": revision, "repo_type": repo_type}
+            if revision is not None:
+                api.create_branch(repo.repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
+            commit = _commit(api, place, folder, paths, license, commit_message=commit_message, create_pr=create_pr)
+        except (HTTPError, OSError, RuntimeError) as error:
+            raise PushError(_explain(error, repo_id)) from error
     return commit.pr_url or str(repo)
+
+
+def _commit(
+    api: HfApi, place: dict[str, Any], folder: Path, paths: list[str], license: str | None, **options: Any
+) -> CommitInfo:
+    """Commits files of a folder, again if another commit came first."""
+    attempt = 0
+    while True:
+        attempt += 1
+        # The card is merged with the card of this commit, and a later commit of others is not overwritten.
+        head: Any = api.repo_info(**place)
+        there = {file.rfilename for file in head.siblings or ()}
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationAdd(path, folder / path) for path in paths if path != "README.md"
+        ]
+        if place["repo_type"] == "model":  # code of an earlier push that is no longer used is removed
+            stale = [path for path in there.difference(paths) if Path(path).name in CODE_FILES]
+            operations += [CommitOperationDelete(path) for path in stale]
+        card = _card(place, folder, paths, license, there)
+        if card is not None:
+            if "README.md" in there:
+                edited = api.hf_hub_download(filename="README.md", **{**place, "revision": head.sha})
+                card = merge(Path(edited).read_text(encoding="utf-8"), card)
+            operations.append(CommitOperationAdd("README.md", card.encode()))
+        try:
+            return api.create_commit(operations=operations, parent_commit=head.sha, **place, **options)
+        except (HfHubHTTPError, HTTPError) as error:
+            # Others were first, or the answer was lost: the next attempt then finds the files already there.
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
+            if (status != 412 and (status < 500 or options["create_pr"])) or attempt == _ATTEMPTS:
+                raise
+
+
+def _card(place: dict[str, Any], folder: Path, paths: list[str], license: str | None, there: set[str]) -> str | None:
+    """The card to push: the folder's, or one of its configs where the repository has none either."""
+    repo_id, card = place["repo_id"], None
+    if "README.md" in paths:
+        card = (folder / "README.md").read_text(encoding="utf-8")
+    elif "README.md" not in there and place["repo_type"] == "model":
+        card = card_of_saved(folder, repo_id.rpartition("/")[2], license)
+    if license is not None and "README.md" in there.union(paths):
+        logger.warning(f"The existing model card is kept; write the licence {license} into it.")
+    return None if card is None else sign(address(card, repo_id, standalone=not CODE_FILES.isdisjoint(paths)))
 
 
 def push_command(folder: str | os.PathLike, repo_id: str, private: bool = False) -> str:
@@ -205,7 +198,6 @@ class BackgroundPush:
         self._thread.start()
 
     def wait(self) -> None:
-        """Waits for the running push."""
         if self._thread is not None:
             self._thread.join()
 
@@ -228,17 +220,17 @@ def _explain(error: BaseException, repo_id: str) -> str:
         error = error.__cause__
     if isinstance(error, LocalTokenNotFoundError):
         return f"No Hugging Face token was found: {_LOGIN}."
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if status == 401:
+    if not isinstance(error, HfHubHTTPError):
+        unreachable = ", the Hub could not be reached" if isinstance(error, HTTPError) else ""
+        return f"Pushing to {repo_id} failed{unreachable}: {error}"
+    match error.response.status_code:
+        case 401:
             return f"The Hub does not accept this token, which may have expired or been revoked: {_LOGIN}."
-        if status == 403:
+        case 403:
             return f"This token has no write access to {repo_id}: {_LOGIN}."
-        if status == 404:
+        case 404:
             return f"{repo_id} was not found on the Hub with this token: check the name, or {_LOGIN}."
-        if status == 412:
+        case 412:
             return f"Others are pushing to {repo_id} at the same time: push again when they have finished."
-        return f"Pushing to {repo_id} failed, the Hub answered {status}: {error.server_message or error}"
-    if isinstance(error, HTTPError):
-        return f"Pushing to {repo_id} failed, the Hub could not be reached: {error}"
-    return f"Pushing to {repo_id} failed: {error}"
+        case status:
+            return f"Pushing to {repo_id} failed, the Hub answered {status}: {error.server_message or error}"

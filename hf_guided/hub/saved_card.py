@@ -7,7 +7,7 @@ from typing import Any
 
 from ..families import BASELINES, family_of
 from ..files import read_json
-from .model_card import render_card
+from .model_card import Card
 
 # Models alone, and what they are called in a sentence.
 _MODELS = {
@@ -48,8 +48,7 @@ def card_of_saved(folder: Path, title: str, license: str | None = None) -> str |
     else:
         return None
     defaults = index.get("sampling_defaults")
-    return render_card(
-        folder,
+    card = Card(
         title=title,
         dataset="",
         class_names=_class_names(names),
@@ -60,6 +59,7 @@ def card_of_saved(folder: Path, title: str, license: str | None = None) -> str |
         origin="saved with `hf-guided`",
         guided=guided,
     )
+    return card.render(folder)
 
 
 def _config(path: Path) -> dict[str, Any]:

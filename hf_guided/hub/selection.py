@@ -1,27 +1,26 @@
 """Selecting the files of a folder to push: those of a model repository, and those that the user adds."""
 
-import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from .. import _MODULE_OF
+from ..files import read_json
 from .markdown import single_line
 
 logger = logging.getLogger(__name__)
 
 # Code of a standalone repository, see `write_standalone`.
 CODE_FILES = {f"{module.rpartition('.')[2]}.py" for module in _MODULE_OF.values()}
-_DOCUMENTS = {
+_NAMES = {
     ".gitattributes", "CITATION.cff", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt",
-    "README.md",
+    "README.md", "grid.png", "inspection.json", "inspection.png", "model_index.json", "openai_flags.json",
+    "trade_off.png",
 }  # fmt: skip
-_OURS = {"grid.png", "inspection.json", "inspection.png", "model_index.json", "openai_flags.json", "trade_off.png"}
 # Files of models, schedulers, processors and tokenizers, as diffusers and transformers name them.
 _SAVED = {
     "adapter_config.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json",
@@ -33,6 +32,7 @@ _SAVED = {
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _PICTURES = (".avif", ".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 _SPACE = {".gitattributes", "README.md", "app.py", "packages.txt", "requirements.txt"}
+COPIED = (".py", ".jinja", ".css")  # of this package, in a Space
 _NAMED = 5  # names of files that are not pushed, in the log
 
 
@@ -53,19 +53,18 @@ def select_files(
         repo_type (`str`, defaults to `"model"`): Or `"space"`.
 
     Returns:
-        `list[str]`: Paths relative to the folder, with slashes, sorted.
+        `list[str]`: Paths with slashes, sorted.
 
     Raises:
         `ValueError`: If a pattern matches no file, or `model_index.json` cannot be read.
     """
     folder = Path(folder)
     is_part = _is_part_of_space if repo_type == "space" else _parts_of_model(folder)
-    unmatched = dict.fromkeys(include or ())
-    chosen, left = [], []
+    unmatched, chosen, left = list(include or ()), [], []
     for path in _walk(folder):
         matching = [pattern for pattern in include or () if _matches(path, pattern)]
         if matching and (folder / path).is_file():
-            unmatched = {pattern: None for pattern in unmatched if pattern not in matching}
+            unmatched = [pattern for pattern in unmatched if pattern not in matching]
             chosen.append(path)
         elif is_part(path) and _is_held(folder, path, is_part):
             chosen.append(path)
@@ -77,9 +76,9 @@ def select_files(
             f"'assets/*' (hidden files with their dot)."
         )
     if left:
-        shown = list(dict.fromkeys(_shortest_name(path, chosen) for path in left))
-        names = ", ".join(single_line(name, length=100) for name in shown[:_NAMED])
-        more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
+        named = list(dict.fromkeys(_shortest_name(path, chosen) for path in left))
+        names = ", ".join(single_line(name, length=100) for name in named[:_NAMED])
+        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
         files = f"{len(left)} {'file that is' if len(left) == 1 else 'files that are'}"
         logger.warning(f"Not pushed, {files} no part of the model: {names}{more}. To push some: --include PATTERN.")
     return sorted(chosen)
@@ -106,18 +105,15 @@ def _parts_of_model(folder: Path) -> Callable[[str], bool]:
     card_file = folder / "README.md"
     card = card_file.read_text(encoding="utf-8", errors="replace") if card_file.is_file() else ""
 
-    def is_shown(path: str) -> bool:
-        spellings = [name for name in {path, quote(path)} if name in card]
-        return any(re.search(rf"(?<![\w./-])(?:\./)?{re.escape(name)}(?![\w-])", card) for name in spellings)
-
     def is_part(path: str) -> bool:
         place, _, name = path.rpartition("/")
-        if path in _DOCUMENTS or path in _OURS:
+        if path in _NAMES:
             return True
         if re.search(r"(\A|/)\.", path):
             return False
-        if name.lower().endswith(_PICTURES):
-            return is_shown(path)
+        if name.lower().endswith(_PICTURES):  # those that the card shows
+            spelled = "|".join(re.escape(spelling) for spelling in (path, quote(path)))
+            return re.search(rf"(?<![\w./-])(?:\./)?(?:{spelled})(?![\w-])", card) is not None
         return place in places and (name in _SAVED or name in CODE_FILES or name.endswith(_WEIGHTS))
 
     return is_part
@@ -125,22 +121,13 @@ def _parts_of_model(folder: Path) -> Callable[[str], bool]:
 
 def _components(index_file: Path) -> list[str]:
     """The folders of a pipeline's components."""
-    if not index_file.is_file():
-        return []
-    try:
-        index: Any = json.loads(index_file.read_text(encoding="utf-8"))
-        entries = index.items()
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{index_file} is damaged ({error}); save the pipeline again.") from error
-    return [
-        name
-        for name, value in entries
-        if name[:1] != "_" and isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
-    ]
+    index = read_json(index_file, fix="save the pipeline again") if index_file.is_file() else {}
+    components = {name: value for name, value in index.items() if isinstance(value, list) and name[:1] != "_"}
+    return [name for name, value in components.items() if len(value) == 2 and all(isinstance(v, str) for v in value)]
 
 
 def _is_part_of_space(path: str) -> bool:
-    return path in _SPACE or (path.startswith("hf_guided/") and path.endswith(".py"))
+    return path in _SPACE or (path.startswith("hf_guided/") and path.endswith(COPIED))
 
 
 def _is_held(folder: Path, path: str, is_part: Callable[[str], bool]) -> bool:

@@ -11,32 +11,11 @@ from huggingface_hub import metadata_save
 
 from ..families import DIFFUSION, family_of
 from .markdown import link_to_hub, single_line
+from .model_card import TEMPLATES
+from .selection import COPIED
 
 _PACKAGE = Path(__file__).parents[1]
-_LEFT_OUT = ("conversion", "training", "hub")  # parts of the package that the demo does not need
-_DIFFUSION = (
-    "Classifier-guided diffusion: samples of {model} as they are denoised, and the same noise at several guidance "
-    "scales, side by side."
-)
-_BASELINE = "A {noun}: samples of {model}, and the same noise at several {trade_off}s."
-
-_APP = '''\
-"""The page of `hf-guided demo`; locally: python app.py --host 127.0.0.1"""
-
-import sys
-
-from hf_guided.cli import main
-
-main(["demo", {arguments}, "--host", "0.0.0.0", *sys.argv[1:]])
-'''
-
-_README = """
-{shown}{judge}
-
-Made by `hf-guided push --space`. `hf_guided/` is a copy of that package; only `requirements.txt` is installed.
-
-A private model needs a secret `HF_TOKEN` in the settings of this Space: a token with read access to it.
-"""
+_LEFT_OUT = ("conversion", "training", "hub")  # rooms that the demo does not need
 
 
 def write_space(
@@ -66,23 +45,21 @@ def write_space(
         `ImportError`: If gradio is not installed, whose version the Space requires.
     """
     folder = Path(folder)
-    models = [model_id] if judge_id is None else [model_id, judge_id]
+    models = [model_id, *([judge_id] if judge_id else [])]
+    arguments = ["demo", model_id, *(["--judge", judge_id] if judge_id else []), "--host", "0.0.0.0"]
     try:
         sdk_version = version("gradio")
     except ImportError as error:
         raise ImportError('A Space needs gradio; install it with: pip install "hf-guided[demo]"') from error
     folder.mkdir(parents=True, exist_ok=True)
 
-    arguments = ", ".join(json.dumps(argument) for argument in [model_id, *(["--judge", judge_id] if judge_id else [])])
-    (folder / "app.py").write_text(_APP.format(arguments=arguments), encoding="utf-8")
-    (folder / "requirements.txt").write_text("\n".join(_requirements(model_class)) + "\n", encoding="utf-8")
-    judge = "" if judge_id is None else f" Evaluation classifier: {link_to_hub(judge_id)}."
-    readme = folder / "README.md"
     family = family_of(model_class)
-    shown = (_DIFFUSION if family is DIFFUSION else _BASELINE).format(
-        model=link_to_hub(model_id), noun=family.noun, trade_off=family.trade_off
-    )
-    readme.write_text(_README.format(shown=shown, judge=judge), encoding="utf-8")
+    quoted = [json.dumps(argument) for argument in arguments]
+    about = {"models": [link_to_hub(model) for model in models], "family": family, "arguments": quoted}
+    for name in ("README.md", "app.py"):
+        text = TEMPLATES.get_template(f"space_{name}.jinja").render(about)
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "requirements.txt").write_text("\n".join(_requirements(model_class)) + "\n", encoding="utf-8")
     header = {
         "title": single_line(title or model_id.rpartition("/")[2]),
         "emoji": "🎲",
@@ -96,7 +73,7 @@ def write_space(
         "models": models,
         "tags": ["hf-guided", "diffusers", *(["classifier-guidance"] if family is DIFFUSION else [])],
     }
-    metadata_save(readme, header)
+    metadata_save(folder / "README.md", header)
     _copy_package(folder / "hf_guided")
     return folder
 
@@ -114,12 +91,12 @@ def _requirements(model_class: str) -> list[str]:
 
 
 def _copy_package(folder: Path) -> None:
-    """Copies the package's code, with linked folders."""
+    """Copies the package's code and templates, with linked folders."""
 
     def ignored(parent: str, names: list[str]) -> list[str]:
-        parts = _LEFT_OUT if Path(parent) == _PACKAGE else ()
-        return [name for name in names if name in parts or not (name.endswith(".py") or (Path(parent) / name).is_dir())]
+        left = ("__pycache__", *(_LEFT_OUT if Path(parent) == _PACKAGE else ()))
+        return [n for n in names if n in left or not (n.endswith(COPIED) or Path(parent, n).is_dir())]
 
     if folder.exists():
         shutil.rmtree(folder)
-    shutil.copytree(_PACKAGE, folder, ignore=lambda parent, names: [*ignored(parent, names), "__pycache__"])
+    shutil.copytree(_PACKAGE, folder, ignore=ignored)

@@ -24,9 +24,9 @@ from ..families import BASELINES
 from .selection import select_files
 
 _GUIDED_PIPELINES = ("ClassifierGuidedPipeline", "ClassifierGuidedUpscalePipeline")
-_PIPELINES = (*_GUIDED_PIPELINES, *(family.pipeline for family in BASELINES.values()))
+PIPELINES = (*_GUIDED_PIPELINES, *(family.pipeline for family in BASELINES.values()))
 # The auto classes of a model, by the config file that names them.
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "ADMUNet2DModel": {"config.json": {"AutoModel": "ADMUNet2DModel"}},
     "ADMForImageClassification": {
         "config.json": {
@@ -51,8 +51,7 @@ def write_standalone(
     """Copies a saved pipeline or model and adds its code, so that it loads where this package is not installed.
 
     A pipeline then loads with diffusers' `DiffusionPipeline`, a UNet with diffusers' `AutoModel`, and a classifier with
-    `AutoModelForImageClassification`. Components of diffusers and transformers are not changed. Weights are hard-linked
-    if the file system allows it.
+    `AutoModelForImageClassification`. Weights are hard-linked if the file system allows it.
 
     Args:
         folder (`str` or `os.PathLike`): A folder that `save_pretrained` or training wrote.
@@ -70,22 +69,18 @@ def write_standalone(
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} is not empty: give an empty or a new folder.")
     added = _code_and_configs(folder)
-    for path in select_files(folder, include):
-        if path not in added:
-            (destination / path).parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(folder / path, destination / path)
-    for path, text in added.items():
-        (destination / path).parent.mkdir(parents=True, exist_ok=True)
-        (destination / path).write_text(text, encoding="utf-8")
+    for path in {*select_files(folder, include), *added}:
+        target = destination / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path in added:
+            target.write_text(added[path], encoding="utf-8")
+            continue
+        if target.suffix in (".safetensors", ".bin"):  # large, and replaced rather than changed in place
+            with suppress(OSError):
+                os.link((folder / path).resolve(), target)
+                continue
+        shutil.copyfile(folder / path, target)
     return destination
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    if source.suffix in (".safetensors", ".bin"):  # large, and replaced rather than changed in place
-        with suppress(OSError):
-            os.link(source.resolve(), target)
-            return
-    shutil.copyfile(source, target)
 
 
 def _code_and_configs(folder: Path) -> dict[str, str]:
@@ -94,14 +89,18 @@ def _code_and_configs(folder: Path) -> dict[str, str]:
     name = index.get("_class_name") or config.get("_class_name") or (config.get("architectures") or [None])[0]
     if isinstance(name, list) or "auto_map" in config:
         raise ValueError(f"{folder} carries its code already: push it without --standalone.")
-    if name not in (_PIPELINES if index else _AUTO_CLASSES):
-        known = [*_PIPELINES, *_AUTO_CLASSES]
+    if name not in (PIPELINES if index else AUTO_CLASSES):
+        known = [*PIPELINES, *AUTO_CLASSES]
         raise ValueError(
             f"{folder} holds {name or 'no model'}; code can be added to a saved {', '.join(known[:-1])} or {known[-1]}."
         )
     added = {f"{_code_module(name)}.py": _code(name)}
     if not index:
-        return added | _auto_maps(folder, name)
+        for path, found in AUTO_CLASSES[name].items():
+            if config := _read_json(folder / path):
+                auto_map = {auto: f"{_code_module(name)}.{class_name}" for auto, class_name in found.items()}
+                added[path] = _to_json({**config, "auto_map": auto_map})
+        return added
     for component, value in index.items():
         if not isinstance(value, list) or value[0] in (None, "diffusers", "transformers"):
             continue
@@ -118,7 +117,6 @@ def _code_and_configs(folder: Path) -> dict[str, str]:
 
 
 def _code_module(name: str) -> str:
-    """The module of a class in a repository, named like its module here."""
     return _MODULE_OF[name].rpartition(".")[2]
 
 
@@ -129,16 +127,6 @@ def _code(name: str) -> str:
     if name in _GUIDED_PIPELINES:
         roots += [("hf_guided.guidance", kind) for kind in _module("hf_guided.guidance").exported]
     return inline(roots)
-
-
-def _auto_maps(folder: Path, name: str) -> dict[str, str]:
-    """The configs of a model, with the `auto_map` of the auto classes."""
-    configs = {}
-    for path, found in _AUTO_CLASSES[name].items():
-        if config := _read_json(folder / path):
-            auto_map = {auto_class: f"{_code_module(name)}.{class_name}" for auto_class, class_name in found.items()}
-            configs[path] = _to_json({**config, "auto_map": auto_map})
-    return configs
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -214,15 +202,15 @@ def _import_lines(meanings: set[tuple[str, str]]) -> str:
     names: dict[str, list[str]] = {}
     for source, spelled in sorted(meanings, key=lambda meaning: (meaning[0].lower(), meaning[1])):
         names.setdefault(source, []).append(spelled)
-    modules = names.pop("", [])
-    groups: tuple[list[str], list[str]] = ([], [])
-    for spelled in modules:
-        groups[_package(spelled.split()[0]) not in sys.stdlib_module_names].append(f"import {spelled}")
+    lines = [(spelled, f"import {spelled}") for spelled in names.pop("", [])]
     for source, spelled_names in names.items():
         line = f"from {source} import {', '.join(spelled_names)}"
         if len(line) > _LINE_LENGTH:
             line = f"from {source} import (\n" + "".join(f"    {spelled},\n" for spelled in spelled_names) + ")"
-        groups[_package(source) not in sys.stdlib_module_names].append(line)
+        lines.append((source, line))
+    groups: tuple[list[str], list[str]] = ([], [])
+    for source, line in lines:
+        groups[_package(source.split()[0]) not in sys.stdlib_module_names].append(line)
     return "\n\n".join("\n".join(group) for group in groups if group)
 
 
@@ -230,7 +218,6 @@ class _Module:
     """A module's source, split into its top-level statements.
 
     Attributes:
-        docstring (`str`): Its docstring.
         exported (`list[str]`): Its `__all__`.
         meanings (`dict[str, tuple[str, str]]`): The definition of each name: for a local one, the names of the module
             and the definition; for an imported one, the source module and the name as an import spells it
@@ -277,15 +264,13 @@ class _Module:
                     self._refuse(statement, "runs code on import: define names only")
             for defined in names:
                 self._define(defined, (name, defined))
-            left_out = set()
-            if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-                for decorator in list(statement.decorator_list):
-                    if isinstance(decorator, ast.Name) and decorator.id == _ONLY_IN_THE_PACKAGE:
-                        statement.decorator_list.remove(decorator)
-                        left_out.add(decorator.lineno - 1)
             stop = statement.end_lineno or end
-            text = "\n".join(lines[i] for i in range(end, stop) if i not in left_out)
-            self._definitions.append((names, statement, text))
+            kept = lines[end:stop]
+            for decorator in list(getattr(statement, "decorator_list", ())):
+                if isinstance(decorator, ast.Name) and decorator.id == _ONLY_IN_THE_PACKAGE:
+                    statement.decorator_list.remove(decorator)  # type: ignore[attr-defined]
+                    del kept[decorator.lineno - 1 - end]
+            self._definitions.append((names, statement, "\n".join(kept)))
             end = stop
 
     def names_used_by(self, name: str) -> list[str]:

@@ -34,7 +34,8 @@ from hf_guided import (
 )
 from hf_guided.cli import main
 from hf_guided.demo.gate import MAX_BODY, MAX_PER_SESSION, NOT_WAITED_FOR, SECONDS_TO_LISTEN
-from hf_guided.demo.page import LATENTS_TRADE_OFFS, MAX_SEED, Session, build_demo, guidance_trade_off, launch_demo
+from hf_guided.demo.page import build_demo, launch_demo
+from hf_guided.demo.session import LATENTS_TRADE_OFFS, MAX_SEED, Session, guidance_trade_off
 from hf_guided.evaluation.features.extractors import ModelFeatures
 from hf_guided.generation.samples import to_picture
 from hf_guided.generation.sampling import to_8_bit
@@ -275,7 +276,7 @@ def test_cancel_stops_the_walk(page, server):
     page.click("#sample")
     page.wait(lambda: "Done in" in page.text("#sample-status"))
     assert time.monotonic() - began < 3  # the cancelled one would take longer, and both wait for one lock
-    assert not page.find("#sample-cancel")[0].is_enabled()
+    page.wait(lambda: not page.find("#sample-cancel")[0].is_enabled())  # by an event after the last images
     page.browser.get("about:blank")
 
 
@@ -680,7 +681,7 @@ def serve(monkeypatch):
     ("leaving", "name"), [("stream of a call", "sample"), ("stream of a session", "compare"), ("cancel", "sample")]
 )
 def test_who_leaves_is_not_computed_for(make_pipe, serve, monkeypatch, leaving, name):
-    monkeypatch.setattr("hf_guided.demo.page._SECONDS_BETWEEN", 60)  # the next preview is six steps away
+    monkeypatch.setattr("hf_guided.demo.session._SECONDS_BETWEEN", 60)  # the next preview is six steps away
     pipe = make_pipe()
     steps = []
 

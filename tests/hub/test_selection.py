@@ -133,7 +133,7 @@ def test_a_link_to_a_part_of_the_model_goes(folder):
 @pytest.mark.parametrize("index", ["[]", "null", "{", '"x"'])
 def test_a_damaged_index_is_named(folder, index):
     (folder / "model_index.json").write_text(index)
-    with pytest.raises(ValueError, match=r"model_index\.json is damaged .*; save the pipeline again"):
+    with pytest.raises(ValueError, match=r"model_index\.json is damaged: .*; save the pipeline again"):
         select_files(folder)
 
 

@@ -45,9 +45,13 @@ def test_a_space_describes_itself(tmp_path):
     write_space(folder, model_id="ada/dots", title="Dots")
     assert metadata_load(folder / "README.md")["title"] == "Dots"
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    assert names >= {"hf_guided/demo/page.py", "hf_guided/pipelines/pipeline_classifier_guided.py"}
+    assert names >= {
+        "hf_guided/demo/page.py",
+        "hf_guided/demo/templates/page.css",
+        "hf_guided/pipelines/pipeline_classifier_guided.py",
+    }
     assert "hf_guided/old.py" not in names
-    assert all(name.endswith(".py") for name in names - {"README.md", "requirements.txt"})
+    assert all(name.endswith((".py", ".jinja", ".css")) for name in names - {"README.md", "requirements.txt"})
     assert not [path for path in folder.rglob("*") if path.is_symlink() or path.name == "__pycache__"]
 
 
