@@ -26,14 +26,8 @@ from hf_guided import (
 )
 from hf_guided.cli import main
 from hf_guided.data import LabelledImages
-from hf_guided.evaluation.classifier_inspection import (
-    ClassifierInspection,
-    NoiseLevel,
-    _binomial_tail,
-    expected_calibration_error,
-    inspect_classifier,
-    label_entropy,
-)
+from hf_guided.evaluation.classifier_findings import ClassifierInspection, NoiseLevel, _binomial_tail, label_entropy
+from hf_guided.evaluation.classifier_inspection import expected_calibration_error, inspect_classifier
 from hf_guided.evaluation.plots import classifier_curves
 from hf_guided.guidance import ClassifierGuidance
 from hf_guided.training.arguments import parse_arguments
