@@ -365,6 +365,14 @@ def test_one_that_knows_clean_images_only():
     assert inspection.interval is None
 
 
+def test_findings_begin_with_the_failed_checks():
+    inspection = inspect(knows_noise=False)
+    failed = [check for check in inspection.checks if check.failed]
+    assert "confident_on_noise" in {check.name for check in failed}
+    assert [check.message for check in failed] == inspection.findings[: len(failed)]
+    assert {check.message for check in inspection.checks if not check.failed} == {""}
+
+
 def test_one_that_loses_the_class_early():
     def blind(logits, images, timestep):
         return torch.where(timestep[:, None] < 150, logits, 0)
