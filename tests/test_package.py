@@ -99,6 +99,9 @@ for package in (hf_guided, hf_guided.pipelines, hf_guided.training):
 assert (RECIPES / "imagenet256.yaml").is_file() and read_recipe("digits")["judge"]
 assert (RECIPES.parents[1] / "py.typed").is_file()
 assert (RECIPES.parents[1] / "conversion" / "imagenet_labels.txt").is_file()
+templates = [path.name for path in RECIPES.parents[1].glob("*/templates/*")]
+for name in ("model_card", "inspection", "sentences", "comparison.md", "comparison.html"):
+    assert name + ".jinja" in templates, templates
 for name in hf_guided.__all__:
     getattr(hf_guided, name)
 

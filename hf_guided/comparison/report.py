@@ -1,34 +1,31 @@
-"""The report of a comparison: a table, findings from its numbers, and Markdown and HTML files."""
+"""The report of a comparison: a table, findings from its numbers, and Markdown and HTML files.
+
+The code decides what is said, and of which numbers; the words stand in `templates/`.
+"""
 
 import base64
-import html
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
 from ..evaluation.memorisation import COPY_QUANTILE
 from ..evaluation.metrics.table import METRICS, Metric
 from ..files import replacing, write_json
-from .plots import families_of, save_curves, save_grids, values_of
+from .plots import save_curves, save_grids
+from .results import FamilyRuns, families_of, mean
 
-_NOT_MEASURED = "–"
-_NO_BITS = "none"
 _COPY_LIMIT = f"{100 * COPY_QUANTILE:g} %"  # fraction of held-out images, by construction
-_NOT_SEPARATED = "are not separated by these seeds"
+_VERDICTS = ("clear", "single", "paired", "overlap")
 
 
 def _significant(value: float) -> str:
     """Three significant digits, without an exponent for large numbers."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
 
 
 def _memory(value: float) -> str:
@@ -43,22 +40,34 @@ _SECONDS = Metric("seconds_per_image", "s/image", _significant)
 _COSTS = (
     _SPREAD,
     _SECONDS,
-    Metric("parameters", "parameters", _count),
+    Metric("parameters", "parameters", "{:,.0f}".format),
     Metric("memory_bytes", "memory", _memory),
-    Metric("steps", "steps", _count),
+    Metric("steps", "steps", "{:,.0f}".format),
 )
 
 
-def _columns(comparison: Mapping[str, Any]) -> list[Metric]:
-    """The table's columns: every metric that was measured for some family, then the costs."""
-    families = families_of(comparison).values()
-    real = {} if comparison["real"] is None else comparison["real"]["metrics"]
-    measured = [
-        metric
-        for name, metric in METRICS.items()
-        if metric is _BITS or name in real or any(values_of(runs, name) for runs in families)
-    ]
-    return [*measured, *_COSTS]
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _seeds_in_words(seeds: Sequence[int]) -> str:
+    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
+
+
+def _markdown(text: str) -> str:
+    """Escaped text for Markdown, since users' names may hold any character."""
+    return re.sub(r"([\\`*<\[|])", r"\\\1", " ".join(text.split()))
+
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("hf_guided.comparison"),
+    autoescape=select_autoescape(["html.jinja"]),
+    trim_blocks=True,
+    keep_trailing_newline=True,
+    undefined=StrictUndefined,
+)
+_TEMPLATES.filters |= {"listed": _listed, "seeds": _seeds_in_words, "markdown": _markdown}
+_say: Any = _TEMPLATES.get_template("sentences.jinja").module
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
@@ -89,17 +98,17 @@ def findings(comparison: Mapping[str, Any]) -> list[str]:
     Returns:
         `list[str]`: The sentences, about the families and numbers that are present.
     """
-    families = families_of(comparison)
-    by_name = {family: _title(runs) for family, runs in families.items()}
+    by_name = families_of(comparison)
+    families = list(by_name.values())
     found = [_best(families, column) for column in (_FID, _PRECISION, _RECALL, _ACCURACY)]
-    for name in ("diffusion", "guided"):
-        if {name, "gan"} <= by_name.keys():
-            found.append(_duel(families[name], families["gan"]))
+    found += [_duel(by_name[name], by_name["gan"]) for name in ("diffusion", "guided") if {name, "gan"} <= {*by_name}]
     if {"guided", "diffusion"} <= by_name.keys():
-        found.append(_effect_of_guidance(families["diffusion"], families["guided"]))
-    found += [_best_bits(families), _without_bits(families), _steadiness(families), _fastest(families)]
-    found += [_copies(families), *_notes(families)]
-    return [sentence for sentence in found if sentence is not None]
+        found.append(_effect_of_guidance(by_name["diffusion"], by_name["guided"]))
+    found.append(_best(families, _BITS))
+    if without_bits := [family for family in families if family.no_bits is not None]:
+        found.append(_say.without_bits(without_bits))
+    found += [_steadiness(families), _best(families, _SECONDS), _copies(families), *_notes(families)]
+    return [sentence for sentence in found if sentence]
 
 
 def write_comparison(
@@ -113,86 +122,82 @@ def write_comparison(
     Args:
         folder (`str` or `os.PathLike`): The folder, created if needed.
         comparison (`Mapping`): As for [`comparison_table`].
-        grids (`Mapping[str, Sequence[PIL.Image.Image]]`): The images of each family, as for [`save_grids`].
-        titles (`Mapping[str, str]`): The heading above each family's images.
+        grids (`Mapping[str, Sequence[PIL.Image.Image]]`), titles (`Mapping[str, str]`): The images of each family and
+            the heading above them, as for [`save_grids`].
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(comparison, folder / "comparison.json")
     save_grids(grids, comparison["settings"]["class_names"], folder / "grids.png", titles)
     save_curves(comparison, folder / "curves.png")
-    for name, text in (
-        ("comparison.md", _report_markdown(comparison)),
-        ("comparison.html", _report_html(comparison, folder)),
-    ):
+    header, *rows = _table(comparison)
+    report = {
+        "title": f"Families of generative models on {comparison['settings']['data']}",
+        "settings": _say.settings(comparison["settings"]),
+        "table": comparison_table(comparison),
+        "header": header,
+        "rows": rows,
+        "notes": _footnotes(comparison),
+        "findings": findings(comparison),
+        **{name: base64.b64encode((folder / f"{name}.png").read_bytes()).decode() for name in ("grids", "curves")},
+    }
+    for name in ("comparison.md", "comparison.html"):
         with replacing(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(_TEMPLATES.get_template(f"{name}.jinja").render(report), encoding="utf-8")
 
 
 # The table
 
 
 def _table(comparison: Mapping[str, Any]) -> list[list[str]]:
-    """The header and the rows, as plain text."""
-    columns = _columns(comparison)
+    """The header and the rows, as plain text: every metric that was measured for some family, then the costs."""
+    families = families_of(comparison).values()
+    real = {} if comparison["real"] is None else comparison["real"]["metrics"]
+    measured = [
+        metric
+        for name, metric in METRICS.items()
+        if metric is _BITS or name in real or any(family.values(name) for family in families)
+    ]
+    columns = [*measured, *_COSTS]
     rows = [["", *(column.title for column in columns)]]
     if comparison["real"] is not None:
-        cells = (_cell([comparison["real"]["metrics"].get(column.name)], column) for column in columns)
-        rows.append(["held-out images", *cells])
-    for runs in families_of(comparison).values():
-        rows.append([_title(runs), *(_family_cell(runs, column) for column in columns)])
-    return rows
+        rows.append(["held-out images", *(_cell([real.get(column.name)], column) for column in columns)])
+    return rows + [[family.title, *(_family_cell(family, column) for column in columns)] for family in families]
 
 
-def _family_cell(runs: Sequence[Mapping[str, Any]], column: Metric) -> str:
+def _family_cell(family: FamilyRuns, column: Metric) -> str:
     if column is _SPREAD:
-        return _cell([_spread(runs)], column)
-    values = values_of(runs, column.name)
-    if column is _BITS:
-        if not values:
-            return _NO_BITS
-        return ("≤ " if _is_bound(runs) else "") + _cell(values.values(), column)
-    return _cell(values.values(), column)
+        return _cell([family.spread], column)
+    values = family.values(column.name)
+    if column is _BITS and not values:
+        return "none"
+    return ("≤ " if column is _BITS and family.has_bound else "") + _cell(values.values(), column)
 
 
 def _cell(values: Iterable[float | None], column: Metric) -> str:
     """The mean, with the lowest and the highest in brackets if they differ in the digits shown."""
     known = [value for value in values if value is not None]
     if not known:
-        return _NOT_MEASURED
+        return "–"
     low, high = column.format(min(known)), column.format(max(known))
-    mean = column.format(_mean(known))
-    return mean if low == high else f"{mean} ({low}–{high})"
+    average = column.format(mean(known))
+    return average if low == high else f"{average} ({low}–{high})"
 
 
 def _footnotes(comparison: Mapping[str, Any]) -> list[str]:
     """Explanations of the cells that are present."""
-    families = families_of(comparison)
-    notes = []
-    if any(len(runs) > 1 for runs in families.values()):
-        notes.append("Cells: the mean over seeds, with the lowest and the highest in brackets if they differ.")
-    most = max((len(runs) for runs in families.values()), default=0)
-    for runs in families.values():
-        if len(runs) < most:
-            notes.append(f"{_title(runs)}: {_seeds_in_words([run['seed'] for run in runs])} only.")
-    if any(value < 0 for runs in families.values() for value in values_of(runs, "kid").values()):
-        notes.append(
-            "KID below 0: KID is unbiased for samples with randomly drawn classes, and lower for class-balanced ones."
-        )
-    if any(values_of(runs, _COPIED.name) for runs in families.values()):
-        notes.append(
-            f"copied: the fraction of samples closer to a training image than all but {_COPY_LIMIT} of held-out "
-            "images are."
-        )
-    if any(values_of(runs, _BITS.name) and _is_bound(runs) for runs in families.values()):
-        notes.append("bits/dim with ≤: an upper bound; the true value may be lower.")
-    for runs in families.values():
-        why = _why_no_bits(runs)
-        if why is not None:
-            notes.append(f"{_title(runs)} has no bits/dim: {why}.")
-    if any(_spread(runs) is not None for runs in families.values()):
-        notes.append("spread: the highest FID of the seeds divided by the lowest; 1 is the most stable training.")
-    return notes
+    families = families_of(comparison).values()
+    most = max((len(family.runs) for family in families), default=0)
+    notes = [
+        (most > 1, _say.cells()),
+        *((len(family.runs) < most, _say.fewer_seeds(family)) for family in families),
+        (any(value < 0 for family in families for value in family.values("kid").values()), _say.kid_below_0()),
+        (any(family.values(_COPIED.name) for family in families), _say.copied(_COPY_LIMIT)),
+        (any(family.values(_BITS.name) and family.has_bound for family in families), _say.bound()),
+        *((family.no_bits is not None, _say.no_bits(family)) for family in families),
+        (any(family.spread is not None for family in families), _say.spread()),
+    ]
+    return [note for applies, note in notes if applies]
 
 
 # Findings
@@ -215,304 +220,94 @@ def _verdict(better: Mapping[int, float], worse: Mapping[int, float], higher_is_
     return "overlap"
 
 
-def _ranked(families: Mapping[str, Sequence[Mapping[str, Any]]], column: Metric) -> list[tuple[str, dict[int, float]]]:
-    """Title and values of each family that has values, the best mean first."""
-    known = [(_title(runs), values_of(runs, column.name)) for runs in families.values()]
-    known = [(title, values) for title, values in known if values]
-    return sorted(known, key=lambda item: _mean(item[1].values()), reverse=column.higher_is_better)
-
-
-def _ahead(best: Mapping[int, float], others: Sequence[tuple[str, Mapping[int, float]]], higher_is_better: bool) -> str:
-    """How the best family compares with each of the others, as clauses of a sentence."""
-    of_verdict: dict[str, list[str]] = {}
-    for title, values in others:
-        of_verdict.setdefault(_verdict(best, values, higher_is_better), []).append(title)
-    clauses = []
-    if "clear" in of_verdict:
-        named = "every other family" if len(of_verdict) == 1 else _listed(of_verdict["clear"])
-        clauses.append(f"ahead of {named} with every seed")
-    if "single" in of_verdict:
-        clauses.append(
-            f"ahead of {_listed(of_verdict['single'])} by a single run, which says nothing about other seeds"
-        )
-    if "paired" in of_verdict:
-        clauses.append(
-            f"ahead of {_listed(of_verdict['paired'])} with each seed, but the ranges overlap: they {_NOT_SEPARATED}"
-        )
-    if "overlap" in of_verdict:
-        clauses.append(f"but it and {_listed(of_verdict['overlap'])} {_NOT_SEPARATED}")
-    return "; ".join(clauses)
-
-
-def _best(families: Mapping[str, Sequence[Mapping[str, Any]]], column: Metric) -> str | None:
-    ranked = _ranked(families, column)
-    if len(ranked) < 2:
+def _best(families: Sequence[FamilyRuns], column: Metric) -> str | None:
+    """The family with the best mean, and how it compares with the others; `None` with nothing to compare."""
+    known = [(family, values) for family in families if (values := family.values(column.name))]
+    known.sort(key=lambda item: mean(item[1].values()), reverse=column.higher_is_better)
+    if len(known) < 2:
         return None
-    (title, values), *others = ranked
-    ahead = _ahead(values, others, column.higher_is_better)
-    return f"Best {column.title}: {title}, {_cell(values.values(), column)}, {ahead}."
+    (best, values), *others = known
+    of_verdict: dict[str, list[str]] = {verdict: [] for verdict in _VERDICTS}
+    for family, others_values in others:
+        of_verdict[_verdict(values, others_values, column.higher_is_better)].append(family.title)
+    facts = {
+        "title": best.title,
+        "cell": _cell(values.values(), column),
+        "others": {verdict: titles for verdict, titles in of_verdict.items() if titles},
+    }
+    if column is _BITS:
+        bounded = [family.title for family, _ in others if family.has_bound]
+        return _say.lowest_bits(**facts, is_bound=best.has_bound, bounded=bounded)
+    if column is _SECONDS:
+        own = mean(values.values())
+        factors = [f"{family.title} {_significant(mean(times.values()) / own)}" for family, times in others]
+        return _say.fastest(**facts, factors=factors)
+    return _say.best(metric=column.title, **facts)
 
 
-def _duel(runs: Sequence[Mapping[str, Any]], gan: Sequence[Mapping[str, Any]]) -> str | None:
-    """Whether a family beats the GAN."""
+def _duel(family: FamilyRuns, rival: FamilyRuns) -> str | None:
+    """Whether a family beats another."""
     answers = []
     for column in (_FID, _PRECISION, _RECALL):
-        own, rival = values_of(runs, column.name), values_of(gan, column.name)
-        if not own or not rival:
+        sides = family.values(column.name), rival.values(column.name)
+        if not all(sides):
             continue
-        means = _mean(own.values()), _mean(rival.values())
-        wins = means[0] > means[1] if column.higher_is_better else means[0] < means[1]
-        numbers = f"({column.format(means[0])} against {column.format(means[1])})"
-        leader = _title(runs) if wins else _title(gan)
-        verdict = _verdict(*((own, rival) if wins else (rival, own)), column.higher_is_better)
-        answer = {
-            "clear": "yes, with every seed" if wins else f"no, {leader} wins with every seed",
-            "single": f"{'yes' if wins else f'no, {leader} wins'}, but by a single run",
-            "paired": f"{leader} is ahead with each seed, but the ranges overlap: they {_NOT_SEPARATED}",
-            "overlap": f"they {_NOT_SEPARATED}",
-        }[verdict]
-        answers.append(f"{column.title}: {answer} {numbers}")
-    return f"Does {_title(runs)} beat {_title(gan)}? {'; '.join(answers)}." if answers else None
+        own, other = (mean(values.values()) for values in sides)
+        wins = own > other if column.higher_is_better else own < other
+        verdict = _verdict(*(sides if wins else sides[::-1]), column.higher_is_better)
+        means = [column.format(own), column.format(other)]
+        answers.append({"metric": column.title, "wins": wins, "verdict": verdict, "means": means})
+    return _say.duel(family.title, rival.title, answers) if answers else None
 
 
-def _effect_of_guidance(plain: Sequence[Mapping[str, Any]], guided: Sequence[Mapping[str, Any]]) -> str | None:
+def _effect_of_guidance(plain: FamilyRuns, guided: FamilyRuns) -> str | None:
     """The effect of guidance between runs of the same seed; guided diffusion trains its own UNet."""
-    effects, directions = [], {}
+    effects: dict[Metric, dict[str, Any]] = {}
     for column in (_PRECISION, _RECALL, _FID, _ACCURACY):
-        before, after = values_of(plain, column.name), values_of(guided, column.name)
+        before, after = plain.values(column.name), guided.values(column.name)
         seeds = sorted(before.keys() & after.keys())
         if not seeds:
             continue
         rises = sum(after[seed] > before[seed] for seed in seeds)
         falls = sum(after[seed] < before[seed] for seed in seeds)
-        if len(seeds) == 1:
-            change = ("rises" if rises else "falls" if falls else "stays the same") + " with the one seed"
-        elif len(seeds) in (rises, falls):
-            change = f"{'rises' if rises else 'falls'} with every seed"
-        elif rises or falls:
-            change = f"rises with {rises} and falls with {falls} of {len(seeds)} seeds"
-        else:
-            change = "stays the same with every seed"
-        directions[column] = change
-        means = (column.format(_mean(values[seed] for seed in seeds)) for values in (before, after))
-        effects.append(f"{column.title} {change} ({' to '.join(means)})")
+        changes = {(len(seeds), 0): "rises", (0, len(seeds)): "falls", (0, 0): "same"}
+        effects[column] = {
+            "metric": column.title,
+            "change": changes.get((rises, falls), "mixed"),
+            "rises": rises,
+            "falls": falls,
+            "seeds": len(seeds),
+            "means": [column.format(mean(values[seed] for seed in seeds)) for values in (before, after)],
+        }
     if not effects:
         return None
-    is_trade = directions.get(_PRECISION, "").startswith("rises with every") and directions.get(_RECALL, "").startswith(
-        "falls with every"
-    )
-    trade = " Guidance trades recall for precision." if is_trade else ""
-    return f"Effect of guidance on {_title(plain)}: {', '.join(effects)}.{trade}"
+    changes_with_every_seed = {column: effect["change"] for column, effect in effects.items() if effect["seeds"] > 1}
+    is_trade = {_PRECISION: "rises", _RECALL: "falls"}.items() <= changes_with_every_seed.items()
+    return _say.effect_of_guidance(plain.title, list(effects.values()), is_trade)
 
 
-def _best_bits(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
-    ranked = _ranked(families, _BITS)
-    if len(ranked) < 2:
-        return None
-    (title, values), *others = ranked
-    bounds = [_title(runs) for runs in families.values() if values_of(runs, _BITS.name) and _is_bound(runs)]
-    kind = "at most " if title in bounds else ""
-    sentence = f"Lowest bits/dim: {title}, {kind}{_cell(values.values(), _BITS)}, {_ahead(values, others, False)}."
-    bounded_others = [other for other, _ in others if other in bounds]
-    if bounded_others:
-        sentence += f" For {_listed(bounded_others)} only an upper bound is known; the true value may be lower."
-    return sentence
-
-
-def _without_bits(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
-    """The families without a likelihood, with the reasons."""
-    reasons = [(_title(runs), _why_no_bits(runs)) for runs in families.values()]
-    named = [f"{title} ({why})" for title, why in reasons if why is not None]
-    return f"No bits/dim: {_listed(named)}." if named else None
-
-
-def _steadiness(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
-    ratios = [(ratio, _title(runs)) for runs in families.values() if (ratio := _spread(runs)) is not None]
+def _steadiness(families: Sequence[FamilyRuns]) -> str | None:
+    ratios = [(ratio, family.title) for family in families if (ratio := family.spread) is not None]
     (most, unsteady), (least, steady) = max(ratios, default=(0, "")), min(ratios, default=(0, ""))
     if _significant(most) == _significant(least):  # fewer than two families, or equal spreads
         return None
-    return (
-        f"Seeds differ most for {unsteady}, whose highest FID is {_significant(most)} times its lowest, and least for "
-        f"{steady}, {_significant(least)} times."
-    )
+    return _say.steadiness(unsteady, _significant(most), steady, _significant(least))
 
 
-def _fastest(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
-    ranked = _ranked(families, _SECONDS)
-    if len(ranked) < 2:
-        return None
-    (title, values), *others = ranked
-    own = _mean(values.values())
-    factors = [f"{other} {_significant(_mean(times.values()) / own)}" for other, times in others]
-    cell = _cell(values.values(), _SECONDS)
-    ahead = _ahead(values, others, False)
-    return f"Fastest to sample: {title}, {cell} s per image, {ahead}. Relative times: {', '.join(factors)}."
-
-
-def _copies(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
-    shares = {_title(runs): values_of(runs, _COPIED.name) for runs in families.values()}
-    known = {title: values for title, values in shares.items() if values}
-    if not known:
-        return None
+def _copies(families: Sequence[FamilyRuns]) -> str | None:
+    known = {family.title: values for family in families if (values := family.values(_COPIED.name))}
     above = [title for title, values in known.items() if min(values.values()) > COPY_QUANTILE]
-    numbers = ", ".join(f"{title} {_cell(values.values(), _COPIED)}" for title, values in known.items())
-    verdict = f"{_listed(above)} above that in every run" if above else "no family is above that in every run"
-    return (
-        f"Samples closer to a training image than all but {_COPY_LIMIT} of held-out images are: {numbers}; {verdict}."
-    )
+    cells = [f"{title} {_cell(values.values(), _COPIED)}" for title, values in known.items()]
+    return _say.copies(_COPY_LIMIT, cells, above) if known else None
 
 
-def _notes(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+def _notes(families: Sequence[FamilyRuns]) -> list[str]:
     """Notes on single runs, once if several seeds share a note."""
     sentences = []
-    for runs in families.values():
+    for family in families:
         seeds_of: dict[str, list[int]] = {}
-        for run in runs:
+        for run in family.runs:
             for note in run["notes"]:
                 seeds_of.setdefault(note, []).append(run["seed"])
-        for note, seeds in seeds_of.items():
-            sentences.append(f"{_title(runs)}, {_seeds_in_words(seeds)}: {note.rstrip('.')}.")
+        sentences += [_say.note(family.title, seeds, note) for note, seeds in seeds_of.items()]
     return sentences
-
-
-# The report
-
-
-def _report_title(comparison: Mapping[str, Any]) -> str:
-    return f"Families of generative models on {comparison['settings']['data']}"
-
-
-def _report_settings(comparison: Mapping[str, Any]) -> str:
-    settings = comparison["settings"]
-    if settings["budget"] is None:
-        return (
-            f"The models had been trained before. {settings['num_images']:,} samples of each were measured in the "
-            f"features of {settings['features']}."
-        )
-    return (
-        f"Each model was trained for {settings['budget']} ({settings['hardware']}), with "
-        f"{_seeds_in_words(settings['seeds'])}. {settings['num_images']:,} samples of each were measured in the "
-        f"features of {settings['features']}."
-    )
-
-
-def _report_markdown(comparison: Mapping[str, Any]) -> str:
-    found = "\n".join(f"- {_markdown(sentence)}" for sentence in findings(comparison))
-    return (
-        f"# {_markdown(_report_title(comparison))}\n\n{_markdown(_report_settings(comparison))}\n\n"
-        f"{comparison_table(comparison)}\n\n## Findings\n\n{found}\n\n"
-        "## Images\n\n![Images of each family](grids.png)\n\n"
-        "![Precision, recall, FID and losses](curves.png)\n"
-    )
-
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 1240px; margin: 0 auto; padding: 16px; }
-h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-h1, li, p { overflow-wrap: anywhere; }
-.wide { overflow-x: auto; border: 1px solid #d1d9e0; border-radius: 6px; }
-.wide img { display: block; min-width: 760px; max-width: 100%; height: auto; margin: 0 auto; }
-table { border-collapse: collapse; font-size: 0.8rem; }
-th, td { padding: 6px 5px; border-bottom: 1px solid #d1d9e0; text-align: right; white-space: nowrap; }
-thead th { vertical-align: bottom; white-space: normal; }
-th:first-child { position: sticky; left: 0; background: white; text-align: left; white-space: normal;
-  min-width: 6rem; max-width: 10rem;
-  overflow-wrap: anywhere; }
-td small { display: block; color: #59636e; font-size: 0.65rem; }
-.notes { font-size: 0.85rem; color: #59636e; }
-"""
-
-
-def _report_html(comparison: Mapping[str, Any], folder: Path) -> str:
-    """The report as one HTML file, which includes the images of the folder."""
-    header, *rows = _table(comparison)
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "\n".join(
-        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{_two_lines(cell)}</td>' for cell in cells)}</tr>"
-        for name, *cells in rows
-    )
-    notes, found = (
-        "\n".join(f"<li>{html.escape(text)}</li>" for text in texts)
-        for texts in (_footnotes(comparison), findings(comparison))
-    )
-    grids, curves = (base64.b64encode((folder / name).read_bytes()).decode() for name in ("grids.png", "curves.png"))
-    title = html.escape(_report_title(comparison))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{html.escape(_report_settings(comparison))}</p>
-<div class="wide"><table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{body}
-</tbody>
-</table></div>
-<ul class="notes">
-{notes}
-</ul>
-<h2>Findings</h2>
-<ul>
-{found}
-</ul>
-<h2>Images</h2>
-<div class="wide"><img src="data:image/png;base64,{grids}" alt="Images of each family, one row per class"></div>
-<h2>Curves</h2>
-<div class="wide"><img src="data:image/png;base64,{curves}" alt="Precision, recall, FID and losses"></div>
-</body>
-</html>
-"""
-
-
-def _two_lines(cell: str) -> str:
-    """The range in small print below the mean, to fit fifteen columns."""
-    mean, bracket, lowest_and_highest = cell.partition(" (")
-    return html.escape(mean) + (f"<small>{html.escape(lowest_and_highest.rstrip(')'))}</small>" if bracket else "")
-
-
-# Helpers
-
-
-def _title(runs: Sequence[Mapping[str, Any]]) -> str:
-    return runs[0]["title"]
-
-
-def _mean(values: Iterable[float]) -> float:
-    known = list(values)
-    return math.fsum(known) / len(known)
-
-
-def _spread(runs: Sequence[Mapping[str, Any]]) -> float | None:
-    """The highest FID of the seeds divided by the lowest; `None` with fewer than two."""
-    fids = values_of(runs, _FID.name).values()
-    return max(fids) / min(fids) if len(fids) > 1 and min(fids) > 0 else None
-
-
-def _is_bound(runs: Sequence[Mapping[str, Any]]) -> bool:
-    return any(run.get("bits_kind") == "bound" for run in runs)
-
-
-def _why_no_bits(runs: Sequence[Mapping[str, Any]]) -> str | None:
-    """The reason why a family has no likelihood; `None` if it has one or no reason is known."""
-    if values_of(runs, _BITS.name):
-        return None
-    return next((run["no_bits"].rstrip(".") for run in runs if run.get("no_bits")), None)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _seeds_in_words(seeds: Sequence[int]) -> str:
-    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
-
-
-def _markdown(text: str) -> str:
-    """Escaped text for Markdown, since users' names may hold any character."""
-    return re.sub(r"([\\`*<\[|])", r"\\\1", " ".join(text.split()))

@@ -3,7 +3,8 @@
 No training, and no sampling of its own: samples come from `generation`.
 """
 
-from .classifier_inspection import ClassifierInspection, inspect_classifier
+from .classifier_findings import ClassifierInspection
+from .classifier_inspection import inspect_classifier
 from .likelihood import bits_per_dim
 from .metrics.distances import frechet_distance, frechet_interval, inception_score, kernel_distance
 from .metrics.manifolds import ManifoldMetrics, density_coverage, manifold_metrics, nearest_distances, precision_recall

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,10 @@ import numpy as np
 from ..files import replacing
 from ..generation.grids import INK, PAPER, shortened
 from ..generation.samples import RECORD_KEY
-from .classifier_inspection import ClassifierInspection
+from .classifier_findings import ClassifierInspection
 from .metrics.table import METRICS
 
+_COLORS = {"fid": "#1a7f37", "precision": "#0969da", "recall": "#bc4c00", "accuracy": "#8250df"}
 _MAX_CONFUSION_CLASSES = 20  # shown as a matrix
 
 
@@ -28,34 +29,21 @@ def trade_off_curve(rows: Sequence[Mapping[str, Any]], features: str, path: str 
     rows = sorted(rows, key=lambda row: row["guidance_scale"])
     figure = empty_figure(9, 3.8)
     quality, distance = figure.subplots(1, 2)
-    panels = ((quality, "precision", "#0969da"), (quality, "recall", "#bc4c00"), (distance, "fid", "#1a7f37"))
-    for conditional, line, marker, fill, suffix in (
-        (False, "-", "o", None, "unconditional UNet"),
-        (True, "--", "D", "white", "class-conditional UNet"),
+    for conditional, line, marker, suffix in (
+        (False, "-", "o", "unconditional UNet"),
+        (True, "--", "D", "class-conditional UNet"),
     ):
         series = [row for row in rows if row["condition_unet"] == conditional]
-        for axes, metric, color in panels:
+        scales = [row["guidance_scale"] for row in series]
+        for axes, metric in ((quality, "precision"), (quality, "recall"), (distance, "fid")):
             if series:
                 axes.plot(
-                    [row["guidance_scale"] for row in series],
-                    [row[f"{metric}/{features}"] for row in series],
-                    linestyle=line,
-                    marker=marker,
-                    color=color,
-                    markerfacecolor=fill or color,
-                    label=f"{METRICS[metric].title}, {suffix}",
-                )
-
-    scales = sorted({row["guidance_scale"] for row in rows})
+                    scales, [row[f"{metric}/{features}"] for row in series], line, marker=marker, color=_COLORS[metric],
+                    markerfacecolor="white" if conditional else None, label=f"{METRICS[metric].title}, {suffix}",
+                )  # fmt: skip
     for axes, title in ((quality, "Precision and recall"), (distance, "FID, lower is better")):
-        axes.set_title(f"{title} ({features})", loc="left", color=INK)
-        axes.set_xscale("symlog", linthresh=1)  # scales run 0, 1, 3, 10
-        axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
-        axes.minorticks_off()
-        axes.set_xlabel("guidance scale")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize="small")
+        _scale_axis(axes, sorted({row["guidance_scale"] for row in rows}), 1)  # scales run 0, 1, 3, 10
+        finish_axes(axes, f"{title} ({features})", "guidance scale", loc="best")
     quality.set_ylim(0, 1.03)
     distance.set_ylim(bottom=0)
     save_figure(figure, path)
@@ -72,17 +60,13 @@ def likelihood_curve(timesteps: Sequence[int], vb: Sequence[float], path: str | 
     figure = empty_figure(9, 3.8)
     terms, total = figure.subplots(1, 2)
     steps, bits = zip(*sorted(zip(timesteps, vb, strict=True)), strict=True)
-    running = [sum(bits[: i + 1]) for i in range(len(bits))]
+    running = np.cumsum(bits)
     terms.plot(steps, bits, color="#0969da", marker="o" if len(steps) < 60 else None, markersize=3)
     terms.set_yscale("log")
-    terms.set_title("Bits per dimension at each timestep", loc="left", color=INK)
     total.plot(steps, running, color="#1a7f37")
-    total.set_title(f"Cumulative sum: {running[-1]:.3f}", loc="left", color=INK)
     total.set_ylim(bottom=0)
-    for axes in (terms, total):
-        axes.set_xlabel("timestep")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+    finish_axes(terms, "Bits per dimension at each timestep", "timestep")
+    finish_axes(total, f"Cumulative sum: {running[-1]:.3f}", "timestep")
     save_figure(figure, path)
 
 
@@ -103,62 +87,47 @@ def sweep_curve(
     steps = list(dict.fromkeys(row["num_inference_steps"] for row in rows))
     scales = sorted({row["guidance_scale"] for row in rows})
 
-    def spread(count: int | None, metric: str) -> list[tuple[float, float, float]]:
-        of_scale = [
-            [
-                row[f"{metric}/{features}"]
-                for row in rows
-                if (row["num_inference_steps"], row["guidance_scale"]) == (count, scale)
-            ]
-            for scale in scales
-        ]
-        return [(sum(values) / len(values), min(values), max(values)) for values in of_scale]
+    seeds_of: dict[tuple[int | None, float], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        seeds_of.setdefault((row["num_inference_steps"], row["guidance_scale"]), []).append(row)
+
+    def by_scale(summary: Callable[[list[float]], float], metric: str, count: int | None) -> list[float]:
+        return [summary([row[f"{metric}/{features}"] for row in seeds_of[count, scale]]) for scale in scales]
 
     figure = empty_figure(12.5, 3.9)
     distance, quality, plane = figure.subplots(1, 3)
-    panels = [(distance, "fid", "#1a7f37"), (quality, "precision", "#0969da"), (quality, "recall", "#bc4c00")]
+    panels = [(distance, "fid"), (quality, "precision"), (quality, "recall")]
     if all(f"accuracy/{features}" in row for row in rows):
-        panels.append((quality, "accuracy", "#8250df"))
+        panels.append((quality, "accuracy"))
     for i, count in enumerate(steps):
         line = ("-", "--", ":", "-.")[i % 4]
         suffix = "" if count is None else f", {count} steps"
-        for axes, metric, color in panels:
-            means, lows, highs = zip(*spread(count, metric), strict=True)
-            label = f"{METRICS[metric].title}{suffix}"
+        for axes, metric in panels:
+            means, lows, highs = (by_scale(summary, metric, count) for summary in (np.mean, min, max))
+            color, label = _COLORS[metric], f"{METRICS[metric].title}{suffix}"
             axes.plot(scales, means, line, marker="o", markersize=4, color=color, label=label)
             axes.fill_between(scales, lows, highs, color=color, alpha=0.12, linewidth=0)
-        precision, recall = ([mean for mean, _, _ in spread(count, metric)] for metric in ("precision", "recall"))
+        precision, recall = (by_scale(np.mean, metric, count) for metric in ("precision", "recall"))
         plane.plot(recall, precision, line, marker="o", markersize=4, color=INK, label=suffix.removeprefix(", "))
         for scale, x, y in zip(scales, recall, precision, strict=True):
             plane.annotate(f"{scale:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize="x-small")
     if chosen is not None:
-        at = scales.index(chosen["guidance_scale"])
         for axes in (distance, quality):
             axes.axvline(chosen["guidance_scale"], color=INK, linewidth=0.8, linestyle=":")
-        x, y = (spread(chosen["num_inference_steps"], metric)[at][0] for metric in ("recall", "precision"))
+        at, count = scales.index(chosen["guidance_scale"]), chosen["num_inference_steps"]
+        x, y = (by_scale(np.mean, metric, count)[at] for metric in ("recall", "precision"))
         plane.plot([x], [y], "o", markersize=11, markerfacecolor="none", color="#cf222e", label="chosen")
 
-    positive = [scale for scale in scales if scale > 0]
-    smallest = min(positive, default=1.0)
+    smallest = min((scale for scale in scales if scale > 0), default=1.0)
     for axes, title in ((distance, "FID, lower is better"), (quality, "Fidelity and diversity")):
-        axes.set_title(f"{title} ({features})", loc="left", color=INK)
-        axes.set_xscale("symlog", linthresh=smallest)
+        _scale_axis(axes, scales, smallest)
         axes.set_xlim(scales[0] - 0.1 * smallest, 1.2 * scales[-1])
-        axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
-        axes.minorticks_off()
-        axes.set_xlabel("guidance scale")
+        finish_axes(axes, f"{title} ({features})", "guidance scale", loc="best")
     distance.set_yscale("log")
     distance.yaxis.set_major_formatter("{x:g}")
     distance.yaxis.set_minor_formatter("{x:g}")
     quality.set_ylim(0, 1.03)
-    plane.set_title("Precision against recall, by scale", loc="left", color=INK)
-    plane.set_xlabel("recall (diversity)")
-    plane.set_ylabel("precision (fidelity)")
-    for axes in (distance, quality, plane):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, fontsize="small")
+    finish_axes(plane, "Precision against recall, by scale", "recall (diversity)", "precision (fidelity)", loc="best")
     save_figure(figure, path)
 
 
@@ -173,24 +142,22 @@ def classifier_curves(
         record (`Mapping`, *optional*): The settings that produced it, see [`read_record`].
     """
     rows = inspection.rows
-    timesteps = [row.timestep for row in rows]
     figure = empty_figure(12, 8.6)
     (accuracy, calibration), (guidance, confusion) = figure.subplots(2, 2)
-
-    curves = [
+    curves: list[tuple[Any, str, str, str, list[float | None]]] = [
         (accuracy, "held-out accuracy", "#0969da", "-", [row.accuracy for row in rows]),
+        (accuracy, "training accuracy", "#bc4c00", "--", [row.train_accuracy for row in rows]),
         (calibration, "mean confidence", "#8250df", "-", [row.confidence for row in rows]),
         (calibration, "accuracy", "#0969da", "-", [row.accuracy for row in rows]),
         (calibration, "calibration error", "#cf222e", "--", [row.calibration_error for row in rows]),
         (guidance, "root mean square over images", "#1a7f37", "-", [row.epsilon_shift for row in rows]),
-    ]
-    trained = [row.train_accuracy for row in rows if row.train_accuracy is not None]
-    if trained:
-        curves.insert(1, (accuracy, "training accuracy", "#bc4c00", "--", trained))
-    known = [row.information / inspection.label_entropy for row in rows]
-    curves.append((accuracy, "fraction of the label entropy", INK, ":", known))
+        (accuracy, "fraction of the label entropy", INK, ":",
+         [row.information / inspection.label_entropy for row in rows]),
+    ]  # fmt: skip
     for axes, name, color, line, values in curves:
-        axes.plot(timesteps, values, line, marker="o", markersize=4, color=color, label=name)
+        if None not in values:  # the training accuracy may be unknown
+            timesteps = [row.timestep for row in rows]
+            axes.plot(timesteps, values, line, marker="o", markersize=4, color=color, label=name)
     accuracy.axhline(inspection.chance, color=INK, linewidth=0.8, label=f"chance, {inspection.chance:.2f}")
     for axes, title in (
         (accuracy, "Accuracy and information about the class"),
@@ -199,16 +166,10 @@ def classifier_curves(
     ):
         if inspection.interval is not None:
             low, high = inspection.interval
-            label = f"suggested, {low} to {high}"
-            axes.axvspan(low, high, color="#1a7f37", alpha=0.1, linewidth=0, label=label)
-        axes.set_title(title, loc="left", color=INK)
-        axes.set_xlabel("timestep")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="upper left" if axes is guidance else "upper right", fontsize="small", edgecolor="none")
-    for axes in (accuracy, calibration):
-        axes.set_ylim(0, 1.03)
-    guidance.set_ylim(bottom=0)
+            axes.axvspan(low, high, color="#1a7f37", alpha=0.1, linewidth=0, label=f"suggested, {low} to {high}")
+        place = "upper left" if axes is guidance else "upper right"
+        finish_axes(axes, title, "timestep", loc=place, frameon=True, edgecolor="none")
+        axes.set_ylim(0, None if axes is guidance else 1.03)
     guidance.yaxis.set_major_formatter("{x:.1%}")
     _draw_confusion(confusion, inspection)
     save_figure(figure, path, record)
@@ -220,11 +181,11 @@ def _draw_confusion(axes: Any, inspection: ClassifierInspection) -> None:
     of_class = counts.sum(axis=1)
     axes.set_title(f"Confusion at timestep {inspection.rows[0].timestep}", loc="left", color=INK)
     if len(names) > _MAX_CONFUSION_CLASSES:
-        mistakes = [(int(counts[i, j]), i, j) for i, j in np.argwhere(counts).tolist() if i != j]
-        mistakes.sort(key=lambda mistake: -mistake[0])
+        mistakes = [(i, j) for i, j in np.argwhere(counts).tolist() if i != j]
+        mistakes.sort(key=lambda mistake: -counts[mistake])
         worst = [
-            f"{shortened(names[i])} classified as {shortened(names[j])}: {count} of {of_class[i]} images"
-            for count, i, j in mistakes[:14]
+            f"{shortened(names[i])} classified as {shortened(names[j])}: {counts[i, j]} of {of_class[i]} images"
+            for i, j in mistakes[:14]
         ]
         axes.text(0, 0.98, "\n".join(worst) or "no errors", va="top", linespacing=1.6, color=INK, fontsize="small")
         axes.set_axis_off()
@@ -235,8 +196,8 @@ def _draw_confusion(axes: Any, inspection: ClassifierInspection) -> None:
         color = PAPER if shares[i, j] > 0.5 else INK
         axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=color, fontsize="small")
     short = [shortened(name, length=14) for name in names]
-    is_long = max(map(len, short)) > 3
-    axes.set_xticks(range(len(names)), short, **({"rotation": 45, "ha": "right"} if is_long else {}), fontsize="small")
+    rotated = {"rotation": 45, "ha": "right"} if max(map(len, short)) > 3 else {}
+    axes.set_xticks(range(len(names)), short, fontsize="small", **rotated)
     axes.set_yticks(range(len(names)), short, fontsize="small")
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
@@ -251,6 +212,23 @@ def empty_figure(width: float, height: float) -> Any:
     except ImportError as error:
         raise ImportError("The curves are drawn with matplotlib: pip install 'hf-guided[train]'.") from error
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def finish_axes(axes: Any, title: str, xlabel: str = "", ylabel: str = "", color: str = INK, **legend: Any) -> None:
+    """Titles, a light grid, and a legend with these arguments if there are any."""
+    axes.set_title(title, loc="left", color=color)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if legend and axes.get_legend_handles_labels()[1]:
+        axes.legend(**{"frameon": False, "fontsize": "small", **legend})
+
+
+def _scale_axis(axes: Any, scales: Sequence[float], linear_up_to: float) -> None:
+    axes.set_xscale("symlog", linthresh=linear_up_to)
+    axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
+    axes.minorticks_off()
 
 
 def save_figure(figure: Any, path: str | os.PathLike, record: Mapping[str, Any] | None = None) -> None:

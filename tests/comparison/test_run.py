@@ -10,21 +10,10 @@ import yaml
 
 from hf_guided import VAEPipeline
 from hf_guided.cli import main
-from hf_guided.comparison.run import (
-    CLASSIFIER_SHARE,
-    Budget,
-    compare,
-    fit,
-    make_task,
-    num_parameters,
-    widths_of,
-    with_flags,
-)
-from hf_guided.data import DataArguments, load_labelled_images
+from hf_guided.comparison.run import compare
+from hf_guided.comparison.trainer import CLASSIFIER_SHARE, STAGES, Budget, Trainer, num_parameters
+from hf_guided.data import load_labelled_images
 from hf_guided.training.arguments import parse_arguments
-from hf_guided.training.train_baseline import TRAINERS
-from hf_guided.training.train_classifier import ClassifierArguments
-from hf_guided.training.train_diffusion import DiffusionArguments
 
 UNET = {"model_channels": 32, "channel_mult": [1], "num_res_blocks": 1, "attention_resolutions": [], "num_heads": 4}
 LOOP = {"train_batch_size": 8, "max_train_steps": 2, "ema_decay": 0.9}
@@ -46,17 +35,11 @@ def recipe(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def images():
-    return load_labelled_images(DataArguments(dataset_name="digits"), seed=0)
-
-
-@pytest.fixture(scope="module")
-def stages(recipe):
-    stages = {"classifier": ClassifierArguments, "diffusion": DiffusionArguments}
-    return parse_arguments(
-        {**stages, **{family: arguments for family, (arguments, _) in TRAINERS.items()}}, ["--recipe", recipe]
-    )[1]
+@pytest.fixture
+def trainer(recipe):
+    """Of a budget that each test gives."""
+    data_args, flags = parse_arguments({name: stage.arguments for name, stage in STAGES.items()}, ["--recipe", recipe])
+    return Trainer(data_args, load_labelled_images(data_args, seed=0), flags, Budget(900, "steps"))
 
 
 @pytest.mark.parametrize(
@@ -82,39 +65,32 @@ def test_no_budgets(text):
         Budget.parse(text)
 
 
-def empty_plan():
-    return {"steps": {}, "widths": {}, "seconds_per_step": {}}
-
-
-def test_steps_are_shared_out_among_the_parts(stages, images):
-    plan = empty_plan()
+def test_steps_are_shared_out_among_the_parts(trainer):
     for family in ("gan", "guided"):
-        fit(family, Budget(900, "steps"), stages, DataArguments(dataset_name="digits"), images, plan)
-    assert plan["steps"]["gan"] == {"gan": 900}
-    assert plan["steps"]["guided"] == {"diffusion": 600, "classifier": 300}
-    assert sum(plan["steps"]["guided"].values()) == 900
+        trainer.fit(family)
+    assert trainer.plan["steps"]["gan"] == {"gan": 900}
+    assert trainer.plan["steps"]["guided"] == {"diffusion": 600, "classifier": 300}
+    assert sum(trainer.plan["steps"]["guided"].values()) == 900
     assert pytest.approx(1 / 3) == CLASSIFIER_SHARE
 
 
-def test_time_becomes_steps_by_the_speed_measured(stages, images):
-    plan = empty_plan()
-    fit("vae", Budget(60, "seconds"), stages, DataArguments(dataset_name="digits"), images, plan)
-    seconds = plan["seconds_per_step"]["vae"]
+def test_time_becomes_steps_by_the_speed_measured(trainer):
+    trainer.budget = Budget(60, "seconds")
+    trainer.fit("vae")
+    seconds = trainer.plan["seconds_per_step"]["vae"]
     assert 0 < seconds < 1
-    assert plan["steps"]["vae"]["vae"] == int(60 / seconds)
-    fit("vae", Budget(1, "steps"), stages, DataArguments(dataset_name="digits"), images, plan)  # is planned already
-    assert plan["steps"]["vae"]["vae"] == int(60 / seconds)
+    assert trainer.plan["steps"]["vae"]["vae"] == int(60 / seconds)
+    trainer.budget = Budget(1, "steps")
+    trainer.fit("vae")  # is planned already
+    assert trainer.plan["steps"]["vae"]["vae"] == int(60 / seconds)
 
 
 @pytest.mark.parametrize("stage", ["vae", "gan", "flow", "diffusion", "classifier"])
-def test_widths_come_as_near_as_can_be(stage, stages, images):
-    train = images[0]
-
+def test_widths_come_as_near_as_can_be(stage, trainer):
     def count(width):
-        flags = dict.fromkeys(widths, width)
-        return num_parameters(make_task(stage, with_flags(stages[stage], **flags), train))
+        return num_parameters(trainer.task(stage, **dict.fromkeys(widths, width)).model)
 
-    widths = widths_of(stage, stages[stage], train, 300_000)
+    widths = trainer.widths_of(stage, 300_000)
     (width,) = set(widths.values())
     distance = abs(math.log(count(width) / 300_000))
     assert all(abs(math.log(count(other) / 300_000)) >= distance for other in {max(32, width - 32), width + 32})

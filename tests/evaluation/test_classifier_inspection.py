@@ -26,14 +26,8 @@ from hf_guided import (
 )
 from hf_guided.cli import main
 from hf_guided.data import LabelledImages
-from hf_guided.evaluation.classifier_inspection import (
-    ClassifierInspection,
-    NoiseLevel,
-    _binomial_tail,
-    expected_calibration_error,
-    inspect_classifier,
-    label_entropy,
-)
+from hf_guided.evaluation.classifier_findings import ClassifierInspection, NoiseLevel, _binomial_tail, label_entropy
+from hf_guided.evaluation.classifier_inspection import expected_calibration_error, inspect_classifier
 from hf_guided.evaluation.plots import classifier_curves
 from hf_guided.guidance import ClassifierGuidance
 from hf_guided.training.arguments import parse_arguments
@@ -369,6 +363,14 @@ def test_one_that_knows_clean_images_only():
     assert "train_classifier.py --noisy" in fault
     assert not any("Overconfident" in finding for finding in inspection.findings)
     assert inspection.interval is None
+
+
+def test_findings_begin_with_the_failed_checks():
+    inspection = inspect(knows_noise=False)
+    failed = [check for check in inspection.checks if check.failed]
+    assert "confident_on_noise" in {check.name for check in failed}
+    assert [check.message for check in failed] == inspection.findings[: len(failed)]
+    assert {check.message for check in inspection.checks if not check.failed} == {""}
 
 
 def test_one_that_loses_the_class_early():
