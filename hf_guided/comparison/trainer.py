@@ -155,7 +155,7 @@ class Trainer:
 
     def task(self, stage: str, **flags: Any) -> Task:
         """The task of a stage with some flags replaced, and a newly initialised model."""
-        return STAGES[stage].make_task(with_flags(self.flags[stage], **flags), (self.images[0], None))
+        return STAGES[stage].make_task(with_flags(self.flags[stage], **flags), self.images)
 
     def train(self, stage: str, **flags: Any) -> Path:
         """Trains a stage with some flags replaced; returns the finished folder."""
