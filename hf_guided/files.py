@@ -77,6 +77,11 @@ def naming_full_disk(path: str | os.PathLike | None = None) -> Iterator[None]:
         ) from error
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be that of a repository on the Hub: `user/name` or `name`, and nothing here."""
+    return re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII) is not None and not os.path.exists(name)
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path next to a file or folder; renamed to it at the end, removed after an error.

@@ -35,6 +35,7 @@ from ..data.folders import printable
 from ..files import locked, write_json
 from ..guidance.base import NotFiniteError
 from ..hub.push import BackgroundPush, PushError, prepare_push, push_command, push_folder
+from ..models.modes import evaluating
 from ..processes import StoppedError, from_main, join_processes
 from .arguments import LoopArguments, RunArguments
 from .checkpoints import (
@@ -415,9 +416,7 @@ def estimate_memory(task: Task, images: LabelledImages, batch_size: int) -> int:
 @torch.no_grad()
 def validate(task: Task, images: LabelledImages, args: LoopArguments, device: torch.device) -> dict[str, float]:
     """Mean losses on held-out images, each noised to the same timesteps with the same noise every time."""
-    was_training = task.model.training
-    task.model.eval()
-    with torch.random.fork_rng():
+    with evaluating(task.model), torch.random.fork_rng():
         seed_everything(0, 0, 0, 0)
         spread = torch.linspace(0, len(images) - 1, min(len(images), 1024)).long()  # rows may be sorted by class
         keys = [(index, 0) for index in spread.tolist()]
@@ -428,7 +427,6 @@ def validate(task: Task, images: LabelledImages, args: LoopArguments, device: to
             losses, logs = task.losses(task.model, batch, timesteps.to(device))
             for name, value in {"loss": losses, **logs}.items():
                 totals[name] = totals.get(name, 0.0) + value.float().sum().item() / len(keys)
-    task.model.train(was_training)
     return {f"held_out/{name}": value for name, value in totals.items()}
 
 

@@ -42,6 +42,7 @@ from hf_guided.families import BASELINES
 from hf_guided.fields import Depth, Length, NonNegativeFloat, NonNegativeInt, PositiveFloat, Range, Share, Width, flag
 from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.hub import write_model_card
+from hf_guided.models.modes import evaluating
 from hf_guided.training.arguments import LoopArguments, parse_arguments, run_script
 from hf_guided.training.cards import describe_data, describe_images, describe_run, describe_steps
 from hf_guided.training.loop import Batch, Task, finish, publish, train
@@ -127,12 +128,10 @@ class BaselineTask(Task):
         return {"sample": batch["pixel_values"], "class_labels": batch["labels"]}
 
     def preview(self, model: nn.Module, path: Path) -> None:
-        was_training = model.training
-        model.eval()
         names = list(self.images.id2label.values())[:10]
         samples = SampledImages(self.pipeline(), torch.arange(len(names)).repeat_interleave(8))
-        save_png(labelled_grid(samples.pictures(self.args.train_batch_size), names), path)
-        model.train(was_training)
+        with evaluating(model):
+            save_png(labelled_grid(samples.pictures(self.args.train_batch_size), names), path)
 
     def findings(self, held_out: LabelledImages | None) -> dict[str, Any]:
         """Entries about the finished model for its card."""

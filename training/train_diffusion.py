@@ -29,6 +29,7 @@ from hf_guided.fields import PositiveInt, Share, flag
 from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.hub import write_model_card
 from hf_guided.losses import diffusion_loss
+from hf_guided.models.modes import evaluating
 from hf_guided.schedulers.scheduling_adm import model_timesteps
 from hf_guided.training.arguments import (
     ArchitectureArguments,
@@ -124,15 +125,13 @@ class DiffusionTask(Task):
         return ClassifierGuidedPipeline(self.model, scheduler, id2label=id2label, sampling_defaults=self.args.steps())
 
     def preview(self, model: nn.Module, path: Path) -> None:
-        was_training = model.training
-        model.eval()
         pipeline = self.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         names = list(self.id2label.values())[:10] if self.args.class_conditional else ["samples"]
         labels = torch.arange(len(names)).repeat_interleave(8) if self.args.class_conditional else 8
         samples = SampledImages(pipeline, labels)
-        save_png(labelled_grid(samples.pictures(self.args.train_batch_size), names), path)
-        model.train(was_training)
+        with evaluating(model):
+            save_png(labelled_grid(samples.pictures(self.args.train_batch_size), names), path)
 
     def report(self, folder: Path) -> list[dict[str, Any]]:
         """Draws samples of the finished model into its folder; returns rows of numbers for its card, if any."""

@@ -30,6 +30,7 @@ from hf_guided.data import DataArguments, LabelledImages, load_labelled_images
 from hf_guided.fields import NonNegativeFloat, PositiveInt, flag
 from hf_guided.files import write_json
 from hf_guided.generation.grids import labelled_grid, save_png
+from hf_guided.models.modes import evaluating
 from hf_guided.training.arguments import parse_arguments, run_script
 from hf_guided.training.loop import Batch, publish
 from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, make_unet, train_and_save
@@ -98,9 +99,8 @@ class UpscalerTask(DiffusionTask):
         )
 
     def preview(self, model: nn.Module, path: Path) -> None:
-        was_training = model.training
-        self.show(path, NUM_SHOWN)
-        model.train(was_training)
+        with evaluating(model):
+            self.show(path, NUM_SHOWN)
 
     def show(self, path: Path, num_measured: int) -> dict[str, dict[str, float]]:
         """Errors of the upsampled examples, and a picture of the first ones: bicubic, two samples, original."""

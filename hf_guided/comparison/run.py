@@ -24,7 +24,7 @@ from transformers import AutoModelForImageClassification
 from hf_guided import ADMScheduler
 from hf_guided.comparison.report import write_comparison
 from hf_guided.credentials import without_credentials
-from hf_guided.data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images
+from hf_guided.data import DataArguments, LabelledImages, load_labelled_images, source_argument
 from hf_guided.evaluation.evaluate import FEWEST_IMAGES, check_independent, judged_labels, measure
 from hf_guided.evaluation.features.extractors import FeatureExtractor, ModelFeatures, load_features
 from hf_guided.evaluation.features.feature_sets import FeatureSet, collect_features
@@ -162,8 +162,7 @@ def compare(
         if len(set(given_values)) < len(given_values):
             raise ValueError(f"--{name} {','.join(map(str, given_values))}: give each value once.")
     given = Budget.parse(budget)
-    is_folder = data not in BUILT_IN and Path(data).is_dir()
-    argv = ["--train_data_dir" if is_folder else "--dataset_name", data]
+    argv = [f"--{flag}={source}" for flag, source in source_argument(data).items()]
     argv += [] if resolution is None else ["--resolution", *map(str, resolution)]
     argv += [] if recipe is None else ["--recipe", recipe]
     argv += ["--output_dir", str(output)]

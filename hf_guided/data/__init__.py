@@ -2,7 +2,7 @@
 
 from .batch_sampler import StepBatchSampler
 from .built_in import BUILT_IN
-from .dataset import DataArguments, LabelledImages, load_labelled_images
+from .dataset import DataArguments, LabelledImages, load_labelled_images, source_argument
 from .preflight import ImageReport, check_images
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "StepBatchSampler",
     "check_images",
     "load_labelled_images",
+    "source_argument",
 ]

@@ -128,6 +128,12 @@ class DataArguments(CheckedFields):
         return self.source if self.train_data_dir is None and self.source in BUILT_IN else None
 
 
+def source_argument(source: str) -> dict[str, str]:
+    """The argument of [`DataArguments`] for a folder, or for any other dataset."""
+    is_folder = source not in BUILT_IN and os.path.isdir(source)
+    return {"train_data_dir" if is_folder else "dataset_name": source}
+
+
 class LabelledImages(Dataset):
     """
     Images of one size, with or without labels. Made by `load_labelled_images`.

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..data import LabelledImages
 from ..guidance.base import frozen
 from ..labels import match_classes
+from ..models.modes import evaluating
 from ..schedulers.scheduling_adm import ADMScheduler, model_timesteps
 
 NUM_LEVELS = 11
@@ -538,20 +539,15 @@ def _measure(
     with_gradient: bool,
 ) -> _Measured:
     labels, outputs = [], []
-    was_training = classifier.training
-    classifier.eval()
-    try:
-        with frozen(classifier), torch.set_grad_enabled(with_gradient):
-            for indices, clean, of_batch in _batches(images, batch_size, max_images):
-                _check(clean, of_batch, classifier)
-                noise = torch.stack([_noise(seed, index, clean.shape[1:]) for index in indices])
-                device = classifier.device
-                batch = (clean.to(device, torch.float32), noise.to(device), of_batch.to(device))
-                at_levels = [_classify(classifier, scheduler, batch, level, with_gradient) for level in levels]
-                labels.append(of_batch)
-                outputs.append(torch.stack(at_levels, dim=1))
-    finally:
-        classifier.train(was_training)
+    with evaluating(classifier), frozen(classifier), torch.set_grad_enabled(with_gradient):
+        for indices, clean, of_batch in _batches(images, batch_size, max_images):
+            _check(clean, of_batch, classifier)
+            noise = torch.stack([_noise(seed, index, clean.shape[1:]) for index in indices])
+            device = classifier.device
+            batch = (clean.to(device, torch.float32), noise.to(device), of_batch.to(device))
+            at_levels = [_classify(classifier, scheduler, batch, level, with_gradient) for level in levels]
+            labels.append(of_batch)
+            outputs.append(torch.stack(at_levels, dim=1))
     predictions, confidence, cross_entropy, gradient_norm = torch.cat(outputs, dim=2).numpy()
     return _Measured(
         labels=torch.cat(labels).numpy(),

@@ -15,6 +15,7 @@ from ..generation.sampling import compiled_if
 from ..guidance.base import broken_images
 from ..labels import match_classes, resolve_labels
 from ..losses import mean_over_pixels, normal_kl, variational_bound_term
+from ..models.modes import evaluating
 from ..schedulers.gaussian_diffusion import upcast
 from ..schedulers.schedules import space_timesteps
 from ..schedulers.scheduling_adm import ADMScheduler, model_timesteps
@@ -84,10 +85,8 @@ def bits_per_dim(
         if len(labels) != len(images):
             raise ValueError(f"{len(labels)} class_labels were given for {len(images)} images; give one each.")
         conditions = {"class_labels": torch.tensor(labels, device=images.device)}
-    was_training = unet.training
-    unet.eval()
     vb, mse, xstart_mse, broken = [], [], [], []
-    try:
+    with evaluating(unet):
         for i, timestep in enumerate(descending):
             timesteps = torch.full((len(images),), timestep, device=images.device)
             step_noise = torch.randn_like(images) if noise is None else noise[i].to(images)
@@ -102,8 +101,6 @@ def bits_per_dim(
             vb.append(variational_bound_term(process, predicted, images, sample, timesteps))
             mse.append(mean_over_pixels((process.epsilon_of(original, timesteps, sample) - step_noise) ** 2))
             xstart_mse.append(mean_over_pixels((original - images) ** 2))
-    finally:
-        unet.train(was_training)
 
     # in float64: the signal at the last timestep is below the precision of float32
     signal, alpha_bar = process.at(descending[0], images.double(), "sqrt_alpha_bar", "alpha_bar")

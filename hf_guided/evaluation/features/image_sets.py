@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ...credentials import without_credentials
-from ...data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images
+from ...data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images, source_argument
 from ...data.folders import printable
 from ...data.images import open_record, stored_bytes
 from ...data.npz import open_npz, read_samples
@@ -219,13 +219,9 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
     source, _, part = spec.rpartition(":") if ":" in spec and not Path(spec).exists() else (spec, "", "")
     if "/" in part or "@" in part:  # the rest of a URL, which has a colon of its own
         source, part = spec, ""
-    arguments: dict[str, Any] = {"resolution": None if size is None else list(size)}
-    if source in BUILT_IN or not Path(source).is_dir():
-        if Path(source).is_file() and not source.endswith(".parquet"):
-            raise ValueError(f"{source} is not a set of images; give a .npz or .parquet file of samples, or a folder.")
-        arguments["dataset_name"] = source
-    else:
-        arguments["train_data_dir"] = source
+    if Path(source).is_file() and source not in BUILT_IN and not source.endswith(".parquet"):
+        raise ValueError(f"{source} is not a set of images; give a .npz or .parquet file of samples, or a folder.")
+    arguments: dict[str, Any] = {"resolution": None if size is None else list(size), **source_argument(source)}
     if source not in BUILT_IN and size is None:
         arguments["resolution"] = [1]  # until their own is known
     is_folder = part == HELD_OUT and Path(source, HELD_OUT).is_dir()  # a split of its own
