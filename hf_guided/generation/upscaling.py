@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ from PIL import Image
 from ..data.images import BAD_IMAGE_ERRORS, open_image
 from ..data.npz import read_samples
 from .grids import labelled_grid
-from .runs import Parts, check_destination, kind_of, plan_of, run_to_file
+from .runs import Batches, Run, check_destination, kind_of
 from .samples import to_picture
-from .sampling import generator_at, to_8_bit
+from .sampling import make_batches
 
 COMMAND = "upscale"  # by which the records of its outputs are told from those of samples
 
@@ -76,49 +76,30 @@ def upscale_to_file(
         `bool`: `True` if it was made, `False` if it was there already.
 
     Raises:
-        `ValueError`: For labels or images that the pipeline does not take; or if the output or its parts
-            exist with other settings, or the disk has too little space.
-        `FullDiskError`: If the disk is full; what is made is kept.
-        `RuntimeError`: If another process has ended; what is made is kept.
+        `ValueError`: For labels or images that the pipeline does not take.
+        `ValueError`, `FullDiskError`, `RuntimeError`: As [`Run.make`]; what is made is kept.
     """
     check_destination(output, command=COMMAND)
     pipeline.prepare_low_res(images if isinstance(images, list) else images[:1])  # refuses another size
     ids = _class_ids(pipeline, labels, len(images))
-    shape = (len(images), *pipeline.sample_size, pipeline.image_channels)
 
-    def make(batches: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        for batch in batches:
-            part = slice(batch * batch_size, (batch + 1) * batch_size)
-            large = pipeline(
-                images[part],
-                None if ids is None else ids[part],
-                generator=generator_at(seed, part.start),
-                output_type="latent",
-                return_dict=False,
-                **arguments,
-            )[0]
-            yield batch, to_8_bit(large).cpu()
+    def inputs_of(part: slice) -> dict[str, Any]:
+        return {"image": images[part], "class_labels": None if ids is None else ids[part]}
 
-    def draw(parts: Parts) -> Image.Image:
+    def make(batches: list[int]) -> Batches:
+        return make_batches(pipeline, inputs_of, len(images), batch_size, seed, batches, **arguments)
+
+    def draw(run: Run) -> Image.Image:
         small = ((pipeline.prepare_low_res(images) + 1) * 127.5).round().to(torch.uint8)  # bytes come back to the bit
         pictures = []
         for index, image in enumerate(small.permute(0, 2, 3, 1).cpu().numpy()):
-            pictures += [to_picture(image), to_picture(parts.read_image(index))]
+            pictures += [to_picture(image), to_picture(run.read_image(index))]
         names = [""] * len(images) if ids is None else [pipeline.id2label.get(i, str(i)) for i in ids.tolist()]
         return labelled_grid(pictures, names, cell_size=max(pipeline.sample_size))
 
     planned = {"command": COMMAND, "images": _digest(pipeline, images), **arguments}
-    return run_to_file(
-        output,
-        shape,
-        batch_size,
-        plan_of(pipeline, ids, shape, batch_size, seed, planned),
-        make,
-        labels=ids,
-        id2label=pipeline.id2label,
-        draw=draw if kind_of(output) == ".png" else None,
-        verb="upscaling",
-    )
+    drawn = draw if kind_of(output) == ".png" else None
+    return Run(output, pipeline, len(images), ids, batch_size, seed, planned, drawn, verb="upscaling").make(make)
 
 
 def _class_ids(pipeline: Any, labels: Any, num_images: int) -> torch.Tensor | None:
