@@ -84,15 +84,9 @@ def as_flag(name: str, value: str, prefix: str = "") -> str:
 
 
 def check_values(owner: type, values: Mapping[str, Any], spell: Callable[[str, str], str] = as_flag) -> None:
-    """Checks values of some fields of a dataclass.
+    """Refuses the first of some fields' values that a dataclass does not allow, by a `ValueError` with what it allows.
 
-    Args:
-        owner (`type`): The dataclass.
-        values (`Mapping`): Values by the fields' names.
-        spell (`Callable`): Text of a field and its value for the message. Default: as a flag.
-
-    Raises:
-        `ValueError`: For the first value that is not allowed, naming the allowed ones.
+    `spell` makes the message's text of a field and its value.
     """
     hints = get_type_hints(owner, include_extras=True)  # `field.type` loses its `None` to `HfArgumentParser`
     for f in fields(owner):

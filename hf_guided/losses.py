@@ -16,13 +16,13 @@ LOSS_TYPES = ("simple", "hybrid", "vlb")
 
 @dataclass
 class DiffusionLoss:
-    """Losses of a batch, one value per image.
+    """Losses of a batch, each of shape `(batch,)`.
 
     Attributes:
-        loss (`torch.Tensor` of shape `(batch,)`): The value to minimise.
-        mse (`torch.Tensor` of shape `(batch,)`): Mean squared error of the model's prediction.
-        vb (`torch.Tensor` of shape `(batch,)`): Term of the variational bound at the timestep, in bits per dimension;
-            times T / 1000 with the hybrid loss, as published.
+        loss: The value to minimise.
+        mse: Mean squared error of the model's prediction.
+        vb: Term of the variational bound at the timestep, in bits per dimension; times T / 1000 with the hybrid loss,
+            as published.
     """
 
     loss: torch.Tensor
@@ -81,12 +81,9 @@ def diffusion_loss(
         vb = variational_bound_term(process, process.predict(model_output, timesteps, sample), clean, sample, timesteps)
 
     total = len(process.timesteps)
-    if loss_type == "simple":
-        return DiffusionLoss(loss=mse, mse=mse, vb=vb)
-    if loss_type == "vlb":
-        return DiffusionLoss(loss=vb * total, mse=mse, vb=vb)
-    vb = vb * (total / 1000)  # without the factor vb would dominate the mse at other numbers of timesteps
-    return DiffusionLoss(loss=mse + vb, mse=mse, vb=vb)
+    if loss_type == "hybrid":
+        vb = vb * (total / 1000)  # without the factor vb would dominate the mse at other numbers of timesteps
+    return DiffusionLoss({"simple": mse, "hybrid": mse + vb, "vlb": vb * total}[loss_type], mse, vb)
 
 
 def variational_bound_term(

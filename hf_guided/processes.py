@@ -28,12 +28,7 @@ MISSED_HEARTBEATS = 30  # after these the others take it to be dead
 
 
 class StoppedError(KeyboardInterrupt):
-    """A signal has stopped a command.
-
-    Args:
-        signum (`int`): The signal; the exit status is 128 + signum.
-        message (`str`): What was saved, and how to resume.
-    """
+    """A signal has stopped a command; the message says what was saved, and how to resume."""
 
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message)
@@ -42,12 +37,9 @@ class StoppedError(KeyboardInterrupt):
 
 @contextmanager
 def user_command() -> Iterator[None]:
-    """Turns user errors into one sentence, and signals into their exit status.
+    """Turns user errors into one sentence, and signals into their exit status, see the module's docstring.
 
     Any other error is a bug of this package: it keeps its traceback and asks to be reported.
-
-    Raises:
-        `SystemExit`: With the exit status of the module's docstring.
     """
     requested: list[int] = []
 
@@ -160,11 +152,7 @@ def from_main(function: Callable[[], T]) -> T:
 
 
 def leave_processes(is_done: bool = True) -> None:
-    """Leaves the process group of [`join_processes`], if any.
-
-    Args:
-        is_done (`bool`, defaults to `True`): Whether this process finished; otherwise the others end too.
-    """
+    """Leaves the process group of [`join_processes`], if any; unless this process `is_done`, the others end too."""
     heartbeat, Heartbeat.running = Heartbeat.running, None
     if heartbeat is not None:
         heartbeat.stop(is_done)
@@ -178,10 +166,6 @@ class Heartbeat:
 
     Each process increments its own counter from a thread, and reads those of the others. Without it, a collective would
     wait for a dead process for days, and no signal interrupts it.
-
-    Args:
-        rank (`int`): Rank of this process.
-        num_processes (`int`): Number of processes.
     """
 
     running: "Heartbeat | None" = None
@@ -215,7 +199,9 @@ class Heartbeat:
                 missed[peer] = 0 if beats[peer] != last[peer] or peer in done else missed[peer] + 1
             last = beats
             if dead := [peer for peer in self.peers if missed[peer] >= MISSED_HEARTBEATS]:
-                why = f"Process {dead[0]} of this run has sent no heartbeat for {_limit()}"
+                seconds = HEARTBEAT * MISSED_HEARTBEATS
+                limit = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
+                why = f"Process {dead[0]} of this run has sent no heartbeat for {limit}"
                 break
         if not self.ended.wait(HEARTBEAT):  # a main thread that notices it itself ends cleanly
             print(f"error: {why}. Rerun the same command to resume.", file=sys.stderr, flush=True)
@@ -228,11 +214,6 @@ class Heartbeat:
         if is_done:
             with suppress(RuntimeError):
                 self.store.add(f"done/{self.rank}", 1)
-
-
-def _limit() -> str:
-    seconds = HEARTBEAT * MISSED_HEARTBEATS
-    return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
 
 
 def _lost_process(error: Exception) -> str | None:
