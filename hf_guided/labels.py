@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from .messages import first_few, shortened
 from .schedulers.schedules import whole_number
-from .settings import shortened
 
 
 def composed(name: str) -> str:
@@ -136,10 +136,9 @@ def match_classes(
     matched = {label: match(label) for label in sorted(wanted)}
     unmatched = [*dict.fromkeys(repr(our_names.get(label, str(label))) for label in matched if matched[label] is None)]
     if unmatched:
-        more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
         raise ValueError(
-            f"The classifier {classifier} has no class named {', '.join(unmatched[:3])}{more}, or "
-            f"several; rename them in its config.id2label, or take a classifier of the same classes."
+            f"The classifier {classifier} has no class named {first_few(unmatched)}, or several; rename them in its "
+            f"config.id2label, or take a classifier of the same classes."
         )
     return {label: match for label, match in matched.items() if match is not None}
 

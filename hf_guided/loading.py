@@ -14,6 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .messages import first_few, first_line
 from .settings import check_names
 
 _CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
@@ -108,7 +109,7 @@ def check_cover(
     """
     shapes = [f"{name} ({_size(given)} instead of {_size(wanted)})" for name, given, wanted in sorted(mismatched)]
     parts = [
-        f"{_listed(names)} {one if len(names) == 1 else several}"
+        f"{first_few(names, _MOST_NAMES)} {one if len(names) == 1 else several}"
         for names, one, several in (
             (sorted(missing), "is missing", "are missing"),
             (sorted(unexpected), "is not of this model", "are not of this model"),
@@ -145,8 +146,8 @@ def check_finite_vectors(source: str | os.PathLike | None, model: nn.Module) -> 
     ]
     if broken:
         raise WeightsError(
-            f"The weights of {source or 'the state dict'} have infinite values or NaN ({_listed(broken)}): their "
-            f"training diverged, or the file is damaged."
+            f"The weights of {source or 'the state dict'} have infinite values or NaN "
+            f"({first_few(broken, _MOST_NAMES)}): their training diverged, or the file is damaged."
         )
 
 
@@ -188,10 +189,9 @@ def naming_damage(source: str | os.PathLike) -> Iterator[None]:
                 f"the model again."
             ) from error
         if isinstance(error, _DAMAGED):
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"{source} cannot be loaded, its files are damaged or those of another model "
-                f"({type(error).__name__}: {reason})."
+                f"({type(error).__name__}: {first_line(error)})."
             ) from error
         raise
 
@@ -267,11 +267,6 @@ def weights_digest(model: torch.nn.Module, settings: str = "") -> str:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _size(shape: Collection[int]) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .credentials import without_credentials
 from .files import naming_full_disk
 from .interrupts import is_importing, leave, set_handlers
+from .messages import first_line
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -222,5 +223,4 @@ def _lost_process(error: Exception) -> str | None:
     is_network = distributed is not None and distributed.is_available() and isinstance(error, distributed.DistError)
     if not is_network and "/gloo/" not in str(error):
         return None
-    first_line = str(error).partition("\n")[0]
-    return f"Another process of this run has ended, see above. Rerun the same command to resume. ({first_line})"
+    return f"Another process of this run has ended, see above. Rerun the same command to resume. ({first_line(error)})"

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
+from .messages import shortened
+
 # Upper bounds of a model's sizes; more is a damaged file, and would exhaust the memory
 MOST = 65_536  # channels, or pixels of a side
 MOST_LAYERS = 1000  # of one kind
@@ -105,9 +107,3 @@ def check_names(id2label: Any, num_classes: int | None, whole: bool = False) -> 
         raise ValueError(f"id2label has the id {max(ids)}; the ids of {num_classes} classes end at {num_classes - 1}.")
     if whole and ids != set(range(len(ids))):
         raise ValueError(f"id2label must name every id from 0 to {len(ids) - 1} once; its ids are {sorted(ids)[:10]}.")
-
-
-def shortened(value: Any) -> str:
-    """A value as text, shortened for errors."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"

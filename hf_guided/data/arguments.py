@@ -8,8 +8,8 @@ from typing import Annotated
 from ..credentials import without_credentials
 from ..fields import CheckedFields, Length, Range, Share, Width, flag
 from ..files import check_place
+from ..messages import printable
 from .built_in import BUILT_IN, DIGITS
-from .folders import printable
 
 
 @dataclass

@@ -17,9 +17,10 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..credentials import without_credentials
+from ..messages import printable
 from .arguments import DataArguments
 from .built_in import DIGITS, PHOTOGRAPHS, load_digits, load_photographs
-from .folders import ImageFiles, printable
+from .folders import ImageFiles
 from .images import BAD_IMAGE_ERRORS, open_image, resize_and_crop, stored_bytes, to_channels, to_pixel_values
 from .tables import load_split, requested_folder
 

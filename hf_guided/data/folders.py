@@ -6,7 +6,6 @@ photos/1.png, photos/metadata.jsonl            a metadata file lists the images 
 """
 
 import os
-import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..labels import composed
+from ..messages import first_few, printable
 from .built_in import import_extra
 from .images import BAD_IMAGE_ERRORS, IMAGE_FORMATS
 from .metadata import METADATA_FILES, read_metadata
@@ -106,22 +106,6 @@ class FolderSplit:
     names: list[str] = field(default_factory=list)  # of the classes
     why_unlabelled: str = ""  # why there are no classes, as a sentence
     metadata: Any = None  # a `pyarrow.Table` of the metadata files' other columns, one row per image
-
-
-def printable(text: str) -> str:
-    """The text as one line of valid UTF-8; control characters and undecodable bytes become escapes."""
-
-    def escape(match: re.Match) -> str:
-        code = ord(match[0])
-        return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else repr(match[0])[1:-1]
-
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", escape, text)
-
-
-def first_few(names: Sequence[str], count: int = 3) -> str:
-    """The first names of a list, and the number of further ones."""
-    rest = len(names) - count
-    return ", ".join(map(printable, names[:count])) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def scan_folder(root: str) -> FolderScan:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..messages import first_few
 from .dataset import LabelledImages
-from .folders import first_few
 from .images import BAD_IMAGE_ERRORS, to_channels
 
 NUM_DRAWN = 1_000  # images decoded of a dataset that is too large to decode in full
