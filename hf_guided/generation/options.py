@@ -25,8 +25,7 @@ def labels_to_sample(
         pipeline ([`ClassConditionalPipeline`]): Makes the images.
         labels (`Sequence[str]`, *optional*): Ids and names, or one word: `"all"` or `"uniform"`.
         default (`str` or `Sequence[int]`): What to take if there are none, as for [`sample_labels`].
-        num_images (`int`, *optional*): Images in all.
-        num_images_per_label (`int`, *optional*): Images of each class, if not in all; 8 by default.
+        num_images, num_images_per_label (`int`, *optional*): Images in all, or of each class; 8 of each by default.
         seed (`int`, defaults to 0): Seed of all images together.
 
     Raises:

@@ -50,11 +50,7 @@ Batches = Iterator[tuple[int, torch.Tensor]]
 
 
 def kind_of(output: str | os.PathLike) -> str:
-    """The ending that says what to write: `".npz"`, `".parquet"` or `".png"`; empty for a folder.
-
-    Raises:
-        `ValueError`: For other endings.
-    """
+    """The ending that says what to write: `".npz"`, `".parquet"` or `".png"`; empty for a folder."""
     name = os.fspath(output)
     kind = "" if name.endswith(os.sep) else Path(name).suffix
     if kind not in ("", ".npz", ".parquet", ".png"):

@@ -22,13 +22,7 @@ SmallImages = np.ndarray | list[Image.Image]
 
 
 def read_small_images(paths: Sequence[str]) -> tuple[SmallImages, np.ndarray | None]:
-    """The images to upsample, and the labels that came with them.
-
-    Args:
-        paths (`Sequence[str]`): One `.npz` file of samples, or image files.
-
-    Returns:
-        An array `(n, height, width, channels)`, uint8, and its labels `(n,)` if there are any; or upright PIL images.
+    """The images to upsample of image files, upright; or of one `.npz` file of samples, see [`read_samples`].
 
     Raises:
         `ValueError`: Naming a file that cannot be read.
@@ -56,21 +50,15 @@ def upscale_to_file(
     seed: int = 0,
     **arguments: Any,
 ) -> bool:
-    """Upsamples into one file, by all processes, in as many sittings as it takes: the file is the same, to the byte.
-
-    Batches are kept, put together and resumed as by [`sample_to_file`]; image i has the same noise for every batch
-    size.
+    """Upsamples into one file, by all processes, in as many sittings as it takes, as [`sample_to_file`].
 
     Args:
         pipeline ([`ClassifierGuidedUpscalePipeline`]): Makes the large images, of 1 or 3 channels.
         images (`np.ndarray` of shape `(n, height, width, channels)`, or a list of PIL images): The small images.
         labels: Their classes by id or name, one for all or one for each; `None` for an unconditional UNet. Those of an
             `.npz` file may be given to that too, and are left out.
-        output (`str` or `os.PathLike`): By its ending `.npz` as published, `.parquet`, or without one a folder of PNGs,
-            see [`write_samples`]; or `.png`, a picture of each small image beside its large one.
-        batch_size (`int`, defaults to 16): Images at once. Whole batches go to the processes in turn.
-        seed (`int`, defaults to 0): Seed of all images together.
-        arguments: Go to the pipeline.
+        output (`str` or `os.PathLike`): As of [`sample_to_file`]; a `.png` shows each small image beside its large one.
+        batch_size, seed, arguments: As of [`sample_to_file`].
 
     Returns:
         `bool`: `True` if it was made, `False` if it was there already.
