@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from ..credentials import without_credentials
 from ..fields import CheckedFields, Length, Range, Share, Width, flag
@@ -95,7 +95,7 @@ class DataArguments(CheckedFields):
         return self.source if self.train_data_dir is None and self.source in BUILT_IN else None
 
 
-def source_argument(source: str) -> dict[str, str]:
+def source_argument(source: str) -> dict[str, Any]:
     """The argument of [`DataArguments`] for a folder, or for any other dataset."""
     is_folder = source not in BUILT_IN and os.path.isdir(source)
     return {"train_data_dir" if is_folder else "dataset_name": source}
