@@ -27,6 +27,7 @@ SPLIT_OF_WORD = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
     **dict.fromkeys(("held_out", "held-out", "heldout", "holdout", "hold_out"), "held_out"),
 }
+SPLITS = tuple(dict.fromkeys(SPLIT_OF_WORD.values()))
 SYSTEM_FOLDERS = {
     *("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin"),
     *("__macosx", "system volume information", "lost+found"),
@@ -289,19 +290,13 @@ def _find_splits(root: str, parents: set[str], listings: Iterable[str]) -> tuple
     """The top folders by split, none if they are classes; and a note if a class could be a split."""
     if any(not _top(path) for path in listings):
         return {}, []
-    holds_folders: dict[str, bool] = {}
-    for parent in parents:
-        top, below, _ = parent.partition(os.sep)
-        holds_folders[top] = holds_folders.get(top, False) or below != ""
-    holds_folders |= {_top(path): True for path in listings}  # images with metadata need no folders
-    tops = sorted(holds_folders.keys() - {""})
-    splits = [top for top in tops if top.casefold() in SPLIT_OF_WORD and holds_folders[top]]
+    holding = {_top(path) for path in (*parents, *listings)}  # folders; images with metadata need none
+    tops = sorted(({parent.split(os.sep)[0] for parent in parents} | holding) - {""})
+    splits = [top for top in tops if top.casefold() in SPLIT_OF_WORD and top in holding]
     others = [top for top in tops if top not in splits]
     if splits and not others:
-        by_name: dict[str, list[str]] = {}
-        for top in splits:
-            by_name.setdefault(SPLIT_OF_WORD[top.casefold()], []).append(top)
-        return {name: by_name[name] for name in dict.fromkeys(SPLIT_OF_WORD.values()) if name in by_name}, []
+        by_name = {name: [top for top in splits if SPLIT_OF_WORD[top.casefold()] == name] for name in SPLITS}
+        return {name: found for name, found in by_name.items() if found}, []
     if len(splits) > 1 or (splits and any(top.casefold() in SPLIT_OF_WORD for top in others)):
         raise ValueError(
             f"It is unclear whether the folders in '{printable(root)}' are splits or classes: {first_few(splits)} "
