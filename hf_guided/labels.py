@@ -6,7 +6,7 @@ Names are compared in Unicode's composed form (NFC): "é" is one letter in every
 import difflib
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -17,7 +17,6 @@ from .schedulers.schedules import whole_number
 
 
 def composed(name: str) -> str:
-    """A class name in Unicode's composed form (NFC), as names are compared."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -123,15 +122,13 @@ def match_classes(
             )
         return {label: label for label in wanted}
 
-    def ids_of(name: str, spell: Callable[[str], set[str]]) -> set[int]:
-        return {label for label, other in their_names.items() if spell(name) & spell(other)}
-
     def match(label: int) -> int | None:
         name = our_names.get(label, "")
         if their_names.get(label) == name:
             return label
-        candidates = ids_of(name, lambda name: {caseless(name)}) or ids_of(name, spellings)
-        return candidates.pop() if len(candidates) == 1 else None
+        candidates = [other for other in their_names if caseless(their_names[other]) == caseless(name)]
+        candidates = candidates or [other for other in their_names if spellings(their_names[other]) & spellings(name)]
+        return candidates[0] if len(candidates) == 1 else None
 
     matched = {label: match(label) for label in sorted(wanted)}
     unmatched = [*dict.fromkeys(repr(our_names.get(label, str(label))) for label in matched if matched[label] is None)]

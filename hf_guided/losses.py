@@ -50,9 +50,6 @@ def diffusion_loss(
         loss_type (`str`, defaults to `"simple"`): `"simple"`: mse (DDPM, eq. 14). `"hybrid"`: mse + vb, where vb
             trains the variance only (Improved DDPM, eq. 16 and section 3.1). `"vlb"`: T * vb, in bits per dimension.
 
-    Returns:
-        [`DiffusionLoss`]
-
     Raises:
         `ValueError`: For another loss type, channels that do not fit the scheduler's variance type, or a hybrid loss
             without a learned variance.

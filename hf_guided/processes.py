@@ -99,15 +99,9 @@ def print_once(*lines: str) -> None:
 
 
 def use_processor() -> None:
-    """Lets this process use its share of the CPU cores.
-
-    accelerate launches one thread per process, even on a CPU.
-    """
-    if (
-        "ACCELERATE_MIXED_PRECISION" in os.environ
-        and os.environ.get("OMP_NUM_THREADS") == "1"
-        and hasattr(os, "sched_getaffinity")
-    ):
+    """Lets this process use its share of the CPU cores: accelerate launches one thread per process, even on a CPU."""
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if is_launched and hasattr(os, "sched_getaffinity"):
         import torch
 
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

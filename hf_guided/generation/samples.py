@@ -43,7 +43,7 @@ def write_samples(
     id2label: Mapping[int, str] | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes samples to a file or folder, with two batches in memory at a time, under a temporary name that is renamed.
+    """Writes samples to a file or folder at once, with two batches in memory at a time.
 
     The same samples give the same file, byte for byte. PNGs are encoded while `batches` makes the next batch.
 
