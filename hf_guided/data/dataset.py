@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 
 from ..credentials import without_credentials
 from ..messages import printable
+from ..models.images import BAD_IMAGE_ERRORS, resize_and_crop, to_channels, to_pixel_values
 from .arguments import DataArguments
 from .built_in import DIGITS, PHOTOGRAPHS, load_digits, load_photographs
 from .folders import ImageFiles
-from .images import BAD_IMAGE_ERRORS, open_image, resize_and_crop, stored_bytes, to_channels, to_pixel_values
+from .images import open_image, stored_bytes
 from .tables import load_split, requested_folder
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from PIL import Image
 
 from ..labels import composed
 from ..messages import first_few, printable
+from ..models.images import BAD_IMAGE_ERRORS, IMAGE_FORMATS
 from .built_in import import_extra
-from .images import BAD_IMAGE_ERRORS, IMAGE_FORMATS
 from .metadata import METADATA_FILES, read_metadata
 
 SPLIT_OF_WORD = {

@@ -9,25 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..models.images import (
-    BAD_IMAGE_ERRORS,
-    IMAGE_FORMATS,
-    open_file,
-    resize_and_crop,
-    to_channels,
-    to_pixel_values,
-    upright,
-)
-
-__all__ = [
-    "BAD_IMAGE_ERRORS",
-    "IMAGE_FORMATS",
-    "open_image",
-    "resize_and_crop",
-    "stored_bytes",
-    "to_channels",
-    "to_pixel_values",
-]
+from ..models.images import open_file, upright
 
 
 def open_image(record: Any) -> Image.Image:

@@ -7,8 +7,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..messages import first_few
+from ..models.images import BAD_IMAGE_ERRORS, to_channels
 from .dataset import LabelledImages
-from .images import BAD_IMAGE_ERRORS, to_channels
 
 NUM_DRAWN = 1_000  # images decoded of a dataset that is too large to decode in full
 MAX_BAD_FRACTION = 0.1

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.images import BAD_IMAGE_ERRORS, open_image
+from ..data.images import open_image
 from ..data.npz import read_samples
+from ..models.images import BAD_IMAGE_ERRORS
 from .grids import labelled_grid
 from .runs import Batches, Run, check_destination, kind_of
 from .samples import to_picture
