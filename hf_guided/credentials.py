@@ -14,14 +14,10 @@ _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
 
 def without_credentials(content: Any) -> Any:
-    """The content without user, password and query in its URLs, and without tokens of the Hub.
+    """The text without user, password and query in its URLs, and without tokens of the Hub; also of all in dicts, lists
+    and tuples.
 
-    Args:
-        content: A text, or a dict, list or tuple that may hold texts. Anything else is returned unchanged.
-
-    Returns:
-        The same without credentials: `"https://user:token@host/cats.parquet?sig=1"` becomes
-        `"https://host/cats.parquet"`.
+    `"https://user:token@host/cats.parquet?sig=1"` becomes `"https://host/cats.parquet"`.
     """
     if isinstance(content, str):
         return _TOKEN.sub("hf_...", _QUERY_IN_ADDRESS.sub(r"\1", _USER_IN_ADDRESS.sub(r"\1", content)))

@@ -8,33 +8,19 @@ from typing import NamedTuple
 
 
 class Family(NamedTuple):
-    """A family of generative models.
+    """A family of generative models."""
 
-    Attributes:
-        name (`str`): In commands, recipes and reports.
-        title (`str`): In tables and plots.
-        noun (`str`): What one of its models is called in a sentence.
-        pipeline (`str`): The class that samples.
-        models (`tuple[str, ...]`): The classes of its models.
-        component (`str`): The pipeline's component that makes the images.
-        paper (`str`): A Markdown link.
-        tag (`str`): On the Hub.
-        trade_off (`str`): The argument of the pipeline's call that trades variety for fidelity.
-        curve (`tuple[float, ...]`): Values of it that a comparison draws.
-        requirements (`tuple[str, ...]`): Packages that its models need beside this package's own.
-    """
-
-    name: str
-    title: str
-    noun: str
-    pipeline: str
-    models: tuple[str, ...]
-    component: str
-    paper: str
-    tag: str
-    trade_off: str
-    curve: tuple[float, ...] = ()
-    requirements: tuple[str, ...] = ()
+    name: str  # in commands, recipes and reports
+    title: str  # in tables and plots
+    noun: str  # what one of its models is called in a sentence
+    pipeline: str  # the class that samples
+    models: tuple[str, ...]  # the classes of its models
+    component: str  # of the pipeline, which makes the images
+    paper: str  # a Markdown link
+    tag: str  # on the Hub
+    trade_off: str  # the argument of the pipeline's call that trades variety for fidelity
+    curve: tuple[float, ...] = ()  # values of it that a comparison draws
+    requirements: tuple[str, ...] = ()  # packages that its models need beside this package's own
 
 
 DIFFUSION = Family(

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from os import PathLike, fspath
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -84,85 +84,72 @@ def as_flag(name: str, value: str, prefix: str = "") -> str:
 
 
 def check_values(owner: type, values: Mapping[str, Any], spell: Callable[[str, str], str] = as_flag) -> None:
-    """Checks values of some fields of a dataclass.
+    """Refuses the first of some fields' values that a dataclass does not allow, by a `ValueError` with what it allows.
 
-    Args:
-        owner (`type`): The dataclass.
-        values (`Mapping`): Values by the fields' names.
-        spell (`Callable`): Text of a field and its value for the message. Default: as a flag.
-
-    Raises:
-        `ValueError`: For the first value that is not allowed, naming the allowed ones.
+    `spell` makes the message's text of a field and its value.
     """
     hints = get_type_hints(owner, include_extras=True)  # `field.type` loses its `None` to `HfArgumentParser`
     for f in fields(owner):
         if f.name not in values:
             continue
-        value, choices = values[f.name], f.metadata.get("choices")
-        if _fits(hints[f.name], value, choices):
+        value, choices, kind = values[f.name], f.metadata.get("choices"), _Kind.of(hints[f.name])
+        if kind.fits(value) and (choices is None or value is None or value in choices):
             continue
-        expected = f"one of {', '.join(map(str, choices))}" if choices else _expected(hints[f.name])
-        shown = _shown(value, hints[f.name]) if f.repr else "..."
-        raise ValueError(f"{spell(f.name, shown)} is not allowed; give {expected}{_hint(hints[f.name], value)}.")
+        expected = f"one of {', '.join(map(str, choices))}" if choices else kind
+        shown = kind.shown(value) if f.repr else "..."
+        raise ValueError(f"{spell(f.name, shown)} is not allowed; give {expected}{kind.hint(value)}.")
 
 
-def _fits(hint: Any, value: Any, choices: Sequence[Any] | None = None) -> bool:
-    base, rules, is_optional = _parts(hint)
-    if value is None:
-        return is_optional
-    if get_origin(base) is list:
-        (of_entries,) = get_args(base)
-        fits = isinstance(value, list | tuple) and all(_fits(of_entries, entry) for entry in value)
-    elif base is str:
-        fits = isinstance(value, str) and value.strip() != ""
-    elif base is bool:
-        fits = isinstance(value, bool)
-    else:
-        fits = isinstance(value, int if base is int else int | float) and not isinstance(value, bool)
-        fits = fits and (base is int or abs(value) <= sys.float_info.max)  # neither nan nor infinite
-    return fits and all(value in rule for rule in rules) and (choices is None or value in choices)
+@dataclass(frozen=True)
+class _Kind:
+    """An annotation of a field, taken apart."""
 
+    base: Any  # without `Annotated` and `| None`
+    rules: tuple[Any, ...] = ()
+    is_optional: bool = False
+    entries: "_Kind | None" = None  # of a list
 
-def _parts(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
-    """A type without `Annotated` and `| None`, the rules of the former, and whether it has the latter."""
-    if get_origin(hint) is Annotated:
-        base, *rules = get_args(hint)
-        return base, tuple(rules), False
-    if NoneType in get_args(hint):
-        (inner,) = (part for part in get_args(hint) if part is not NoneType)
-        return *_parts(inner)[:2], True
-    return hint, (), False
+    @classmethod
+    def of(cls, hint: Any) -> "_Kind":
+        if NoneType in get_args(hint):
+            (inner,) = (part for part in get_args(hint) if part is not NoneType)
+            return replace(cls.of(inner), is_optional=True)
+        base, *rules = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        return cls(base, tuple(rules), entries=cls.of(*get_args(base)) if get_origin(base) is list else None)
 
+    def fits(self, value: Any) -> bool:
+        if value is None:
+            return self.is_optional
+        if self.entries is not None:
+            fits = isinstance(value, list | tuple) and all(map(self.entries.fits, value))
+        elif self.base is str:
+            fits = isinstance(value, str) and value.strip() != ""
+        elif self.base is bool:
+            fits = isinstance(value, bool)
+        else:
+            fits = isinstance(value, int if self.base is int else int | float) and not isinstance(value, bool)
+            fits = fits and (self.base is int or abs(value) <= sys.float_info.max)  # neither nan nor infinite
+        return fits and all(value in rule for rule in self.rules)
 
-def _expected(hint: Any) -> str:
-    base, rules, _ = _parts(hint)
-    if get_origin(base) is list:
-        noun, of_entries, _ = _parts(get_args(base)[0])
-        return "".join(
-            [*(f"{rule} " for rule in rules), f"{_NOUNS[noun]}s", *(f", each {rule}" for rule in of_entries)]
-        )
-    return "".join([*([] if base is bool else ["a "]), _NOUNS[base], *(f" {rule}" for rule in rules)])
+    def __str__(self) -> str:
+        rules = [str(rule) for rule in self.rules]
+        if self.entries is None:
+            return " ".join([*([] if self.base is bool else ["a"]), _NOUNS[self.base], *rules])
+        return ", each ".join([" ".join([*rules, f"{_NOUNS[self.entries.base]}s"]), *map(str, self.entries.rules)])
 
+    def hint(self, value: Any) -> str:
+        """A hint for a value that YAML reads as another type."""
+        if self.entries is not None:
+            if not isinstance(value, list | tuple):
+                return ", as a list in square brackets"
+            return "".join({self.entries.hint(entry) for entry in value})
+        if isinstance(value, str) == (self.base is str):
+            return ""
+        return ", in quotes" if self.base is str else ", without quotes"
 
-def _hint(hint: Any, value: Any) -> str:
-    """A hint for a value that YAML reads as another type."""
-    base, _, _ = _parts(hint)
-    if get_origin(base) is list:
-        if not isinstance(value, list | tuple):
-            return ", as a list in square brackets"
-        return "".join({_hint(get_args(base)[0], entry) for entry in value})
-    if base is str:
-        return "" if isinstance(value, str) else ", in quotes"
-    return ", without quotes" if isinstance(value, str) else ""
-
-
-def _shown(value: Any, hint: Any) -> str:
-    base, _, _ = _parts(hint)
-    if isinstance(value, list | tuple) and value:
-        of_entries = get_args(base)[0] if get_origin(base) is list else hint
-        text = " ".join(_shown(entry, of_entries) for entry in value)
-    elif isinstance(value, str) and (base is not str or not value.strip()):
-        text = repr(value)
-    else:
-        text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    def shown(self, value: Any) -> str:
+        if isinstance(value, list | tuple) and value:
+            text = " ".join(map((self.entries or self).shown, value))
+        else:
+            text = repr(value) if isinstance(value, str) and (self.base is not str or not value.strip()) else str(value)
+        return text if len(text) <= 80 else f"{text[:77]}..."

@@ -54,14 +54,7 @@ def full_disk(error: BaseException) -> str | None:
 
 @contextmanager
 def naming_full_disk(path: str | os.PathLike | None = None) -> Iterator[None]:
-    """Turns any error of a full or read-only disk into one sentence.
-
-    Args:
-        path (`str` or `os.PathLike`, *optional*): The file written. Default: that of the error.
-
-    Raises:
-        `FullDiskError`: If the disk is full or read-only.
-    """
+    """Turns errors of a full or read-only disk into a `FullDiskError` that names `path`, or the error's file."""
     try:
         yield
     except FullDiskError:
@@ -77,17 +70,16 @@ def naming_full_disk(path: str | os.PathLike | None = None) -> Iterator[None]:
         ) from error
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be that of a repository on the Hub: `user/name` or `name`, and nothing here."""
+    return re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII) is not None and not os.path.exists(name)
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path next to a file or folder; renamed to it at the end, removed after an error.
 
-    Temporary files that killed processes left in the same folder are removed too.
-
-    Args:
-        path (`str` or `os.PathLike`): The file.
-
-    Raises:
-        `FullDiskError`: If the disk is full or read-only.
+    Temporary files that killed processes left in the same folder are removed too. A full disk is a `FullDiskError`.
 
     Examples:
         ```py
@@ -111,7 +103,6 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file, or a folder with its contents."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -166,19 +157,10 @@ def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """An empty temporary folder; replaces the folder at the end, removed after an error.
 
     The old folder is renamed before the new one takes its name, and deleted last: at any time one of them is complete,
-    and [`recover_folder`] finds it.
-
-    Args:
-        folder (`str` or `os.PathLike`): The folder.
-
-    Raises:
-        `FullDiskError`: If the disk is full or read-only.
+    and [`recover_folder`] finds it. A full disk is a `FullDiskError`.
     """
-    folder = Path(folder)
-    if folder.is_symlink():
-        folder = folder.resolve()
-    recover_folder(folder)
-    partial, old = partial_name(folder), folder.with_name(f".{folder.name}.old")
+    folder = recover_folder(folder)
+    partial, old = partial_name(folder), _beside(folder, "old")
     with naming_full_disk(folder):
         try:
             partial.mkdir(parents=True)
@@ -191,29 +173,36 @@ def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def _beside(folder: Path, ending: str) -> Path:
+    return folder.with_name(f".{folder.name}.{ending}")
+
+
 def partial_name(folder: Path) -> Path:
     """The temporary name that [`replacing_folder`] gives a folder."""
-    return folder.with_name(f".{folder.name}.partial")
+    return _beside(folder, "partial")
 
 
-def recover_folder(folder: str | os.PathLike) -> None:
-    """Restores or finishes a folder whose replacement or removal was killed."""
+def recover_folder(folder: str | os.PathLike) -> Path:
+    """Restores or finishes a folder whose replacement or removal was killed; returns it, without a link to it."""
     folder = Path(folder)
     if folder.is_symlink():
         folder = folder.resolve()
-    old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():
-        os.replace(old, folder)
+    if _beside(folder, "old").exists() and not folder.exists():
+        os.replace(_beside(folder, "old"), folder)
     for ending in ("partial", "old", "removed"):
-        shutil.rmtree(folder.with_name(f".{folder.name}.{ending}"), ignore_errors=True)
+        shutil.rmtree(_beside(folder, ending), ignore_errors=True)
+    return folder
 
 
 def remove_folder(folder: Path) -> None:
     """Removes a folder, renamed first, so that a partial one is never taken as complete."""
-    removed = folder.with_name(f".{folder.name}.removed")
+    removed = _beside(folder, "removed")
     shutil.rmtree(removed, ignore_errors=True)
     os.replace(folder, removed)
     shutil.rmtree(removed)
+
+
+# Checks of outputs before the work. Each raises a `ValueError` that names what is in the way.
 
 
 def check_replaceable(
@@ -221,16 +210,12 @@ def check_replaceable(
     is_own: Callable[[Path], bool],
     inputs: Iterable[str | os.PathLike | None] = (),
 ) -> None:
-    """Refuses, before the work, outputs that would overwrite an input or a foreign file.
+    """Refuses outputs that are the same, or that would overwrite an input or a foreign file.
 
     Args:
         outputs (`Iterable[str]`): The files that will be written.
         is_own (`Callable`): Whether an existing file was made by this command and may be replaced.
-        inputs (`Iterable[str]`): What the command reads; `None` and names that are not files (Hub ids) are
-            ignored.
-
-    Raises:
-        `ValueError`: Naming the file.
+        inputs (`Iterable[str]`): What the command reads; `None` and names that are not files (Hub ids) are ignored.
     """
     read = [Path(path) for path in inputs if path is not None and os.path.exists(path)]
     written: dict[str, Path] = {}
@@ -245,15 +230,7 @@ def check_replaceable(
 
 
 def check_kind(paths: Iterable[str | os.PathLike], is_folder: bool) -> None:
-    """Refuses, before the work, a file where a folder is to be written, or a folder where a file is.
-
-    Args:
-        paths (`Iterable[str]`): The outputs.
-        is_folder (`bool`): Whether they are folders.
-
-    Raises:
-        `ValueError`: Naming what is in the way.
-    """
+    """Refuses a file where a folder is to be written, or a folder where a file is."""
     for path in map(Path, paths):
         if os.path.lexists(path) and path.is_dir() != is_folder:
             here, wanted = ("file", "folder") if is_folder else ("folder", "file")
@@ -263,32 +240,17 @@ def check_kind(paths: Iterable[str | os.PathLike], is_folder: bool) -> None:
 def check_outside(output: str | os.PathLike, folders: Iterable[str | os.PathLike | None]) -> None:
     """Refuses an output that is, or lies in, a folder that the command reads: it would become part of the input.
 
-    Args:
-        output (`str` or `os.PathLike`): A file or folder that will be written.
-        folders (`Iterable[str]`): What the command reads; `None` and names that are not folders are ignored.
-
-    Raises:
-        `ValueError`: Naming both.
+    `None` and names that are not folders are ignored.
     """
     place = Path(os.path.realpath(output))
-    places = [place, *place.parents]
+    places = [path for path in (place, *place.parents) if path.exists()]
     for folder in folders:
-        if folder is None or not os.path.isdir(folder):
-            continue
-        if any(place.exists() and place.samefile(folder) for place in places):
+        if folder is not None and os.path.isdir(folder) and any(path.samefile(folder) for path in places):
             raise ValueError(f"The output {output} lies in {folder}, which is read here; give one outside of it.")
 
 
 def check_place(folder: str | os.PathLike, flag: str = "--output") -> Path:
-    """The output folder, checked before the work to be writable; it is not made yet.
-
-    Args:
-        folder (`str` or `os.PathLike`): The folder.
-        flag (`str`, defaults to `"--output"`): Name of the flag in errors.
-
-    Raises:
-        `ValueError`: Naming what is in the way.
-    """
+    """The output folder, if it can be made and written to; it is not made yet. `flag` is its name in errors."""
     if not os.fspath(folder).strip():
         raise ValueError(f"{flag} is empty; give a folder.")
     place = Path(folder).absolute()
@@ -301,17 +263,9 @@ def check_place(folder: str | os.PathLike, flag: str = "--output") -> Path:
 
 
 def check_parent(path: str | os.PathLike, flag: str = "--output", suffix: str = "") -> None:
-    """Refuses, before the work, an output file whose folder does not exist or is not writable.
+    """Refuses an output file of another ending than `suffix`, or whose folder does not exist or is not writable.
 
     Only output folders are made with their parents, see [`check_place`].
-
-    Args:
-        path (`str` or `os.PathLike`): The file.
-        flag (`str`, defaults to `"--output"`): What errors call it.
-        suffix (`str`, *optional*): How its name must end.
-
-    Raises:
-        `ValueError`: Naming the file or the folder.
     """
     if not os.fspath(path).endswith(suffix):
         raise ValueError(f"{flag} {path} must end in {suffix}.")
@@ -354,9 +308,6 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 
     Where folders cannot be locked (Windows, some network disks), it does nothing.
 
-    Args:
-        folder (`str` or `os.PathLike`): An existing folder.
-
     Raises:
         `ValueError`: If another process has locked it.
     """
@@ -393,7 +344,7 @@ if fcntl is not None:
 def has_json(path: str | os.PathLike, *keys: str) -> bool:
     """Whether a file holds a JSON object with these keys, which identify what wrote it."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        read_json(path, dict.fromkeys(keys, object))
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and content.keys() >= set(keys)
+    return True

@@ -6,17 +6,17 @@ Names are compared in Unicode's composed form (NFC): "é" is one letter in every
 import difflib
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
 
+from .messages import first_few, shortened
 from .schedulers.schedules import whole_number
 
 
 def composed(name: str) -> str:
-    """A class name in Unicode's composed form (NFC), as names are compared."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -48,7 +48,7 @@ def resolve_labels(class_labels: Any, id2label: Mapping[int, str], num_classes: 
         class_labels = class_labels.tolist()
     if isinstance(class_labels, bytes | bytearray | Mapping | AbstractSet):
         raise ValueError(
-            f"class_labels is a {type(class_labels).__name__}, {_shortened(class_labels)}; give ids (whole numbers) or "
+            f"class_labels is a {type(class_labels).__name__}, {shortened(class_labels)}; give ids (whole numbers) or "
             f"names, one or a list."
         )
     is_one = isinstance(class_labels, str) or not isinstance(class_labels, Iterable)
@@ -60,7 +60,7 @@ def resolve_labels(class_labels: Any, id2label: Mapping[int, str], num_classes: 
     unknown = [label for label in ids if not 0 <= label < num_classes]
     if unknown or not ids:
         raise ValueError(
-            f"class_labels {_shortened(unknown)} are not among the ids of the {num_classes} classes, 0 to "
+            f"class_labels {shortened(unknown)} are not among the ids of the {num_classes} classes, 0 to "
             f"{num_classes - 1}."
         )
     return ids
@@ -90,16 +90,7 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 
 def match_labels(pipeline: Any, classifier: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Class ids of the classifier, `(batch,)`, for class ids of the pipeline; see [`match_classes`].
-
-    Args:
-        pipeline ([`ClassifierGuidedPipeline`]): Its `id2label` names the labels.
-        classifier (`PreTrainedModel`): Its `config.id2label` names its outputs.
-        labels (`torch.Tensor` of shape `(batch,)`): Class ids of the pipeline.
-
-    Raises:
-        `ValueError`: For a class that the classifier does not have, or has several times.
-    """
+    """Class ids of the classifier, `(batch,)`, for class ids of the pipeline, by [`match_classes`]."""
     theirs = {int(label): name for label, name in classifier.config.id2label.items()}
     ours = {label: pipeline.id2label.get(label, f"LABEL_{label}") for label in range(pipeline.num_classes or 0)}
     matched = match_classes(ours, theirs, set(labels.tolist()), type(classifier).__name__)
@@ -131,24 +122,20 @@ def match_classes(
             )
         return {label: label for label in wanted}
 
-    def ids_of(name: str, spell: Callable[[str], set[str]]) -> set[int]:
-        return {label for label, other in their_names.items() if spell(name) & spell(other)}
-
     def match(label: int) -> int | None:
         name = our_names.get(label, "")
         if their_names.get(label) == name:
             return label
-        candidates = ids_of(name, lambda name: {caseless(name)}) or ids_of(name, spellings)
-        return candidates.pop() if len(candidates) == 1 else None
+        candidates = [other for other in their_names if caseless(their_names[other]) == caseless(name)]
+        candidates = candidates or [other for other in their_names if spellings(their_names[other]) & spellings(name)]
+        return candidates[0] if len(candidates) == 1 else None
 
-    matched = {label: match(label) for label in wanted}
-    unmatched = [repr(our_names.get(label, str(label))) for label, match in sorted(matched.items()) if match is None]
-    unmatched = list(dict.fromkeys(unmatched))
+    matched = {label: match(label) for label in sorted(wanted)}
+    unmatched = [*dict.fromkeys(repr(our_names.get(label, str(label))) for label in matched if matched[label] is None)]
     if unmatched:
-        more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
         raise ValueError(
-            f"The classifier {classifier} has no class named {', '.join(unmatched[:3])}{more}, or "
-            f"several; rename them in its config.id2label, or take a classifier of the same classes."
+            f"The classifier {classifier} has no class named {first_few(unmatched)}, or several; rename them in its "
+            f"config.id2label, or take a classifier of the same classes."
         )
     return {label: match for label, match in matched.items() if match is not None}
 
@@ -181,8 +168,3 @@ def _nearest(name: str, id2label: Mapping[int, str]) -> str:
     near = difflib.get_close_matches(caseless(name), label_of, n=3, cutoff=0.5)
     known = [repr(id2label[label_of[spelling]]) for spelling in near]
     return f"the nearest are {', '.join(known)}" if known else "pipe.id2label lists all names"
-
-
-def _shortened(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"

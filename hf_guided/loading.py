@@ -14,6 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .messages import first_few, first_line
 from .settings import check_names
 
 _CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
@@ -38,11 +39,7 @@ class SavedConfigMixin:
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """The saved config, see [`~diffusers.ConfigMixin.load_config`].
-
-        Raises:
-            `ValueError`: If its file is damaged; for a pipeline, also that of a component.
-        """
+        """The saved config; a damaged file, for a pipeline also of a component, is a `ValueError`."""
         if not isinstance(pretrained_model_name_or_path, Mapping):
             folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
             if (folder / cls.config_name).is_file():
@@ -52,9 +49,7 @@ class SavedConfigMixin:
                 for name, entry in config.items():
                     if isinstance(entry, list):  # a component, by library and class
                         check_component(folder / name)
-        return super().load_config(  # type: ignore[misc]
-            pretrained_model_name_or_path, *args, **kwargs
-        )
+        return super().load_config(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 
     def to_json_string(self) -> str:
         """The saved config as JSON, without the local folder that it was loaded from."""
@@ -112,39 +107,37 @@ def check_cover(
     Raises:
         [`WeightsError`]: If there are any, naming them.
     """
-    parts = []
-    if missing:
-        parts.append(f"{_listed(sorted(missing))} {'is' if len(missing) == 1 else 'are'} missing")
-    if unexpected:
-        parts.append(f"{_listed(sorted(unexpected))} {'is' if len(unexpected) == 1 else 'are'} not of this model")
-    if mismatched:
-        shapes = [f"{name} ({_size(given)} instead of {_size(wanted)})" for name, given, wanted in sorted(mismatched)]
-        parts.append(f"{_listed(shapes)} {'has' if len(shapes) == 1 else 'have'} another shape")
+    shapes = [f"{name} ({_size(given)} instead of {_size(wanted)})" for name, given, wanted in sorted(mismatched)]
+    parts = [
+        f"{first_few(names, _MOST_NAMES)} {one if len(names) == 1 else several}"
+        for names, one, several in (
+            (sorted(missing), "is missing", "are missing"),
+            (sorted(unexpected), "is not of this model", "are not of this model"),
+            (shapes, "has another shape", "have another shape"),
+        )
+        if names
+    ]
     if not parts:
         return
     mend = "Config and weights belong to different models, or the file is incomplete: save or download the model again."
+    prefixes = {name.partition(".")[0] for name in unexpected}
     if mismatched and not missing and not unexpected:
         mend = (
             "Config and weights belong to different models; ignore_mismatched_sizes=True reinitialises these tensors."
         )
-    prefixes = {name.partition(".")[0] for name in unexpected}
-    if len(prefixes) == 1 and {name.partition(".")[2] for name in unexpected} == set(missing):
-        prefix = f"{prefixes.pop()}."
+    elif len(prefixes) == 1 and {name.partition(".")[2] for name in unexpected} == set(missing):
         mend = (
-            f"All names begin with {prefix!r}, as a wrapper of the model (DistributedDataParallel, torch.compile) "
-            f"saves them: save the model inside the wrapper."
+            f"All names begin with '{prefixes.pop()}.', as a wrapper of the model (DistributedDataParallel, "
+            f"torch.compile) saves them: save the model inside the wrapper."
         )
     raise WeightsError(f"The weights of {source or 'the state dict'} do not fit the model: {'; '.join(parts)}. {mend}")
 
 
 def check_finite_vectors(source: str | os.PathLike | None, model: nn.Module) -> None:
-    """Refuses biases and scales that are not finite.
+    """Refuses, by a [`WeightsError`], biases and scales that are not finite.
 
     They are a thousandth of the weights, and a ReLU may hide an infinite one. Other weights show in the model's output,
     which is checked wherever it is used.
-
-    Raises:
-        [`WeightsError`]: Naming them.
     """
     broken = [
         name
@@ -153,18 +146,15 @@ def check_finite_vectors(source: str | os.PathLike | None, model: nn.Module) -> 
     ]
     if broken:
         raise WeightsError(
-            f"The weights of {source or 'the state dict'} have infinite values or NaN ({_listed(broken)}): their "
-            f"training diverged, or the file is damaged."
+            f"The weights of {source or 'the state dict'} have infinite values or NaN "
+            f"({first_few(broken, _MOST_NAMES)}): their training diverged, or the file is damaged."
         )
 
 
 def check_loaded(name: str, component: Any) -> None:
-    """Refuses a component of another library that was loaded from incomplete weights.
+    """Refuses, by a [`WeightsError`], a component of another library that was loaded from incomplete weights.
 
     Our own models refuse them when loaded; others initialise missing weights at random, or leave them empty.
-
-    Raises:
-        [`WeightsError`]: Naming the tensors.
     """
     source = getattr(getattr(component, "config", None), "_name_or_path", None)
     if not isinstance(component, nn.Module) or not source or any(hasattr(m, "_hf_hook") for m in component.modules()):
@@ -180,14 +170,7 @@ def check_loaded(name: str, component: Any) -> None:
 
 @contextmanager
 def naming_damage(source: str | os.PathLike) -> Iterator[None]:
-    """Turns errors of loading a model into one that names the damaged file, if there is one.
-
-    Args:
-        source (`str` or `os.PathLike`): The model's folder, or its Hub id.
-
-    Raises:
-        `ValueError`: Naming the file.
-    """
+    """Turns errors of loading a folder's or Hub id's model into a `ValueError` that names the damaged file, if any."""
     try:
         yield
     except WeightsError:
@@ -206,20 +189,15 @@ def naming_damage(source: str | os.PathLike) -> Iterator[None]:
                 f"the model again."
             ) from error
         if isinstance(error, _DAMAGED):
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"{source} cannot be loaded, its files are damaged or those of another model "
-                f"({type(error).__name__}: {reason})."
+                f"({type(error).__name__}: {first_line(error)})."
             ) from error
         raise
 
 
 def check_component(folder: Path) -> None:
-    """Refuses a component of a pipeline with a damaged config, or with weights and no config.
-
-    Raises:
-        `ValueError`: Naming the file.
-    """
+    """Refuses a component of a pipeline with a damaged config, or with weights and no config."""
     for name in _CONFIGS:
         if (folder / name).is_file():
             read_config(folder / name)
@@ -228,11 +206,7 @@ def check_component(folder: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Refuses a damaged file of a model; other kinds of files are ignored.
-
-    Raises:
-        `ValueError`: Naming the file.
-    """
+    """Refuses a damaged file of a model; other kinds of files are ignored."""
     if path.name in ("model_index.json", *_CONFIGS):
         read_config(path)
     elif path.name.endswith(".index.json"):
@@ -249,11 +223,7 @@ def check_file(path: Path) -> None:
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
-    """The settings in a JSON file of a model.
-
-    Raises:
-        `ValueError`: If the file is damaged, naming it.
-    """
+    """The settings in a JSON file of a model; a damaged one is a `ValueError` that names it."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -265,11 +235,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a file of weights; of `.safetensors`, only the header is read.
-
-    Raises:
-        `ValueError`: If the file is damaged, naming it.
-    """
+    """Names and shapes of the tensors in a file of weights; of `.safetensors`, only the header is read."""
     if Path(path).suffix != ".safetensors":
         tensors = torch.load(path, map_location="meta", weights_only=True)
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -301,11 +267,6 @@ def weights_digest(model: torch.nn.Module, settings: str = "") -> str:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _size(shape: Collection[int]) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .credentials import without_credentials
 from .files import naming_full_disk
 from .interrupts import is_importing, leave, set_handlers
+from .messages import first_line
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -28,12 +29,7 @@ MISSED_HEARTBEATS = 30  # after these the others take it to be dead
 
 
 class StoppedError(KeyboardInterrupt):
-    """A signal has stopped a command.
-
-    Args:
-        signum (`int`): The signal; the exit status is 128 + signum.
-        message (`str`): What was saved, and how to resume.
-    """
+    """A signal has stopped a command; the message says what was saved, and how to resume."""
 
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message)
@@ -42,12 +38,9 @@ class StoppedError(KeyboardInterrupt):
 
 @contextmanager
 def user_command() -> Iterator[None]:
-    """Turns user errors into one sentence, and signals into their exit status.
+    """Turns user errors into one sentence, and signals into their exit status, see the module's docstring.
 
     Any other error is a bug of this package: it keeps its traceback and asks to be reported.
-
-    Raises:
-        `SystemExit`: With the exit status of the module's docstring.
     """
     requested: list[int] = []
 
@@ -106,15 +99,9 @@ def print_once(*lines: str) -> None:
 
 
 def use_processor() -> None:
-    """Lets this process use its share of the CPU cores.
-
-    accelerate launches one thread per process, even on a CPU.
-    """
-    if (
-        "ACCELERATE_MIXED_PRECISION" in os.environ
-        and os.environ.get("OMP_NUM_THREADS") == "1"
-        and hasattr(os, "sched_getaffinity")
-    ):
+    """Lets this process use its share of the CPU cores: accelerate launches one thread per process, even on a CPU."""
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if is_launched and hasattr(os, "sched_getaffinity"):
         import torch
 
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -160,11 +147,7 @@ def from_main(function: Callable[[], T]) -> T:
 
 
 def leave_processes(is_done: bool = True) -> None:
-    """Leaves the process group of [`join_processes`], if any.
-
-    Args:
-        is_done (`bool`, defaults to `True`): Whether this process finished; otherwise the others end too.
-    """
+    """Leaves the process group of [`join_processes`], if any; unless this process `is_done`, the others end too."""
     heartbeat, Heartbeat.running = Heartbeat.running, None
     if heartbeat is not None:
         heartbeat.stop(is_done)
@@ -178,10 +161,6 @@ class Heartbeat:
 
     Each process increments its own counter from a thread, and reads those of the others. Without it, a collective would
     wait for a dead process for days, and no signal interrupts it.
-
-    Args:
-        rank (`int`): Rank of this process.
-        num_processes (`int`): Number of processes.
     """
 
     running: "Heartbeat | None" = None
@@ -215,7 +194,9 @@ class Heartbeat:
                 missed[peer] = 0 if beats[peer] != last[peer] or peer in done else missed[peer] + 1
             last = beats
             if dead := [peer for peer in self.peers if missed[peer] >= MISSED_HEARTBEATS]:
-                why = f"Process {dead[0]} of this run has sent no heartbeat for {_limit()}"
+                seconds = HEARTBEAT * MISSED_HEARTBEATS
+                limit = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
+                why = f"Process {dead[0]} of this run has sent no heartbeat for {limit}"
                 break
         if not self.ended.wait(HEARTBEAT):  # a main thread that notices it itself ends cleanly
             print(f"error: {why}. Rerun the same command to resume.", file=sys.stderr, flush=True)
@@ -230,16 +211,10 @@ class Heartbeat:
                 self.store.add(f"done/{self.rank}", 1)
 
 
-def _limit() -> str:
-    seconds = HEARTBEAT * MISSED_HEARTBEATS
-    return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
-
-
 def _lost_process(error: Exception) -> str | None:
     """The message for a collective that failed because another process has ended; `None` for other errors."""
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
     is_network = distributed is not None and distributed.is_available() and isinstance(error, distributed.DistError)
     if not is_network and "/gloo/" not in str(error):
         return None
-    first_line = str(error).partition("\n")[0]
-    return f"Another process of this run has ended, see above. Rerun the same command to resume. ({first_line})"
+    return f"Another process of this run has ended, see above. Rerun the same command to resume. ({first_line(error)})"

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
+from .messages import shortened
+
 # Upper bounds of a model's sizes; more is a damaged file, and would exhaust the memory
 MOST = 65_536  # channels, or pixels of a side
 MOST_LAYERS = 1000  # of one kind
@@ -63,14 +65,9 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_settings(owner: type, values: Mapping[str, Any]) -> None:
-    """Refuses settings of a class that [`RULES`] do not allow; `None` is allowed where it is the default.
+    """Refuses, by a `ValueError`, the first setting of a class that [`RULES`] do not allow; those without are ignored.
 
-    Args:
-        owner (`type`): The class that has the settings.
-        values (`Mapping`): The settings by name; those without a rule are ignored.
-
-    Raises:
-        `ValueError`: For the first that is not allowed, naming it, the class, and the allowed values.
+    `None` is allowed where it is the default.
     """
     parameters = inspect.signature(owner).parameters
     for name, value in values.items():
@@ -86,15 +83,12 @@ def check_settings(owner: type, values: Mapping[str, Any]) -> None:
 
 
 def check_names(id2label: Any, num_classes: int | None, whole: bool = False) -> None:
-    """Refuses class names that are not a mapping from ids to texts.
+    """Refuses, by a `ValueError`, class names that are not a mapping from ids to texts.
 
     Args:
         id2label: Class names by id, whole numbers, or strings of them as in JSON.
         num_classes (`int`, *optional*): Ids lie below it.
         whole (`bool`, defaults to `False`): Every id from 0 up must have a name.
-
-    Raises:
-        `ValueError`: Naming the entry.
     """
     wanted = 'give the names of the classes by id, such as {"0": "cat", "1": "dog"}'
     if not isinstance(id2label, Mapping):
@@ -110,14 +104,6 @@ def check_names(id2label: Any, num_classes: int | None, whole: bool = False) -> 
             raise ValueError(f"id2label names class {label} {shortened(name)}, which is not a string; {wanted}.")
         ids.add(int(text))
     if num_classes is not None and ids and max(ids) >= num_classes:
-        raise ValueError(
-            f"id2label has the id {max(ids)}, and the ids of {num_classes} classes end at {num_classes - 1}."
-        )
+        raise ValueError(f"id2label has the id {max(ids)}; the ids of {num_classes} classes end at {num_classes - 1}.")
     if whole and ids != set(range(len(ids))):
         raise ValueError(f"id2label must name every id from 0 to {len(ids) - 1} once; its ids are {sorted(ids)[:10]}.")
-
-
-def shortened(value: Any) -> str:
-    """A value as text, shortened for errors."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 import hf_guided
 
 from ..families import BASELINES
+from ..files import is_hub_id
 from ..loading import naming_damage, read_config
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def is_pipeline(name: str) -> bool:
     """Whether a folder, or a repository of the Hub, holds a pipeline."""
-    if Path(name).exists() or name.count("/") != 1 or ":" in name:
+    if "/" not in name or not is_hub_id(name):
         return (Path(name) / "model_index.json").is_file()
     try:
         hf_hub_download(name, "model_index.json")
@@ -64,7 +65,7 @@ def load_saved(kind: Any, model: str, **arguments: Any) -> Any:
     """
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    if not Path(model).exists() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
+    if not Path(model).exists() and not is_hub_id(model):
         raise ValueError(f"There is no folder {model}.")
     try:
         with naming_damage(model):

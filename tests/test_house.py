@@ -13,7 +13,8 @@ import hf_guided
 ROOT = Path(hf_guided.__file__).parent
 # Each line uses what stands above it, and its own.
 ORDER = [
-    {"families", "interrupts", "files", "credentials", "fields", "settings", "loading", "processes", "registration"},
+    {"messages", "credentials", "interrupts"},
+    {"families", "files", "fields", "settings", "loading", "processes", "registration"},
     {"models", "schedulers"},
     {"guidance", "losses", "labels", "data"},
     {"pipelines", "baselines"},

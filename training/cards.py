@@ -1,7 +1,6 @@
 """What cards and logs say of a training: data, steps and time, hardware, tables."""
 
 import platform
-import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from accelerate import PartialState
 
 from hf_guided.data import DataArguments, LabelledImages
+from hf_guided.files import is_hub_id
 from hf_guided.training.arguments import LoopArguments, RunArguments
 from hf_guided.training.checkpoints import list_checkpoints, read_state
 
@@ -22,7 +22,7 @@ def describe_data(data_args: DataArguments) -> dict[str, Any]:
 
 def on_hub(name: str | None) -> str | None:
     """The name, if it is a Hub id; else `None`."""
-    return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) and not Path(name).exists() else None
+    return name if name and "/" in name and is_hub_id(name) else None
 
 
 def describe_images(images: tuple[LabelledImages, LabelledImages | None]) -> str:

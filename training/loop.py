@@ -26,14 +26,15 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import DataArguments, StepBatchSampler, load_labelled_images
-from ..data.folders import printable
+from ..messages import printable
+from ..models.modes import evaluating
 from ..processes import StoppedError, join_processes
 from .checkpoints import fingerprint, resume, save_checkpoint
 from .divergence import check_finite, check_loss, naming_divergence
 from .interruption import ignore_signals, stop_requests
 from .preflight import preflight
 from .saving import finish, save_task, snapshot_pushes
-from .task import Batch, Images, Task, evaluating, evenly
+from .task import Batch, Images, Task, evenly
 from .timestep_sampling import TimestepSampler
 
 logger = logging.getLogger(__name__)

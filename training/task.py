@@ -1,8 +1,7 @@
 """What a script trains: a model on images, its loss, and what is shown and saved of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from ..data import LabelledImages
 from ..evaluation.features.image_sets import SampledImages
 from ..generation.grids import labelled_grid, save_png
+from ..models.modes import evaluating
 from .timestep_sampling import TimestepSampler
 
 Batch = dict[str, torch.Tensor]
@@ -92,17 +92,6 @@ class Task(ABC):
         """
         self.preview(folder / "grid.png")
         return {}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model in evaluation mode, and back into its own at the end."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def evenly(size: int, at_most: int) -> list[int]:

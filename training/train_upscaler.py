@@ -29,11 +29,12 @@ from hf_guided.data import DataArguments
 from hf_guided.fields import NonNegativeFloat, PositiveInt, flag
 from hf_guided.files import write_json
 from hf_guided.generation.grids import labelled_grid, save_png
+from hf_guided.models.modes import evaluating
 from hf_guided.training.arguments import parse_arguments, run_script
 from hf_guided.training.cards import aligned
 from hf_guided.training.loop import train_and_save
 from hf_guided.training.saving import publish
-from hf_guided.training.task import Batch, Images, evaluating, evenly, examples
+from hf_guided.training.task import Batch, Images, evenly, examples
 from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, make_unet
 
 logger = logging.getLogger(__name__)

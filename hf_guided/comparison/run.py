@@ -17,7 +17,7 @@ from hf_guided.comparison.measuring import Measuring
 from hf_guided.comparison.report import write_comparison
 from hf_guided.comparison.trainer import STAGES, TITLES, Budget, Trainer, load, num_parameters, with_flags
 from hf_guided.credentials import without_credentials
-from hf_guided.data import BUILT_IN, load_labelled_images
+from hf_guided.data import load_labelled_images, source_argument
 from hf_guided.evaluation.evaluate import FEWEST_IMAGES
 from hf_guided.evaluation.features.extractors import ModelFeatures, load_features
 from hf_guided.files import check_replaceable, differing, has_json, read_json, write_json
@@ -143,8 +143,8 @@ def open_trainer(
     num_images: int,
 ) -> Trainer:
     """What trains the families, with its data loaded and all flags checked."""
-    is_folder = data not in BUILT_IN and Path(data).is_dir()
-    argv = ["--train_data_dir" if is_folder else "--dataset_name", data, "--output_dir", str(output)]
+    argv = [f"--{flag}={source}" for flag, source in source_argument(data).items()]
+    argv += ["--output_dir", str(output)]
     argv += [] if resolution is None else ["--resolution", *map(str, resolution)]
     argv += [] if recipe is None else ["--recipe", recipe]
     data_args, flags = parse_arguments({name: stage.arguments for name, stage in STAGES.items()}, argv)

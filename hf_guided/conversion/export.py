@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
-from ..files import check_parent, replacing
+from ..files import check_parent, is_hub_id, replacing
 from ..loading import naming_damage, read_config
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.layers import level_attention, level_widths
@@ -108,7 +108,7 @@ def _find(source: str | os.PathLike, token: str | None) -> Path:
     """A local folder, or the downloaded folder of a model on the Hub."""
     if Path(source).exists():
         return Path(source)
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    if not is_hub_id(str(source)):
         raise ValueError(f"There is no folder {source}.")
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], token=token))

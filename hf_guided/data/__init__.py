@@ -1,8 +1,9 @@
 """From a dataset (Hub name, folder, built-in) to batches, and the checks of a dataset before training."""
 
+from .arguments import DataArguments, source_argument
 from .batch_sampler import StepBatchSampler
 from .built_in import BUILT_IN
-from .dataset import DataArguments, LabelledImages, load_labelled_images
+from .dataset import LabelledImages, load_labelled_images
 from .preflight import ImageReport, check_images
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "StepBatchSampler",
     "check_images",
     "load_labelled_images",
+    "source_argument",
 ]

@@ -8,8 +8,7 @@ from torch.utils.data import Sampler
 
 
 class StepBatchSampler(Sampler[list[tuple[int, int]]]):
-    """
-    Batches of `(index, epoch)` keys for micro-steps `start_step`, `start_step + 1`, …
+    """Batches of `(index, epoch)` keys for micro-steps `start_step`, `start_step + 1`, …
 
     The examples form one endless stream: epoch after epoch, each in an order drawn from `(seed, epoch)`. Micro-step
     `s` of process `p` takes `batch_size` positions from `(s * num_processes + p) * batch_size` on. There is no other
@@ -20,20 +19,13 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         num_examples (`int`): Length of the dataset.
         batch_size (`int`): Examples per process and micro-step. May exceed `num_examples`.
         seed (`int`): Seed of the shuffling, the same in all processes.
-        num_processes (`int`, defaults to 1): Number of processes that share the stream.
-        process_index (`int`, defaults to 0): Which of them this one is.
+        num_processes, process_index (`int`, default to 1 and 0): Processes that share the stream, and which this is.
         start_step (`int`, defaults to 0): First micro-step, the number of batches already taken. With gradient
             accumulation it is optimizer steps times accumulation steps.
         num_steps (`int`, *optional*): Number of batches to yield. None: without end.
 
     Raises:
         `ValueError`: if there are no examples, or no such process.
-
-    Examples:
-        ```py
-        sampler = StepBatchSampler(len(dataset), batch_size=64, seed=0, start_step=global_step)
-        loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=2)
-        ```
     """
 
     def __init__(
@@ -54,13 +46,9 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
             raise ValueError(
                 f"process_index {process_index} must be 0 to {num_processes - 1} for {num_processes} processes."
             )
-        self.num_examples = num_examples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_processes = num_processes
-        self.process_index = process_index
-        self.start_step = start_step
-        self.num_steps = num_steps
+        self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
+        self.num_processes, self.process_index = num_processes, process_index
+        self.start_step, self.num_steps = start_step, num_steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         steps = itertools.count(self.start_step)

@@ -16,12 +16,7 @@ Images = Sequence[dict[str, Any]]
 
 
 def load_digits() -> tuple[Images, np.ndarray, list[str]]:
-    """
-    1,797 handwritten digits of 8x8 pixels.
-
-    Returns:
-        The images, one a row, their labels, and the names of the classes.
-    """
+    """1,797 handwritten digits of 8x8 pixels, one a row, their labels, and the names of the classes."""
     digits = import_extra("sklearn.datasets").load_digits()
     # Sixteenths as floats, which scaling to -1..1 keeps exact: x / 8 - 1.
     images = [{"image": Image.fromarray((image / 16).astype(np.float32))} for image in digits.images]
@@ -31,8 +26,7 @@ def load_digits() -> tuple[Images, np.ndarray, list[str]]:
 def load_photographs(
     resolution: tuple[int, int], held_out_fraction: float
 ) -> tuple[Images, np.ndarray, list[str], np.ndarray]:
-    """
-    Crops of two photographs of 427x640 pixels, a temple in China and a flower. The class of a crop is its photograph.
+    """Crops of two photographs of 427x640 pixels, a temple in China and a flower, which are their classes.
 
     Neighbouring crops overlap. The held-out ones are cut from the middle columns of each photograph, which show
     the motif, and the training ones from the columns left and right of them. No pixel is in both.

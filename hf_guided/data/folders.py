@@ -5,10 +5,8 @@ photos/train/cat/1.png, photos/val/cat/2.png   splits: all top folders have a sp
 photos/1.png, photos/metadata.jsonl            a metadata file lists the images and describes them
 """
 
-import json
 import os
-import re
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,22 +16,23 @@ import numpy as np
 from PIL import Image
 
 from ..labels import composed
+from ..messages import first_few, printable
+from ..models.images import BAD_IMAGE_ERRORS, IMAGE_FORMATS
 from .built_in import import_extra
-from .images import BAD_IMAGE_ERRORS, IMAGE_FORMATS
+from .metadata import METADATA_FILES, read_metadata
 
-METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SPLIT_OF_WORD = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
     **dict.fromkeys(("held_out", "held-out", "heldout", "holdout", "hold_out"), "held_out"),
 }
+SPLITS = tuple(dict.fromkeys(SPLIT_OF_WORD.values()))
 SYSTEM_FOLDERS = {
     *("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin"),
     *("__macosx", "system volume information", "lost+found"),
 }
 SYSTEM_FILES = {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
-TEXT_TYPES = ("string", "large_string")
 SIDECARS = {".txt", ".json", ".xml", ".csv"}  # never opened: each of a million images may have one
 
 # Why something is skipped.
@@ -52,12 +51,8 @@ UNLISTED = "images that no metadata file lists"
 class ImageFiles(Sequence[dict[str, Any]]):
     """Image files as rows of a dataset: `files[row]` is `{"image": {"bytes": None, "path": path}}`.
 
-    The paths are stored in one array: a million take little memory, and the loader's workers share it.
-
-    Args:
-        root (`str`): The folder that the paths are relative to.
-        paths (`Iterable[str]`): One per row.
-        notes (`Sequence[str]`): How the folder was read and which files are skipped, one sentence each.
+    The paths, relative to `root`, are stored in one array: a million take little memory, and the loader's workers share
+    it. `notes` say how the folder was read and which files are skipped, one sentence each.
     """
 
     def __init__(self, root: str, paths: Iterable[str], notes: Sequence[str] = ()):
@@ -89,70 +84,33 @@ class ImageFiles(Sequence[dict[str, Any]]):
 
 @dataclass
 class FolderScan:
-    """The contents of a folder; paths are relative to it, and sorted.
-
-    Args:
-        root (`str`): The folder.
-        images (`list[str]`): Image files.
-        metadata (`list[str]`): Metadata files, by their name.
-        folders (`list[str]`): Folders that were read.
-        left_out (`dict[str, list[str]]`): Skipped paths by reason.
-    """
+    """The contents of a folder; paths are relative to it, and sorted."""
 
     root: str
     images: list[str] = field(default_factory=list)
-    metadata: list[str] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
-    left_out: dict[str, list[str]] = field(default_factory=dict)
+    metadata: list[str] = field(default_factory=list)  # known by their names
+    folders: list[str] = field(default_factory=list)  # that were read
+    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # skipped paths by reason
 
     @property
     def holds_data_files(self) -> bool:
         """Whether there are files of `datasets` that may hold images."""
-        return any(path.endswith((".parquet", ".arrow")) for path in self.left_out.get(NOT_IMAGES, ()))
-
-    def leave_out(self, reason: str, path: str) -> None:
-        """Records a skipped path."""
-        self.left_out.setdefault(reason, []).append(path)
+        return any(path.endswith((".parquet", ".arrow")) for path in self.left_out[NOT_IMAGES])
 
 
 @dataclass
 class FolderSplit:
-    """One split of a folder.
-
-    Args:
-        images ([`ImageFiles`]): The images.
-        labels (`numpy.ndarray`, *optional*): The class of each image from 0, shape (images,). `None` without classes.
-        names (`list[str]`): The names of the classes.
-        why_unlabelled (`str`): Why there are no classes, as a sentence.
-        metadata (`pyarrow.Table`, *optional*): Further columns of the metadata files, one row per image.
-    """
+    """One split of a folder."""
 
     images: ImageFiles
-    labels: np.ndarray | None = None
-    names: list[str] = field(default_factory=list)
-    why_unlabelled: str = ""
-    metadata: Any = None
-
-
-def printable(text: str) -> str:
-    """The text as one line of valid UTF-8; control characters and undecodable bytes become escapes."""
-
-    def escape(match: re.Match) -> str:
-        code = ord(match[0])
-        return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else repr(match[0])[1:-1]
-
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", escape, text)
-
-
-def first_few(names: Sequence[str], count: int = 3) -> str:
-    """The first names of a list, and the number of further ones."""
-    rest = len(names) - count
-    return ", ".join(map(printable, names[:count])) + (f" and {rest:,} more" if rest > 0 else "")
+    labels: np.ndarray | None = None  # the class of each image from 0, shape (images,)
+    names: list[str] = field(default_factory=list)  # of the classes
+    why_unlabelled: str = ""  # why there are no classes, as a sentence
+    metadata: Any = None  # a `pyarrow.Table` of the metadata files' other columns, one row per image
 
 
 def scan_folder(root: str) -> FolderScan:
-    """
-    The images in a folder and in all folders below it, symbolic links included.
+    """The images in a folder and in all folders below it, symbolic links included.
 
     A file is an image by its extension or, if the extension is unknown, by its content.
 
@@ -168,7 +126,7 @@ def scan_folder(root: str) -> FolderScan:
     while waiting:
         folder, real, seen = waiting.pop()
         if folder and (real in seen or Path(real_root).is_relative_to(real)):
-            scan.leave_out(LINKS_BACK, folder)
+            scan.left_out[LINKS_BACK].append(folder)
             continue
         seen.add(real)
         try:
@@ -177,17 +135,16 @@ def scan_folder(root: str) -> FolderScan:
         except OSError as error:
             if not folder:
                 raise
-            scan.leave_out(UNREADABLE, f"{folder} ({error.strerror})")
+            scan.left_out[UNREADABLE].append(f"{folder} ({error.strerror})")
             continue
         if folder:
             scan.folders.append(folder)
-        prefix = os.path.join(folder, "")
         for entry in entries:
-            name, path = entry.name, prefix + entry.name
+            name, path = entry.name, os.path.join(folder, entry.name)
             is_hidden, ending = name.startswith("."), os.path.splitext(name)[1].lower()
             if _holds(entry.is_dir):
                 if is_hidden or name.lower() in SYSTEM_FOLDERS:
-                    scan.leave_out(HIDDEN_FOLDERS, path)
+                    scan.left_out[HIDDEN_FOLDERS].append(path)
                     continue
                 # Loops are detected per top folder: two classes may be links to one folder.
                 seen_below = seen if folder else set()
@@ -196,18 +153,18 @@ def scan_folder(root: str) -> FolderScan:
                 else:
                     waiting.append((path, os.path.join(real, name), seen_below))
             elif not _holds(entry.is_file):
-                scan.leave_out(BROKEN_LINKS if not os.path.exists(entry.path) else NOT_FILES, path)
+                scan.left_out[NOT_FILES if os.path.exists(entry.path) else BROKEN_LINKS].append(path)
             elif name.startswith("._") or name.lower() in SYSTEM_FILES:
                 continue  # macOS writes ._1.png beside 1.png, which is not an image
             elif name in METADATA_FILES:
                 scan.metadata.append(path)
             elif ending in endings or (ending not in SIDECARS and _has_image_content(entry.path, ending)):
                 if is_hidden:
-                    scan.leave_out(HIDDEN_IMAGES, path)
+                    scan.left_out[HIDDEN_IMAGES].append(path)
                 else:
                     scan.images.append(path)
             elif not is_hidden:
-                scan.leave_out(NOT_IMAGES, path)
+                scan.left_out[NOT_IMAGES].append(path)
     for paths in (scan.images, scan.metadata, scan.folders, *scan.left_out.values()):
         paths.sort()
     return scan
@@ -216,8 +173,7 @@ def scan_folder(root: str) -> FolderScan:
 def read_split(
     scan: FolderScan, split: str, image_column: str | None = None, known_names: list[str] | None = None
 ) -> FolderSplit:
-    """
-    One split of a folder. A folder without splits is the split "train".
+    """One split of a folder. A folder without splits is the split "train".
 
     Args:
         scan ([`FolderScan`]): The folder.
@@ -229,16 +185,17 @@ def read_split(
         `ValueError`: if there is no such split, it has no image or an unknown class, a metadata file cannot be used, or
             it is unclear whether the top folders are splits or classes.
     """
-    left_out = {reason: list(paths) for reason, paths in scan.left_out.items()}
+    left_out = defaultdict(list, {reason: list(paths) for reason, paths in scan.left_out.items()})
     listings = {}
     for path in scan.metadata:
-        listing = _read_metadata(scan.root, path, image_column)
+        where = f"'{printable(os.path.join(scan.root, path))}'"
+        listing = read_metadata(scan.root, path, image_column, where)
         if listing is None:
-            left_out.setdefault(NOT_IMAGES, []).append(path)
+            left_out[NOT_IMAGES].append(path)
         else:
             listings[path] = listing
     parents = {os.path.dirname(path) for path in scan.images}
-    splits, notes = _find_splits(scan.root, parents, list(listings))
+    splits, notes = _find_splits(scan.root, parents, listings)
 
     # 1. The rows: images, or what metadata files list
     rows_of: dict[str, tuple[list[str], Any]] = {}
@@ -247,19 +204,16 @@ def read_split(
         images = [path for path in scan.images if not tops or _top(path) in tops]
         rows_of[name] = _concatenate(scan.root, listed) if listed else (images, None)
         if listed:
-            left_out.setdefault(UNLISTED, []).extend(sorted(set(images) - set(rows_of[name][0])))
+            left_out[UNLISTED] += sorted(set(images) - set(rows_of[name][0]))
     parts = _parse_split(split, {name: len(paths) for name, (paths, _) in rows_of.items()}, scan.root, bool(splits))
+    taken_rows = [(*rows_of[name], slice(start, end)) for name, start, end in parts]
     rows, metadata = _concatenate(
-        scan.root,
-        [
-            (rows_of[name][0][start:end], None if (table := rows_of[name][1]) is None else table[start:end])
-            for name, start, end in parts
-        ],
+        scan.root, [(paths[part], None if table is None else table[part]) for paths, table, part in taken_rows]
     )
 
     # 2. Skipped files
-    filled = {"", *(folder for parent in parents for folder in _first_two(parent))}
     level = 1 if splits else 0  # of the class folders
+    filled = {"", *(os.sep.join(parent.split(os.sep)[:depth]) for parent in parents for depth in (1, 2))}
     left_out[EMPTY] = [
         folder
         for folder in scan.folders
@@ -268,10 +222,8 @@ def read_split(
     if splits:
         taken = {folder for name, _, _ in parts for folder in splits[name]}
         others = {folder for tops in splits.values() for folder in tops} - taken
-        left_out = {
-            reason: [path for path in paths if path.split(os.sep)[0] not in others]
-            for reason, paths in left_out.items()
-        }
+        for reason, paths in left_out.items():
+            left_out[reason] = [path for path in paths if path.split(os.sep)[0] not in others]
         left_out[OUTSIDE_SPLITS] = [path for path in scan.images if not _top(path)]
         beside = f"; other splits: {first_few(sorted(others), 9)}" if others else ""
         notes.append(f"split '{split}' is the folder {first_few(sorted(taken), 9)}{beside}")
@@ -334,23 +286,17 @@ def _read_classes(part: FolderSplit, paths: list[str], level: int, known_names: 
         part.why_unlabelled += f" ({'; '.join(part.images.notes)}.)"
 
 
-def _find_splits(root: str, parents: set[str], listings: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+def _find_splits(root: str, parents: set[str], listings: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
     """The top folders by split, none if they are classes; and a note if a class could be a split."""
     if any(not _top(path) for path in listings):
         return {}, []
-    holds_folders: dict[str, bool] = {}
-    for parent in parents:
-        top, below, _ = parent.partition(os.sep)
-        holds_folders[top] = holds_folders.get(top, False) or below != ""
-    holds_folders |= {_top(path): True for path in listings}  # images with metadata need no folders
-    tops = sorted(holds_folders.keys() - {""})
-    splits = [top for top in tops if top.casefold() in SPLIT_OF_WORD and holds_folders[top]]
+    holding = {_top(path) for path in (*parents, *listings)}  # folders; images with metadata need none
+    tops = sorted(({parent.split(os.sep)[0] for parent in parents} | holding) - {""})
+    splits = [top for top in tops if top.casefold() in SPLIT_OF_WORD and top in holding]
     others = [top for top in tops if top not in splits]
     if splits and not others:
-        by_name: dict[str, list[str]] = {}
-        for top in splits:
-            by_name.setdefault(SPLIT_OF_WORD[top.casefold()], []).append(top)
-        return {name: by_name[name] for name in dict.fromkeys(SPLIT_OF_WORD.values()) if name in by_name}, []
+        by_name = {name: [top for top in splits if SPLIT_OF_WORD[top.casefold()] == name] for name in SPLITS}
+        return {name: found for name, found in by_name.items() if found}, []
     if len(splits) > 1 or (splits and any(top.casefold() in SPLIT_OF_WORD for top in others)):
         raise ValueError(
             f"It is unclear whether the folders in '{printable(root)}' are splits or classes: {first_few(splits)} "
@@ -377,50 +323,6 @@ def _parse_split(split: str, lengths: dict[str, int], root: str, has_splits: boo
     except (ValueError, AssertionError) as error:
         raise ValueError(f"Cannot load split '{split}' of '{printable(root)}' ({str(error).rstrip('.')}).") from error
     return [(part.splitname, part.from_, part.to) for part in parts]
-
-
-def _read_metadata(root: str, path: str, image_column: str | None) -> tuple[list[str], Any] | None:
-    """The images that a metadata file lists, and its other columns; `None` if it lists no files."""
-    import_extra("datasets")
-    import pandas
-    import pyarrow
-    import pyarrow.parquet
-
-    where = f"'{printable(os.path.join(root, path))}'"
-    try:
-        if path.endswith(".csv"):
-            table = pyarrow.Table.from_pandas(pandas.read_csv(os.path.join(root, path)), preserve_index=False)
-        elif path.endswith(".parquet"):
-            with open(os.path.join(root, path), "rb") as file:
-                table = pyarrow.parquet.read_table(file)
-        else:
-            with open(os.path.join(root, path), encoding="utf-8-sig") as file:
-                rows = [json.loads(line) for line in file if line.strip()]
-            names = dict.fromkeys(name for row in rows for name in row)
-            table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"Cannot read {where} ({error}); repair or remove it.") from error
-    columns = [
-        name
-        for name in table.column_names
-        if (name == "file_name" or name.endswith("_file_name")) and str(table.schema.field(name).type) in TEXT_TYPES
-    ]
-    if not columns:
-        return None
-    wanted = "file_name" if image_column in (None, "image") else f"{image_column}_file_name"
-    if wanted not in columns and (len(columns) > 1 or image_column is not None):
-        known = ", ".join(name.removesuffix("file_name").rstrip("_") or "image" for name in columns)
-        raise ValueError(f"Several columns of {where} list files; set --image_column to one of: {known}.")
-    column = wanted if wanted in columns else columns[0]
-    folder, paths = os.path.dirname(path), []
-    real_root = os.path.realpath(root)
-    for name in table[column].to_pylist():
-        inside = os.path.normpath((name or "").replace("\\", "/"))
-        is_inside = name and "://" not in name and not os.path.isabs(inside) and inside.split(os.sep)[0] != os.pardir
-        if not is_inside or not Path(os.path.realpath(os.path.join(root, folder, inside))).is_relative_to(real_root):
-            raise ValueError(f"{where} lists the image {name!r}, which is not the name of a file below its folder.")
-        paths.append(os.path.join(folder, inside))
-    return paths, table.drop_columns([column])
 
 
 def _concatenate(root: str, parts: Sequence[tuple[list[str], Any]]) -> tuple[list[str], Any]:
@@ -451,12 +353,6 @@ def _top(path: str) -> str:
     return path.partition(os.sep)[0] if os.sep in path else ""
 
 
-def _first_two(folder: str) -> list[str]:
-    """The first one or two folders of a path, which can be a split and a class."""
-    pieces = folder.split(os.sep, 2)[:2]
-    return [os.sep.join(pieces[: i + 1]) for i in range(len(pieces))]
-
-
 def _holds(question: Callable[[], bool]) -> bool:
     """The answer of a directory entry; False for a circular link."""
     try:
@@ -468,15 +364,9 @@ def _holds(question: Callable[[], bool]) -> bool:
 def _has_image_content(path: str, ending: str) -> bool:
     """Whether a file is an image, by its first bytes."""
     # Only formats with a signature (TGA and others have none), and not TIFF, whose signature raw photographs share.
-    formats = [
-        name
-        for name in IMAGE_FORMATS
-        if name in Image.OPEN and Image.OPEN[name][1] is not None and not (name == "TIFF" and ending)
-    ]
+    signed = [name for name in IMAGE_FORMATS if name in Image.OPEN and Image.OPEN[name][1] is not None]
     try:
-        with Image.open(path, formats=formats):
+        with Image.open(path, formats=[name for name in signed if name != "TIFF" or not ending]):
             return True
-    except Image.DecompressionBombError:
-        return True
-    except BAD_IMAGE_ERRORS:
-        return False
+    except BAD_IMAGE_ERRORS as error:
+        return isinstance(error, Image.DecompressionBombError)

@@ -9,38 +9,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..models.images import (
-    BAD_IMAGE_ERRORS,
-    IMAGE_FORMATS,
-    open_file,
-    resize_and_crop,
-    to_channels,
-    to_pixel_values,
-    upright,
-)
-
-__all__ = [
-    "BAD_IMAGE_ERRORS",
-    "IMAGE_FORMATS",
-    "open_image",
-    "resize_and_crop",
-    "stored_bytes",
-    "to_channels",
-    "to_pixel_values",
-]
+from ..models.images import open_file, upright
 
 
 def open_image(record: Any) -> Image.Image:
-    """
-    Decodes one image and turns it upright, as its EXIF orientation says.
+    """Decodes one image, in the mode of its file, and turns it upright, as its EXIF orientation says.
 
     Args:
-        record (`dict` or `PIL.Image.Image`):
-            What `datasets` gives for a column of `Image(decode=False)`, `{"bytes": ..., "path": ...}` of which one may
-            be None; or an image that is already decoded.
-
-    Returns:
-        `PIL.Image.Image`: the image, in the mode that its file has.
+        record (`dict` or `PIL.Image.Image`): What `datasets` gives for a column of `Image(decode=False)`, `{"bytes":
+            ..., "path": ...}` of which one may be None; or an image that is already decoded.
 
     Raises:
         One of `BAD_IMAGE_ERRORS`: if there is no image, or it cannot be decoded.
@@ -70,15 +47,12 @@ def stored_bytes(record: Any) -> bytes:
 
 
 def foreign_files(images: Any, folders: Sequence[str | os.PathLike]) -> Iterator[tuple[int, str]]:
-    """
-    The rows of a dataset that reference a URL or a file outside the given folders, and what they reference.
+    """The rows of a dataset that reference a URL or a file outside the given folders, and what they reference.
 
     Args:
         images (`datasets.Dataset`): With a column "image" of `Image(decode=False)`.
-        folders (`Sequence` of paths): Files inside them may be referenced, after links and ".." are resolved.
-
-    Returns:
-        The index of each such row, and the path. Relative paths start at the working directory.
+        folders (`Sequence` of paths): Files inside them may be referenced, after links and ".." are resolved. Relative
+            paths start at the working directory.
     """
     roots = [os.path.realpath(folder) for folder in folders]
     real_folder = cache(os.path.realpath)

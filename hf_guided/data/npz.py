@@ -18,13 +18,7 @@ _UNREADABLE = (
 
 
 def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images and labels of a file of samples.
-
-    Args:
-        path (`str` or `os.PathLike`): A `.npz` file.
-
-    Returns:
-        Images of shape `(n, height, width, channels)`, uint8, and class ids of shape `(n,)` or `None`.
+    """Images `(n, height, width, channels)`, uint8, of a file of samples, and class ids `(n,)` if there are any.
 
     Raises:
         `ValueError`: If it is not a .npz file of samples.
@@ -57,12 +51,7 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
 
 @contextmanager
 def open_npz(path: str | os.PathLike) -> Iterator[Any]:
-    """Opens a `.npz` file without unpickling anything.
-
-    Raises:
-        `ValueError`: If it is damaged or not a .npz file, when it is opened or read.
-        `FileNotFoundError`: If there is no such file.
-    """
+    """Opens a `.npz` file without unpickling anything; if it is damaged, opening or reading it is a `ValueError`."""
     try:
         with np.load(path, allow_pickle=False) as file:
             yield file
@@ -78,10 +67,9 @@ def map_array(path: str | os.PathLike, name: str) -> np.ndarray:
         member = archive.getinfo(f"{name}.npy")
         if member.compress_type == zipfile.ZIP_STORED:
             with archive.open(member) as stream:
-                version = np.lib.format.read_magic(stream)
-                read_header = np.lib.format.read_array_header_1_0
-                if version != (1, 0):
-                    read_header = np.lib.format.read_array_header_2_0
+                is_first = np.lib.format.read_magic(stream) == (1, 0)
+                formats = np.lib.format
+                read_header = formats.read_array_header_1_0 if is_first else formats.read_array_header_2_0
                 shape, is_fortran, dtype = read_header(stream)
                 header_size = stream.tell()
             with open(path, "rb") as file:  # the local header states its own length

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..messages import first_few
+from ..models.images import BAD_IMAGE_ERRORS, to_channels
 from .dataset import LabelledImages
-from .folders import first_few
-from .images import BAD_IMAGE_ERRORS, to_channels
 
 NUM_DRAWN = 1_000  # images decoded of a dataset that is too large to decode in full
 MAX_BAD_FRACTION = 0.1
@@ -18,46 +18,29 @@ NAMES_SHOWN = 20  # of classes
 
 @dataclass
 class ImageReport:
-    """
-    The findings of `check_images`; `str(report)` is a summary of a few lines.
-
-    Args:
-        name (`str`): The dataset.
-        num_images (`int`): Images in the dataset.
-        num_checked (`int`): Images that were decoded, or that failed to decode.
-        resolution (`tuple[int, int]`): Height and width in pixels that the images are resized to.
-        class_counts (`dict[str, int]`): Images per class name, of the whole dataset. Empty without labels.
-        sizes (`Counter[tuple[int, int]]`): Checked images per (height, width) in pixels.
-        modes (`Counter[str]`): Checked images per Pillow mode.
-        bad_files (`list[str]`): Each file that cannot be used, with the reason.
-        notes (`list[str]`): How a folder was read and which files are skipped, one sentence each.
-    """
+    """The findings of `check_images`; `str(report)` is a summary of a few lines."""
 
     name: str
     num_images: int
-    num_checked: int
-    resolution: tuple[int, int]
-    class_counts: dict[str, int]
-    sizes: Counter[tuple[int, int]]
-    modes: Counter[str]
-    bad_files: list[str]
-    notes: list[str]
+    num_checked: int  # decoded, or failed to decode
+    resolution: tuple[int, int]  # height and width in pixels that the images are resized to
+    class_counts: dict[str, int]  # images per class name, of the whole dataset; empty without labels
+    sizes: Counter[tuple[int, int]]  # checked images per height and width in pixels
+    modes: Counter[str]  # checked images per Pillow mode
+    bad_files: list[str]  # each with the reason
+    notes: list[str]  # of `LabelledImages`
 
     @property
     def num_upscaled(self) -> int:
-        """Number of checked images smaller than the resolution in height or width, which are upscaled."""
+        """Checked images smaller than the resolution in height or width, which are upscaled."""
         height, width = self.resolution
         return sum(count for (h, w), count in self.sizes.items() if h < height or w < width)
 
     @property
     def small_classes(self) -> list[str]:
-        """Names of the classes with fewer than 10 images."""
         return [name for name, count in self.class_counts.items() if count < FEW_PER_CLASS]
 
     def __str__(self) -> str:
-        def size(pair: tuple[int, int]) -> str:
-            return f"{pair[0]}x{pair[1]}"
-
         lines = [f"{self.name}: {self.num_images:,} images, {self.num_checked:,} checked, {len(self.bad_files):,} bad"]
         if self.class_counts:
             counts = self.class_counts.values()
@@ -68,12 +51,12 @@ class ImageReport:
         lines += [f"  {note}" for note in self.notes]
         by_area = sorted(self.sizes, key=lambda pair: (pair[0] * pair[1], pair))
         lines.append(
-            f"  height x width: {size(by_area[0])} to {size(by_area[-1])}, most often "
-            f"{size(self.sizes.most_common(1)[0][0])}, resized to {size(self.resolution)}"
+            f"  height x width: {_size(by_area[0])} to {_size(by_area[-1])}, most often "
+            f"{_size(self.sizes.most_common(1)[0][0])}, resized to {_size(self.resolution)}"
         )
         lines.append("  modes: " + ", ".join(f"{mode} ({count:,})" for mode, count in self.modes.most_common()))
         if self.num_upscaled:
-            lines.append(f"  warning: {self.num_upscaled:,} are smaller than {size(self.resolution)} and are upscaled")
+            lines.append(f"  warning: {self.num_upscaled:,} are smaller than {_size(self.resolution)} and are upscaled")
         if self.small_classes:
             lines.append(
                 f"  warning: fewer than {FEW_PER_CLASS} images in {len(self.small_classes):,} of the classes: "
@@ -84,17 +67,17 @@ class ImageReport:
         return "\n".join(lines)
 
 
+def _size(pair: tuple[int, int]) -> str:
+    return f"{pair[0]}x{pair[1]}"
+
+
 def check_images(dataset: LabelledImages, whole_up_to: int = 10_000) -> ImageReport:
-    """
-    Counts, sizes, modes and bad files of a dataset, found by decoding it before training.
+    """Counts, sizes, modes and bad files of a dataset, found by decoding it before training.
 
     Args:
         dataset (`LabelledImages`): The images, as training will see them.
         whole_up_to (`int`, defaults to 10,000): Datasets of up to this many images are decoded in full. Of larger
             ones a fixed random sample of 1,000 is.
-
-    Returns:
-        `ImageReport`: counts, sizes, modes and bad files; print it.
 
     Raises:
         `ValueError`: if more than 10 % of the checked files are bad, naming the first few.
@@ -126,14 +109,5 @@ def check_images(dataset: LabelledImages, whole_up_to: int = 10_000) -> ImageRep
     if dataset.labels is not None:
         counts = np.bincount(dataset.labels, minlength=dataset.num_classes).tolist()
         class_counts = {name: counts[label] for label, name in dataset.id2label.items()}
-    return ImageReport(
-        name=dataset.name,
-        num_images=len(dataset),
-        num_checked=len(indices),
-        resolution=dataset.resolution,
-        class_counts=class_counts,
-        sizes=sizes,
-        modes=modes,
-        bad_files=bad_files,
-        notes=dataset.notes,
-    )
+    of_all = dataset.name, len(dataset), len(indices), dataset.resolution, class_counts
+    return ImageReport(*of_all, sizes, modes, bad_files, dataset.notes)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..data import LabelledImages
 from ..guidance.base import frozen
 from ..labels import match_classes
+from ..models.modes import evaluating
 from ..schedulers.scheduling_adm import ADMScheduler, model_timesteps
 from .classifier_findings import ClassifierInspection, NoiseLevel, label_entropy
 
@@ -178,20 +179,16 @@ def _measure(
     with_gradient: bool,
 ) -> _Measured:
     labels, outputs = [], []
-    device, was_training = classifier.device, classifier.training
-    classifier.eval()
-    try:
-        with frozen(classifier), torch.set_grad_enabled(with_gradient):
-            for indices, clean, of_batch in _batches(images, batch_size, max_images):
-                _check(clean, of_batch, classifier)
-                noises = [np.random.default_rng((seed, index)) for index in indices]
-                noise = np.stack([rng.standard_normal(clean.shape[1:], dtype=np.float32) for rng in noises])
-                batch = clean.to(device, torch.float32), torch.from_numpy(noise).to(device), of_batch.to(device)
-                at_levels = [_classify(classifier, scheduler, *batch, level, with_gradient) for level in levels]
-                labels.append(of_batch)
-                outputs.append(torch.stack(at_levels, dim=1))
-    finally:
-        classifier.train(was_training)
+    device = classifier.device
+    with evaluating(classifier), frozen(classifier), torch.set_grad_enabled(with_gradient):
+        for indices, clean, of_batch in _batches(images, batch_size, max_images):
+            _check(clean, of_batch, classifier)
+            noises = [np.random.default_rng((seed, index)) for index in indices]
+            noise = np.stack([rng.standard_normal(clean.shape[1:], dtype=np.float32) for rng in noises])
+            batch = clean.to(device, torch.float32), torch.from_numpy(noise).to(device), of_batch.to(device)
+            at_levels = [_classify(classifier, scheduler, *batch, level, with_gradient) for level in levels]
+            labels.append(of_batch)
+            outputs.append(torch.stack(at_levels, dim=1))
     predictions, confidence, cross_entropy, gradient_norm = torch.cat(outputs, dim=2).numpy()
     return _Measured(
         torch.cat(labels).numpy(), predictions.astype(int), confidence, cross_entropy, gradient_norm, clean[0].numel()

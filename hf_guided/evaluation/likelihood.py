@@ -13,6 +13,7 @@ from ..guidance.base import broken_images
 from ..guidance.monitor import Monitor
 from ..labels import match_classes, resolve_labels
 from ..losses import mean_over_pixels, normal_kl, variational_bound_term
+from ..models.modes import evaluating
 from ..schedulers.gaussian_diffusion import GaussianDiffusion, upcast
 from ..schedulers.schedules import space_timesteps
 from ..schedulers.scheduling_adm import ADMScheduler, model_timesteps
@@ -71,11 +72,9 @@ def bits_per_dim(
         if len(labels) != len(images):
             raise ValueError(f"{len(labels)} class_labels were given for {len(images)} images; give one each.")
         conditions = {"class_labels": torch.tensor(labels, device=images.device)}
-    was_training = unet.training
-    unet.eval()
     monitor = Monitor()
     vb, mse, xstart_mse = [], [], []
-    try:
+    with evaluating(unet):
         for i, timestep in enumerate(descending):
             timesteps = torch.full((len(images),), timestep, device=images.device)
             step_noise = torch.randn_like(images) if noise is None else noise[i].to(images)
@@ -89,8 +88,6 @@ def bits_per_dim(
             mse.append(mean_over_pixels((process.epsilon_of(original, timesteps, sample) - step_noise) ** 2))
             xstart_mse.append(mean_over_pixels((original - images) ** 2))
         monitor.look()
-    finally:
-        unet.train(was_training)
 
     # in float64: the signal at the last timestep is below the precision of float32
     signal, alpha_bar = process.at(descending[0], images.double(), "sqrt_alpha_bar", "alpha_bar")

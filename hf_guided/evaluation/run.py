@@ -12,7 +12,7 @@ from accelerate import PartialState
 from transformers import AutoModelForImageClassification
 
 from ..credentials import without_credentials
-from ..data import BUILT_IN, DataArguments, load_labelled_images
+from ..data import DataArguments, load_labelled_images, source_argument
 from ..files import check_outside, check_parent, check_place, check_replaceable, has_json, write_json
 from ..generation.grids import save_png
 from ..generation.options import check_compile, labels_to_sample, pipeline_arguments
@@ -255,11 +255,9 @@ def run_inspection(settings: InspectionSettings) -> str | None:
     check_replaceable([numbers], lambda path: is_marked and has_json(path, "findings", "rows"))
     classifier = load_classifier(settings.model)
     noise_schedule(classifier)  # refuses one of clean images before any are loaded
-    is_folder = settings.data not in BUILT_IN and Path(settings.data).is_dir()
     names = ("train_split", "validation_split", "held_out_fraction", "image_column", "label_column")
     data = DataArguments(
-        train_data_dir=settings.data if is_folder else None,
-        dataset_name=None if is_folder else settings.data,
+        **source_argument(settings.data),
         **{name: getattr(settings, name) for name in names},
         resolution=list(image_size(classifier.config)),
         image_channels=classifier.config.in_channels,

@@ -22,7 +22,7 @@ def labelled_grid(
     title: str | None = None,
     cell_size: int | None = None,
 ) -> Image.Image:
-    """An image grid with one row per class, labelled with the class name on the left.
+    """An image grid, RGB on white, with one row per class, labelled with the class name on the left.
 
     Args:
         images (`Sequence[PIL.Image.Image]`): The same number of images per row, row by row, as a pipeline
@@ -31,9 +31,6 @@ def labelled_grid(
         title (`str`, *optional*): A line above the grid.
         cell_size (`int`, *optional*): Longer side of an image in the grid, in pixels. The default is the smallest
             whole multiple of the images' own size that is at least 56, so that pixels stay sharp squares.
-
-    Returns:
-        `PIL.Image.Image`: The grid, RGB on white.
     """
     if len(row_names) == 0 or len(images) == 0 or len(images) % len(row_names) != 0:
         raise ValueError(
@@ -71,13 +68,7 @@ def labelled_grid(
 
 
 def save_png(image: Image.Image, path: str | os.PathLike, record: Mapping[str, Any] | None = None) -> None:
-    """Writes a PNG under a temporary name and renames it, so that no reader sees an incomplete file.
-
-    Args:
-        image (`PIL.Image.Image`): The image.
-        path (`str` or `os.PathLike`): The file.
-        record (`Mapping`, *optional*): The settings that produced it, which [`read_record`] returns.
-    """
+    """Writes a PNG at once, with a record of the settings that produced it, which [`read_record`] returns."""
     text = PngInfo()
     if record is not None:
         text.add_text(RECORD_KEY, json.dumps(record))

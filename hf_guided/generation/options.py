@@ -25,8 +25,7 @@ def labels_to_sample(
         pipeline ([`ClassConditionalPipeline`]): Makes the images.
         labels (`Sequence[str]`, *optional*): Ids and names, or one word: `"all"` or `"uniform"`.
         default (`str` or `Sequence[int]`): What to take if there are none, as for [`sample_labels`].
-        num_images (`int`, *optional*): Images in all.
-        num_images_per_label (`int`, *optional*): Images of each class, if not in all; 8 by default.
+        num_images, num_images_per_label (`int`, *optional*): Images in all, or of each class; 8 of each by default.
         seed (`int`, defaults to 0): Seed of all images together.
 
     Raises:
@@ -51,7 +50,7 @@ def labels_to_sample(
 
 
 def class_ids(pipeline: Any, labels: Sequence[str]) -> list[int]:
-    """Class ids of the labels of the command line; says so where a number is a name and not the id."""
+    """Class ids of labels; prints where a number is a name and not the id."""
     ids = pipeline.resolve_labels(labels).tolist()
     named = {label: i for label, i in zip(labels, ids, strict=True) if label.isdecimal() and int(label) != i}
     if named:
@@ -61,15 +60,8 @@ def class_ids(pipeline: Any, labels: Sequence[str]) -> list[int]:
 
 
 def pipeline_arguments(pipeline: Any, **given: Any) -> dict[str, Any]:
-    """Those of some arguments that this kind of pipeline takes.
-
-    Args:
-        pipeline: Is called with them.
-        given: Arguments by name; `None` and `True` are the defaults of the flags.
-
-    Raises:
-        `ValueError`: For one that is given and that this kind of pipeline does not support.
-    """
+    """Those of some arguments that this kind of pipeline takes; one that is given (not `None` or `True`) and that it
+    does not support is a `ValueError`."""
     known = inspect.signature(type(pipeline).__call__).parameters
     for name, value in given.items():
         if name not in known and value is not None and value is not True:

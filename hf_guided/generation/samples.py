@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,14 @@ _RECORD_FILE = ".hf_guided.json"  # hidden, so that load_dataset skips it
 _ROW_GROUP = 100  # rows per row group, as datasets writes images
 
 
+class _Samples(NamedTuple):
+    batches: Iterable[np.ndarray]
+    shape: tuple[int, ...]
+    labels: np.ndarray | None
+    names: list[str]  # of classes; empty without labels
+    record: str | None
+
+
 def write_samples(
     path: str | os.PathLike,
     batches: Iterable[np.ndarray],
@@ -35,7 +43,7 @@ def write_samples(
     id2label: Mapping[int, str] | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes samples to a file or folder, with two batches in memory at a time, under a temporary name that is renamed.
+    """Writes samples to a file or folder at once, with two batches in memory at a time.
 
     The same samples give the same file, byte for byte. PNGs are encoded while `batches` makes the next batch.
 
@@ -49,18 +57,13 @@ def write_samples(
         record (`Mapping`, *optional*): The settings that produced the samples, which [`read_record`] returns.
     """
     path = Path(path)
-    text = None if record is None else json.dumps(record)
-    names = None
+    names = []
     if labels is not None:
         named = id2label or {}
         names = unique_names([named.get(i, str(i)) for i in range(max([*named, *labels.tolist()]) + 1)])
+    write = {".npz": _write_npz, ".parquet": _write_parquet}.get(path.suffix, _write_folder)
     with replacing(path) as temporary:
-        if path.suffix == ".npz":
-            _write_npz(temporary, batches, shape, labels, text)
-        elif path.suffix == ".parquet":
-            _write_parquet(temporary, batches, labels, names, text)
-        else:
-            _write_folder(temporary, batches, shape[0], labels, names, text)
+        write(temporary, _Samples(batches, shape, labels, names, None if record is None else json.dumps(record)))
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -89,13 +92,7 @@ def to_picture(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
-def _write_npz(
-    path: Path,
-    batches: Iterable[np.ndarray],
-    shape: tuple[int, ...],
-    labels: np.ndarray | None,
-    record: str | None,
-) -> None:
+def _write_npz(path: Path, samples: _Samples) -> None:
     with zipfile.ZipFile(path, "w") as archive:
 
         def add(name: str, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str, comment: str = "") -> None:
@@ -107,54 +104,45 @@ def _write_npz(
                 for part in parts:
                     stream.write(part.astype(dtype, copy=False).tobytes())
 
-        add("arr_0", batches, shape, "|u1", record or "")
-        if labels is not None:
-            add("arr_1", [labels], labels.shape, "<i8")
+        add("arr_0", samples.batches, samples.shape, "|u1", samples.record or "")
+        if samples.labels is not None:
+            add("arr_1", [samples.labels], samples.labels.shape, "<i8")
 
 
-def _write_parquet(
-    path: Path,
-    batches: Iterable[np.ndarray],
-    labels: np.ndarray | None,
-    names: list[str] | None,
-    record: str | None,
-) -> None:
+def _write_parquet(path: Path, samples: _Samples) -> None:
     parquet = import_parquet()
     import pyarrow
     from datasets import ClassLabel, Features
     from datasets import Image as ImageFeature
 
-    features = Features({"image": ImageFeature(), **({} if names is None else {"label": ClassLabel(names=names)})})
+    labels, names = samples.labels, samples.names
+    features = Features({"image": ImageFeature(), **({} if labels is None else {"label": ClassLabel(names=names)})})
     schema = features.arrow_schema
-    if record is not None:
-        schema = schema.with_metadata({**schema.metadata, RECORD_KEY: record})
-    records = ({"bytes": png, "path": None} for png in _pngs(batches))
-    ids = iter([] if labels is None else labels.tolist())
+    if samples.record is not None:
+        schema = schema.with_metadata({**schema.metadata, RECORD_KEY: samples.record})
+    start, every_png = 0, _pngs(samples.batches)
     with open(path, "wb") as file, parquet.ParquetWriter(file, schema) as writer:
-        while images := list(islice(records, _ROW_GROUP)):
-            columns = {"image": images, **({} if names is None else {"label": list(islice(ids, len(images)))})}
+        while pngs := list(islice(every_png, _ROW_GROUP)):
+            columns: dict[str, Any] = {"image": [{"bytes": png, "path": None} for png in pngs]}
+            if labels is not None:
+                columns["label"] = labels[start : start + len(pngs)].tolist()
             writer.write_table(pyarrow.table(columns, schema=schema))
+            start += len(pngs)
 
 
-def _write_folder(
-    folder: Path,
-    batches: Iterable[np.ndarray],
-    num_images: int,
-    labels: np.ndarray | None,
-    names: list[str] | None,
-    record: str | None,
-) -> None:
+def _write_folder(folder: Path, samples: _Samples) -> None:
     folder.mkdir()
-    digits = max(6, len(str(num_images - 1)))
+    digits = max(6, len(str(samples.shape[0] - 1)))
     with open(folder / "metadata.jsonl", "w", encoding="utf-8") as metadata:
-        for i, png in enumerate(_pngs(batches)):
+        for i, png in enumerate(_pngs(samples.batches)):
             line: dict[str, Any] = {"file_name": f"{i:0{digits}d}.png"}
             (folder / line["file_name"]).write_bytes(png)
-            if labels is not None and names is not None:
-                line |= {"label": names[labels[i]], "class_id": int(labels[i])}
+            if samples.labels is not None:
+                label = int(samples.labels[i])
+                line |= {"label": samples.names[label], "class_id": label}
             metadata.write(json.dumps(line, ensure_ascii=False) + "\n")
-    if record is not None:
-        (folder / _RECORD_FILE).write_text(record + "\n")
+    if samples.record is not None:
+        (folder / _RECORD_FILE).write_text(samples.record + "\n")
 
 
 def _pngs(batches: Iterable[np.ndarray]) -> Iterator[bytes]:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..processes import print_once
 from .grids import labelled_grid
-from .runs import Parts, check_destination, kind_of, plan_of, run_to_file
+from .runs import Batches, Run, check_destination, kind_of
 from .samples import to_picture
 
 COMPILING = "Compiling: the first batch takes a minute or more longer, the next runs find it in the cache."
@@ -20,26 +20,14 @@ _GRID_ROWS = _GRID_COLUMNS = 10  # of the picture beside a file
 
 
 def generator_at(seed: int, index: int) -> torch.Generator:
-    """A generator from which a pipeline draws the seeds of an image and of those after it.
-
-    Args:
-        seed (`int`): Seed of all images together.
-        index (`int`): Of the image: so many integers are drawn before.
-    """
+    """A generator from which a pipeline draws the seeds of the image of an index and of those after it."""
     generator = torch.Generator().manual_seed(seed)
     torch.randint(2**63 - 1, (index,), generator=generator)
     return generator
 
 
 def to_8_bit(samples: torch.Tensor) -> torch.Tensor:
-    """Samples in 8 bits as the published scripts round them: what lies between two values is cut off.
-
-    Args:
-        samples (`torch.Tensor`): In [-1, 1], of any shape.
-
-    Returns:
-        `torch.Tensor`: uint8 of the same shape.
-    """
+    """Samples in [-1, 1] as uint8, truncated as by the published scripts."""
     return ((samples + 1) * 127.5).clamp(0, 255).to(torch.uint8)
 
 
@@ -63,22 +51,23 @@ def sample_labels(which: str | Sequence[int], num_images: int, num_classes: int,
     return ids[torch.arange(num_images) % len(ids)]
 
 
-def sample_batches(
+def make_batches(
     pipeline: Any,
-    labels: torch.Tensor | int,
+    inputs_of: Callable[[slice], dict[str, Any]],
+    num_images: int,
     batch_size: int,
-    seed: int = 0,
-    *,
+    seed: int,
     batches: Iterable[int] | None = None,
     **arguments: Any,
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Samples batch by batch; image i of a seed has the same noise, to the bit, for every batch size.
+) -> Batches:
+    """Makes images batch by batch; image i of a seed has the same noise, to the bit, for every batch size.
 
     Args:
-        pipeline ([`ClassifierGuidedPipeline`] or one called like it): Makes the images.
-        labels (`torch.Tensor` of shape `(n,)`, or `int`): The class of each image; or so many images without a class.
+        pipeline: Makes the images.
+        inputs_of (`Callable`): The pipeline's arguments that say which images a slice of them is.
+        num_images (`int`): Images in all.
         batch_size (`int`): Images at once.
-        seed (`int`, defaults to 0): Seed of all images together.
+        seed (`int`): Seed of all images together.
         batches (`Iterable[int]`, *optional*): The batches to make, of which batch b begins with image b * batch_size;
             all, by default.
         arguments: Go to the pipeline.
@@ -87,15 +76,34 @@ def sample_batches(
         The index of a batch, and its images: uint8 of shape `(batch_size or fewer, channels, height, width)`, on the
         CPU.
     """
-    num_images = labels if isinstance(labels, int) else len(labels)
     for batch in range(math.ceil(num_images / batch_size)) if batches is None else batches:
-        part = slice(batch * batch_size, (batch + 1) * batch_size)
-        size = min(batch_size, num_images - part.start)
-        which = {"num_images_per_label": size} if isinstance(labels, int) else {"class_labels": labels[part]}
-        options = {**which, "generator": generator_at(seed, part.start), "output_type": "latent", "return_dict": False}
-        with compiled_if(size == batch_size):
-            samples = pipeline(**options, **arguments)[0]
+        part = slice(batch * batch_size, min((batch + 1) * batch_size, num_images))
+        options = {"generator": generator_at(seed, part.start), "output_type": "latent", "return_dict": False}
+        with compiled_if(part.stop - part.start == batch_size):
+            samples = pipeline(**inputs_of(part), **options, **arguments)[0]
         yield batch, to_8_bit(samples).cpu()
+
+
+def sample_batches(
+    pipeline: Any,
+    labels: torch.Tensor | int,
+    batch_size: int,
+    seed: int = 0,
+    *,
+    batches: Iterable[int] | None = None,
+    **arguments: Any,
+) -> Batches:
+    """Samples by [`make_batches`]; `labels` of shape `(n,)` are the class of each image, or so many images without."""
+
+    def inputs_of(part: slice) -> dict[str, Any]:
+        return (
+            {"num_images_per_label": part.stop - part.start}
+            if isinstance(labels, int)
+            else {"class_labels": labels[part]}
+        )
+
+    num_images = labels if isinstance(labels, int) else len(labels)
+    return make_batches(pipeline, inputs_of, num_images, batch_size, seed, batches, **arguments)
 
 
 def compiled_if(is_full: bool) -> AbstractContextManager:
@@ -133,46 +141,36 @@ def sample_to_file(
         `bool`: `True` if it was made, `False` if it was there already.
 
     Raises:
-        `ValueError`: If the output, or its parts exist with other settings, or the disk has too little space.
-        `FullDiskError`: If the disk is full; what is made is kept.
-        `RuntimeError`: If another process has ended; what is made is kept.
+        `ValueError`, `FullDiskError`, `RuntimeError`: As [`Run.make`]; what is made is kept.
     """
     check_destination(output)
-    check_destination(output)
     everything = kind_of(output) == ".png"
-    ids = None if isinstance(labels, int) else labels
-    shape = (labels if isinstance(labels, int) else len(labels), *pipeline.sample_size, pipeline.image_channels)
+    ids, num_images = (None, labels) if isinstance(labels, int) else (labels, len(labels))
 
-    def make(batches: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    def make(batches: list[int]) -> Batches:
         if compile:
             pipeline.compile()
             print_once(COMPILING)
         return sample_batches(pipeline, labels, batch_size, seed, batches=batches, **arguments)
 
-    return run_to_file(
-        output,
-        shape,
-        batch_size,
-        plan_of(pipeline, ids, shape, batch_size, seed, {**arguments, "compile": compile or None}),
-        make,
-        labels=ids,
-        id2label=pipeline.id2label,
-        draw=lambda parts: _grid(parts, labels, pipeline.id2label, everything),
-    )
+    planned = {**arguments, "compile": compile or None}
+    run = Run(output, pipeline, num_images, ids, batch_size, seed, planned, lambda run: _grid(run, everything))
+    return run.make(make)
 
 
-def _grid(parts: Parts, labels: torch.Tensor | int, id2label: Mapping[int, str], everything: bool) -> Image.Image:
+def _grid(run: Run, everything: bool) -> Image.Image:
     """All samples, a row for each class in the order of the labels; or ten of each of the first ten classes."""
-    if isinstance(labels, int):
-        shown = torch.arange(labels if everything else min(labels, _GRID_ROWS * _GRID_COLUMNS))
+    if run.labels is None:
+        shown = torch.arange(run.shape[0] if everything else min(run.shape[0], _GRID_ROWS * _GRID_COLUMNS))
         rows = [row.tolist() for row in shown.split(_GRID_COLUMNS)]
         names = ["samples", *[""] * (len(rows) - 1)]
     else:
-        ids = labels.tolist()
+        ids = run.labels.tolist()
         classes = list(dict.fromkeys(ids)) if everything else sorted(set(ids))[:_GRID_ROWS]
-        rows = [(labels == label).nonzero()[: None if everything else _GRID_COLUMNS, 0].tolist() for label in classes]
-        names = [id2label.get(label, str(label)) for label in classes]
+        most = None if everything else _GRID_COLUMNS
+        rows = [(run.labels == label).nonzero()[:most, 0].tolist() for label in classes]
+        names = [run.id2label.get(label, str(label)) for label in classes]
     columns = max(map(len, rows))
-    blank = np.full(parts.shape[1:], 255, np.uint8)
-    images = [[*map(parts.read_image, row), *[blank] * (columns - len(row))] for row in rows]
+    blank = np.full(run.shape[1:], 255, np.uint8)
+    images = [[*map(run.read_image, row), *[blank] * (columns - len(row))] for row in rows]
     return labelled_grid([to_picture(image) for row in images for image in row], names)

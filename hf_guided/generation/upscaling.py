@@ -2,19 +2,20 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..data.images import BAD_IMAGE_ERRORS, open_image
+from ..data.images import open_image
 from ..data.npz import read_samples
+from ..models.images import BAD_IMAGE_ERRORS
 from .grids import labelled_grid
-from .runs import Parts, check_destination, kind_of, plan_of, run_to_file
+from .runs import Batches, Run, check_destination, kind_of
 from .samples import to_picture
-from .sampling import generator_at, to_8_bit
+from .sampling import make_batches
 
 COMMAND = "upscale"  # by which the records of its outputs are told from those of samples
 
@@ -22,13 +23,7 @@ SmallImages = np.ndarray | list[Image.Image]
 
 
 def read_small_images(paths: Sequence[str]) -> tuple[SmallImages, np.ndarray | None]:
-    """The images to upsample, and the labels that came with them.
-
-    Args:
-        paths (`Sequence[str]`): One `.npz` file of samples, or image files.
-
-    Returns:
-        An array `(n, height, width, channels)`, uint8, and its labels `(n,)` if there are any; or upright PIL images.
+    """The images to upsample of image files, upright; or of one `.npz` file of samples, see [`read_samples`].
 
     Raises:
         `ValueError`: Naming a file that cannot be read.
@@ -56,69 +51,44 @@ def upscale_to_file(
     seed: int = 0,
     **arguments: Any,
 ) -> bool:
-    """Upsamples into one file, by all processes, in as many sittings as it takes: the file is the same, to the byte.
-
-    Batches are kept, put together and resumed as by [`sample_to_file`]; image i has the same noise for every batch
-    size.
+    """Upsamples into one file, by all processes, in as many sittings as it takes, as [`sample_to_file`].
 
     Args:
         pipeline ([`ClassifierGuidedUpscalePipeline`]): Makes the large images, of 1 or 3 channels.
         images (`np.ndarray` of shape `(n, height, width, channels)`, or a list of PIL images): The small images.
         labels: Their classes by id or name, one for all or one for each; `None` for an unconditional UNet. Those of an
             `.npz` file may be given to that too, and are left out.
-        output (`str` or `os.PathLike`): By its ending `.npz` as published, `.parquet`, or without one a folder of PNGs,
-            see [`write_samples`]; or `.png`, a picture of each small image beside its large one.
-        batch_size (`int`, defaults to 16): Images at once. Whole batches go to the processes in turn.
-        seed (`int`, defaults to 0): Seed of all images together.
-        arguments: Go to the pipeline.
+        output (`str` or `os.PathLike`): As of [`sample_to_file`]; a `.png` shows each small image beside its large one.
+        batch_size, seed, arguments: As of [`sample_to_file`].
 
     Returns:
         `bool`: `True` if it was made, `False` if it was there already.
 
     Raises:
-        `ValueError`: For labels or images that the pipeline does not take; or if the output or its parts
-            exist with other settings, or the disk has too little space.
-        `FullDiskError`: If the disk is full; what is made is kept.
-        `RuntimeError`: If another process has ended; what is made is kept.
+        `ValueError`: For labels or images that the pipeline does not take.
+        `ValueError`, `FullDiskError`, `RuntimeError`: As [`Run.make`]; what is made is kept.
     """
     check_destination(output, command=COMMAND)
     pipeline.prepare_low_res(images if isinstance(images, list) else images[:1])  # refuses another size
     ids = _class_ids(pipeline, labels, len(images))
-    shape = (len(images), *pipeline.sample_size, pipeline.image_channels)
 
-    def make(batches: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        for batch in batches:
-            part = slice(batch * batch_size, (batch + 1) * batch_size)
-            large = pipeline(
-                images[part],
-                None if ids is None else ids[part],
-                generator=generator_at(seed, part.start),
-                output_type="latent",
-                return_dict=False,
-                **arguments,
-            )[0]
-            yield batch, to_8_bit(large).cpu()
+    def inputs_of(part: slice) -> dict[str, Any]:
+        return {"image": images[part], "class_labels": None if ids is None else ids[part]}
 
-    def draw(parts: Parts) -> Image.Image:
+    def make(batches: list[int]) -> Batches:
+        return make_batches(pipeline, inputs_of, len(images), batch_size, seed, batches, **arguments)
+
+    def draw(run: Run) -> Image.Image:
         small = ((pipeline.prepare_low_res(images) + 1) * 127.5).round().to(torch.uint8)  # bytes come back to the bit
         pictures = []
         for index, image in enumerate(small.permute(0, 2, 3, 1).cpu().numpy()):
-            pictures += [to_picture(image), to_picture(parts.read_image(index))]
+            pictures += [to_picture(image), to_picture(run.read_image(index))]
         names = [""] * len(images) if ids is None else [pipeline.id2label.get(i, str(i)) for i in ids.tolist()]
         return labelled_grid(pictures, names, cell_size=max(pipeline.sample_size))
 
     planned = {"command": COMMAND, "images": _digest(pipeline, images), **arguments}
-    return run_to_file(
-        output,
-        shape,
-        batch_size,
-        plan_of(pipeline, ids, shape, batch_size, seed, planned),
-        make,
-        labels=ids,
-        id2label=pipeline.id2label,
-        draw=draw if kind_of(output) == ".png" else None,
-        verb="upscaling",
-    )
+    drawn = draw if kind_of(output) == ".png" else None
+    return Run(output, pipeline, len(images), ids, batch_size, seed, planned, drawn, verb="upscaling").make(make)
 
 
 def _class_ids(pipeline: Any, labels: Any, num_images: int) -> torch.Tensor | None:

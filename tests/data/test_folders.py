@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from hf_guided.data import DataArguments, check_images, load_labelled_images
-from hf_guided.data.folders import printable, read_split, scan_folder
+from hf_guided.data.folders import read_split, scan_folder
+from hf_guided.messages import printable
 
 
 def write(folder, *names, size=4, format="PNG"):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from hf_guided.data.images import BAD_IMAGE_ERRORS, open_image, resize_and_crop, to_channels, to_pixel_values
+from hf_guided.data.images import open_image
+from hf_guided.models.images import BAD_IMAGE_ERRORS, resize_and_crop, to_channels, to_pixel_values
 
 
 def read(image: Image.Image, channels: int, file_format: str = "PNG", **save) -> np.ndarray:

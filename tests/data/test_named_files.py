@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from hf_guided.data import DataArguments, load_labelled_images
-from hf_guided.data.images import BAD_IMAGE_ERRORS, IMAGE_FORMATS, open_image
+from hf_guided.data.images import open_image
 from hf_guided.data.preflight import check_images
 from hf_guided.evaluation.features.image_sets import open_images
+from hf_guided.models.images import BAD_IMAGE_ERRORS, IMAGE_FORMATS
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from hf_guided.data import DataArguments, load_labelled_images
-from hf_guided.data.images import resize_and_crop
 from hf_guided.evaluation.features.image_sets import ArrayImages, SampledImages, open_images
+from hf_guided.models.images import resize_and_crop
 
 
 def pixels(n, height=8, width=8, channels=3, seed=0):

@@ -17,9 +17,11 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
+from ...files import is_hub_id
 from ...loading import check_cover, naming_damage, weights_digest
 from ...models.classifier_adm import ADMForImageClassification, image_size
 from ...models.image_processing_adm import ADMImageProcessor
+from ...models.modes import evaluating
 
 _NAMELESS = ("model", "pipeline")  # folder names that do not describe the model in them
 
@@ -120,9 +122,7 @@ class ModelFeatures:
         pixel_values = self.processor(pictures, return_tensors="pt").pixel_values
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
 
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             if not self.is_classifier:
                 output = getattr(self.model, "get_image_features", self.model)(pixel_values)
                 pooled = getattr(output, "pooler_output", None)
@@ -130,8 +130,6 @@ class ModelFeatures:
             output = self.model(pixel_values, output_hidden_states=True)
             probabilities = output.logits.float().softmax(dim=-1)
             return FeatureBatch(_numpy(_mean(output.hidden_states[-1])), _numpy(probabilities))
-        finally:
-            self.model.train(was_training)
 
 
 class InceptionFeatures:
@@ -211,7 +209,7 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> FeatureExtra
     if not Path(spec).exists() and (match := re.fullmatch(r"([\w.-]+)=(.+)", spec)):
         name, path = match.groups()
     folder = Path(path).expanduser()
-    if not folder.is_dir() and (folder.exists() or path.count("/") > 1 or path.startswith((".", "/", "~"))):
+    if not folder.is_dir() and not is_hub_id(path):
         raise ValueError(f"There is no folder {path}.")
     if (folder / "model_index.json").exists():
         raise ValueError(

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ...credentials import without_credentials
-from ...data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images
-from ...data.folders import printable
+from ...data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images, source_argument
 from ...data.images import open_record, stored_bytes
 from ...data.npz import open_npz, read_samples
 from ...generation.samples import to_picture
 from ...generation.sampling import sample_batches
 from ...loading import weights_digest
+from ...messages import printable
 from ...models.images import BAD_IMAGE_ERRORS, resize_and_crop, upright_size
 from ..metrics.moments import FeatureStatistics, read_moments
 
@@ -217,8 +217,7 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
         source, part = spec, ""
     if Path(source).is_file() and not source.endswith(".parquet"):
         raise ValueError(f"{source} is not a set of images; give a .npz or .parquet file of samples, or a folder.")
-    is_folder = source not in BUILT_IN and Path(source).is_dir()
-    arguments: dict[str, Any] = {"train_data_dir" if is_folder else "dataset_name": source}
+    arguments = source_argument(source)
     if size is not None or source not in BUILT_IN:
         arguments["resolution"] = [1] if size is None else list(size)  # 1 until their own is known
     is_split = part not in ("", TRAIN, HELD_OUT) or (part == HELD_OUT and Path(source, HELD_OUT).is_dir())
