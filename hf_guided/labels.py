@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .messages import first_few, shortened
+from .messages import first_few, spelled
 from .schedulers.schedules import whole_number
 
 
@@ -48,7 +48,7 @@ def resolve_labels(class_labels: Any, id2label: Mapping[int, str], num_classes: 
         class_labels = class_labels.tolist()
     if isinstance(class_labels, bytes | bytearray | Mapping | AbstractSet):
         raise ValueError(
-            f"class_labels is a {type(class_labels).__name__}, {shortened(class_labels)}; give ids (whole numbers) or "
+            f"class_labels is a {type(class_labels).__name__}, {spelled(class_labels)}; give ids (whole numbers) or "
             f"names, one or a list."
         )
     is_one = isinstance(class_labels, str) or not isinstance(class_labels, Iterable)
@@ -60,7 +60,7 @@ def resolve_labels(class_labels: Any, id2label: Mapping[int, str], num_classes: 
     unknown = [label for label in ids if not 0 <= label < num_classes]
     if unknown or not ids:
         raise ValueError(
-            f"class_labels {shortened(unknown)} are not among the ids of the {num_classes} classes, 0 to "
+            f"class_labels {spelled(unknown)} are not among the ids of the {num_classes} classes, 0 to "
             f"{num_classes - 1}."
         )
     return ids

@@ -26,7 +26,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def shortened(value: Any) -> str:
+def spelled(value: Any) -> str:
     """A value as Python spells it, of at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:79]}…"

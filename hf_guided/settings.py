@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-from .messages import shortened
+from .messages import spelled
 
 # Upper bounds of a model's sizes; more is a damaged file, and would exhaust the memory
 MOST = 65_536  # channels, or pixels of a side
@@ -77,7 +77,7 @@ def check_settings(owner: type, values: Mapping[str, Any]) -> None:
         expected, fits = RULES[name]
         if not (default is None if value is None else fits(value)):
             raise ValueError(
-                f"{name}={shortened(value)} is not allowed in the config of {owner.__name__}; give {expected}"
+                f"{name}={spelled(value)} is not allowed in the config of {owner.__name__}; give {expected}"
                 f"{' or null' * (default is None)}."
             )
 
@@ -92,16 +92,16 @@ def check_names(id2label: Any, num_classes: int | None, whole: bool = False) -> 
     """
     wanted = 'give the names of the classes by id, such as {"0": "cat", "1": "dog"}'
     if not isinstance(id2label, Mapping):
-        raise ValueError(f"id2label={shortened(id2label)} is not a mapping; {wanted}.")
+        raise ValueError(f"id2label={spelled(id2label)} is not a mapping; {wanted}.")
     ids = set()
     for label, name in id2label.items():
         text = str(label)
         if isinstance(label, bool) or not (text.isascii() and text.isdecimal() and len(text) < 10) or int(text) in ids:
             raise ValueError(
-                f"id2label has the id {shortened(label)}, which is not a whole number or is repeated; {wanted}."
+                f"id2label has the id {spelled(label)}, which is not a whole number or is repeated; {wanted}."
             )
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"id2label names class {label} {shortened(name)}, which is not a string; {wanted}.")
+            raise ValueError(f"id2label names class {label} {spelled(name)}, which is not a string; {wanted}.")
         ids.add(int(text))
     if num_classes is not None and ids and max(ids) >= num_classes:
         raise ValueError(f"id2label has the id {max(ids)}; the ids of {num_classes} classes end at {num_classes - 1}.")

@@ -32,32 +32,16 @@ class FlowPipeline(LatentPipeline):
         return self.image_channels * self.sample_size[0] * self.sample_size[1]
 
     def decode(self, latents: torch.Tensor, labels: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
-        """The images that the flow maps to these latents.
-
-        Args:
-            latents (`torch.Tensor` of shape `(batch, latent_length)`): Standard normal.
-            labels (`torch.Tensor` of shape `(batch,)`): Class ids.
-            temperature (`float`, *optional*): Standard deviation that the latents are given, by default 1: below,
-                images are more typical and less varied (Glow, section 6).
-
-        Raises:
-            `ValueError`: For a negative temperature.
-        """
+        """The images that the flow maps to these latents; arguments as of [`VAEPipeline.decode`] (Glow, section 6)."""
         return self.flow.decode(resolve_temperature(temperature) * latents, labels).sample
 
     @torch.no_grad()
     def bits_per_dim(
         self, images: torch.Tensor, class_labels: Labels, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """The negative log-likelihood of the dequantised images, exact, in bits per dimension.
+        """The negative log-likelihood of the dequantised images, exact, in bits per dimension, `(batch,)`.
 
-        Args:
-            images (`torch.Tensor` of shape `(batch, channels, height, width)`): 8-bit images, scaled to [-1, 1].
-            class_labels (`int`, `str`, a list, array or tensor of them): The class of each image, by id or name.
-            generator (`torch.Generator`, *optional*): Draws the dequantisation noise.
-
-        Returns:
-            `torch.Tensor` of shape `(batch,)`
+        Args: as of [`VAEPipeline.bits_per_dim`]; the generator draws the dequantisation noise.
 
         Raises:
             `ValueError`: In half precision.

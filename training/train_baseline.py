@@ -39,6 +39,7 @@ from hf_guided.baselines.gan import hinge_losses
 from hf_guided.data import DataArguments
 from hf_guided.families import BASELINES
 from hf_guided.fields import Depth, Length, NonNegativeFloat, NonNegativeInt, PositiveFloat, Range, Share, Width, flag
+from hf_guided.messages import first_few
 from hf_guided.training.arguments import LoopArguments, parse_arguments, run_script
 from hf_guided.training.loop import train_and_save
 from hf_guided.training.saving import publish
@@ -248,8 +249,7 @@ class GANTask(BaselineTask):
     def collapsed(self, spreads: Sequence[float]) -> str:
         """A sentence naming the classes that have collapsed; empty if there are none."""
         names = [f"{self.images.id2label[i]} ({share:.0%})" for i, share in enumerate(spreads) if share < COLLAPSED]
-        listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        return f"samples of a class differ far less than its real images do: {listed}" if names else ""
+        return f"samples of a class differ far less than its real images do: {first_few(names, 10)}" if names else ""
 
 
 def spread(images: torch.Tensor) -> float:

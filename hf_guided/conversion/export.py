@@ -13,6 +13,7 @@ from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
 from ..files import check_parent, is_hub_id, replacing
 from ..loading import naming_damage, read_config
+from ..messages import first_line
 from ..models.classifier_adm import ADMForImageClassification
 from ..models.layers import level_attention, level_widths
 from ..models.unet_adm import ADMUNet2DModel
@@ -118,9 +119,8 @@ def _find(source: str | os.PathLike, token: str | None) -> Path:
             f"log in with `hf auth login`."
         ) from None
     except (HTTPError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"There is no folder {source}, and it could not be downloaded from the Hub: {reason}"
+            f"There is no folder {source}, and it could not be downloaded from the Hub: {first_line(error)}"
         ) from error
 
 
@@ -149,8 +149,7 @@ def _load_parts(folder: Path) -> dict[str, Any]:
                 return {"classifier": ADMForImageClassification.from_pretrained(folder)}
             raise ValueError(f"{folder} is not a pipeline, UNet or classifier of this library.")
     except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"The models of {folder} cannot be loaded: {reason}") from error
+        raise ValueError(f"The models of {folder} cannot be loaded: {first_line(error)}") from error
 
 
 def _unet_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -275,11 +275,8 @@ def _layers(model: Any) -> Iterator[tuple[str, str]]:
 
     index = 1
     for level, block in enumerate(model.down_blocks):
-        for i in range(len(block.resnets)):
-            yield f"down_blocks.{level}.resnets.{i}", f"input_blocks.{index}.0"
-            if block.attentions:
-                yield f"down_blocks.{level}.attentions.{i}", f"input_blocks.{index}.1"
-            index += 1
+        yield from _layers_of_level(block, f"down_blocks.{level}", "input_blocks", index)
+        index += len(block.resnets)
         if block.resamplers:
             yield f"down_blocks.{level}.resamplers.0", f"input_blocks.{index}.0"
             index += 1
@@ -292,12 +289,16 @@ def _layers(model: Any) -> Iterator[tuple[str, str]]:
         return
     index = 0
     for level, block in enumerate(model.up_blocks):
-        for i in range(len(block.resnets)):
-            yield f"up_blocks.{level}.resnets.{i}", f"output_blocks.{index}.0"
-            if block.attentions:
-                yield f"up_blocks.{level}.attentions.{i}", f"output_blocks.{index}.1"
-            index += 1
+        yield from _layers_of_level(block, f"up_blocks.{level}", "output_blocks", index)
+        index += len(block.resnets)
         if block.resamplers:  # the last layer of the level's last block
             position = 2 if block.attentions else 1
             yield f"up_blocks.{level}.resamplers.0", f"output_blocks.{index - 1}.{position}"
     yield from (("conv_norm_out", "out.0"), ("conv_out", "out.2"))
+
+
+def _layers_of_level(block: Any, ours: str, published: str, index: int) -> Iterator[tuple[str, str]]:
+    for i in range(len(block.resnets)):
+        yield f"{ours}.resnets.{i}", f"{published}.{index + i}.0"
+        if block.attentions:
+            yield f"{ours}.attentions.{i}", f"{published}.{index + i}.1"

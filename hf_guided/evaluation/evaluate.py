@@ -9,6 +9,7 @@ import numpy as np
 
 from ..labels import composed, match_classes
 from ..loading import weights_digest
+from ..messages import first_few
 from .features.extractors import FeatureExtractor
 from .features.feature_sets import FeatureSet, collect_features
 from .features.image_sets import ArrayImages, ImageSet, LoadedImages
@@ -198,9 +199,8 @@ def find_warnings(generated: ImageSet, reference: ImageSet | FeatureSet, held_ou
         theirs = sorted(reference.id2label.items())
         missing = [name for label, name in theirs if composed(name) not in ours and label not in ours]
         if missing:
-            listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             notes.append(
-                f"of the reference's {len(reference.id2label)} classes {len(missing)} have no sample: {listed}. This "
+                f"of the reference's {len(reference.id2label)} classes {len(missing)} have no sample: {first_few(missing)}. This "
                 f"worsens recall and FID; sample all classes, or use a reference without these."
             )
     return notes

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..settings import shortened
+from ..settings import spelled
 
 
 def make_betas(beta_schedule: str, num_train_timesteps: int) -> np.ndarray:
@@ -113,5 +113,5 @@ def whole_number(name: str, value: Any, wanted: str = "a whole number") -> int:
     """
     number = value.item() if getattr(value, "ndim", None) == 0 else value
     if isinstance(number, bool) or not isinstance(number, int):
-        raise ValueError(f"{name}: {shortened(number)} ({type(number).__name__}) is not {wanted}.")
+        raise ValueError(f"{name}: {spelled(number)} ({type(number).__name__}) is not {wanted}.")
     return number

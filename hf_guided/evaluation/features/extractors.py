@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ...files import is_hub_id
 from ...loading import check_cover, naming_damage, weights_digest
+from ...messages import first_line
 from ...models.classifier_adm import ADMForImageClassification, image_size
 from ...models.image_processing_adm import ADMImageProcessor
 from ...models.modes import evaluating
@@ -234,8 +235,8 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> FeatureExtra
                 source, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:  # config, processor and damaged weights each raise their own errors
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"No vision model or image classifier could be loaded from {path}: {reason}") from error
+        message = f"No vision model or image classifier could be loaded from {path}: {first_line(error)}"
+        raise ValueError(message) from error
     finally:
         if shown:
             logging.enable_progress_bar()
