@@ -200,8 +200,8 @@ def find_warnings(generated: ImageSet, reference: ImageSet | FeatureSet, held_ou
         missing = [name for label, name in theirs if composed(name) not in ours and label not in ours]
         if missing:
             notes.append(
-                f"of the reference's {len(reference.id2label)} classes {len(missing)} have no sample: {first_few(missing)}. "
-                f"This worsens recall and FID; sample all classes, or use a reference without these."
+                f"of the reference's {len(reference.id2label)} classes {len(missing)} have no sample: "
+                f"{first_few(missing)}. This worsens recall and FID; sample all classes, or use a reference without these."
             )
     return notes
 
