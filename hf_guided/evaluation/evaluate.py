@@ -201,7 +201,8 @@ def find_warnings(generated: ImageSet, reference: ImageSet | FeatureSet, held_ou
         if missing:
             notes.append(
                 f"of the reference's {len(reference.id2label)} classes {len(missing)} have no sample: "
-                f"{first_few(missing)}. This worsens recall and FID; sample all classes, or use a reference without these."
+                f"{first_few(missing)}. This worsens recall and FID; sample all classes, or use a reference "
+                f"without these."
             )
     return notes
 
