@@ -59,45 +59,51 @@ def diffusion_loss(
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={loss_type!r} is not one of {', '.join(map(repr, LOSS_TYPES))}.")
-    process = scheduler.training_process
-    if loss_type == "hybrid" and process.variance_type != "learned_range":
+    diffusion = scheduler.training_diffusion
+    if loss_type == "hybrid" and diffusion.variance_type != "learned_range":
         raise ValueError(
-            f"loss_type='hybrid' trains a learned variance, and variance_type={process.variance_type!r} has none; use "
-            f"loss_type='simple', or a scheduler with variance_type='learned_range'."
+            f"loss_type='hybrid' trains a learned variance, and variance_type={diffusion.variance_type!r} has none; "
+            f"use loss_type='simple', or a scheduler with variance_type='learned_range'."
         )
     model_output, clean, noise = upcast(model_output), upcast(clean), upcast(noise)
-    sample = process.add_noise(clean, noise, timesteps)
-    prediction, variance_output = process.split(model_output, clean.shape[1])
+    sample = diffusion.add_noise(clean, noise, timesteps)
+    prediction, variance_output = diffusion.split(model_output, clean.shape[1])
     target = {
         "epsilon": lambda: noise,
         "sample": lambda: clean,
         "v_prediction": lambda: scheduler.get_velocity(clean, noise, timesteps),
-    }[process.prediction_type]()
+    }[diffusion.prediction_type]()
     mse = mean_over_pixels((target - prediction) ** 2)
 
     if loss_type != "vlb" and variance_output is not None:
         model_output = torch.cat([prediction.detach(), variance_output], dim=1)
     with torch.set_grad_enabled(torch.is_grad_enabled() and loss_type != "simple"):
-        vb = variational_bound_term(process, process.predict(model_output, timesteps, sample), clean, sample, timesteps)
+        vb = variational_bound_term(
+            diffusion, diffusion.predict(model_output, timesteps, sample), clean, sample, timesteps
+        )
 
-    total = len(process.timesteps)
+    total = len(diffusion.timesteps)
     if loss_type == "hybrid":
         vb = vb * (total / 1000)  # without the factor vb would dominate the mse at other numbers of timesteps
     return DiffusionLoss(loss={"simple": mse, "hybrid": mse + vb, "vlb": vb * total}[loss_type], mse=mse, vb=vb)
 
 
 def variational_bound_term(
-    process: GaussianDiffusion, predicted: Gaussian, clean: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor
+    diffusion: GaussianDiffusion,
+    predicted: Gaussian,
+    clean: torch.Tensor,
+    sample: torch.Tensor,
+    timesteps: torch.Tensor,
 ) -> torch.Tensor:
     """One term of the bound on the negative log-likelihood, in bits per dimension, of shape `(batch,)`.
 
     DDPM, equation 5: the KL divergence between the posterior and the model at a timestep, and at the first timestep the
     model's negative log-likelihood of the 8-bit image.
     """
-    posterior = process.posterior(clean, timesteps, sample)
+    posterior = diffusion.posterior(clean, timesteps, sample)
     kl = normal_kl(posterior.mean, posterior.log_variance, predicted.mean, predicted.log_variance)
     nll = -discretized_gaussian_log_likelihood(clean, predicted.mean, 0.5 * predicted.log_variance)
-    first = (timesteps == process.timesteps[0]).to(clean.device)
+    first = (timesteps == diffusion.timesteps[0]).to(clean.device)
     return torch.where(first, mean_over_pixels(nll), mean_over_pixels(kl)) / math.log(2)
 
 

@@ -93,7 +93,7 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
             return None
         if self.num_classes is None:
             raise ValueError(
-                "class_labels were given, but this pipeline has no classes: its UNet is unconditional and it has no "
+                "class_labels were given, but this pipeline has no classes: its model is unconditional and it has no "
                 "classifier. Leave them out, or load a classifier."
             )
         ids = resolve_labels(class_labels, self.id2label, self.num_classes)

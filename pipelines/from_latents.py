@@ -11,7 +11,13 @@ from .class_conditional import ClassConditionalPipeline, Labels, check_latents, 
 
 
 class LatentPipeline(ClassConditionalPipeline):
-    """Base class of pipelines that decode latent vectors; a subclass says how long they are, and `decode`s them."""
+    """Base class of pipelines that decode latent vectors; a subclass says how long they are, and `decode`s them.
+
+    One that can tell how likely an image is sets `no_likelihood` to `None`, `likelihood_kind` to `"bound"` or
+    `"exact"`, and has a method `bits_per_dim`, as [`VAEPipeline`].
+    """
+
+    no_likelihood: str | None = "the density of its samples is not known"
 
     @property
     def latent_length(self) -> int:

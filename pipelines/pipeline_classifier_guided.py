@@ -373,13 +373,13 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             model_input = self.scheduler.scale_model_input(latents, t)
             parts = []
             for rows in guider.begin_step(i, schedule[i], latents):
-                with guider.recording(model_input[rows]) as x_t:
+                with guider.differentiable(model_input[rows]) as x_t:
                     prediction = self.predict(x_t, t, rows, conditions, guider)
                 guider.add_gradient(x_t, prediction, rows)
                 parts.append(prediction.detach())
                 del prediction  # frees its graph before the next part
             model_output = torch.cat(parts)
-            guider.monitor.watch(broken_images(model_output), "unet", schedule[i], i)
+            guider.monitor.record(broken_images(model_output), "unet", schedule[i], i)
             gradient = guider.gradient()
 
             noise: dict[str, Any] = {"generator": generators}
@@ -412,7 +412,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 replaced = (returned or {}).pop("latents", latents)
                 previous = previous if replaced is latents else None
                 latents = replaced
-        guider.monitor.look()
+        guider.monitor.check()
         return latents
 
     def predict(
@@ -426,9 +426,9 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         """The UNet's output, its prediction extrapolated from weaker ones (classifier-free guidance, autoguidance)."""
         timestep = model_timesteps(self.scheduler, timestep)
         conditions = {name: condition[rows] for name, condition in conditions.items()}
-        compared = {kind.component for kind in guider.compared}
+        components = {kind.component for kind in guider.acting_predictions}
         others = {}
-        if "guide_unet" in compared:
+        if "guide_unet" in components:
             known = dict(conditions)
             if self.guide_unet.config.num_class_embeds is None:
                 known.pop("class_labels", None)
@@ -436,21 +436,21 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 output = self.guide_unet(sample.to(self.guide_unet.dtype), timestep, **known).sample
             others["guide_unet"] = output.float()
         unet_input = sample
-        if "unet" in compared:  # conditional and unconditional, in one doubled batch
+        if "unet" in components:  # conditional and unconditional, in one doubled batch
             null_label = torch.full_like(rows, self.unet.config.num_class_embeds)
             unconditional = {**conditions, "class_labels": null_label}
             conditions = {name: torch.cat([known, unconditional[name]]) for name, known in conditions.items()}
             unet_input = torch.cat([sample, sample])
         with guider.monitor.measured("unet"):
             output = self.unet(unet_input.to(self.unet.dtype), timestep, **conditions).sample.float()
-        if "unet" in compared:
+        if "unet" in components:
             output, others["unet"] = output.chunk(2)
-        if not compared:
+        if not components:
             return output
         prediction, variance = output.tensor_split([sample.shape[1]], dim=1)
         differences = [
             kind.difference(prediction, others[kind.component][:, : sample.shape[1]], guider.timestep)
-            for kind in guider.compared
+            for kind in guider.acting_predictions
         ]
         return torch.cat([sum(differences, start=prediction), variance], dim=1)
 

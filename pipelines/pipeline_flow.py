@@ -19,6 +19,7 @@ class FlowPipeline(LatentPipeline):
 
     main_component = "flow"
     model_cpu_offload_seq = "flow"
+    no_likelihood = None
     likelihood_kind = "exact"
 
     def __init__(self, flow: ModelMixin, id2label: dict | None = None):

@@ -19,6 +19,7 @@ class VAEPipeline(LatentPipeline):
 
     main_component = "vae"
     model_cpu_offload_seq = "vae"
+    no_likelihood = None
     likelihood_kind = "bound"
 
     def __init__(self, vae: ModelMixin, id2label: dict | None = None):

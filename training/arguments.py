@@ -46,7 +46,7 @@ from ..fields import (
 from ..files import check_kind, check_outside, check_place, check_replaceable
 from ..models.layers import count_heads, level_widths
 from ..processes import resumable, user_command
-from ..schedulers.schedules import make_betas, space_timesteps
+from ..schedulers.schedules import SCHEDULES, make_betas, space_timesteps
 from ..schedulers.scheduling_adm import FEW_STEPS
 from .checkpoints import HISTORY, RUN_FILE, check_named
 
@@ -130,7 +130,7 @@ class LoopArguments(RunArguments):
 class ScheduleArguments(CheckedFields):
     """The noise schedule, which classifier and UNet must share."""
 
-    beta_schedule: str = flag("squaredcos_cap_v2", "Noise schedule.", choices=("linear", "squaredcos_cap_v2"))
+    beta_schedule: str = flag("squaredcos_cap_v2", "Noise schedule.", choices=tuple(SCHEDULES))
     num_train_timesteps: Annotated[int, Range(at_least=2, at_most=10**6)] = flag(1000, "Timesteps of the schedule.")
     rescale_timesteps: bool = flag(False, "Scale the timesteps that models take to [0, 1000).")
 

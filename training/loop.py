@@ -164,7 +164,7 @@ def training_loop(task: Task, data_args: DataArguments, accelerator: Accelerator
             if accelerator.is_main_process and (due(args.validation_steps) or due(args.preview_steps)):
                 with averaged_weights(ema, parameters), naming_divergence():
                     if due(args.validation_steps):
-                        log(step, {**task.watch(), **validate(task, accelerator.device)})
+                        log(step, {**task.validation_metrics(), **validate(task, accelerator.device)})
                     if due(args.preview_steps):
                         task.preview(output_dir / f"preview-{step:06d}.png")
 

@@ -119,14 +119,14 @@ def save_folder(save: Callable[[str], Any], folder: Path) -> None:
         save(str(partial))
         made = {path.relative_to(partial) for path in partial.rglob("*")}
         names = [path.as_posix() for path in made if path.name in (INDEX_FILE, CONFIG_FILE)]
-        configs = {name: read_record(partial / name) for name in names}
+        configs = {name: read_entries(partial / name) for name in names}
         written = {name: _editable(name, config) for name, config in configs.items()}
         if folder.is_dir():
-            record = read_record(folder / MADE_FILE, {"files": [str]})
+            record = read_entries(folder / MADE_FILE, {"files": [str]})
             ours = {*made, *map(Path, record.get("files", ())), Path(MADE_FILE)}
             keep_foreign_files(folder, partial, ours)
             for name, config in configs.items():
-                now = _editable(name, read_record(folder / name))
+                now = _editable(name, read_entries(folder / name))
                 if now and (changed := changed_entries(name, record.get(name), now, written[name])):
                     write_json({**config, **changed}, partial / name)
         files = sorted(path.as_posix() for path in made if (partial / path).is_file())
@@ -140,7 +140,7 @@ def _editable(name: str, config: dict[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in ("id2label", "label2id") if key in config}
 
 
-def read_record(path: Path, shape: Any = dict) -> dict[str, Any]:
+def read_entries(path: Path, shape: Any = dict) -> dict[str, Any]:
     """The content of a JSON file, empty if it is missing or damaged: too late to stop for that."""
     try:
         return read_json(path, shape)

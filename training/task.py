@@ -68,7 +68,7 @@ class Task(ABC):
         """Parameter groups for the optimizer, each with an optional learning rate."""
         return [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
 
-    def watch(self) -> dict[str, float]:
+    def validation_metrics(self) -> dict[str, float]:
         """Further values of the current model to log with the losses on held-out images, by name."""
         return {}
 

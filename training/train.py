@@ -204,7 +204,7 @@ def make_report(
         if held_out is not None:
             metrics["copied_share/judge"] = memorisation(generated, train, held_out).copied_share
         rows.append({"samples": "generated", **arguments, **metrics})
-        path = output_dir / f"grid-scale-{scale:g}-unet-{'told' if condition_unet else 'not-told'}.png"
+        path = output_dir / f"grid-scale-{scale:g}-{'conditional' if condition_unet else 'unconditional'}.png"
         draw_grid(pipeline, scale, path, args.sampling_batch_size, condition_unet)
     return rows
 

@@ -226,7 +226,7 @@ class GANTask(BaselineTask):
         generator.set_standing_statistics()
         return GANPipeline(generator, id2label=self.id2label)
 
-    def watch(self) -> dict[str, float]:
+    def validation_metrics(self) -> dict[str, float]:
         spreads = self.spreads()
         collapsed = self.collapsed(spreads)
         if collapsed:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..credentials import log_to_screen
+from ..families import BASELINES
 from ._arguments import add_flags, parse_numbers, shown_name
 
 PASSED_ON = ("budget", "features", "num_images", "guidance_scale", "resolution", "recipe", "batch_size")
@@ -18,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="digits", help="as for inspect-classifier; default: digits")
     parser.add_argument("--resolution", type=int, nargs="+", metavar="N", help="pixels, as in training")
     parser.add_argument("--recipe", metavar="NAME|YAML", help="as in training; default: the data's own")
-    parser.add_argument("--families", default="vae,gan,flow,diffusion,guided", help="default: %(default)s")
+    parser.add_argument(
+        "--families", default=",".join([*BASELINES, "diffusion", "guided"]), help="default: %(default)s"
+    )
     parser.add_argument("--budget", default="5m", help="of each: 5m, 300s, 1h, 2000steps, 500kparameters; default: 5m")
     parser.add_argument("--seeds", default="0,1,2", help="each trains models of its own; default: 0,1,2")
     parser.add_argument(

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the model card that is added where there is none, as the Hub spells it: apache-2.0, mit ...",
     )
     parser.add_argument("--space", metavar="user/space", help="also push the page of `hf-guided demo`, as a Space")
-    parser.add_argument("--judge", metavar="MODEL", help="of that page: the classifier on the Hub that judges")
+    parser.add_argument("--judge", metavar="MODEL", help="of that page: the evaluation classifier on the Hub")
     add_flags(parser, "hub_private", "hub_token")
 
 

@@ -58,8 +58,8 @@ def bits_per_dim(
         `ValueError`: If `noise` has another shape, the respacing cannot be satisfied, or labels are not class ids.
         [`NotFiniteError`]: If an output of the UNet is not finite, which clipping would hide.
     """
-    process = _process(scheduler, respacing)
-    descending = process.timesteps[::-1]
+    diffusion = _diffusion(scheduler, respacing)
+    descending = diffusion.timesteps[::-1]
     images = upcast(images)
     shape = (len(descending), *images.shape)
     if noise is not None and noise.shape != shape:
@@ -78,19 +78,19 @@ def bits_per_dim(
         for i, timestep in enumerate(descending):
             timesteps = torch.full((len(images),), timestep, device=images.device)
             step_noise = torch.randn_like(images) if noise is None else noise[i].to(images)
-            sample = process.add_noise(images, step_noise, timesteps)
+            sample = diffusion.add_noise(images, step_noise, timesteps)
             unet_timesteps = model_timesteps(scheduler, timesteps)
             model_output = unet(sample.to(unet.dtype), unet_timesteps, **conditions).sample
-            monitor.watch(broken_images(model_output), "unet", timestep, i)
-            predicted = process.predict(model_output, timesteps, sample, scheduler.config.clip_sample)
+            monitor.record(broken_images(model_output), "unet", timestep, i)
+            predicted = diffusion.predict(model_output, timesteps, sample, scheduler.config.clip_sample)
             original = predicted.pred_original_sample
-            vb.append(variational_bound_term(process, predicted, images, sample, timesteps))
-            mse.append(mean_over_pixels((process.epsilon_of(original, timesteps, sample) - step_noise) ** 2))
+            vb.append(variational_bound_term(diffusion, predicted, images, sample, timesteps))
+            mse.append(mean_over_pixels((diffusion.epsilon_of(original, timesteps, sample) - step_noise) ** 2))
             xstart_mse.append(mean_over_pixels((original - images) ** 2))
-        monitor.look()
+        monitor.check()
 
     # in float64: the signal at the last timestep is below the precision of float32
-    signal, alpha_bar = process.at(descending[0], images.double(), "sqrt_alpha_bar", "alpha_bar")
+    signal, alpha_bar = diffusion.at(descending[0], images.double(), "sqrt_alpha_bar", "alpha_bar")
     zero = torch.zeros_like(alpha_bar)
     prior = normal_kl(signal * images.double(), (1 - alpha_bar).log(), zero, zero)
     prior_bpd = (mean_over_pixels(prior) / math.log(2)).to(images.dtype)
@@ -99,9 +99,9 @@ def bits_per_dim(
     return BitsPerDim(total_bpd, prior_bpd, terms, torch.stack(mse, dim=1), torch.stack(xstart_mse, dim=1))
 
 
-def _process(scheduler: ADMScheduler, respacing: str | None) -> GaussianDiffusion:
+def _diffusion(scheduler: ADMScheduler, respacing: str | None) -> GaussianDiffusion:
     total = scheduler.config.num_train_timesteps
-    return scheduler.process_of(space_timesteps(total, respacing) if respacing else range(total))
+    return scheduler.diffusion_on(space_timesteps(total, respacing) if respacing else range(total))
 
 
 @dataclass
@@ -181,7 +181,7 @@ def likelihood(
         kind=getattr(pipeline, "likelihood_kind", "bound"),
     )
     if terms:
-        result.timesteps = list(_process(pipeline.scheduler, respacing).timesteps)[::-1]
+        result.timesteps = list(_diffusion(pipeline.scheduler, respacing).timesteps)[::-1]
         result.prior_bpd = terms[0].mean().item()
         result.vb, result.mse, result.xstart_mse = (term.mean(dim=0).tolist() for term in terms[1:])
     return result

@@ -1,4 +1,4 @@
-"""What a command asks of a pipeline: classes by name, and the arguments that its kind supports."""
+"""What a command asks of a pipeline: the classes to sample, and the arguments that the pipeline supports."""
 
 import inspect
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..families import family_of
 from ..processes import print_once
 from .sampling import sample_labels
 
@@ -60,12 +61,13 @@ def class_ids(pipeline: Any, labels: Sequence[str]) -> list[int]:
 
 
 def pipeline_arguments(pipeline: Any, **given: Any) -> dict[str, Any]:
-    """Those of some arguments that this kind of pipeline takes; one that is given (not `None` or `True`) and that it
-    does not support is a `ValueError`."""
-    known = inspect.signature(type(pipeline).__call__).parameters
+    """Those of some arguments that this pipeline takes; one that is given (not `None` or `True`) and that it does not
+    support is a `ValueError`."""
+    kind = type(pipeline)
+    known = {*inspect.signature(kind.__call__).parameters, family_of(kind.__name__).trade_off}
     for name, value in given.items():
         if name not in known and value is not None and value is not True:
-            raise ValueError(f"A {type(pipeline).__name__} does not support --{name}; leave it out.")
+            raise ValueError(f"A {kind.__name__} does not support --{name}; leave it out.")
     return {name: value for name, value in given.items() if name in known}
 
 

@@ -1,4 +1,4 @@
-"""One output of many images, which several processes make in as many sittings as it takes.
+"""One output of many images, which several processes make, resumed as often as it takes.
 
 Each finished batch is kept in a folder `<output>.parts` until all are there, beside a plan of what they depend on.
 """
@@ -150,7 +150,7 @@ class Run:
         self.plan: dict[str, Any] = without_credentials(json.loads(json.dumps(plan, default=repr)))
 
     def make(self, make_batches: Callable[[list[int]], Batches]) -> bool:
-        """Makes the output, by all processes: the same to the byte for any number of processes and sittings.
+        """Makes the output, by all processes: the same to the byte for any number of processes, resumed or not.
 
         Args:
             make_batches (`Callable`): Is given indices of batches, of which batch b begins with image b * batch_size;
@@ -258,7 +258,7 @@ class Run:
         return missing
 
     def _check_space(self, of_parts: int) -> None:
-        """Refuses a disk that has no room for so many bytes of parts and the output."""
+        """Refuses a disk that is too full for so many bytes of parts and the output."""
         num_images, height = self.shape[:2]
         png = self.image_bytes * 1001 // 1000 + height + 200  # of noise, which cannot be made smaller
         of_image = {".npz": self.image_bytes + 8, ".parquet": png + 50, "": math.ceil(png / _BLOCK) * _BLOCK + 200}

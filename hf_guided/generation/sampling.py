@@ -107,7 +107,7 @@ def sample_batches(
 
 
 def compiled_if(is_full: bool) -> AbstractContextManager:
-    """Not to compile anew for the last few images, runs a batch that is not full without the compiler."""
+    """Runs a batch that is not full without the compiler, which would compile again for its size."""
     return nullcontext() if is_full else torch.compiler.set_stance("force_eager")
 
 
@@ -121,7 +121,7 @@ def sample_to_file(
     compile: bool = False,
     **arguments: Any,
 ) -> bool:
-    """Samples into one file, by all processes, in as many sittings as it takes: the file is the same, to the byte.
+    """Samples into one file, by all processes, resumed as often as it takes: the file is the same, to the byte.
 
     Each finished batch is kept in a folder `<output>.parts` until all are there. After a stop or a kill the same call
     makes those that are missing. A picture of some samples is put beside the file, with the ending `.png`.

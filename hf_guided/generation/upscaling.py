@@ -51,7 +51,7 @@ def upscale_to_file(
     seed: int = 0,
     **arguments: Any,
 ) -> bool:
-    """Upsamples into one file, by all processes, in as many sittings as it takes, as [`sample_to_file`].
+    """Upsamples into one file, by all processes, resumed as often as it takes, as [`sample_to_file`].
 
     Args:
         pipeline ([`ClassifierGuidedUpscalePipeline`]): Makes the large images, of 1 or 3 channels.

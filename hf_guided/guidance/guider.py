@@ -30,8 +30,8 @@ class _Gradient:
 class Guider:
     r"""Composes the kinds of guidance of one denoising loop.
 
-    At each timestep: `begin_step`, then for each part of the batch that it returns the UNet's call under `recording`
-    and `add_gradient`, then `gradient`.
+    At each timestep: `begin_step`; for each part of the batch that it returns the UNet's call under `differentiable`,
+    and `add_gradient`; then `gradient`.
 
     Args:
         pipeline ([`ClassifierGuidedPipeline`]): Its components guide.
@@ -42,7 +42,7 @@ class Guider:
         timed (`bool`): Measure seconds, which synchronises with the GPU.
 
     Attributes:
-        compared (`list[PredictionGuidance]`): The kinds that change the prediction at the current timestep.
+        acting_predictions (`list[PredictionGuidance]`): The kinds that change the prediction at the current timestep.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Guider:
         self.monitor = Monitor(skip_gradients=nonfinite_gradient == "skip", timed=timed)
         # Sorted, since floating-point sums depend on the order.
         kinds = sorted(kinds, key=lambda kind: (type(kind).__name__, repr(kind)))
-        self.comparisons = [kind for kind in kinds if isinstance(kind, PredictionGuidance)]
+        self.prediction_kinds = [kind for kind in kinds if isinstance(kind, PredictionGuidance)]
         self.gradients = [
             _Gradient(kind, kind.objective(pipeline, labels)) for kind in kinds if isinstance(kind, GradientGuidance)
         ]
@@ -76,16 +76,16 @@ class Guider:
             `list[torch.Tensor]`: Indices of the images of each part.
         """
         self.step, self.timestep = step, timestep
-        self.compared = [kind for kind in self.comparisons if kind.acts_at(timestep)]
-        self.acting = [gradient for gradient in self.gradients if gradient.kind.acts_at(timestep)]
-        self.due = [gradient for gradient in self.acting if gradient.takes_turn()]
+        self.acting_predictions = [kind for kind in self.prediction_kinds if kind.acts_at(timestep)]
+        self.acting_gradients = [gradient for gradient in self.gradients if gradient.kind.acts_at(timestep)]
+        self.due = [gradient for gradient in self.acting_gradients if gradient.takes_turn()]
         for gradient in self.due:
             gradient.parts.clear()
         self.through_unet = any(gradient.kind.through_unet for gradient in self.due)
         return parts_of(sample, self.gradient_batch_size if self.through_unet else None)
 
     @contextmanager
-    def recording(self, sample: torch.Tensor) -> Iterator[torch.Tensor]:
+    def differentiable(self, sample: torch.Tensor) -> Iterator[torch.Tensor]:
         """The sample in float32, for the UNet; calls with it are recorded if a gradient goes through the UNet."""
         unets = (self.pipeline.unet, self.pipeline.guide_unet) if self.through_unet else ()
         with torch.set_grad_enabled(self.through_unet), frozen(*unets):
@@ -95,7 +95,7 @@ class Guider:
         """Computes the gradients of a part of the batch that are due at this step.
 
         Args:
-            sample (`torch.Tensor` of shape `(n, channels, height, width)`): x_t, as `recording` gave it.
+            sample (`torch.Tensor` of shape `(n, channels, height, width)`): x_t, as `differentiable` gave it.
             model_output (`torch.Tensor`): The UNet's output for it.
             rows (`torch.Tensor` of shape `(n,)`): Indices of these images in the batch.
         """
@@ -104,7 +104,7 @@ class Guider:
                 original = self.predicted_original(model_output, sample)
         for gradient in self.due:
             kind = gradient.kind
-            term = self.gradient_of(gradient.objective, original if kind.denoised else sample, rows)
+            term = self.gradient_of(gradient, original if kind.denoised else sample, rows)
             if kind.through_unet:
                 broken = broken_images(term)
                 with self.monitor.measured("unet", calls=0):
@@ -115,10 +115,10 @@ class Guider:
     def gradient(self) -> torch.Tensor | None:
         """The scaled gradient of log p with respect to x_t, summed over the kinds; `None` if none acts."""
         total = None
-        for gradient in self.acting:
+        for gradient in self.acting_gradients:
             if gradient.parts and (gradient in self.due or gradient.kind.reuse):
                 term = torch.cat(gradient.parts) * gradient.kind.scale_at(self.timestep)
-                term = self.monitor.finite(term, type(gradient.kind).__name__, self.timestep, self.step)
+                term = self.monitor.zero_nonfinite(term, type(gradient.kind).__name__, self.timestep, self.step)
                 total = term if total is None else total + term
         return total
 
@@ -129,15 +129,19 @@ class Guider:
         original = original_of(model_output[:, : sample.shape[1]], sample, alpha_bar, config.prediction_type)
         return original.clamp(-1, 1) if config.get("clip_sample", False) else original
 
-    def gradient_of(self, objective: Objective, images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def gradient_of(self, gradient: _Gradient, images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """The gradient of log p with respect to images, in float32 for a model of any dtype."""
+        objective = gradient.objective
         gradients = []
         for part in parts_of(images, self.gradient_batch_size):
             with torch.enable_grad(), frozen(objective.model), self.monitor.measured(objective.component):
                 leaf = images[part].detach().requires_grad_()
                 log_p = objective.log_probability(leaf, self.timestep, rows[part]).sum()
                 if not log_p.requires_grad:
-                    raise ValueError("The loss of LossGuidance has no gradient: compute it from the images with torch.")
+                    raise ValueError(
+                        f"The loss of {type(gradient.kind).__name__} has no gradient: compute it from the images with "
+                        f"torch."
+                    )
                 # Loss scaling: small gradients would underflow in half precision.
                 headroom = 2.0**10 if getattr(objective.model, "dtype", None) == torch.float16 else 1.0
                 gradients.append(torch.autograd.grad(log_p * headroom, leaf)[0] / headroom)

@@ -11,7 +11,7 @@ from .base import NotFiniteError, broken_images
 
 _UNET = "unet"
 # Outputs and gradients between two checks that they are finite; each check waits for an accelerator
-_LOOK_EVERY = 32
+_CHECK_EVERY = 32
 
 
 @dataclass
@@ -41,31 +41,31 @@ class Monitor:
     def __init__(self, skip_gradients: bool = False, timed: bool = False):
         self.skip_gradients, self.timed = skip_gradients, timed
         self.cost = SamplingCost()
-        self.unseen: list[tuple[torch.Tensor, str, float, int]] = []  # flags of images not finite, of what, where
+        self.pending: list[tuple[torch.Tensor, str, float, int]] = []  # flags of images not finite, of what, where
 
-    def finite(self, gradient: torch.Tensor, name: str, timestep: float, step: int) -> torch.Tensor:
+    def zero_nonfinite(self, gradient: torch.Tensor, name: str, timestep: float, step: int) -> torch.Tensor:
         """The gradient, zero for images where it is not finite; on an accelerator these are reported with a delay."""
         is_broken = broken_images(gradient)
-        self.watch(is_broken, name, timestep, step)
+        self.record(is_broken, name, timestep, step)
         return gradient.masked_fill(is_broken.view(-1, 1, 1, 1), 0.0)
 
-    def watch(self, is_broken: torch.Tensor, name: str, timestep: float, step: int) -> None:
+    def record(self, is_broken: torch.Tensor, name: str, timestep: float, step: int) -> None:
         """Records which images' gradient or output is not finite, until the next check."""
-        self.unseen.append((is_broken, name, timestep, step))
-        if is_broken.device.type == "cpu" or len(self.unseen) >= _LOOK_EVERY:
-            self.look()
+        self.pending.append((is_broken, name, timestep, step))
+        if is_broken.device.type == "cpu" or len(self.pending) >= _CHECK_EVERY:
+            self.check()
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Checks that outputs and gradients since the last check were finite; called at the end of the loop too.
 
         Raises:
             [`NotFiniteError`]: If one was not, unless it is a gradient and these are skipped and counted.
         """
-        unseen, self.unseen = self.unseen, []
-        if not unseen:
+        pending, self.pending = self.pending, []
+        if not pending:
             return
         for flags, (_, name, timestep, step) in zip(
-            torch.stack([flags for flags, *_ in unseen]).tolist(), unseen, strict=True
+            torch.stack([flags for flags, *_ in pending]).tolist(), pending, strict=True
         ):
             broken = [image for image, is_broken in enumerate(flags) if is_broken]
             images = f"image{'s' * (len(broken) > 1)} {', '.join(map(str, broken[:5]))}{' …' * (len(broken) > 5)}"

@@ -73,9 +73,9 @@ class RePaint:
             noise = randn_tensor(image.shape, generators, image.device, image.dtype)
             return alpha_bar.sqrt() * image + (1 - alpha_bar).sqrt() * noise
 
-        (alpha_bar,) = self.scheduler.process.at(timestep, sample, "alpha_bar_prev")
+        (alpha_bar,) = self.scheduler.diffusion.at(timestep, sample, "alpha_bar_prev")
         sample = torch.where(self.mask, sample, noised(self.original, alpha_bar))  # equation 8
         if next_timestep >= timestep:
-            (alpha_bar_next,) = self.scheduler.process.at(next_timestep, sample, "alpha_bar")
+            (alpha_bar_next,) = self.scheduler.diffusion.at(next_timestep, sample, "alpha_bar")
             sample = noised(sample, alpha_bar_next / alpha_bar)
         return sample

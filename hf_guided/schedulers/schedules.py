@@ -1,6 +1,6 @@
 """Noise schedules, and the timesteps that sampling uses."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -21,19 +21,29 @@ def make_betas(beta_schedule: str, num_train_timesteps: int) -> np.ndarray:
     Raises:
         `ValueError`: For another schedule, or so few steps that a linear beta reaches 1.
     """
-    if beta_schedule == "linear":
-        scale = 1000 / num_train_timesteps
-        if scale * 0.02 >= 1:
-            raise ValueError(
-                f"The linear schedule has no {num_train_timesteps} steps: its last beta would be {scale * 0.02:g}, and "
-                f"betas stay below 1. Use 21 steps or more, or beta_schedule='squaredcos_cap_v2'."
-            )
-        return np.linspace(scale * 0.0001, scale * 0.02, num_train_timesteps, dtype=np.float64)
-    if beta_schedule == "squaredcos_cap_v2":
-        times = np.arange(num_train_timesteps + 1) / num_train_timesteps
-        alpha_bar = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-    raise ValueError(f"beta_schedule={beta_schedule!r} is neither 'linear' nor 'squaredcos_cap_v2'.")
+    if not isinstance(beta_schedule, str) or beta_schedule not in SCHEDULES:
+        raise ValueError(f"beta_schedule={beta_schedule!r} is not one of {', '.join(map(repr, SCHEDULES))}.")
+    return SCHEDULES[beta_schedule](num_train_timesteps)
+
+
+def _linear(num_train_timesteps: int) -> np.ndarray:
+    scale = 1000 / num_train_timesteps
+    if scale * 0.02 >= 1:
+        raise ValueError(
+            f"The linear schedule has no {num_train_timesteps} steps: its last beta would be {scale * 0.02:g}, and "
+            f"betas stay below 1. Use 21 steps or more, or beta_schedule='squaredcos_cap_v2'."
+        )
+    return np.linspace(scale * 0.0001, scale * 0.02, num_train_timesteps, dtype=np.float64)
+
+
+def _cosine(num_train_timesteps: int) -> np.ndarray:
+    times = np.arange(num_train_timesteps + 1) / num_train_timesteps
+    alpha_bar = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+# The betas of each schedule, by its name.
+SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {"linear": _linear, "squaredcos_cap_v2": _cosine}
 
 
 def space_timesteps(num_train_timesteps: int, respacing: str) -> list[int]:

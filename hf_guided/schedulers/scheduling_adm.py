@@ -18,7 +18,7 @@ from ..loading import SavedConfigMixin
 from ..registration import register_with_diffusers
 from ..settings import check_settings
 from .gaussian_diffusion import PREDICTION_TYPES, GaussianDiffusion, Timestep, compute_dtype, upcast
-from .schedules import check_timesteps, make_betas, space_timesteps, whole_number
+from .schedules import SCHEDULES, check_timesteps, make_betas, space_timesteps, whole_number
 
 # Default number of second-order steps. On digits 10 are as good as 250 published ones
 # (tests/benchmarks/guidance_solvers.py); arXiv 2211.01095 takes 15 to 20 on ImageNet, which was not measured here.
@@ -113,10 +113,10 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         self.betas = torch.from_numpy(betas).float()
         self.alphas_cumprod = torch.from_numpy(alphas_cumprod).float()
         self.init_noise_sigma = 1.0
-        self.training_process = self.process_of(range(num_train_timesteps))
+        self.training_diffusion = self.diffusion_on(range(num_train_timesteps))
         self.set_timesteps()
 
-    def process_of(self, timesteps: Sequence[int]) -> GaussianDiffusion:
+    def diffusion_on(self, timesteps: Sequence[int]) -> GaussianDiffusion:
         """The Gaussian diffusion on some of the training timesteps, ascending; the scheduler is not changed."""
         alphas_cumprod = np.cumprod(1 - np.asarray(self.config.trained_betas))
         return GaussianDiffusion(alphas_cumprod, timesteps, self.config.prediction_type, self.config.variance_type)
@@ -164,7 +164,7 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
                 )
         self.num_inference_steps = len(descending)
         self.timesteps = torch.tensor(descending, device=device)
-        self.process = self.training_process if len(descending) == total else self.process_of(descending[::-1])
+        self.diffusion = self.training_diffusion if len(descending) == total else self.diffusion_on(descending[::-1])
 
     def step(
         self,
@@ -211,11 +211,11 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         if eta or algorithm == "ddpm":
             if variance_noise is None:
                 variance_noise = randn_tensor(sample.shape, generator, sample.device, compute_dtype(sample))
-            (is_noisy,) = self.process.at(timestep, sample, "is_noisy")
+            (is_noisy,) = self.diffusion.at(timestep, sample, "is_noisy")
             noise = is_noisy * upcast(variance_noise).to(sample.device)
 
         clip_first = self.config.clip_sample and not is_second_order
-        predicted = self.process.predict(model_output, timestep, sample, clip_first)
+        predicted = self.diffusion.predict(model_output, timestep, sample, clip_first)
         original = predicted.pred_original_sample
         if algorithm == "ddpm" and not is_second_order:
             mean = predicted.mean
@@ -223,17 +223,17 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
                 mean = mean + predicted.variance * upcast(gradient)
             prev_sample = mean + (0.5 * predicted.log_variance).exp() * noise
         else:
-            alpha_bar, alpha_bar_prev = self.process.at(timestep, sample, "alpha_bar", "alpha_bar_prev")
-            epsilon = self.process.epsilon_of(original, timestep, sample)
+            alpha_bar, alpha_bar_prev = self.diffusion.at(timestep, sample, "alpha_bar", "alpha_bar_prev")
+            epsilon = self.diffusion.epsilon_of(original, timestep, sample)
             if gradient is not None:
                 epsilon = epsilon - (1 - alpha_bar).sqrt() * upcast(gradient)
-                original = self.process.original_of(epsilon, timestep, sample)
+                original = self.diffusion.original_of(epsilon, timestep, sample)
             target = original
             if is_second_order:
                 eta = 1.0 if algorithm == "ddpm" else eta  # 1 equals DDPM with the posterior's variance
                 original = original.clamp(-1, 1) if self.config.clip_sample else original
                 target = self.extrapolate(original, timestep, previous)
-                epsilon = self.process.epsilon_of(target, timestep, sample)
+                epsilon = self.diffusion.epsilon_of(target, timestep, sample)
             # arXiv 2010.02502, equations 12 and 16; by rounding the direction's square may be below 0
             sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_prev).sqrt()
             direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt()
@@ -251,17 +251,19 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         """The clean image extrapolated by half a step from the preceding one (arXiv 2211.01095, Algorithm 2)."""
         if previous is None:
             return original
-        here, ahead = self.process.at(timestep, original, "half_log_snr", "half_log_snr_prev")
-        (before,) = self.process.at(previous[0], original, "half_log_snr")
+        here, ahead = self.diffusion.at(timestep, original, "half_log_snr", "half_log_snr_prev")
+        (before,) = self.diffusion.at(previous[0], original, "half_log_snr")
         return original + (ahead - here) / (2 * (here - before)) * (original - upcast(previous[1]))
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Samples of q(x_t | x_0) at training timesteps of shape `(batch,)` (DDPM, eq. 4)."""
-        return self.training_process.add_noise(original_samples, noise, timesteps).to(original_samples.dtype)
+        return self.training_diffusion.add_noise(original_samples, noise, timesteps).to(original_samples.dtype)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The target of v-prediction, sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (arXiv 2202.00512)."""
-        signal, noise_scale = self.training_process.at(timesteps, sample, "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
+        signal, noise_scale = self.training_diffusion.at(
+            timesteps, sample, "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"
+        )
         velocity = signal * upcast(noise) - noise_scale * upcast(sample)
         return velocity.to(sample.dtype)
 
@@ -319,7 +321,7 @@ def check_betas(trained_betas: Sequence[float] | None, beta_schedule: str, num_t
             f"trained_betas must be {num_train_timesteps} numbers between 0 and 1, one per timestep; got {betas.size}. "
             f"To choose another num_train_timesteps, give trained_betas=None with it."
         )
-    for name in {"linear", "squaredcos_cap_v2"} - {beta_schedule}:
+    for name in SCHEDULES.keys() - {beta_schedule}:
         if given and num_train_timesteps > 20 and np.array_equal(betas, make_betas(name, num_train_timesteps)):
             raise ValueError(
                 f"trained_betas are those of beta_schedule={name!r}, and beta_schedule={beta_schedule!r} was given; to "

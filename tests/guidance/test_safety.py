@@ -359,9 +359,9 @@ def test_gradients_seen_late_are_named_by_their_step():
     monitor = Monitor()
     monitor.unseen = [(fine, "LossGuidance", 900.0, 3), (broken, "CLIPGuidance", 800.0, 4), (broken, "Other", 800.0, 4)]
     with pytest.raises(RuntimeError, match=r"CLIPGuidance is not finite at step 4 \(timestep 800\) for images 1, 2 of"):
-        monitor.look()
+        monitor.check()
     monitor = Monitor(skip_gradients=True)
     monitor.unseen = [(fine, "LossGuidance", 900.0, 3), (broken, "CLIPGuidance", 800.0, 4)]
-    monitor.look()
-    monitor.look()
+    monitor.check()
+    monitor.check()
     assert monitor.cost.skipped_gradients == 2

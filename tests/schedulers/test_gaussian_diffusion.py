@@ -99,7 +99,7 @@ def test_guidance_and_the_scheduler_predict_the_same_clean_image(x):
     for t in (0, 20, 49):
         alpha_bar = scheduler.alphas_cumprod[t].item()
         for prediction_type in ("epsilon", "sample", "v_prediction"):
-            of_scheduler = scheduler.process.original_of(output, t, sample, prediction_type)
+            of_scheduler = scheduler.diffusion.original_of(output, t, sample, prediction_type)
             of_guidance = original_of(output, sample, alpha_bar, prediction_type)
             torch.testing.assert_close(of_guidance, of_scheduler, rtol=1e-4, atol=1e-4)  # of alpha_bar in float32
             unguided = correct_prediction(output, sample, None, alpha_bar, prediction_type, clip_sample=False)
@@ -122,7 +122,7 @@ def test_a_schedule_of_a_single_timestep(x):
     _, sample = x
     scheduler = scheduler_of("linear", "fixed_large")
     scheduler.set_timesteps(timesteps=[30])
-    assert scheduler.process.predict(sample, 30, sample).log_variance.isfinite().all()
+    assert scheduler.diffusion.predict(sample, 30, sample).log_variance.isfinite().all()
 
 
 @pytest.mark.parametrize(("variance_type", "channels"), [("learned_range", 3), ("fixed_small", 6), ("fixed_large", 4)])

@@ -60,7 +60,7 @@ def test_schedules_that_do_not_exist():
     with pytest.raises(ValueError, match=r"its last beta would be 1, and betas stay below 1. Use 21 steps or more"):
         make_betas("linear", 20)
     assert make_betas("linear", 21).max() < 1
-    with pytest.raises(ValueError, match="'sigmoid' is neither 'linear' nor 'squaredcos_cap_v2'"):
+    with pytest.raises(ValueError, match="'sigmoid' is not one of 'linear', 'squaredcos_cap_v2'"):
         make_betas("sigmoid", 1000)
 
 

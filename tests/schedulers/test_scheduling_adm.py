@@ -71,7 +71,9 @@ def test_trajectory_agrees_with_the_published_code(reference, error, sampler_une
 def test_respaced_betas_are_the_published_ones(reference_json, name):
     schedule, respacing = name.split(":")
     scheduler = make(respacing, beta_schedule=OUR_NAME[schedule])
-    np.testing.assert_allclose(scheduler.process.betas, reference_json("schedules")["respaced_betas"][name], rtol=1e-9)
+    np.testing.assert_allclose(
+        scheduler.diffusion.betas, reference_json("schedules")["respaced_betas"][name], rtol=1e-9
+    )
 
 
 def test_set_timesteps():
@@ -214,7 +216,7 @@ def test_prediction_types_give_the_same_step(inputs, error, algorithm):
 def test_ddpm_adds_its_standard_deviation_times_noise(inputs):
     scheduler = make()
     for t in scheduler.timesteps:
-        predicted = scheduler.process.predict(inputs["output"], t, inputs["sample"], clip_sample=True)
+        predicted = scheduler.diffusion.predict(inputs["output"], t, inputs["sample"], clip_sample=True)
         step = scheduler.step(inputs["output"], t, inputs["sample"], variance_noise=inputs["noise"])
         noise = inputs["noise"] * (t > 0)
         torch.testing.assert_close(step.prev_sample, predicted.mean + predicted.variance.sqrt() * noise)
@@ -281,7 +283,7 @@ def test_ddpm_moves_the_mean_by_variance_times_gradient(inputs, variance_type):
     sample, gradient, noise = (inputs[name].double() for name in ("sample", "gradient", "noise"))
     output = inputs["output"].double()[:, : 6 if variance_type == "learned_range" else 3]
     for t in scheduler.timesteps:
-        variance = scheduler.process.predict(output, t, sample).variance
+        variance = scheduler.diffusion.predict(output, t, sample).variance
         plain, guided = (
             scheduler.step(output, t, sample, gradient=given, variance_noise=noise) for given in (None, gradient)
         )

@@ -70,7 +70,7 @@ def test_other_files_in_the_way(path, is_finished, photos, tmp_path, capsys, mon
         "diffusion/.run.json",
         "diffusion/preview-000002.png",
         "report.json",
-        "grid-scale-1-unet-told.png",
+        "grid-scale-1-conditional.png",
         "judge/history.json",
     ],
 )

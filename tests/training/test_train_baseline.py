@@ -184,13 +184,13 @@ def test_a_generator_that_ignores_its_latents_is_found_out(gan, caplog):
     assert min(spreads) > 0.5
     assert gan.collapsed(spreads) == ""
     assert gan.findings() == {"collapse": "none was seen"}
-    assert gan.watch() == pytest.approx({"spread": sum(spreads) / 3, "lowest_spread": min(spreads)})
+    assert gan.validation_metrics() == pytest.approx({"spread": sum(spreads) / 3, "lowest_spread": min(spreads)})
     assert not caplog.records
 
     gan.model.generator.norm_out.weight.data.zero_()  # hides all that was made of latents and class
     assert gan.spreads() == pytest.approx([0, 0, 0], abs=1e-6)
     with caplog.at_level(logging.WARNING):
-        assert gan.watch()["lowest_spread"] < 1e-6
+        assert gan.validation_metrics()["lowest_spread"] < 1e-6
     finding = "samples of a class differ far less than its real images do: apple (0%), banana (0%), cherry (0%)"
     assert f"The GAN's {finding}." in caplog.text
     assert gan.findings() == {"collapse": finding}
@@ -204,12 +204,12 @@ def test_the_spread_of_images_is_their_mean_distance():
 
 
 def test_watching_takes_standing_statistics_and_leaves_the_model_as_it_is(gan):
-    expected = gan.watch()
+    expected = gan.validation_metrics()
     for module in gan.model.generator.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_var.fill_(1e6)
     before = {name: value.clone() for name, value in gan.model.state_dict().items()}
-    assert gan.watch() == expected
+    assert gan.validation_metrics() == expected
     assert gan.model.training
     assert all(torch.equal(value, before[name]) for name, value in gan.model.state_dict().items())
 
