@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .messages import first_few, spelled
-from .schedulers.schedules import whole_number
+from .settings import whole_number
 
 
 def composed(name: str) -> str:

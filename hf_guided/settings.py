@@ -9,14 +9,25 @@ from typing import Any
 from .messages import spelled
 
 # Upper bounds of a model's sizes; more is a damaged file, and would exhaust the memory
-MOST = 65_536  # channels, or pixels of a side
+MOST_SIZE = 65_536  # channels, or pixels of a side
 MOST_LAYERS = 1000  # of one kind
 MOST_FACTOR = 1024  # of a width
 
 
-def is_whole(value: Any, at_most: int = MOST) -> bool:
+def is_whole(value: Any, at_most: int = MOST_SIZE) -> bool:
     """Whether it is a whole number from 1 up to a bound; not a boolean."""
     return isinstance(value, Integral) and not isinstance(value, bool) and 1 <= int(value) <= at_most
+
+
+def whole_number(name: str, value: Any, wanted: str = "a whole number") -> int:
+    """A whole number, of Python's, numpy's or torch's types, as Python's `int`.
+
+    Anything else is a `ValueError` that says `name` and what is `wanted`, booleans and floats such as 2.0 included.
+    """
+    number = value.item() if getattr(value, "ndim", None) == 0 else value
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise ValueError(f"{name}: {spelled(number)} ({type(number).__name__}) is not {wanted}.")
+    return number
 
 
 def is_number(value: Any) -> bool:
@@ -29,12 +40,12 @@ def is_list(value: Any, fits: Callable[[Any], bool], shortest: int, longest: int
     return isinstance(value, list | tuple) and shortest <= len(value) <= longest and all(map(fits, value))
 
 
-COUNT = (f"a whole number from 1 to {MOST}", is_whole)
+COUNT = (f"a whole number from 1 to {MOST_SIZE}", is_whole)
 REPEATS = (f"a whole number from 1 to {MOST_LAYERS}", lambda value: is_whole(value, MOST_LAYERS))
 SWITCH = ("true or false", lambda value: isinstance(value, bool))
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sample_size": (
-        f"the side in pixels, a whole number from 1 to {MOST}, or a pair [height, width]",
+        f"the side in pixels, a whole number from 1 to {MOST_SIZE}, or a pair [height, width]",
         lambda value: is_whole(value) or is_list(value, is_whole, 2, 2),
     ),
     **dict.fromkeys(("in_channels", "out_channels", "image_channels", "low_res_channels"), COUNT),

@@ -12,8 +12,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from ..guidance.base import NotFiniteError, broken_images
 from ..labels import id_of_name, resolve_labels
 from ..loading import SavedConfigMixin, check_loaded, naming_damage
-from ..schedulers.schedules import whole_number
-from ..settings import MOST, check_names
+from ..settings import check_names, whole_number
+
+MOST_IMAGES = 65_536  # of one label in a batch
 
 Labels = int | str | Sequence[int | str] | np.ndarray | torch.Tensor
 
@@ -172,6 +173,6 @@ def check_num_images(num_images_per_label: Any) -> int:
     number = whole_number("num_images_per_label", num_images_per_label)
     if number < 1:
         raise ValueError(f"num_images_per_label={number} makes no images; give 1 or more.")
-    if number > MOST:
-        raise ValueError(f"num_images_per_label={number} are too many for one batch; give {MOST} or fewer.")
+    if number > MOST_IMAGES:
+        raise ValueError(f"num_images_per_label={number} are too many for one batch; give {MOST_IMAGES} or fewer.")
     return number

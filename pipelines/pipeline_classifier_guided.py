@@ -28,9 +28,9 @@ from ..models.classifier_adm import ADMForImageClassification  # noqa: F401
 from ..models.unet_adm import ADMUNet2DModel  # noqa: F401
 from ..schedulers.diffusers_compat import check_solver, set_solver_timesteps, solver_step
 from ..schedulers.repaint import RePaint, jump_positions
-from ..schedulers.schedules import check_timesteps, respacing_counts, whole_number
+from ..schedulers.schedules import check_timesteps, respacing_counts
 from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler, model_timesteps  # noqa: F401
-from ..settings import is_number
+from ..settings import is_number, whole_number
 from .class_conditional import ClassConditionalPipeline, Labels, check_latents
 from .inputs import Images, images_to_tensor, match_batch
 

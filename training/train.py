@@ -36,7 +36,7 @@ from hf_guided.evaluation.features.feature_sets import FeatureSet, collect_featu
 from hf_guided.evaluation.features.image_sets import ImageSet, LoadedImages, SampledImages
 from hf_guided.evaluation.memorisation import memorisation
 from hf_guided.evaluation.metrics.table import METRICS
-from hf_guided.fields import MOST, NonNegativeFloat, PositiveInt, Range, flag
+from hf_guided.fields import MOST_COUNT, NonNegativeFloat, PositiveInt, Range, flag
 from hf_guided.files import check_kind, check_replaceable, has_json, read_json, write_json
 from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.hub import write_model_card
@@ -57,7 +57,7 @@ MAX_REAL_IMAGES = 10_000  # to measure samples against
 class ReportArguments(RunArguments, SamplingArguments):
     """Flags of the samples and their evaluation at the end."""
 
-    num_images: Annotated[int, Range(at_least=FEWEST_IMAGES, at_most=MOST)] = flag(
+    num_images: Annotated[int, Range(at_least=FEWEST_IMAGES, at_most=MOST_COUNT)] = flag(
         500, "Samples evaluated at each setting."
     )
     sampling_batch_size: PositiveInt = flag(250, "Samples made at once.")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..settings import is_list, is_number
+from ..settings import is_list, is_number, is_whole
 
 # A [`ClassifierGuidedPipeline`] or one like it: guidance uses only the names of its components.
 Pipeline = Any
@@ -201,7 +201,7 @@ class GradientGuidance(Guidance, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.every, int) or self.every < 1:
+        if not is_whole(self.every, 10**9):
             raise ValueError(
                 f"every={self.every} of {type(self).__name__} must be a whole number from 1 up; 1 is every step."
             )

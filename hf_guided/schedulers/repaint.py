@@ -4,7 +4,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from .schedules import whole_number
+from ..settings import whole_number
 
 MOST_STEPS = 1_000_000  # in one denoising loop
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..settings import spelled
+from ..settings import whole_number
 
 
 def make_betas(beta_schedule: str, num_train_timesteps: int) -> np.ndarray:
@@ -114,14 +114,3 @@ def check_timesteps(timesteps: Any, num_train_timesteps: int) -> list[int]:
             f"timesteps must lie between 0 and {num_train_timesteps - 1}; got {timesteps[0]} to {timesteps[-1]}."
         )
     return timesteps
-
-
-def whole_number(name: str, value: Any, wanted: str = "a whole number") -> int:
-    """A whole number, of Python's, numpy's or torch's types, as Python's `int`.
-
-    Anything else is a `ValueError` that says `name` and what is `wanted`, booleans and floats such as 2.0 included.
-    """
-    number = value.item() if getattr(value, "ndim", None) == 0 else value
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise ValueError(f"{name}: {spelled(number)} ({type(number).__name__}) is not {wanted}.")
-    return number

@@ -16,9 +16,9 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..loading import SavedConfigMixin
 from ..registration import register_with_diffusers
-from ..settings import check_settings
+from ..settings import check_settings, whole_number
 from .gaussian_diffusion import PREDICTION_TYPES, GaussianDiffusion, Timestep, compute_dtype, upcast
-from .schedules import SCHEDULES, check_timesteps, make_betas, space_timesteps, whole_number
+from .schedules import SCHEDULES, check_timesteps, make_betas, space_timesteps
 
 # Default number of second-order steps. On digits 10 are as good as 250 published ones
 # (tests/benchmarks/guidance_solvers.py); arXiv 2211.01095 takes 15 to 20 on ImageNet, which was not measured here.
