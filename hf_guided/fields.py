@@ -47,8 +47,8 @@ MOST_COUNT = 10**9  # upper bound of all counts: more has no use, and overflows
 PositiveInt = Annotated[int, Range(at_least=1, at_most=MOST_COUNT)]
 NonNegativeInt = Annotated[int, Range(at_least=0, at_most=MOST_COUNT)]
 Width = Annotated[int, Range(at_least=1, at_most=settings.MOST_SIZE)]  # channels, or pixels of a side
-Depth = Annotated[int, Range(at_least=1, at_most=settings.MOST_SIZE_LAYERS)]  # layers of one kind
-Factor = Annotated[float, Range(above=0, at_most=settings.MOST_SIZE_FACTOR)]  # of a width
+Depth = Annotated[int, Range(at_least=1, at_most=settings.MOST_LAYERS)]  # layers of one kind
+Factor = Annotated[float, Range(above=0, at_most=settings.MOST_FACTOR)]  # of a width
 PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeFloat = Annotated[float, Range(at_least=0)]
 Share = Annotated[float, Range(at_least=0, below=1)]
