@@ -1,4 +1,4 @@
-"""Checks of saved models: damaged files and weights that do not fit raise errors that name them."""
+"""Saved models and configs: damaged files and weights that do not fit raise errors that name them."""
 
 import hashlib
 import json

@@ -23,14 +23,14 @@ class DivergedError(ValueError):
         )
 
 
-def check_finite(value: float, step: int) -> None:
+def check_finite(name: str, value: float, step: int) -> None:
     if not math.isfinite(value):
-        raise DivergedError(f"a number is {value} at step {step}")
+        raise DivergedError(f"{name} is {value} at step {step}")
 
 
 def check_loss(loss: float, step: int, history: list[dict[str, float]]) -> None:
     """Refuses a loss that is not finite, or a million times what it was first: the samples would soon not be finite."""
-    check_finite(loss, step)
+    check_finite("the loss", loss, step)
     first = next((row["loss"] for row in history if "loss" in row), loss)
     if abs(loss) > DIVERGED * max(1.0, abs(first)):
         raise DivergedError(f"the loss is {loss:.3g} at step {step}, and was {first:.3g} at first")

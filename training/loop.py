@@ -171,7 +171,9 @@ def training_loop(task: Task, data_args: DataArguments, accelerator: Accelerator
             # Save
             stopping = stop_requested()
             if stopping or due(args.checkpointing_steps) or step == last:
-                check_finite(sum(parameter.detach().float().mean() for parameter in parameters).item(), step)
+                check_finite(
+                    "a weight", sum(parameter.detach().float().mean() for parameter in parameters).item(), step
+                )
                 state = {"step": step, "seconds": round(log.seconds, 1), "fingerprint": settings, "run": state["run"]}
                 folder = save_checkpoint(accelerator, output_dir, state, others, history, args.checkpoints_total_limit)
                 if push and not stopping and step < last:

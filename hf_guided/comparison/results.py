@@ -1,4 +1,4 @@
-"""The results of a comparison, by family."""
+"""The runs of each family in a comparison: means, spreads and checks over the seeds, for report and plots."""
 
 import math
 from collections.abc import Iterable, Mapping

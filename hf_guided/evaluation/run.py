@@ -1,5 +1,7 @@
-"""From names of models and images to results on disk: what `hf-guided evaluate` and `inspect-classifier` do, and what
-`sweep` opens in the same way."""
+"""What `hf-guided evaluate` and `inspect-classifier` do: from names of models and images to results on disk.
+
+`sweep` opens models and images in the same way.
+"""
 
 import time
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Files of samples.
+"""Files of samples: what is written for each format, and the record of how it was made.
 
 The published layout is a `.npz` file of 8-bit images `arr_0` and, if there are classes, labels `arr_1`. Parquet files
 and folders of PNGs are laid out as `datasets.load_dataset` reads them.

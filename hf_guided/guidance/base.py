@@ -46,6 +46,9 @@ class Guidance:
         interval (`tuple[int, int]`, *optional*): Lowest and highest timestep at which it acts, both included (arXiv
             2404.07724); outside it is not computed.
 
+    A kind is a dataclass: its fields are its arguments. A pipeline saves them ([`to_dict`]): numbers, texts, and
+    objects with a `to_dict` of their own.
+
     Raises:
         `ValueError`: For a negative or non-finite scale, or an empty interval.
     """
