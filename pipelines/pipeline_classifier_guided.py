@@ -580,11 +580,15 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             if not isinstance(kind, Guidance):
                 raise ValueError(f"guidance takes objects of hf_guided.guidance, one or a list; got {kind!r}.")
         kinds = [kind for kind in kinds if not kind.is_neutral]
+        self.check_guidance(kinds, labels, condition_unet)
+        return kinds
+
+    def check_guidance(self, kinds: list[Guidance], labels: torch.Tensor | None, condition_unet: bool) -> None:
+        """Raises `ValueError` for kinds that cannot work with the components, the scheduler and the labels."""
         if not self.has_adm_scheduler:
             check_solver(self.scheduler, shifted=any(isinstance(kind, GradientGuidance) for kind in kinds))
         for kind in kinds:
             kind.check(self, labels, condition_unet)
-        return kinds
 
     def resolve_eta(self, eta: float | None) -> float:
         """DDIM's share of noise: as given, or the saved default if the scheduler supports it."""

@@ -213,7 +213,8 @@ class Session:
     def _works(self, guidance: Any, condition_unet: bool) -> bool:
         labels = self.pipe.resolve_labels([0]) if self.label_of else None
         try:
-            self.pipe.check_inputs(labels, [guidance], condition_unet, "latent", [])
+            self.pipe.check_inputs(labels, condition_unet, "latent", None, [])
+            self.pipe.check_guidance([guidance], labels, condition_unet)
         except ValueError:
             return False
         return condition_unet or self.pipe.unet.config.num_class_embeds is not None
