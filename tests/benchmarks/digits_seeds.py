@@ -24,8 +24,12 @@ def main() -> None:
     reports = [json.loads((folder / "report.json").read_text())["rows"] for folder in folders]
     print("|  | accuracy | FID | precision | recall |\n| --- | --- | --- | --- | --- |")
     for rows in zip(*reports, strict=True):
-        scale, told = rows[0]["guidance_scale"], rows[0]["condition_unet"]
-        name = "held-out images" if scale is None else f"scale {scale:g}{', UNet told the class' if told else ''}"
+        scale, conditional = rows[0]["guidance_scale"], rows[0]["condition_unet"]
+        name = (
+            "held-out images"
+            if scale is None
+            else f"scale {scale:g}{', class-conditional UNet' if conditional else ''}"
+        )
         cells = [spread([row[f"{column}/judge"] for row in rows], style) for column, style in COLUMNS.items()]
         print(f"| {name} | {' | '.join(cells)} |")
 

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/digits_stranded.py --output_dir outputs
 
-Takes what the main job left in `--output_dir` and prints, for each scale at which the classifier alone steers, how far
+Takes what the main job left in `--output_dir` and prints, for each scale at which the classifier alone guides, how far
 samples are from the nearest training image in the judge's features: those in which the judge sees the class that was
 asked for, and the others.
 """

@@ -28,7 +28,7 @@ from hf_guided.guidance import (
     Guidance,
 )
 
-ALONE, TOLD = "the classifier alone steers", "the UNet is told the class"
+ALONE, CONDITIONAL = "the classifier alone guides", "the UNet is class-conditional"
 Kinds = Callable[[float], Sequence[Guidance]]
 
 
@@ -57,7 +57,7 @@ ROWS: dict[str, dict[str, tuple[Sequence[float], Kinds]]] = {
             lambda scale: [ClassifierGuidance(scale), DenoisedClassifierGuidance(scale)],
         ),
     },
-    TOLD: {
+    CONDITIONAL: {
         "none": ((0.0,), lambda scale: []),
         "classifier": ((0.1, 0.25, 0.5, 1, 2, 3), lambda scale: [ClassifierGuidance(scale)]),
         "classifier, entropy scaled": (
@@ -102,7 +102,7 @@ def main() -> None:
 
     def measure(judge: Judge, section: str, name: str, scale: float, sampling_seed: int) -> dict[str, Any]:
         kinds = ROWS[section][name][1](scale)
-        judged = partial(judge, sampling_seed, guidance=kinds, condition_unet=section == TOLD)
+        judged = partial(judge, sampling_seed, guidance=kinds, condition_unet=section == CONDITIONAL)
         return measurements.get(f"{section}|{name}|{scale}|{judge.seed}|{sampling_seed}", judged)
 
     judges = []
@@ -133,8 +133,8 @@ def main() -> None:
             seconds = sorted(row["seconds"] for row in results)[len(results) // 2]
             cells += [str(unet_calls), str(classifier_calls), f"{seconds:.1f}"]
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
-            pictures += judges[0].pictures(guidance=rows[name][1](best), condition_unet=section == TOLD)
-            names.append(f"told: {name}" if section == TOLD else name)
+            pictures += judges[0].pictures(guidance=rows[name][1](best), condition_unet=section == CONDITIONAL)
+            names.append(f"conditional: {name}" if section == CONDITIONAL else name)
     save_png(labelled_grid(pictures, names, cell_size=40), args.output_dir / "kinds.png")
 
 

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/guidance_solvers.py --output_dir outputs/seeds
 
-Samples 500 guided digits (scale 3, the classifier alone steers) with each solver and number of steps, with the models
+Samples 500 guided digits (scale 3, the classifier alone guides) with each solver and number of steps, with the models
 of three main jobs (trained first where they are missing), and judges them by the network that never guides. Prints
 Markdown, and writes `solvers.json` and the curve `solvers.png`. Settings that are in the JSON already are kept.
 """

@@ -24,7 +24,7 @@ def device() -> torch.device:
 
 
 def wait() -> None:
-    """Until the device has done what it was told."""
+    """Waits until the device has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

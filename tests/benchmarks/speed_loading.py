@@ -6,7 +6,7 @@ The built-in digits, a folder of made-up PNGs of 32x32, and one of made-up JPEGs
 each in the main process and in two workers. Beside ours stand the published `image_datasets.load_data` and the loader
 of diffusers' example of unconditional training. All mirror half of the images, crop the centre and give the class. A
 chunk is an epoch of the folder, contenders take turns, and workers live on between chunks, idle: none fills its queues
-on another's time. Files are in the system's cache. The published loader has one worker, whom it starts anew each epoch;
+on another's time. Files are in the system's cache. The published loader has one worker, which it restarts each epoch;
 the row "1 worker as published" leaves it so, the others set the number from outside.
 
 "eaten" is the training step of the benchmark's UNet, made for the data's size, with nothing loaded meanwhile, and

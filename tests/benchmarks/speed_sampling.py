@@ -77,7 +77,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
 def published_step(
     peer: Any, models: dict[str, Any], labels: torch.Tensor, steps: int, pixels: int = UNET["image_size"]
 ) -> Callable[[], torch.Tensor]:
-    """A walk of the published sampler, guided as by its `classifier_sample.py`."""
+    """The denoising loop of the published sampler, guided as by its `classifier_sample.py`."""
     diffusion = peer.script_util.create_gaussian_diffusion(learn_sigma=True, timestep_respacing=str(steps))
 
     def gradient(x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ def pipeline_of(models: dict[str, Any], dtype: torch.dtype = torch.float32) -> C
 
 
 def our_step(pipeline: ClassifierGuidedPipeline, labels: torch.Tensor, steps: int) -> Callable[[], torch.Tensor]:
-    """The same walk of ours."""
+    """The same loop of ours."""
 
     def run() -> torch.Tensor:
         options = {"guidance_scale": 1.0, "respacing": str(steps), "output_type": "latent", "return_dict": False}
@@ -249,12 +249,12 @@ def main() -> None:
 
     # 3. Where the time goes
     if args.profile:
-        walks = {
+        loops = {
             PUBLISHED: (contenders[PUBLISHED], models["unet"], models["classifier"]),
             "ours": (contenders["ours"], pipeline.unet, pipeline.classifier),
         }
-        parts = medians({name: partial(by_part, *walk) for name, walk in walks.items()}, args.rounds, STEPS)
-        kinds = medians({name: partial(by_kind, run) for name, (run, *_) in walks.items()}, args.rounds, STEPS)
+        parts = medians({name: partial(by_part, *loop) for name, loop in loops.items()}, args.rounds, STEPS)
+        kinds = medians({name: partial(by_kind, run) for name, (run, *_) in loops.items()}, args.rounds, STEPS)
         for title, table in (("By part", parts), ("By kind of operation", kinds)):
             columns = dict.fromkeys(next(iter(table.values())), milliseconds)
             print(f"\n{title}\n\n{markdown(table, columns)}")
