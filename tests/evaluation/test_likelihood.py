@@ -46,17 +46,17 @@ def test_leaves_scheduler_and_model_as_they_were(tiny_unet, images, training):
     unet = tiny_unet(dropout=0.5).train(training)
     scheduler = ADMScheduler()
     scheduler.set_timesteps(7)
-    before, process = copy.deepcopy(vars(scheduler)), scheduler.diffusion
+    before, diffusion = copy.deepcopy(vars(scheduler)), scheduler.diffusion
     noise = torch.zeros(5, *images.shape)
     first, second = (bits_per_dim(unet, scheduler, images, LABELS, "5", noise) for _ in range(2))
     assert torch.equal(first.total_bpd, second.total_bpd)  # without dropout, then
     assert unet.training == training
-    assert scheduler.diffusion is process
+    assert scheduler.diffusion is diffusion
     assert vars(scheduler).keys() == before.keys()
     for name, value in vars(scheduler).items():
         if torch.is_tensor(value):
             assert torch.equal(value, before[name])
-        elif name not in ("process", "training_diffusion"):
+        elif name not in ("diffusion", "training_diffusion"):
             assert value == before[name]
     assert not first.total_bpd.requires_grad
 

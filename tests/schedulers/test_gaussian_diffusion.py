@@ -38,11 +38,11 @@ def scheduler_of(schedule, variance_type, respacing=None, **kwargs):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_posterior(schedule, respacing, x):
     clean, noise = x
-    process = scheduler_of(schedule, "fixed_small", respacing).process
+    diffusion = scheduler_of(schedule, "fixed_small", respacing).diffusion
     for i, (t, a, b, beta) in enumerate(zip(*closed_form(schedule, respacing), strict=True)):
         sample = a**0.5 * clean + (1 - a) ** 0.5 * noise
-        assert torch.allclose(process.add_noise(clean, noise, t), sample, atol=1e-12)
-        posterior = process.posterior(clean, t, sample)
+        assert torch.allclose(diffusion.add_noise(clean, noise, t), sample, atol=1e-12)
+        posterior = diffusion.posterior(clean, t, sample)
         # Bayes: the product of q(x_{t-1} | x_0) and q(x_t | x_{t-1}), in precisions
         if i == 0:
             assert torch.allclose(posterior.mean, clean, atol=1e-9)
@@ -64,7 +64,7 @@ def test_variance_types(schedule, respacing, x, randn):
     small = beta * (1 - b) / (1 - a)
     small[0] = small[1]  # the published code's clipping
     for i, t in enumerate(timesteps):
-        learned = scheduler_of(schedule, "learned_range", respacing).process.predict(
+        learned = scheduler_of(schedule, "learned_range", respacing).diffusion.predict(
             torch.cat([sample, half], dim=1), t, sample
         )
         fraction = (half + 1) / 2
@@ -72,11 +72,11 @@ def test_variance_types(schedule, respacing, x, randn):
         assert torch.allclose(learned.log_variance, log_variance, atol=1e-9)
         assert torch.allclose(learned.variance, log_variance.exp(), atol=1e-12)
 
-        fixed = scheduler_of(schedule, "fixed_large", respacing).process.predict(sample, t, sample)
+        fixed = scheduler_of(schedule, "fixed_large", respacing).diffusion.predict(sample, t, sample)
         assert fixed.variance.item() == pytest.approx(beta[i] if i else small[0], rel=1e-9)
         assert fixed.log_variance.item() == pytest.approx(np.log(beta[i] if i else small[0]), rel=1e-9)
 
-        fixed = scheduler_of(schedule, "fixed_small", respacing).process.predict(sample, t, sample)
+        fixed = scheduler_of(schedule, "fixed_small", respacing).diffusion.predict(sample, t, sample)
         assert fixed.variance.item() == pytest.approx(small[i] if i else 0, rel=1e-9)
         assert fixed.log_variance.item() == pytest.approx(np.log(small[i]), rel=1e-9)
 
@@ -88,9 +88,9 @@ def test_prediction_types_name_the_same_clean_image(schedule, x):
         sample = a**0.5 * clean + (1 - a) ** 0.5 * noise
         outputs = {"epsilon": noise, "sample": clean, "v_prediction": a**0.5 * noise - (1 - a) ** 0.5 * clean}
         for prediction_type, output in outputs.items():
-            process = scheduler_of(schedule, "fixed_small", prediction_type=prediction_type).process
-            assert torch.allclose(process.original_of(output, t, sample, prediction_type), clean, atol=1e-6)
-            assert torch.allclose(process.epsilon_of(clean, t, sample), noise, atol=1e-6)
+            diffusion = scheduler_of(schedule, "fixed_small", prediction_type=prediction_type).diffusion
+            assert torch.allclose(diffusion.original_of(output, t, sample, prediction_type), clean, atol=1e-6)
+            assert torch.allclose(diffusion.epsilon_of(clean, t, sample), noise, atol=1e-6)
 
 
 def test_guidance_and_the_scheduler_predict_the_same_clean_image(x):
@@ -109,12 +109,12 @@ def test_guidance_and_the_scheduler_predict_the_same_clean_image(x):
 def test_clipping(x):
     _, sample = x
     for t in (0, 49):
-        process = scheduler_of("linear", "fixed_small").process
-        free = process.predict(sample, t, 9 * sample).pred_original_sample
+        diffusion = scheduler_of("linear", "fixed_small").diffusion
+        free = diffusion.predict(sample, t, 9 * sample).pred_original_sample
         assert free.abs().max() > 1
-        clipped = process.predict(sample, t, 9 * sample, clip_sample=True)
+        clipped = diffusion.predict(sample, t, 9 * sample, clip_sample=True)
         assert torch.equal(clipped.pred_original_sample, free.clamp(-1, 1))
-        assert torch.equal(clipped.mean, process.posterior(free.clamp(-1, 1), t, 9 * sample).mean)
+        assert torch.equal(clipped.mean, diffusion.posterior(free.clamp(-1, 1), t, 9 * sample).mean)
 
 
 def test_a_schedule_of_a_single_timestep(x):
@@ -128,6 +128,6 @@ def test_a_schedule_of_a_single_timestep(x):
 @pytest.mark.parametrize(("variance_type", "channels"), [("learned_range", 3), ("fixed_small", 6), ("fixed_large", 4)])
 def test_channels_that_do_not_fit(x, variance_type, channels):
     _, sample = x
-    process = scheduler_of("linear", variance_type).process
+    diffusion = scheduler_of("linear", variance_type).diffusion
     with pytest.raises(ValueError, match=f"output has {channels} channels where variance_type='{variance_type}'"):
-        process.predict(torch.zeros(2, channels, 4, 4), 3, sample)
+        diffusion.predict(torch.zeros(2, channels, 4, 4), 3, sample)

@@ -107,7 +107,7 @@ def test_configs_of_diffusers_keep_their_betas(arguments):
     torch.testing.assert_close(ours.betas, theirs.betas, rtol=1e-5, atol=0)
     assert ours.config.variance_type == "fixed_small"
     for name in ("scaled_linear", "sigmoid"):
-        with pytest.raises(ValueError, match=f"beta_schedule='{name}' is neither"):
+        with pytest.raises(ValueError, match=f"beta_schedule='{name}' is not one of"):
             ADMScheduler.from_config(diffusers.DDPMScheduler(beta_schedule=name).config)
 
 

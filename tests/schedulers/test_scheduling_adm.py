@@ -402,7 +402,7 @@ def test_no_gradient_is_lost(inputs):
         ({"variance_type": "learned"}, "variance_type='learned' is not one of 'learned_range', 'fixed_small'"),
         ({"prediction_type": "noise"}, "prediction_type='noise' is not one of 'epsilon'"),
         ({"algorithm_type": "dpmsolver++"}, "algorithm_type='dpmsolver\\+\\+' is not one of 'ddpm', 'ddim'"),
-        ({"beta_schedule": "cosine"}, "'cosine' is neither 'linear' nor 'squaredcos_cap_v2'"),
+        ({"beta_schedule": "cosine"}, "'cosine' is not one of 'linear', 'squaredcos_cap_v2'"),
         (
             {"trained_betas": [0.1] * 10, "num_train_timesteps": 20},
             "trained_betas must be 20 numbers between 0 and 1.*got 10",
