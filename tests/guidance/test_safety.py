@@ -357,7 +357,11 @@ def test_gradients_seen_late_are_named_by_their_step():
     """As on an accelerator, which is asked once for many steps."""
     fine, broken = torch.tensor([False, False, False]), torch.tensor([False, True, True])
     monitor = Monitor()
-    monitor.pending = [(fine, "LossGuidance", 900.0, 3), (broken, "CLIPGuidance", 800.0, 4), (broken, "Other", 800.0, 4)]
+    monitor.pending = [
+        (fine, "LossGuidance", 900.0, 3),
+        (broken, "CLIPGuidance", 800.0, 4),
+        (broken, "Other", 800.0, 4),
+    ]
     with pytest.raises(RuntimeError, match=r"CLIPGuidance is not finite at step 4 \(timestep 800\) for images 1, 2 of"):
         monitor.check()
     monitor = Monitor(skip_gradients=True)
