@@ -38,7 +38,7 @@ def preflight(task: Task, accelerator: Accelerator, output_dir: Path) -> Iterato
             check_batch(images, args.train_batch_size, accelerator.device)
             report = check_once(images)
             memory = estimate_memory(task)
-            output_dir.mkdir(parents=True, exist_ok=True)
+            make_writable(output_dir)
             lock.enter_context(locked(output_dir))
             recover_folders(output_dir)
             if args.push_to_hub:
@@ -71,6 +71,18 @@ def check_batch(images: LabelledImages, batch_size: int, device: torch.device) -
             f"{memory / 2**30:.3g}; give a smaller batch, and --gradient_accumulation_steps if it is to count as a "
             f"large one."
         )
+
+
+def make_writable(output_dir: Path) -> None:
+    """Makes the folder and writes to it, since a disk may refuse what its permissions allow."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / ".writable").touch()
+        (output_dir / ".writable").unlink()
+    except OSError as error:
+        raise OSError(
+            f"--output_dir {output_dir} cannot be written ({error.strerror}); choose another folder."
+        ) from None
 
 
 def estimate_memory(task: Task) -> int:

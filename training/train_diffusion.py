@@ -24,8 +24,8 @@ from torch import nn
 from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
 from hf_guided.data import DataArguments, LabelledImages
 from hf_guided.fields import PositiveInt, Share, flag
-from hf_guided.losses import diffusion_loss
-from hf_guided.schedulers.scheduling_adm import model_timesteps
+from hf_guided.losses import LOSS_TYPES, diffusion_loss
+from hf_guided.schedulers.scheduling_adm import CHOICES, model_timesteps
 from hf_guided.training.arguments import (
     ArchitectureArguments,
     LoopArguments,
@@ -46,11 +46,9 @@ class DiffusionArguments(LoopArguments, ScheduleArguments, SamplingArguments, Ar
     """A diffusion model's flags."""
 
     num_heads_upsample: PositiveInt | None = flag(None, "Number of heads in the decoder, if it differs.")
-    variance_type: str = flag(
-        "learned_range", "Variance of the reverse process.", choices=("learned_range", "fixed_small", "fixed_large")
-    )
-    prediction_type: str = flag("epsilon", "What the UNet predicts.", choices=("epsilon", "sample", "v_prediction"))
-    loss_type: str = flag("hybrid", "Objective.", choices=("simple", "hybrid", "vlb"))
+    variance_type: str = flag("learned_range", "Variance of the reverse process.", choices=CHOICES["variance_type"])
+    prediction_type: str = flag("epsilon", "What the UNet predicts.", choices=CHOICES["prediction_type"])
+    loss_type: str = flag("hybrid", "Objective.", choices=LOSS_TYPES)
     timestep_sampler: str = flag(
         "uniform", "How timesteps are drawn (Improved DDPM, section 3.3).", choices=("uniform", "loss_second_moment")
     )

@@ -4,10 +4,11 @@ import pytest
 import torch
 from launching import TINY_RUN
 
+from hf_guided.models.modes import evaluating
 from hf_guided.training.arguments import parse_arguments
 from hf_guided.training.cards import aligned
 from hf_guided.training.loop import train_and_save
-from hf_guided.training.task import evaluating, evenly
+from hf_guided.training.task import evenly
 from hf_guided.training.train_classifier import ClassifierArguments, ClassifierTask
 
 
