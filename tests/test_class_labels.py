@@ -21,7 +21,7 @@ from hf_guided.cli import main
 from hf_guided.data.npz import read_samples
 from hf_guided.evaluation import bits_per_dim
 from hf_guided.evaluation.classifier_inspection import with_classes_of
-from hf_guided.evaluation.evaluate import predicted_labels
+from hf_guided.evaluation.evaluate import expected_labels
 from hf_guided.evaluation.features.extractors import ModelFeatures
 from hf_guided.evaluation.features.image_sets import ArrayImages, open_images
 from hf_guided.guidance import ClassifierFreeGuidance
@@ -227,7 +227,7 @@ def test_models_are_matched_in_either_form(tiny_classifier):
     assert match_classes(forms[0], same, {0, 1, 2}, "the judge") == {0: 0, 1: 1, 2: 2}
     judge = tiny_classifier(id2label=forms[1], label2id={})
     samples = ArrayImages(np.zeros((3, 16, 16, 3), np.uint8), np.arange(3), forms[0])
-    assert predicted_labels(samples, ModelFeatures(judge, "judge"), []).tolist() == [1, 2, 0]
+    assert expected_labels(samples, ModelFeatures(judge, "judge"), []).tolist() == [1, 2, 0]
 
 
 def test_an_inspected_classifier_knows_the_folders_of_macos(tiny_classifier, tmp_path):

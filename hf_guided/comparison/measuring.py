@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..data import LabelledImages
-from ..evaluation.evaluate import check_independent, measure, predicted_labels
+from ..evaluation.evaluate import check_independent, expected_labels, measure
 from ..evaluation.features.extractors import FeatureExtractor
 from ..evaluation.features.feature_sets import FeatureSet, collect_features
 from ..evaluation.features.image_sets import ImageSet, LoadedImages, SampledImages
@@ -45,7 +45,7 @@ class Measuring:
         self.labels = torch.arange(self.num_images) % train.num_classes
         self.train = self.features(LoadedImages(train.plain(_MAX_REAL_IMAGES)))
         self.held_out = self.features(self.held_out_images)
-        judged = predicted_labels(self.held_out_images, self.extractor, [])
+        judged = expected_labels(self.held_out_images, self.extractor, [])
         self.real = {"metrics": self.metrics(self.held_out, judged)}
 
     def features(self, images: ImageSet) -> FeatureSet:
@@ -68,7 +68,7 @@ class Measuring:
             )
         notes: list[str] = []
         labels = self.labels_of(pipeline, self.labels)
-        judged = predicted_labels(SampledImages(pipeline, labels), self.extractor, notes)
+        judged = expected_labels(SampledImages(pipeline, labels), self.extractor, notes)
         features = self.features(SampledImages(pipeline, labels))
         if (width := pipeline.main_config.get("dequantization_width", 1)) > 1:
             notes.append(

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 
-from ..evaluation.evaluate import check_independent, predicted_labels
+from ..evaluation.evaluate import check_independent, expected_labels
 from ..evaluation.features.extractors import FeatureExtractor
 from ..evaluation.features.image_sets import SampledImages
 from ..evaluation.sweep import guidance_at
@@ -227,7 +227,7 @@ class Session:
                 f"This pipeline has no classes, so that {judge.name} cannot evaluate it; leave out --judge."
             )
         notes: list[str] = []
-        judged = predicted_labels(SampledImages(self.pipe, torch.arange(len(self.label_of))), judge, notes)
+        judged = expected_labels(SampledImages(self.pipe, torch.arange(len(self.label_of))), judge, notes)
         if judged is None:
             reason = [*notes, "it has no classes with names"][0]
             raise ValueError(f"{judge.name} cannot evaluate this pipeline's samples: {reason}")

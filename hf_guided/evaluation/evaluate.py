@@ -126,7 +126,7 @@ def evaluate(
     if isinstance(reference, FeatureSet):
         for extractor in extractors:
             check_features(reference, extractor.name, extractor.fingerprint)
-    judged = {extractor.name: predicted_labels(generated, extractor, notes) for extractor in extractors}
+    judged = {extractor.name: expected_labels(generated, extractor, notes) for extractor in extractors}
     result = None
     for extractor in extractors:
         name, labels = extractor.name, judged[extractor.name]
@@ -236,8 +236,8 @@ def balanced_labels(generated: ImageSet) -> np.ndarray | None:
     return generated.labels if counts.max() - counts.min() <= 1 else None
 
 
-def predicted_labels(generated: ImageSet, extractor: FeatureExtractor, notes: list[str]) -> np.ndarray | None:
-    """The samples' labels as class ids of an evaluation classifier; `None`, with a note, if they do not match."""
+def expected_labels(generated: ImageSet, extractor: FeatureExtractor, notes: list[str]) -> np.ndarray | None:
+    """The class ids that an evaluation classifier should predict; `None`, with a note, if the classes do not match."""
     if generated.labels is None or extractor.id2label is None:
         return None
     wanted = set(np.unique(generated.labels).tolist())

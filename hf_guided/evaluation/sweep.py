@@ -21,7 +21,7 @@ from ..guidance import guidance_from_dict
 from ..loading import weights_digest
 from ..pipelines.auto_pipeline import load_pipeline
 from ..processes import from_main, join_processes, print_once, resumable
-from .evaluate import measure, predicted_labels
+from .evaluate import expected_labels, measure
 from .features.extractors import FeatureExtractor
 from .features.feature_sets import FeatureSet, collect_features
 from .features.image_sets import SampledImages
@@ -232,7 +232,7 @@ def run_sweep(settings: SweepSettings) -> SweepResult | None:
     if isinstance(labels, int):
         raise ValueError(f"{settings.model} has no classes, and a sweep is of guidance by classes.")
     notes = list(reference.notes)
-    judged = predicted_labels(SampledImages(pipeline, labels), extractor, notes)
+    judged = expected_labels(SampledImages(pipeline, labels), extractor, notes)
     models = [model for model in (pipeline.unet, pipeline.classifier) if model is not None]
     names = ("model", "reference", "num_images", "condition_unet", "batch_size")
     record = {  # what the numbers depend on; the rest may differ when a sweep is resumed
