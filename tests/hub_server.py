@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -30,8 +29,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from subprocess import CompletedProcess
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import forked
 
 LARGE_FILE_BYTES = 10_000_000
 
@@ -221,13 +223,13 @@ class HubServer:
 
     def client(
         self, code: str, home: os.PathLike | str, token: str | None = None, **arguments: Any
-    ) -> subprocess.CompletedProcess:
+    ) -> CompletedProcess:
         """Runs Python code, which finds `arguments` in a dict, in a process of its own that talks as much as it can."""
         read = "import json, sys; arguments = json.loads(sys.argv[1])\n"
         command = [sys.executable, "-c", read + code, json.dumps(arguments, default=str)]
         talkative = {"HF_HUB_VERBOSITY": "debug", "HF_DEBUG": "1"}
         environment = self.environment(home, token) | talkative
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        return forked.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
     def user(self, request: "Request") -> User | None:
         header = request.headers.get("Authorization")

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -99,7 +100,7 @@ def server(folder):
     command += ["--judge", str(folder / "judge/model"), "--port", str(port)]
     environment = {**os.environ, "NO_PROXY": "127.0.0.1", "GRADIO_SERVER_NAME": "0.0.0.0"}
     with (folder / "errors").open("w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        process = forked.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
     process.line, process.errors = process.stdout.readline(), folder / "errors"
     process.url, process.port = f"http://127.0.0.1:{port}/", port
     yield process

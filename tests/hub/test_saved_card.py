@@ -2,9 +2,9 @@
 
 import json
 import os
-import subprocess
 import sys
 
+import forked
 import pytest
 from hub_server import HubServer, User
 from huggingface_hub import ModelCard
@@ -117,7 +117,7 @@ def test_a_push_adds_the_card_to_the_repository_alone(saved, tmp_path):
         def push(*flags):
             command = [sys.executable, "-m", "hf_guided.cli", "push", str(folder), "fruits", *flags]
             environment = {**os.environ, **hub.environment(tmp_path / "home", token)}
-            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+            result = forked.run(command, env=environment, capture_output=True, text=True, timeout=120)
             assert result.returncode == 0, result.stderr
             return hub.repos["ada/fruits"].head().files["README.md"].decode(), result.stderr
 

@@ -8,6 +8,7 @@ import sys
 import urllib.request
 from importlib.metadata import PackageNotFoundError, version
 
+import forked
 import pytest
 from hub_server import Commit, HubServer, User
 from huggingface_hub import metadata_load
@@ -92,7 +93,7 @@ def test_a_space_runs_with_its_own_copy_and_a_private_model(tiny_unet, tiny_clas
         free.close()
         command = [sys.executable, "-c", RUN, "--host", "127.0.0.1", "--port", url.rpartition(":")[2].strip("/")]
         with (tmp_path / "errors").open("w") as errors:
-            process = subprocess.Popen(
+            process = forked.Popen(
                 command,
                 cwd=space,
                 env=hub.environment(tmp_path / "home", TOKEN),

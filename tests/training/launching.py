@@ -1,9 +1,11 @@
 """What the training tests share: flags for a tiny model, and ways to run a script."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
+
+import forked
 
 TINY_MODEL = [
     *("--model_channels", "32"),
@@ -29,13 +31,12 @@ def script(name: str, *arguments: str, processes: int = 1) -> list[str]:
     return [sys.executable, *launch, *arguments]
 
 
-def run(name: str, *arguments: str, processes: int = 1, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run(
+def run(name: str, *arguments: str, processes: int = 1, cwd: Path | None = None) -> CompletedProcess:
+    return forked.run(
         script(name, *arguments, processes=processes),
         env=environment(),
         cwd=cwd,
         capture_output=True,
         text=True,
-        check=False,
         timeout=300,
     )

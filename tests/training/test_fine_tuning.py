@@ -2,10 +2,10 @@
 
 import logging
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import launching
 import pytest
 import torch
@@ -136,13 +136,12 @@ def test_training_starts_from_the_hub_and_goes_on_by_the_same_command(photos, pr
         files = {str(path.relative_to(pretrained)): path.read_bytes() for path in pretrained.rglob("*.*")}
         hub.add_repo("me/animals").add("main", Commit("a pipeline", files, frozenset()))
         still = ["--pretrained_model", "me/animals", "--learning_rate", "1e-30", "--output_dir", "still"]
-        result = subprocess.run(
+        result = forked.run(
             launching.script("train_diffusion", *flags, *still),
             cwd=tmp_path,
             env={**hub.environment(tmp_path / "home"), "ACCELERATE_USE_CPU": "true"},
             capture_output=True,
             text=True,
-            check=False,
         )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "tensors of me/animals; reinitialised: class_embedding.weight (other classes)." in result.stderr

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 from launching import TINY_RUN, environment, script
 from refusals import assert_refused, contents
@@ -143,17 +144,13 @@ def test_two_trainings_at_once(photos, tmp_path):
     """The second is refused, and the first ends well; other stages may share the folder."""
     argv = [*TINY, "--train_data_dir", str(photos), "--output_dir", str(tmp_path / "out")]
     steps = ["--max_train_steps", "100000"]
-    first = subprocess.Popen(
-        script("train_diffusion", *argv, *steps), env=environment(), stderr=subprocess.PIPE, text=True
-    )
+    first = forked.Popen(script("train_diffusion", *argv, *steps), env=environment(), stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "out" / "diffusion" / ".run.json").is_file():
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        second = subprocess.run(
-            script("train_diffusion", *argv, *steps), env=environment(), capture_output=True, text=True, check=False
-        )
+        second = forked.run(script("train_diffusion", *argv, *steps), env=environment(), capture_output=True, text=True)
         assert second.returncode == 1
         assert second.stderr.splitlines()[-1].startswith("error: Another process is writing to")
         assert os.path.exists(tmp_path / "out" / "diffusion" / ".run.json")

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from launching import TINY_RUN, environment, run, script
@@ -159,7 +160,7 @@ def test_two_processes(uninterrupted, photos, tmp_path):
 
 def start(folder: Path, photos: Path, *more: str) -> subprocess.Popen:
     flags = [*FLAGS, "--checkpointing_steps", "1", "--train_data_dir", str(photos), "--output_dir", str(folder), *more]
-    return subprocess.Popen(
+    return forked.Popen(
         script("train_diffusion", *flags),
         env=environment(),
         stdout=subprocess.PIPE,

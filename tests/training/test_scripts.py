@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -86,13 +87,12 @@ PUSHING = ["--push_to_hub", "--hub_model_id", "fruit", "--hub_license", "mit", "
 
 def push(hub, script, *flags, cwd, token="hf_secret"):
     """Runs a script, whose folders the Hub then has."""
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", f"hf_guided.{script}", *flags],
         cwd=cwd,
         env={**hub.environment(cwd / "home", token), "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
-        check=False,
     )
 
 
