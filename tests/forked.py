@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -50,19 +51,30 @@ class Popen(subprocess.Popen):
             os.close(file)
 
 
+def launch(args: list[Any], processes: int, env: dict[str, str] | None = None, **more: Any) -> list[Popen]:
+    """Starts processes that find each other as those of torchrun do; no launcher ends them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = {**(os.environ if env is None else env), **shared}
+    return [Popen(args, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **more) for rank in range(processes)]
+
+
 def run(
-    args: list[Any], *, capture_output: bool = False, timeout: float | None = None, **more: Any
-) -> subprocess.CompletedProcess:
-    """As subprocess.run."""
-    if capture_output:
-        more |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with Popen(args, **more) as process:
-        try:
-            out, errors = process.communicate(timeout=timeout)
-        except BaseException:
+    args: list[Any], *, processes: int = 1, timeout: float | None = None, **more: Any
+) -> subprocess.CompletedProcess[str]:
+    """As subprocess.run with capture_output and text; of several processes the worst status, and what all wrote."""
+    more |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [Popen(args, **more)] if processes == 1 else launch(args, processes, **more)
+    try:
+        with ThreadPoolExecutor() as pool:
+            written = list(pool.map(lambda process: process.communicate(timeout=timeout), started))
+    finally:
+        for process in started:
             process.kill()
-            raise
-    return subprocess.CompletedProcess(args, process.returncode, out, errors)
+    status = max((process.returncode for process in started), key=abs)
+    return subprocess.CompletedProcess(args, status, *map("".join, zip(*written, strict=True)))
 
 
 def _server(env: dict[str, str]) -> socket.socket:
@@ -125,6 +137,7 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
 def _run(how: str, *rest: str) -> int:
     """Runs what stands behind `python` on a command line, and returns its exit status."""
     sys.argv = [*rest] if how == "-m" else ["-c", *rest[1:]] if how == "-c" else [how, *rest]
+    sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     sys.path[0] = {"-m": os.getcwd(), "-c": ""}.get(how, str(Path(how).parent))
     try:
         if how == "-m":

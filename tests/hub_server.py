@@ -229,7 +229,7 @@ class HubServer:
         command = [sys.executable, "-c", read + code, json.dumps(arguments, default=str)]
         talkative = {"HF_HUB_VERBOSITY": "debug", "HF_DEBUG": "1"}
         environment = self.environment(home, token) | talkative
-        return forked.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        return forked.run(command, env=environment, timeout=120)
 
     def user(self, request: "Request") -> User | None:
         header = request.headers.get("Authorization")

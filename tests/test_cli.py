@@ -183,7 +183,8 @@ def test_upscale_sees_pictures_as_training_does(mode, tiny_unet, tmp_path):
         assert (tmp_path / f"picture.{output}").read_bytes() == (tmp_path / f"plain.{output}").read_bytes()
 
 
-def test_mistakes_end_in_one_sentence(folder, tmp_path):
+def test_mistakes_end_in_one_sentence(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for argv, message in [
         (["sample", str(folder), "--labels", "two"], "no class named 'two'"),
         (["sample", str(folder), "--guidance_scale", "1", "--output", str(tmp_path / "x.png")], "needs a classifier"),

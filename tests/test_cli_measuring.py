@@ -4,9 +4,9 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -159,15 +159,13 @@ def test_a_pipeline_is_sampled_and_measured(work, tmp_path, capsys):
 
 
 def test_two_processes_measure_the_same(work, tmp_path):
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     flags = ["--features", "judge/model", "--num_images", "22", "--batch_size", "4", "--likelihood", "--respacing", "2"]
     reports = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         module = ["-m", "hf_guided.cli", "evaluate", "pipeline", "real", *flags, "--output", str(folder)]
-        command = [sys.executable, *(launch if processes > 1 else []), *module]
-        result = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
+        result = forked.run([sys.executable, *module], processes=processes, cwd=work, env=environment)
         assert result.returncode == 0, result.stderr[-3000:]
         assert result.stdout.count("22 images of pipeline") == 1
         reports.append(report(folder))

@@ -2,11 +2,11 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
+import forked
 import pytest
 
 from hf_guided.processes import user_command
@@ -79,20 +79,9 @@ with user_command():
 
 def start_peers(how: str) -> list[subprocess.Popen]:
     """Two processes, each started by hand: no launcher ends them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", PEER, how],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    return forked.launch([sys.executable, "-c", PEER, how], 2, env, **pipes)
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_to_the_hub_and_back_from_it(checkpoint, reference, refused, tmp_path):
         arguments = json.dumps([list(map(str, there)), list(map(str, back))])
         command = [sys.executable, "-c", script, arguments]
         environment = hub.environment(tmp_path / "home")
-        done = forked.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = forked.run(command, env=environment, timeout=120)
         assert done.returncode == 0, done.stderr
         assert f"{hub.endpoint}/ada/noisy" in done.stdout
         assert 'model="ada/noisy"' in hub.repos["ada/noisy"].head().files["README.md"].decode()
@@ -231,7 +231,7 @@ def test_to_the_hub_and_back_from_it(checkpoint, reference, refused, tmp_path):
         rest[rest.index(tmp_path / "out")] = tmp_path / "second"
         nobody = [*map(str, rest), "--hub_model_id", "ada/noisy", "--hub_token", TOKEN + "x"]
         command[-1] = json.dumps([nobody])
-        done = forked.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = forked.run(command, env=environment, timeout=120)
         assert done.returncode == 1
         assert "error: The Hub does not accept this token" in done.stderr
         assert not (tmp_path / "second").exists()
@@ -243,7 +243,7 @@ def test_what_the_hub_does_not_have_is_said_in_a_sentence(refused, tmp_path, mon
     with HubServer({TOKEN: User("ada")}) as hub:
         command = [sys.executable, "-m", "hf_guided.cli", "convert", *back, "--hub_token", TOKEN]
         environment = hub.environment(tmp_path / "home")
-        done = forked.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = forked.run(command, env=environment, timeout=120)
     assert done.returncode == 1
     assert re.fullmatch("error: There is no folder ada/none, and ada/none was not found on the Hub .*\n", done.stderr)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -2,10 +2,10 @@
 
 import contextlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -128,11 +128,9 @@ def test_two_processes_gather_what_one_has(tmp_path):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        launch = [sys.executable]
-        if processes > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         arguments = [str(tmp_path / "program.py"), str(folder), str(processes), str(tmp_path / f"cache-{processes}")]
-        subprocess.run([*launch, *arguments], check=True, env=environment, timeout=120)
+        result = forked.run([sys.executable, *arguments], processes=processes, env=environment, timeout=120)
+        assert result.returncode == 0, result.stderr
     for n in (50, 5):
         one, two = (FeatureSet.load(tmp_path / str(processes) / f"{n}.npz") for processes in (1, 2))
         np.testing.assert_array_equal(one.kept, two.kept)

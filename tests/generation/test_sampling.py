@@ -412,6 +412,9 @@ def test_a_full_disk_loses_nothing(saved, tmp_path, small_disk, monkeypatch):
     assert contents(small_disk / "samples.npz") == contents(tmp_path / "samples.npz")
 
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
 def command(folder: Path, output: Path, processes: int = 1) -> list[str]:
     """A run of 24 batches."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -420,8 +423,7 @@ def command(folder: Path, output: Path, processes: int = 1) -> list[str]:
 
 
 def start(argv: list[str]) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return forked.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return forked.Popen(argv, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_parts(output: Path, count: int, process: subprocess.Popen) -> None:
@@ -461,13 +463,12 @@ def keep_samples(argv: list[str]) -> list[torch.Tensor]:
 def test_two_processes_make_the_same_bits(folder, at_once, tmp_path):
     output = tmp_path / "two" / "samples.npz"
     output.parent.mkdir()
-    argv = command(folder, output, processes=2)
-    module = argv.index("-m", 2)
-    process = start([*argv[:module], __file__, *argv[module + 2 :]])
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert out.count("Saved 47 samples") == 1
-    assert "sampling: 100%" in errors
+    argv = [sys.executable, __file__, *command(folder, output)[3:]]
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = forked.run(argv, processes=2, env=ENVIRONMENT | path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Saved 47 samples") == 1
+    assert "sampling: 100%" in done.stderr
     batches = keep_samples(command(folder, tmp_path / "samples.npz")[3:])
     for rank in range(2):
         kept = torch.load(output.parent / f"{rank}.pt", weights_only=True)

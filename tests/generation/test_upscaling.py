@@ -44,17 +44,18 @@ def place(tiny_unet, tmp_path_factory) -> Path:
     return folder
 
 
-def command(place: Path, output: Path, processes: int = 1) -> list[str]:
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def command(place: Path, output: Path) -> list[str]:
     """A run of 24 batches."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     flags = [str(place / "small.npz"), "--batch_size", "2", "--output", str(output)]
     arguments = ["upscale", str(place / "upscaler"), *flags]
-    return [sys.executable, *(launch if processes > 1 else []), "-m", "hf_guided.cli", *arguments]
+    return [sys.executable, "-m", "hf_guided.cli", *arguments]
 
 
 def start(argv: list[str]) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return forked.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return forked.Popen(argv, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_parts(output: Path, count: int, process: subprocess.Popen) -> None:
@@ -115,11 +116,10 @@ def test_the_same_command_makes_nothing_twice(place, at_once, capsys):
 
 
 def test_two_processes_make_the_same_bytes(place, at_once, tmp_path):
-    process = start(command(place, tmp_path / "large.npz", processes=2))
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert out.count("Saved 47 images of 16x16") == 1
-    assert "upscaling: 100%" in errors
+    done = forked.run(command(place, tmp_path / "large.npz"), processes=2, env=ENVIRONMENT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Saved 47 images of 16x16") == 1
+    assert "upscaling: 100%" in done.stderr
     assert (tmp_path / "large.npz").read_bytes() == at_once.read_bytes()
     assert not (tmp_path / "large.npz.parts").exists()
 

@@ -63,7 +63,7 @@ def client(code, hub, home, token=None, **arguments):
     """Runs the real client, talkative, in a process of its own."""
     environment = hub.environment(home, token) | {"HF_HUB_VERBOSITY": "debug"}
     command = [sys.executable, "-c", code, json.dumps(arguments, default=str)]
-    return forked.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return forked.run(command, env=environment, timeout=60)
 
 
 def test_a_folder_arrives_whole_in_one_commit_and_comes_back(hub, folder, tmp_path):
@@ -274,7 +274,7 @@ def test_someone_who_keeps_pushing_is_told_of(hub, folder, tmp_path):
 def cli(hub, home, token, *arguments):
     """Runs `hf-guided push`."""
     command = [sys.executable, "-m", "hf_guided.cli", "push", *map(str, arguments)]
-    return forked.run(command, env=hub.environment(home, token), capture_output=True, text=True, timeout=60)
+    return forked.run(command, env=hub.environment(home, token), timeout=60)
 
 
 def test_command_line_to_branches_organisations_and_as_a_pull_request(folder, tmp_path):

@@ -117,7 +117,7 @@ def test_a_push_adds_the_card_to_the_repository_alone(saved, tmp_path):
         def push(*flags):
             command = [sys.executable, "-m", "hf_guided.cli", "push", str(folder), "fruits", *flags]
             environment = {**os.environ, **hub.environment(tmp_path / "home", token)}
-            result = forked.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            result = forked.run(command, env=environment, timeout=120)
             assert result.returncode == 0, result.stderr
             return hub.repos["ada/fruits"].head().files["README.md"].decode(), result.stderr
 

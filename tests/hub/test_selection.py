@@ -60,7 +60,7 @@ def folder(tmp_path):
 def push(hub, home, *arguments):
     """Runs `hf-guided push`."""
     command = [sys.executable, "-m", "hf_guided.cli", "push", *map(str, arguments)]
-    return forked.run(command, env=hub.environment(home, WRITE), capture_output=True, text=True, timeout=60)
+    return forked.run(command, env=hub.environment(home, WRITE), timeout=60)
 
 
 def test_what_a_model_is_made_of_goes_and_the_rest_is_named(folder, tmp_path, monkeypatch):

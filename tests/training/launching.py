@@ -22,21 +22,10 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **extra}
 
 
-def script(name: str, *arguments: str, processes: int = 1) -> list[str]:
+def script(name: str, *arguments: str) -> list[str]:
     """The command that runs a training script of the installed package."""
-    module = f"hf_guided.training.{name}"
-    if processes == 1:
-        return [sys.executable, "-m", module, *arguments]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", module]
-    return [sys.executable, *launch, *arguments]
+    return [sys.executable, "-m", f"hf_guided.training.{name}", *arguments]
 
 
 def run(name: str, *arguments: str, processes: int = 1, cwd: Path | None = None) -> CompletedProcess:
-    return forked.run(
-        script(name, *arguments, processes=processes),
-        env=environment(),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return forked.run(script(name, *arguments), processes=processes, env=environment(), cwd=cwd, timeout=300)

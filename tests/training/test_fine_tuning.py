@@ -140,8 +140,6 @@ def test_training_starts_from_the_hub_and_goes_on_by_the_same_command(photos, pr
             launching.script("train_diffusion", *flags, *still),
             cwd=tmp_path,
             env={**hub.environment(tmp_path / "home"), "ACCELERATE_USE_CPU": "true"},
-            capture_output=True,
-            text=True,
         )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "tensors of me/animals; reinitialised: class_embedding.weight (other classes)." in result.stderr

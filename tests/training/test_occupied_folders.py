@@ -150,7 +150,7 @@ def test_two_trainings_at_once(photos, tmp_path):
         while not (tmp_path / "out" / "diffusion" / ".run.json").is_file():
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        second = forked.run(script("train_diffusion", *argv, *steps), env=environment(), capture_output=True, text=True)
+        second = forked.run(script("train_diffusion", *argv, *steps), env=environment())
         assert second.returncode == 1
         assert second.stderr.splitlines()[-1].startswith("error: Another process is writing to")
         assert os.path.exists(tmp_path / "out" / "diffusion" / ".run.json")

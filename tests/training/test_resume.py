@@ -217,7 +217,7 @@ def test_signals_save_and_exit_cleanly(photos, tmp_path, signum, workers):
 def test_sigterm_to_the_launcher_reaches_the_training(photos, tmp_path):
     flags = [*FLAGS, "--checkpointing_steps", "1", "--max_train_steps", "2000", "--train_data_dir", str(photos)]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "-m", "hf_guided.training.train_diffusion"]
-    process = subprocess.Popen(
+    process = forked.Popen(
         [*launch, *flags, "--output_dir", str(tmp_path)],
         env=environment(),
         stdout=subprocess.PIPE,

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def test_the_whole_walk_on_a_folder_of_pictures(photos, tmp_path, monkeypatch, c
     ]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command = [*launch, str(ROOT / "training" / "train.py"), *flags]
-    first = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    first = forked.run(command, cwd=tmp_path, env=environment())
     assert first.returncode == 0, first.stderr[-3000:]
     for said in ("54 images", "3", "parameters", "GiB", "2 steps of 4 images", "writes", "held-out images", "scale 2"):
         assert said in first.stderr
@@ -91,8 +90,6 @@ def push(hub, script, *flags, cwd, token="hf_secret"):
         [sys.executable, "-m", f"hf_guided.{script}", *flags],
         cwd=cwd,
         env={**hub.environment(cwd / "home", token), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
     )
 
 

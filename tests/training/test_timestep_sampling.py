@@ -1,8 +1,8 @@
 """Timesteps by chance, and by what they cost."""
 
-import subprocess
 import sys
 
+import forked
 import torch
 from launching import environment
 
@@ -69,5 +69,5 @@ accelerator.wait_for_everyone()  # a process that is gone aborts the one that st
 accelerator.end_training()
 """
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, "gather.py"], check=True, cwd=tmp_path, env=environment())
+    result = forked.run([sys.executable, "gather.py"], processes=2, cwd=tmp_path, env=environment())
+    assert result.returncode == 0, result.stderr
