@@ -39,16 +39,15 @@ class Popen(subprocess.Popen):
     """As subprocess.Popen, of `[sys.executable, "-m" | "-c" | a script, ...]`."""
 
     def _execute_child(self, args, *rest) -> None:
-        cwd, env, (p2cread, _, _, c2pwrite, _, errwrite), new_session = rest[4], rest[5], rest[9:15], rest[20]
+        cwd, env, pipes, new_session = rest[4], rest[5], rest[9:15], rest[20]
         env = dict(os.environ if env is None else env)
-        stdin = os.open(os.devnull, os.O_RDWR) if p2cread == -1 else p2cread
-        files = [stdin, 1 if c2pwrite == -1 else c2pwrite, 2 if errwrite == -1 else errwrite]
+        stdin, _, _, stdout, _, stderr = pipes
+        files = [number if file == -1 else file for number, file in enumerate((stdin, stdout, stderr))]
         request = {"args": list(map(str, args[1:])), "cwd": str(cwd or Path.cwd()), "env": env, "session": new_session}
         socket.send_fds(server := _server(env), [json.dumps(request).encode()], files)
         self.pid = int(server.recv(64))
         self._child_created = True
-        for file in {stdin, c2pwrite, errwrite} - {-1}:
-            os.close(file)
+        self._close_pipe_fds(*pipes)
 
 
 def launch(args: list[Any], processes: int, env: dict[str, str] | None = None, **more: Any) -> list[Popen]:
