@@ -84,11 +84,11 @@ def build_demo(pipe: ClassConditionalPipeline, judge: FeatureExtractor | None = 
 def _about(session: Session) -> str:
     height, width = session.pipe.sample_size
     classes = f" of {len(session.label_of)} classes" if session.label_of else ""
-    judge = ""
+    text = f"Images{classes}, {width}x{height} pixels."
     if session.judge is not None:
         apart = " that does not guide" if session.solvers else ""
-        judge = f" An evaluation classifier{apart} ({session.judge.name}) checks the class of each sample."
-    return f"Images{classes}, {width}x{height} pixels.{judge} Click an image to save it at its true size."
+        text += f" An evaluation classifier{apart} ({session.judge.name}) checks the class of each sample."
+    return f"{text} Click an image to save it at its true size."
 
 
 def _solver_fields(session: Session) -> list[Any]:
@@ -179,16 +179,8 @@ def _wire(go: Any, cancel: Any, fn: Callable[..., Any], inputs: set[Any], output
         return lambda: (gr.Button(interactive=not running), gr.Button(interactive=running))
 
     begun = go.click(toggle(True), outputs=[go, cancel], **_QUICK)
-    run = begun.then(
-        fn,
-        inputs,
-        outputs,
-        api_name=name,
-        preprocess=False,
-        concurrency_id=QUEUE,
-        show_progress="minimal",
-        show_progress_on=outputs[0],
-    )
+    shown: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": outputs[0]}
+    run = begun.then(fn, inputs, outputs, api_name=name, preprocess=False, concurrency_id=QUEUE, **shown)
     for ended in (run.success, run.failure):
         ended(toggle(False), outputs=[go, cancel], **_QUICK)
     stopped = cancel.click(toggle(False), outputs=[go, cancel], cancels=run, **_QUICK)
@@ -211,14 +203,10 @@ def _errors_shown() -> Iterator[None]:
 def pictures_html(
     preview: Preview, columns: int, row_name: str, file: str, mistakes: Sequence[str | None] | None
 ) -> str:
-    """HTML of images, with small ones enlarged; a click saves a sample, but no preview, at its true size.
+    """HTML of images, small ones enlarged, `columns` in a row (0: as many as fit), under a heading if there is a name.
 
-    Args:
-        preview ([`Preview`]): The images.
-        columns (`int`): Images per row; 0 for as many as fit.
-        row_name (`str`): Heading, or an empty text.
-        file (`str`): Name of the saved files, before a number.
-        mistakes (`Sequence[str]`, *optional*): See [`Session.mistakes`].
+    A click saves a sample, but no preview, at its true size, as `file` and a number. `mistakes`: see
+    [`Session.mistakes`].
     """
     height, width = preview.images.shape[-2:]
     urls = [_data_url(picture, preview.is_last) for picture in _pictures(preview.images)]

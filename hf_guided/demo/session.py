@@ -259,14 +259,14 @@ class Session:
         if self.label_of and not (isinstance(name, str) and name in self.label_of):
             raise ValueError(f"There is no class {_brief(name)}; choose one from the list.")
         label, name = (self.label_of[name], name) if self.label_of else (None, "image")
-        num_images = whole_number("The number of images", num_images, 1, self.max_images)
-        seed = whole_number("The seed", seed, 0, MAX_SEED)
+        num_images = number("The number of images", num_images, 1, self.max_images, whole=True)
+        seed = number("The seed", seed, 0, MAX_SEED, whole=True)
         if not self.solvers:
             return SampleRequest(label, name, num_images, seed)
         solver = self.solver_of(solver_name)
         if not isinstance(condition_unet, bool):
             raise ValueError(f"Whether the UNet is class-conditional is true or false, not {_brief(condition_unet)}.")
-        steps = whole_number("The number of steps", steps, MIN_STEPS, self.max_steps(solver))
+        steps = number("The number of steps", steps, MIN_STEPS, self.max_steps(solver), whole=True)
         condition_unet = condition_unet or not self.can_drop_label
         return SampleRequest(label, name, num_images, seed, solver, steps, condition_unet)
 
@@ -355,8 +355,7 @@ class Session:
         }
 
     def mistakes(self, request: SampleRequest, images: torch.Tensor) -> list[str | None] | None:
-        """For each image `None` if the evaluation classifier predicts the requested class, otherwise the predicted
-        class; `None` without a classifier."""
+        """For each image `None` if the evaluation classifier sees the requested class, else the class that it sees."""
         if self.judge is None:
             return None
         names, wanted = self.judge.id2label, self.judged[request.label]
@@ -373,16 +372,13 @@ def expected_images(scheduler: Any, prediction: torch.Tensor, sample: torch.Tens
     return original_of(prediction, sample, alpha_bar, prediction_type).clamp(-1, 1)
 
 
-def number(what: str, value: Any, low: float, high: float, kind: str = "number") -> float:
-    """A validated number; a `ValueError` names the bounds."""
+def number(what: str, value: Any, low: float, high: float, whole: bool = False) -> Any:
+    """A validated number, an `int` if it is a whole one; a `ValueError` names the bounds."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or (kind == "whole number" and value != int(value)):
+    if not is_number or not low <= value <= high or (whole and value != int(value)):
+        kind = "whole number" if whole else "number"
         raise ValueError(f"{what} must be a {kind} from {low:,} to {high:,}, not {_brief(value)}.")
-    return value
-
-
-def whole_number(what: str, value: Any, low: int, high: int) -> int:
-    return int(number(what, value, low, high, "whole number"))
+    return int(value) if whole else value
 
 
 def _brief(value: Any) -> str:

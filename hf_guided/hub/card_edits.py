@@ -15,9 +15,12 @@ from typing import Any
 import yaml
 from huggingface_hub.utils import yaml_dump
 
+from .markdown import CODE_BLOCK
+
+_PARTS = ("metadata", "sections")
 _RECORD = re.compile(r"(?m)^<!-- hf-guided: (.*) -->[ \t]*$")
 _FRONT_MATTER = re.compile(r"\A---\n(.*?\n)?---[ \t]*(?:\n|\Z)", re.DOTALL)
-_HEADING_OR_CODE = re.compile(r"(?m)^##? .*$|^```[^`\n]*\n(?s:.*?)(?:^```|\Z)")
+_HEADING_OR_CODE = re.compile(rf"^##? .*$|{CODE_BLOCK}", re.MULTILINE)
 
 
 def sign(card: str) -> str:
@@ -77,12 +80,14 @@ def _digests(entries: dict[str, Any]) -> dict[str, str]:
 def _read(card: str) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
     """The metadata, the text of each section under its heading, and the digests of what was generated."""
     card = card.removeprefix("\ufeff").replace("\r\n", "\n")
-    record: dict[str, Any] = {}
+    record: Any = {}
     if records := [*_RECORD.finditer(card)]:
         last = records[-1]  # any before it is the user's text
         card = card[: last.start()].rstrip() + card[last.end() :]
         with suppress(ValueError, RecursionError):  # an edited comment: everything counts as the user's
-            record = _parse(last[1])
+            record = json.loads(last[1])
+        if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in _PARTS):
+            record = {}
     data: Any = {}
     if match := _FRONT_MATTER.match(card):
         try:
@@ -102,16 +107,6 @@ def _read(card: str) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
     if not sections[""]:
         del sections[""]
     return data, sections, record
-
-
-def _parse(text: str) -> dict[str, dict[str, str]]:
-    """The digests in a comment; a `ValueError` if it holds anything else."""
-    record = json.loads(text)
-    is_record = isinstance(record, dict) and record.keys() == {"metadata", "sections"}
-    parts = record.values() if is_record else [None]
-    if not all(isinstance(part, dict) and all(isinstance(digest, str) for digest in part.values()) for part in parts):
-        raise ValueError("no digests")
-    return record
 
 
 def _write(data: dict[str, Any], sections: dict[str, str], record: dict[str, Any]) -> str:

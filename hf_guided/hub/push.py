@@ -49,8 +49,7 @@ def prepare_push(repo_id: str, *, private: bool | None = None, token: str | None
     """
     api = HfApi(token=token or True)
     try:
-        user = api.whoami()
-        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise PushError(f"This token is read-only: {_LOGIN}.")
         return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     except (HTTPError, HfHubHTTPError, LocalTokenNotFoundError) as error:
