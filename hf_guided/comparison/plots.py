@@ -26,17 +26,10 @@ def save_grids(
     path: str | os.PathLike,
     titles: Mapping[str, str],
 ) -> None:
-    """Saves a PNG of the families' images side by side, one row per class.
+    """Saves a PNG of the families' images side by side, each under its title, one row per class.
 
-    Args:
-        grids (`Mapping[str, Sequence[PIL.Image.Image]]`): The images of each family, where real images may be one,
-            class by class, with the same number per class and family.
-        class_names (`Sequence[str]`): The class of each row.
-        path (`str` or `os.PathLike`): The PNG file.
-        titles (`Mapping[str, str]`): The heading above each family's images.
-
-    Raises:
-        ValueError: If a family has more or fewer images than another.
+    `grids` has the images of each family, where real images may be one, class by class. A `ValueError` if a family has
+    more or fewer than another.
     """
     counts = {family: len(images) for family, images in grids.items()}
     if len(set(counts.values())) != 1:
@@ -55,13 +48,7 @@ def save_grids(
 
 
 def save_curves(comparison: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Saves a PNG of precision against recall, the FID of each seed, and the training losses.
-
-    Args:
-        comparison (`Mapping`): The results: `runs`, one per family and seed, and `real`, the metrics of held-out
-            images (or `None`).
-        path (`str` or `os.PathLike`): The PNG file.
-    """
+    """Saves a PNG of precision against recall, the FID of each seed, and the training losses of a comparison."""
     families = families_of(comparison)
     others = [name for name in families if name not in _COLORS]
     colors = _COLORS | dict(zip(others, itertools.cycle(_OTHER_COLORS), strict=False))

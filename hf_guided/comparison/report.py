@@ -73,12 +73,8 @@ _say: Any = _TEMPLATES.get_template("sentences.jinja").module
 def comparison_table(comparison: Mapping[str, Any]) -> str:
     """The results as a Markdown table with one row per family, and notes that explain the cells.
 
-    Args:
-        comparison (`Mapping`): The results: `runs`, one per family and seed, and `real`, the metrics of held-out
-            images (or `None`).
-
-    Returns:
-        `str`: The table. A cell is the mean over seeds, with the lowest and the highest in brackets.
+    A cell is the mean over seeds, with the lowest and the highest in brackets. `comparison` has `runs`, one per family
+    and seed, and `real`, the metrics of held-out images (or `None`).
     """
     header, *rows = _table(comparison)
     lines = [header, ["---"] * len(header), *([_markdown(cell) for cell in row] for row in rows)]
@@ -87,16 +83,10 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
 
 
 def findings(comparison: Mapping[str, Any]) -> list[str]:
-    """The findings that follow from the numbers, in sentences.
+    """The findings that follow from the numbers that are present, in sentences.
 
     Two families differ "with every seed" if every run of the one is better than every run of the other. If the ranges
     of their seeds overlap, the seeds do not separate them.
-
-    Args:
-        comparison (`Mapping`): As for [`comparison_table`].
-
-    Returns:
-        `list[str]`: The sentences, about the families and numbers that are present.
     """
     by_name = families_of(comparison)
     families = list(by_name.values())
@@ -117,13 +107,9 @@ def write_comparison(
     grids: Mapping[str, Sequence[Image.Image]],
     titles: Mapping[str, str],
 ) -> None:
-    """Writes `comparison.json`, `comparison.md`, `comparison.html`, `grids.png` and `curves.png`.
+    """Writes `comparison.json`, `comparison.md`, `comparison.html`, `grids.png` and `curves.png` to a folder.
 
-    Args:
-        folder (`str` or `os.PathLike`): The folder, created if needed.
-        comparison (`Mapping`): As for [`comparison_table`].
-        grids (`Mapping[str, Sequence[PIL.Image.Image]]`), titles (`Mapping[str, str]`): The images of each family and
-            the heading above them, as for [`save_grids`].
+    `grids` and `titles`: see [`save_grids`].
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

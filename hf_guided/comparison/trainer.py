@@ -77,11 +77,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """The budget of a text such as `"5m"`, `"300s"`, `"1h"`, `"2000steps"` or `"500kparameters"`.
-
-        Raises:
-            `ValueError`: For anything else.
-        """
+        """The budget of a text such as `"5m"`, `"300s"`, `"1h"`, `"2000steps"` or `"500kparameters"`."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kM]?)\s*(s|m|h|steps|parameters)", text)
         if match is not None:
             unit, factor = _UNITS[match[3]]

@@ -49,12 +49,9 @@ def build_demo(pipe: ClassConditionalPipeline, judge: FeatureExtractor | None = 
     Args:
         pipe ([`ClassifierGuidedPipeline`], [`VAEPipeline`], [`GANPipeline`] or [`FlowPipeline`]): Makes the images,
             on its device. It is not changed.
-        judge ([`~hf_guided.evaluation.features.FeatureExtractor`], *optional*): The evaluation
-            classifier, which gives the accuracy of samples; not the one that guides.
+        judge ([`~hf_guided.evaluation.features.FeatureExtractor`], *optional*): The evaluation classifier, which gives
+            the accuracy of samples; not the one that guides.
         title (`str`, defaults to `"hf-guided"`): Heading of the page.
-
-    Returns:
-        `gradio.Blocks`: The page.
 
     Raises:
         `ValueError`: For a pipeline that upsamples or whose images do not have 1 or 3 channels, and for an evaluation
@@ -153,7 +150,7 @@ def _tab(session: Session, settings: list[Any], comparing: bool) -> None:
             finished: list[tuple[str, torch.Tensor]] = []
             for row, (value, row_name, row_file) in zip(rows, chosen, strict=False):
                 for preview in session.sample(request, value, is_wanted):
-                    step = f"step {preview.step} of {preview.num_steps}" if session.solvers else ""
+                    step = f"step {preview.step} of {request.steps}" if session.solvers else ""
                     text, mistakes = ": ".join(filter(None, [row_name, step])).capitalize(), None
                     if preview.is_last:
                         mistakes = session.mistakes(request, preview.images)
@@ -244,13 +241,7 @@ def launch_demo(blocks: Any, host: str = "127.0.0.1", port: int = 7860) -> str:
         blocks (`gradio.Blocks`): The page from [`build_demo`].
         host (`str`, defaults to `"127.0.0.1"`): The address to listen on: by default only this machine can reach it,
             with `"0.0.0.0"` everyone who can reach the machine.
-        port (`int`, defaults to 7860): The port.
-
-    Returns:
-        `str`: Its URL.
-
-    Raises:
-        `ValueError`: If the port is taken.
+        port (`int`, defaults to 7860): The port. A `ValueError` if it is taken.
     """
     fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     without = dict.fromkeys(("share", "ssr_mode", "run_history", "enable_monitoring", "mcp_server"), False)

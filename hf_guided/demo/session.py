@@ -158,7 +158,6 @@ class Preview:
     """Images `(n, channels, height, width)`, uint8, after a denoising step."""
 
     step: int
-    num_steps: int
     images: torch.Tensor
     is_last: bool = False
 
@@ -170,12 +169,8 @@ class StoppedError(Exception):
 class Session:
     """A pipeline that visitors of the demo sample from, one request at a time, and an evaluation classifier.
 
-    Args:
-        pipe, judge: As for [`build_demo`], with its errors.
-
-    Attributes:
-        solvers (`dict[str, Solver]`): The solvers by name; empty for pipelines that sample in one step.
-        trade_off ([`TradeOff`], *optional*): The parameter that trades variety for fidelity.
+    The arguments and errors are those of [`build_demo`]. `solvers` by name is empty for pipelines that sample in one
+    step; `trade_off` is the parameter that trades variety for fidelity, if there is one.
     """
 
     def __init__(self, pipe: ClassConditionalPipeline, judge: FeatureExtractor | None = None):
@@ -252,8 +247,7 @@ class Session:
     ) -> SampleRequest:
         """A validated request from untrusted input; the last three arguments are only used by diffusion models.
 
-        Raises:
-            `ValueError`: If a value is not supported; the supported ones are named.
+        A `ValueError` names the values that are supported.
         """
         name = composed(name) if isinstance(name, str) else name
         if self.label_of and not (isinstance(name, str) and name in self.label_of):
@@ -281,10 +275,7 @@ class Session:
     ) -> Iterator[Preview]:
         """Previews of the clean images that a UNet predicts; the last one holds the samples.
 
-        Sampling stops at the next step if the iterator is closed.
-
-        Raises:
-            `StoppedError`: If the samples are no longer wanted, at the next step.
+        Sampling stops at the next step if the iterator is closed; with a [`StoppedError`] if it is no longer wanted.
         """
         previews: queue.SimpleQueue[Preview | Exception] = queue.SimpleQueue()
         stopped = threading.Event()
@@ -304,7 +295,7 @@ class Session:
                         options |= self.trade_off.arguments(value)
                     options["generator"] = torch.Generator().manual_seed(request.seed)
                     samples = pipe(request.label, request.num_images, **options, output_type="latent").images
-                    previews.put(Preview(request.steps, request.steps, to_8_bit(samples).cpu(), is_last=True))
+                    previews.put(Preview(request.steps, to_8_bit(samples).cpu(), is_last=True))
             except Exception as error:
                 previews.put(error)
 
@@ -343,7 +334,7 @@ class Session:
                 if before is not None:
                     prediction = tensors["model_output"][:, : pipe.image_channels]
                     images = expected_images(scheduler, prediction, before, timestep)
-                show(Preview(step + 1, request.steps, to_8_bit(images).cpu()))
+                show(Preview(step + 1, to_8_bit(images).cpu()))
             before = tensors["latents"]
             return {}
 

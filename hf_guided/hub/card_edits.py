@@ -30,17 +30,9 @@ def sign(card: str) -> str:
 
 
 def merge(edited: str, generated: str) -> str:
-    """The newer card with a user's edits of the older one.
+    """The newer, signed card with a user's edits of the older one; exactly the newer one if there are none.
 
-    Args:
-        edited (`str`): The older card, as it is now.
-        generated (`str`): The newer one, signed by [`sign`].
-
-    Returns:
-        `str`: The newer card with the edits; exactly `generated` if there are none.
-
-    Raises:
-        `ValueError`: If the metadata of `edited` is not valid YAML.
+    Raises a `ValueError` if the metadata of `edited` are not valid YAML.
     """
     old_data, old_sections, record = _read(edited)
     new_data, new_sections, new_record = _read(generated)

@@ -42,14 +42,11 @@ def write_model_card(folder: str | os.PathLike, **card: Any) -> Path:
     """Writes the model card `README.md` of a saved pipeline or model, and keeps the user's edits of an existing one.
 
     Args:
-        folder (`str` or `os.PathLike`): The saved pipeline.
+        folder (`str` or `os.PathLike`): The saved pipeline or model.
         card: The fields of [`Card`].
 
     Returns:
-        `Path`: The card.
-
-    Raises:
-        `ValueError`: If its metadata are invalid.
+        `Path`: The card. A `ValueError` if its metadata are invalid.
     """
     path = Path(folder, "README.md")
     text = sign(Card(**card).render(Path(folder)))
@@ -83,11 +80,7 @@ class Card:
     defaults: Mapping[str, Any] | None = None  # the pipeline's saved sampling defaults, as a table
 
     def render(self, folder: Path) -> str:
-        """The card of a folder, with the pictures that are in it.
-
-        Raises:
-            `ValueError`: If its metadata are invalid.
-        """
+        """The card of a folder, with the pictures that are in it; a `ValueError` if its metadata are invalid."""
         kind = "pipeline" if self.model_class.endswith("Pipeline") else "model"
         kind = "classifier" if self.model_class == "ADMForImageClassification" else kind
         upscales = self.model_class == "ClassifierGuidedUpscalePipeline"
@@ -160,11 +153,7 @@ class Card:
 def address(card: str, repo_id: str, standalone: bool = False) -> str:
     """The card with its usage loading from a repository instead of the current folder.
 
-    Args:
-        card (`str`): The card.
-        repo_id (`str`): The repository.
-        standalone (`bool`, defaults to `False`): Whether the repository carries its code and does not need this
-            package.
+    `standalone`: the repository carries its code, so that the usage does not need this package.
     """
 
     def addressed(code: re.Match) -> str:

@@ -19,15 +19,9 @@ _MODELS = {
 
 
 def card_of_saved(folder: Path, title: str, license: str | None = None) -> str | None:
-    """A model card for a saved pipeline or model of this package: library, tags, usage, classes, sampling defaults.
+    """A model card for a folder of `save_pretrained`, which is not changed: library, tags, usage, classes, defaults.
 
-    Args:
-        folder (`Path`): A folder that `save_pretrained` wrote; it is not changed.
-        title (`str`): Heading of the card.
-        license (`str`, *optional*): Identifier of the licence.
-
-    Returns:
-        `str`: The card; `None` for a class of another package or a damaged config.
+    `None` for a class of another package or a damaged config. `license` is an identifier, such as `"mit"`.
     """
     index, config = _config(folder / "model_index.json"), _config(folder / "config.json")
     name = saved_class(index, config)

@@ -47,18 +47,14 @@ def select_files(
     folders; the model card, the pictures that it shows, licences; and the code that this package writes. A link is
     pushed if its target would be: within the folder, or in the Hub's cache that the folder is part of.
 
-    Args:
-        folder (`str` or `os.PathLike`): A saved pipeline or model, or a Space.
-        include (`Sequence[str]`, *optional*): Further files: paths of files or folders in the folder, or patterns
-            such as `"assets/*.csv"`, whose star also matches slashes. Links are followed. Hidden files must be named
-            with their dot.
-        repo_type (`str`, defaults to `"model"`): Or `"space"`.
+    `include` names further paths of files or folders in the folder, or patterns such as `"assets/*.csv"`, whose star
+    also matches slashes. Links are followed; hidden files must be named with their dot.
 
     Returns:
         `list[str]`: Paths with slashes, sorted.
 
     Raises:
-        `ValueError`: If a pattern matches no file, or `model_index.json` cannot be read.
+        `ValueError`: If a pattern matches no file, or `model_index.json` is damaged.
     """
     folder = Path(folder)
     is_part = _is_part_of_space if repo_type == "space" else _parts_of_model(folder)

@@ -25,22 +25,16 @@ def write_space(
     model_id: str,
     judge_id: str | None = None,
     title: str | None = None,
-    license: str = "apache-2.0",
     model_class: str = "ClassifierGuidedPipeline",
 ) -> Path:
     """The folder of a Space that runs the demo for a pipeline on the Hub, with a copy of this package.
 
     Args:
         folder (`str` or `os.PathLike`): Where to write it, created if needed.
-        model_id (`str`): The pipeline on the Hub, `"user/name"`.
-        judge_id (`str`, *optional*): An evaluation classifier on the Hub; it must not be the one that guides.
+        model_id (`str`): The pipeline on the Hub.
+        judge_id (`str`, *optional*): An evaluation classifier on the Hub, which must not be the one that guides.
         title (`str`, *optional*): Heading of the Space; by default the model's name.
-        license (`str`, defaults to `"apache-2.0"`): Identifier of the licence of the Space's code.
-        model_class (`str`, defaults to `"ClassifierGuidedPipeline"`): The pipeline's class: this, `"VAEPipeline"`,
-            `"GANPipeline"` or `"FlowPipeline"`.
-
-    Returns:
-        `Path`: The folder.
+        model_class (`str`, defaults to `"ClassifierGuidedPipeline"`): The pipeline's class.
 
     Raises:
         `ImportError`: If gradio is not installed, whose version the Space requires.
@@ -69,7 +63,7 @@ def write_space(
         "sdk_version": sdk_version,
         "app_file": "app.py",
         "pinned": False,
-        "license": license,
+        "license": "apache-2.0",  # of the copy of this package
         "models": models,
         "tags": ["hf-guided", "diffusers", *(["classifier-guidance"] if family is DIFFUSION else [])],
     }

@@ -57,11 +57,8 @@ def write_standalone(
 
     Args:
         folder (`str` or `os.PathLike`): A folder that `save_pretrained` or training wrote.
-        destination (`str` or `os.PathLike`): An empty or new folder.
+        destination (`str` or `os.PathLike`): An empty or new folder, which is returned.
         include (`Sequence[str]`, *optional*): Further files to copy, see [`select_files`].
-
-    Returns:
-        `Path`: The destination.
 
     Raises:
         `ValueError`: If the folder is not a saved model, has a component of another library, or has code already; or if
@@ -135,17 +132,10 @@ def _code(name: str) -> str:
 
 
 def inline(roots: Sequence[tuple[str, str]]) -> str:
-    """The source of one file with some definitions of a package and everything of the package that they use.
+    """The source of one file with some definitions of a package, by module and name, and all that they use of it.
 
-    Args:
-        roots (`Sequence[tuple[str, str]]`): Modules and names in them, of one package. The docstring of the first
-            module becomes the file's.
-
-    Returns:
-        `str`: The source, with comments and docstrings. It imports nothing of the package.
-
-    Raises:
-        `ValueError`: If a definition would change its meaning in a single file, or be undefined.
+    It has their comments and docstrings, the docstring of the first module, and no import of the package. Raises a
+    `ValueError` if a definition would change its meaning in a single file, or be undefined.
     """
     meanings: dict[str, tuple[str, str]] = {}  # definition of each name of the file, as in `_Module`
     needs: dict[str, list[str]] = {}  # the modules that a module needs
