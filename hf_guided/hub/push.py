@@ -168,8 +168,7 @@ def push_command(folder: str | os.PathLike, repo_id: str, private: bool = False)
 class BackgroundPush:
     """Pushes snapshots of a training in the background, one at a time; a failed push does not stop the training.
 
-    Takes `repo_id`, `private` and `token` as [`push_folder`]. `failure` says why the push of the latest snapshot failed,
-    if it did.
+    Takes `repo_id`, `private` and `token` as [`push_folder`]. `failure` says why the latest push failed, if it did.
     """
 
     def __init__(self, repo_id: str, **access: Any):

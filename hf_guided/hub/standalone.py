@@ -205,11 +205,9 @@ def _import_lines(meanings: set[tuple[str, str]]) -> str:
 class _Module:
     """A module's source, split into its top-level statements.
 
-    Attributes:
-        exported (`list[str]`): Its `__all__`.
-        meanings (`dict[str, tuple[str, str]]`): The definition of each name: for a local one, the names of the module
-            and the definition; for an imported one, the source module and the name as an import spells it
-            (`"x"`, `"x as y"`), the source of a whole module being `""`.
+    `exported` is its `__all__`, `meanings` the definition of each name: for a local one, the names of the module and
+    the definition; for an imported one, the source module and the name as an import spells it (`"x"`, `"x as y"`), the
+    source of a whole module being `""`.
     """
 
     def __init__(self, name: str):
