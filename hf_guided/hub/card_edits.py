@@ -23,10 +23,15 @@ _FRONT_MATTER = re.compile(r"\A---\n(.*?\n)?---[ \t]*(?:\n|\Z)", re.DOTALL)
 _HEADING_OR_CODE = re.compile(rf"^##? .*$|{CODE_BLOCK}", re.MULTILINE)
 
 
+Parts = dict[str, dict[str, Any]]  # "metadata" by key and "sections" by heading: contents, or digests of both
+
+
 def sign(card: str) -> str:
     """The card with a final comment of digests of its sections and metadata."""
-    data, sections, _ = _read(card)
-    return _write(data, sections, {"metadata": _digests(data), "sections": _digests(sections)})
+    parts, _ = _read(card)
+    # By the digests of the names, which replacing a word throughout the card cannot change.
+    record = {part: {_digest(name): _digest(entries[name]) for name in entries} for part, entries in parts.items()}
+    return _write(parts, record)
 
 
 def merge(edited: str, generated: str) -> str:
@@ -34,13 +39,12 @@ def merge(edited: str, generated: str) -> str:
 
     Raises a `ValueError` if the metadata of `edited` are not valid YAML.
     """
-    old_data, old_sections, record = _read(edited)
-    new_data, new_sections, new_record = _read(generated)
-    data = _merge(old_data, new_data, record.get("metadata", {}))
-    sections = _merge(old_sections, new_sections, record.get("sections", {}))
-    if (list(data.items()), list(sections.items())) == (list(new_data.items()), list(new_sections.items())):
+    old, record = _read(edited)
+    new, new_record = _read(generated)
+    merged = {part: _merge(old[part], new[part], record.get(part, {})) for part in new}
+    if all(list(merged[part].items()) == list(new[part].items()) for part in new):  # in the same order, too
         return generated
-    return _write(data, sections, new_record)
+    return _write(merged, new_record)
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any], record: dict[str, str]) -> dict[str, Any]:
@@ -64,13 +68,8 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _digests(entries: dict[str, Any]) -> dict[str, str]:
-    """Digests by the digests of the names, which replacing a word throughout the card cannot change."""
-    return {_digest(name): _digest(content) for name, content in entries.items()}
-
-
-def _read(card: str) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
-    """The metadata, the text of each section under its heading, and the digests of what was generated."""
+def _read(card: str) -> tuple[Parts, Parts]:
+    """The metadata and the text of each section under its heading, and the digests of what was generated."""
     card = card.removeprefix("\ufeff").replace("\r\n", "\n")
     record: Any = {}
     if records := [*_RECORD.finditer(card)]:
@@ -98,10 +97,11 @@ def _read(card: str) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
         sections[heading] = card[start:end].strip()
     if not sections[""]:
         del sections[""]
-    return data, sections, record
+    return {"metadata": data, "sections": sections}, record
 
 
-def _write(data: dict[str, Any], sections: dict[str, str], record: dict[str, Any]) -> str:
+def _write(parts: Parts, record: Parts) -> str:
+    data, sections = parts["metadata"], parts["sections"]
     front_matter = f"---\n{yaml_dump(data, sort_keys=False)}---\n\n" if data else ""
     comment = f"\n\n<!-- hf-guided: {json.dumps(record)} -->" if record else ""
     return front_matter + "\n\n".join(text for text in sections.values() if text) + comment + "\n"
