@@ -47,11 +47,11 @@ def compare(
     recipe: str | None = None,
     batch_size: int = 250,
 ) -> Path:
-    """The report that compares families, each trained with each seed and the same budget, or compares trained models.
+    """Compares families, each trained with each seed and the same budget, or trained models; returns the report's path.
 
     Args:
         data (`str`): A built-in dataset, a folder with one sub-folder of images per class, or a dataset on the Hub.
-        output (`str` or `Path`): Folder for the models, the numbers and the report.
+        output (`str` or `Path`): Folder for the models, the numbers and the report, `comparison.html`.
         families (`Sequence[str]`): Some of `"vae"`, `"gan"`, `"flow"`, `"diffusion"` (class-conditional) and
             `"guided"` (with a classifier that takes a third of the budget).
         models (`dict[str, str]`, *optional*): Trained pipelines to compare instead, folders or ids on the Hub, by the
@@ -64,9 +64,6 @@ def compare(
             the table and of its curve.
         resolution (`Sequence[int]`, *optional*), recipe (`str`, *optional*): As the training scripts take them.
         batch_size (`int`, defaults to 250): Images at once, in sampling and measuring.
-
-    Returns:
-        `Path`: The report, `comparison.html`.
 
     Raises:
         `ValueError`: For an unknown family or budget, unsuitable images, or an output of another comparison.
