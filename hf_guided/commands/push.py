@@ -2,8 +2,9 @@
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from ..credentials import without_credentials
+from ..processes import print_once
 from ._arguments import add_flags
 
 HELP = "push a finished pipeline or model to the Hub, in one commit"
@@ -54,14 +55,10 @@ def run(args: argparse.Namespace) -> None:
     if args.repo_id is not None:
         names = ("commit_message", "revision", "create_pr", "standalone", "include")
         options = {name: getattr(args, name) for name in names}
-        print(
-            without_credentials(push_folder(args.folder, args.repo_id, license=args.hub_license, **options, **access))
-        )
+        print_once(push_folder(args.folder, args.repo_id, license=args.hub_license, **options, **access))
     elif Path(args.folder).exists():
         raise ValueError(f"A page shows a model of the Hub: say where {args.folder} goes, as user/name before --space.")
     if args.space is not None:
-        from tempfile import TemporaryDirectory
-
         from ..hub.space import write_space
         from ..pipelines.auto_pipeline import pipeline_class
 
@@ -69,4 +66,4 @@ def run(args: argparse.Namespace) -> None:
             model_id = args.folder if args.repo_id is None else prepare_push(args.repo_id, **access)
             kind = pipeline_class(args.folder, args.hub_token).__name__
             write_space(folder, model_id=model_id, judge_id=args.judge, model_class=kind)
-            print(without_credentials(push_folder(folder, args.space, repo_type="space", **access)))
+            print_once(push_folder(folder, args.space, repo_type="space", **access))

@@ -29,7 +29,7 @@ _MAX_REAL_IMAGES = 10_000
 
 @dataclass
 class Measuring:
-    """Measures models."""
+    """Measures models in the same way."""
 
     extractor: FeatureExtractor
     images: Images
@@ -104,18 +104,16 @@ class Measuring:
 
     def bits(self, pipeline: Any) -> dict[str, Any]:
         """Bits per dimension of held-out images, or the reason why there are none."""
-        reason = getattr(pipeline, "no_likelihood", None)
+        found, reason = None, getattr(pipeline, "no_likelihood", None)
         if getattr(pipeline, "classifier", None) is not None:
             reason = "the density of the guided samples is not known"
         if reason is None:
             images = LoadedImages(self.held_out_images.images.plain(_LIKELIHOOD_IMAGES))
             try:
                 found = likelihood(pipeline, images, likelihood_labels(pipeline, images), batch_size=self.batch_size)
-                assert found is not None
-                return {"bits_per_dim": found.total_bpd, "bits_kind": found.kind, "no_bits": None}
             except ValueError as error:
                 reason = str(error)
-        return {"bits_per_dim": None, "bits_kind": None, "no_bits": reason}
+        return {"bits_per_dim": found and found.total_bpd, "bits_kind": found and found.kind, "no_bits": reason}
 
     def seconds_per_image(self, pipeline: Any) -> float:
         """Sampling time in seconds per image, of the fastest of three batches."""

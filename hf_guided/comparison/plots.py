@@ -4,13 +4,14 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from PIL import Image
 
 from ..evaluation.plots import empty_figure, finish_axes, save_figure
 from ..generation.grids import INK, PAPER, labelled_grid, save_png, shortened
-from .results import FamilyRuns, families_of, mean
+from .results import FamilyRuns, families_of
 
 _COLORS = {"vae": "#bc4c00", "gan": "#cf222e", "flow": "#8250df", "diffusion": "#0969da", "guided": "#1a7f37"}
 _OTHER_COLORS = ("#bf3989", "#9a6700", "#1b7c83", "#57606a", "#6639ba")
@@ -25,17 +26,10 @@ def save_grids(
     path: str | os.PathLike,
     titles: Mapping[str, str],
 ) -> None:
-    """Saves a PNG of the families' images side by side, one row per class.
+    """Saves a PNG of the families' images side by side, each under its title, one row per class.
 
-    Args:
-        grids (`Mapping[str, Sequence[PIL.Image.Image]]`): The images of each family, where real images may be one,
-            class by class, with the same number per class and family.
-        class_names (`Sequence[str]`): The class of each row.
-        path (`str` or `os.PathLike`): The PNG file.
-        titles (`Mapping[str, str]`): The heading above each family's images.
-
-    Raises:
-        ValueError: If a family has more or fewer images than another.
+    `grids` has the images of each family, where real images may be one, class by class. A `ValueError` if a family has
+    more or fewer than another.
     """
     counts = {family: len(images) for family, images in grids.items()}
     if len(set(counts.values())) != 1:
@@ -54,13 +48,7 @@ def save_grids(
 
 
 def save_curves(comparison: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Saves a PNG of precision against recall, the FID of each seed, and the training losses.
-
-    Args:
-        comparison (`Mapping`): The results: `runs`, one per family and seed, and `real`, the metrics of held-out
-            images (or `None`).
-        path (`str` or `os.PathLike`): The PNG file.
-    """
+    """Saves a PNG of precision against recall, the FID of each seed, and the training losses of a comparison."""
     families = families_of(comparison)
     others = [name for name in families if name not in _COLORS]
     colors = _COLORS | dict(zip(others, itertools.cycle(_OTHER_COLORS), strict=False))
@@ -92,15 +80,14 @@ def save_curves(comparison: Mapping[str, Any], path: str | os.PathLike) -> None:
 def _draw_plane(axes: Any, drawn: Sequence[tuple[FamilyRuns, str, str]], real: Mapping[str, float]) -> list:
     """Draws families as points with the range of their seeds, and curves over the values of a trade-off.
 
-    Returns:
-        `list[tuple[float, float, str, str]]`: Labels of the curves: recall, precision, text, colour.
+    Returns the labels of the curves: recall, precision, text, colour.
     """
     annotations = []
     for family, color, marker in drawn:
         if both := _recall_and_precision(run["metrics"] for run in family.runs):
             # Error bars are distances from the mean.
             (x, x_range), (y, y_range) = (
-                (mean(values), [[max(0.0, mean(values) - min(values))], [max(0.0, max(values) - mean(values))]])
+                (fmean(values), [[max(0.0, fmean(values) - min(values))], [max(0.0, max(values) - fmean(values))]])
                 for values in zip(*both, strict=True)
             )
             axes.errorbar(
@@ -109,10 +96,10 @@ def _draw_plane(axes: Any, drawn: Sequence[tuple[FamilyRuns, str, str]], real: M
             )  # fmt: skip
         curves = [run["curve"] for run in family.runs if run["curve"] is not None]
         metrics_of: dict[float, list[Mapping[str, float]]] = {}
-        for point in (point for curve in curves for point in curve["points"]):
+        for point in itertools.chain.from_iterable(curve["points"] for curve in curves):
             metrics_of.setdefault(point["value"], []).append(point["metrics"])
         points = [
-            (*map(mean, zip(*both, strict=True)), f"{value:g}", color)
+            (*map(fmean, zip(*both, strict=True)), f"{value:g}", color)
             for value, metrics in sorted(metrics_of.items())
             if (both := _recall_and_precision(metrics))
         ]
@@ -149,7 +136,7 @@ def _draw_distances(axes: Any, drawn: Sequence[tuple[FamilyRuns, str, str]], rea
         places = [i + 0.12 * (j - (len(fids) - 1) / 2) for j in range(len(fids))]
         axes.plot(places, fids, marker, color=color, markersize=7, alpha=0.8)
         if fids:
-            axes.hlines(mean(fids), i - 0.3, i + 0.3, color=color, linewidth=1.5)
+            axes.hlines(fmean(fids), i - 0.3, i + 0.3, color=color, linewidth=1.5)
     if real.get("fid", 0) > 0:
         everything.append(real["fid"])
         axes.axhline(real["fid"], color=INK, linestyle="--", linewidth=1)

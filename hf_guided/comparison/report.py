@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -17,9 +18,8 @@ from ..evaluation.memorisation import COPY_QUANTILE
 from ..evaluation.metrics.table import METRICS, Metric
 from ..files import replacing, write_json
 from .plots import save_curves, save_grids
-from .results import FamilyRuns, families_of, mean
+from .results import FamilyRuns, families_of
 
-_COPY_LIMIT = f"{100 * COPY_QUANTILE:g} %"  # fraction of held-out images, by construction
 _VERDICTS = ("clear", "single", "paired", "overlap")
 
 
@@ -73,12 +73,8 @@ _say: Any = _TEMPLATES.get_template("sentences.jinja").module
 def comparison_table(comparison: Mapping[str, Any]) -> str:
     """The results as a Markdown table with one row per family, and notes that explain the cells.
 
-    Args:
-        comparison (`Mapping`): The results: `runs`, one per family and seed, and `real`, the metrics of held-out
-            images (or `None`).
-
-    Returns:
-        `str`: The table. A cell is the mean over seeds, with the lowest and the highest in brackets.
+    A cell is the mean over seeds, with the lowest and the highest in brackets. `comparison` has `runs`, one per family
+    and seed, and `real`, the metrics of held-out images (or `None`).
     """
     header, *rows = _table(comparison)
     lines = [header, ["---"] * len(header), *([_markdown(cell) for cell in row] for row in rows)]
@@ -87,16 +83,10 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
 
 
 def findings(comparison: Mapping[str, Any]) -> list[str]:
-    """The findings that follow from the numbers, in sentences.
+    """The findings that follow from the numbers that are present, in sentences.
 
     Two families differ "with every seed" if every run of the one is better than every run of the other. If the ranges
     of their seeds overlap, the seeds do not separate them.
-
-    Args:
-        comparison (`Mapping`): As for [`comparison_table`].
-
-    Returns:
-        `list[str]`: The sentences, about the families and numbers that are present.
     """
     by_name = families_of(comparison)
     families = list(by_name.values())
@@ -117,13 +107,9 @@ def write_comparison(
     grids: Mapping[str, Sequence[Image.Image]],
     titles: Mapping[str, str],
 ) -> None:
-    """Writes `comparison.json`, `comparison.md`, `comparison.html`, `grids.png` and `curves.png`.
+    """Writes `comparison.json`, `comparison.md`, `comparison.html`, `grids.png` and `curves.png` to a folder.
 
-    Args:
-        folder (`str` or `os.PathLike`): The folder, created if needed.
-        comparison (`Mapping`): As for [`comparison_table`].
-        grids (`Mapping[str, Sequence[PIL.Image.Image]]`), titles (`Mapping[str, str]`): The images of each family and
-            the heading above them, as for [`save_grids`].
+    `grids` and `titles`: see [`save_grids`].
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,7 +166,7 @@ def _cell(values: Iterable[float | None], column: Metric) -> str:
     if not known:
         return "–"
     low, high = column.format(min(known)), column.format(max(known))
-    average = column.format(mean(known))
+    average = column.format(fmean(known))
     return average if low == high else f"{average} ({low}–{high})"
 
 
@@ -192,7 +178,7 @@ def _footnotes(comparison: Mapping[str, Any]) -> list[str]:
         (most > 1, _say.cells()),
         *((len(family.runs) < most, _say.fewer_seeds(family)) for family in families),
         (any(value < 0 for family in families for value in family.values("kid").values()), _say.kid_below_0()),
-        (any(family.values(_COPIED.name) for family in families), _say.copied(_COPY_LIMIT)),
+        (any(family.values(_COPIED.name) for family in families), _COPIED.note),
         (any(family.values(_BITS.name) and family.has_bound for family in families), _say.bound()),
         *((family.no_bits is not None, _say.no_bits(family)) for family in families),
         (any(family.spread is not None for family in families), _say.spread()),
@@ -206,10 +192,8 @@ def _footnotes(comparison: Mapping[str, Any]) -> list[str]:
 def _verdict(better: Mapping[int, float], worse: Mapping[int, float], higher_is_better: bool) -> str:
     """How clearly the family with the better mean is ahead of the other.
 
-    Returns:
-        `str`: `"clear"`: every run is better than every run of the other. `"single"`: the same, but one of the two has
-            only one run. `"paired"`: better with every seed that both have, but the ranges overlap. `"overlap"`:
-            none of these.
+    `"clear"`: every run is better than every run of the other. `"single"`: the same, but one of the two has only one
+    run. `"paired"`: better with every seed that both have, but the ranges overlap. `"overlap"`: none of these.
     """
     sign = 1 if higher_is_better else -1
     if min(sign * value for value in better.values()) > max(sign * value for value in worse.values()):
@@ -223,7 +207,7 @@ def _verdict(better: Mapping[int, float], worse: Mapping[int, float], higher_is_
 def _best(families: Sequence[FamilyRuns], column: Metric) -> str | None:
     """The family with the best mean, and how it compares with the others; `None` with nothing to compare."""
     known = [(family, values) for family in families if (values := family.values(column.name))]
-    known.sort(key=lambda item: mean(item[1].values()), reverse=column.higher_is_better)
+    known.sort(key=lambda item: fmean(item[1].values()), reverse=column.higher_is_better)
     if len(known) < 2:
         return None
     (best, values), *others = known
@@ -239,8 +223,8 @@ def _best(families: Sequence[FamilyRuns], column: Metric) -> str | None:
         bounded = [family.title for family, _ in others if family.has_bound]
         return _say.lowest_bits(**facts, is_bound=best.has_bound, bounded=bounded)
     if column is _SECONDS:
-        own = mean(values.values())
-        factors = [f"{family.title} {_significant(mean(times.values()) / own)}" for family, times in others]
+        own = fmean(values.values())
+        factors = [f"{family.title} {_significant(fmean(times.values()) / own)}" for family, times in others]
         return _say.fastest(**facts, factors=factors)
     return _say.best(metric=column.title, **facts)
 
@@ -252,7 +236,7 @@ def _duel(family: FamilyRuns, rival: FamilyRuns) -> str | None:
         sides = family.values(column.name), rival.values(column.name)
         if not all(sides):
             continue
-        own, other = (mean(values.values()) for values in sides)
+        own, other = (fmean(values.values()) for values in sides)
         wins = own > other if column.higher_is_better else own < other
         verdict = _verdict(*(sides if wins else sides[::-1]), column.higher_is_better)
         means = [column.format(own), column.format(other)]
@@ -277,7 +261,7 @@ def _effect_of_guidance(plain: FamilyRuns, guided: FamilyRuns) -> str | None:
             "rises": rises,
             "falls": falls,
             "seeds": len(seeds),
-            "means": [column.format(mean(values[seed] for seed in seeds)) for values in (before, after)],
+            "means": [column.format(fmean(values[seed] for seed in seeds)) for values in (before, after)],
         }
     if not effects:
         return None
@@ -298,7 +282,7 @@ def _copies(families: Sequence[FamilyRuns]) -> str | None:
     known = {family.title: values for family in families if (values := family.values(_COPIED.name))}
     above = [title for title, values in known.items() if min(values.values()) > COPY_QUANTILE]
     cells = [f"{title} {_cell(values.values(), _COPIED)}" for title, values in known.items()]
-    return _say.copies(_COPY_LIMIT, cells, above) if known else None
+    return _say.copies(f"{100 * COPY_QUANTILE:g} %", cells, above) if known else None
 
 
 def _notes(families: Sequence[FamilyRuns]) -> list[str]:

@@ -1,7 +1,7 @@
 """The runs of each family in a comparison: means, spreads and checks over the seeds, for report and plots."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +49,3 @@ def families_of(comparison: Mapping[str, Any]) -> dict[str, FamilyRuns]:
     runs = sorted(comparison["runs"], key=lambda run: run["seed"])
     names = dict.fromkeys(run["family"] for run in comparison["runs"])
     return {name: FamilyRuns([run for run in runs if run["family"] == name]) for name in names}
-
-
-def mean(values: Iterable[float]) -> float:
-    known = list(values)
-    return math.fsum(known) / len(known)

@@ -47,11 +47,11 @@ def compare(
     recipe: str | None = None,
     batch_size: int = 250,
 ) -> Path:
-    """The report that compares families, each trained with each seed and the same budget, or compares trained models.
+    """Compares families, each trained with each seed and the same budget, or trained models; returns the report's path.
 
     Args:
         data (`str`): A built-in dataset, a folder with one sub-folder of images per class, or a dataset on the Hub.
-        output (`str` or `Path`): Folder for the models, the numbers and the report.
+        output (`str` or `Path`): Folder for the models, the numbers and the report, `comparison.html`.
         families (`Sequence[str]`): Some of `"vae"`, `"gan"`, `"flow"`, `"diffusion"` (class-conditional) and
             `"guided"` (with a classifier that takes a third of the budget).
         models (`dict[str, str]`, *optional*): Trained pipelines to compare instead, folders or ids on the Hub, by the
@@ -64,9 +64,6 @@ def compare(
             the table and of its curve.
         resolution (`Sequence[int]`, *optional*), recipe (`str`, *optional*): As the training scripts take them.
         batch_size (`int`, defaults to 250): Images at once, in sampling and measuring.
-
-    Returns:
-        `Path`: The report, `comparison.html`.
 
     Raises:
         `ValueError`: For an unknown family or budget, unsuitable images, or an output of another comparison.
@@ -102,7 +99,11 @@ def compare(
     if models:
         runs, drawn = [measured_run(name, load(folder), measuring) for name, folder in models.items()], models
     else:
-        runs = trained_runs(trainer, families, seeds, measuring, output)
+        for family in families:
+            trainer.fit(family)
+            write_json(trainer.plan, output / "plan.json")
+        trainer.log_plan(families, seeds, output)
+        runs = [trainer.run(family, seed, measuring, output) for seed in seeds for family in families]
         folders = {family: output / f"seed-{seeds[0]}" / family / "pipeline" for family in families}
         drawn = {family: str(folder) for family, folder in folders.items() if folder.is_dir()}  # others diverged
     grids = {"real": measuring.real_pictures(), **{name: measuring.pictures(load(drawn[name])) for name in drawn}}
@@ -143,8 +144,7 @@ def open_trainer(
     num_images: int,
 ) -> Trainer:
     """What trains the families, with its data loaded and all flags checked."""
-    argv = [f"--{flag}={source}" for flag, source in source_argument(data).items()]
-    argv += ["--output_dir", str(output)]
+    argv = [*(f"--{flag}={source}" for flag, source in source_argument(data).items()), "--output_dir", str(output)]
     argv += [] if resolution is None else ["--resolution", *map(str, resolution)]
     argv += [] if recipe is None else ["--recipe", recipe]
     data_args, flags = parse_arguments({name: stage.arguments for name, stage in STAGES.items()}, argv)
@@ -176,17 +176,6 @@ def read_plan(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
             f"another --output."
         )
     return {**plan, "settings": settings}
-
-
-def trained_runs(
-    trainer: Trainer, families: Sequence[str], seeds: Sequence[int], measuring: Measuring, output: Path
-) -> list[dict[str, Any]]:
-    """The results of each family with each seed."""
-    for family in families:
-        trainer.fit(family)
-        write_json(trainer.plan, output / "plan.json")
-    trainer.log_plan(families, seeds, output)
-    return [trainer.run(family, seed, measuring, output) for seed in seeds for family in families]
 
 
 def measured_run(name: str, pipeline: Any, measuring: Measuring) -> dict[str, Any]:

@@ -77,11 +77,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """The budget of a text such as `"5m"`, `"300s"`, `"1h"`, `"2000steps"` or `"500kparameters"`.
-
-        Raises:
-            `ValueError`: For anything else.
-        """
+        """The budget of a text such as `"5m"`, `"300s"`, `"1h"`, `"2000steps"` or `"500kparameters"`."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kM]?)\s*(s|m|h|steps|parameters)", text)
         if match is not None:
             unit, factor = _UNITS[match[3]]
@@ -186,13 +182,12 @@ class Trainer:
         shared = {"seed": seed, "output_dir": str(folder)}
         flags = {stage: {**shared, "max_train_steps": steps[stage], **widths[stage]} for stage in steps}
         tasks = {stage: self.task(stage, **flags[stage]) for stage in flags}
-        memory = map(estimate_memory, tasks.values())
         run: dict[str, Any] = {
             "family": family,
             "title": TITLES[family],
             "seed": seed,
             "parameters": sum(num_parameters(task.model) for task in tasks.values()),
-            "memory_bytes": max(memory),
+            "memory_bytes": max(map(estimate_memory, tasks.values())),
             "steps": sum(steps.values()),
         }
         try:
@@ -206,7 +201,10 @@ class Trainer:
                 name: [[row["seconds"], row[name]] for row in main if name in row] for name in ("loss", "held_out/loss")
             }
             run |= measuring.model(assemble(folders, measuring.guidance_scale, folder / "pipeline"))
-            run["notes"] += collapse(main)
+            spreads = [row["lowest_spread"] for row in main if "lowest_spread" in row]  # of a GAN
+            if spreads and spreads[-1] < COLLAPSED:
+                note = f"the spread of samples of a class was only {spreads[-1]:.0%} of its real images'"
+                run["notes"].append(f"mode collapse: {note}")
         write_json(run, folder / "run.json")
         return run
 
@@ -239,11 +237,3 @@ def load(model: str) -> Any:
     pipeline = load_pipeline(model, PartialState())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def collapse(history: Sequence[dict[str, float]]) -> list[str]:
-    """A note on mode collapse of a GAN, if it ended in it."""
-    watched = [row["lowest_spread"] for row in history if "lowest_spread" in row]
-    if not watched or watched[-1] >= COLLAPSED:
-        return []
-    return [f"mode collapse: the spread of samples of a class was only {watched[-1]:.0%} of its real images'"]

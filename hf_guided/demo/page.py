@@ -49,12 +49,9 @@ def build_demo(pipe: ClassConditionalPipeline, judge: FeatureExtractor | None = 
     Args:
         pipe ([`ClassifierGuidedPipeline`], [`VAEPipeline`], [`GANPipeline`] or [`FlowPipeline`]): Makes the images,
             on its device. It is not changed.
-        judge ([`~hf_guided.evaluation.features.FeatureExtractor`], *optional*): The evaluation
-            classifier, which gives the accuracy of samples; not the one that guides.
+        judge ([`~hf_guided.evaluation.features.FeatureExtractor`], *optional*): The evaluation classifier, which gives
+            the accuracy of samples; not the one that guides.
         title (`str`, defaults to `"hf-guided"`): Heading of the page.
-
-    Returns:
-        `gradio.Blocks`: The page.
 
     Raises:
         `ValueError`: For a pipeline that upsamples or whose images do not have 1 or 3 channels, and for an evaluation
@@ -84,11 +81,11 @@ def build_demo(pipe: ClassConditionalPipeline, judge: FeatureExtractor | None = 
 def _about(session: Session) -> str:
     height, width = session.pipe.sample_size
     classes = f" of {len(session.label_of)} classes" if session.label_of else ""
-    judge = ""
+    text = f"Images{classes}, {width}x{height} pixels."
     if session.judge is not None:
         apart = " that does not guide" if session.solvers else ""
-        judge = f" An evaluation classifier{apart} ({session.judge.name}) checks the class of each sample."
-    return f"Images{classes}, {width}x{height} pixels.{judge} Click an image to save it at its true size."
+        text += f" An evaluation classifier{apart} ({session.judge.name}) checks the class of each sample."
+    return f"{text} Click an image to save it at its true size."
 
 
 def _solver_fields(session: Session) -> list[Any]:
@@ -153,7 +150,7 @@ def _tab(session: Session, settings: list[Any], comparing: bool) -> None:
             finished: list[tuple[str, torch.Tensor]] = []
             for row, (value, row_name, row_file) in zip(rows, chosen, strict=False):
                 for preview in session.sample(request, value, is_wanted):
-                    step = f"step {preview.step} of {preview.num_steps}" if session.solvers else ""
+                    step = f"step {preview.step} of {request.steps}" if session.solvers else ""
                     text, mistakes = ": ".join(filter(None, [row_name, step])).capitalize(), None
                     if preview.is_last:
                         mistakes = session.mistakes(request, preview.images)
@@ -179,16 +176,8 @@ def _wire(go: Any, cancel: Any, fn: Callable[..., Any], inputs: set[Any], output
         return lambda: (gr.Button(interactive=not running), gr.Button(interactive=running))
 
     begun = go.click(toggle(True), outputs=[go, cancel], **_QUICK)
-    run = begun.then(
-        fn,
-        inputs,
-        outputs,
-        api_name=name,
-        preprocess=False,
-        concurrency_id=QUEUE,
-        show_progress="minimal",
-        show_progress_on=outputs[0],
-    )
+    shown: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": outputs[0]}
+    run = begun.then(fn, inputs, outputs, api_name=name, preprocess=False, concurrency_id=QUEUE, **shown)
     for ended in (run.success, run.failure):
         ended(toggle(False), outputs=[go, cancel], **_QUICK)
     stopped = cancel.click(toggle(False), outputs=[go, cancel], cancels=run, **_QUICK)
@@ -211,14 +200,10 @@ def _errors_shown() -> Iterator[None]:
 def pictures_html(
     preview: Preview, columns: int, row_name: str, file: str, mistakes: Sequence[str | None] | None
 ) -> str:
-    """HTML of images, with small ones enlarged; a click saves a sample, but no preview, at its true size.
+    """HTML of images, small ones enlarged, `columns` in a row (0: as many as fit), under a heading if there is a name.
 
-    Args:
-        preview ([`Preview`]): The images.
-        columns (`int`): Images per row; 0 for as many as fit.
-        row_name (`str`): Heading, or an empty text.
-        file (`str`): Name of the saved files, before a number.
-        mistakes (`Sequence[str]`, *optional*): See [`Session.mistakes`].
+    A click saves a sample, but no preview, at its true size, as `file` and a number. `mistakes`: see
+    [`Session.mistakes`].
     """
     height, width = preview.images.shape[-2:]
     urls = [_data_url(picture, preview.is_last) for picture in _pictures(preview.images)]
@@ -256,13 +241,7 @@ def launch_demo(blocks: Any, host: str = "127.0.0.1", port: int = 7860) -> str:
         blocks (`gradio.Blocks`): The page from [`build_demo`].
         host (`str`, defaults to `"127.0.0.1"`): The address to listen on: by default only this machine can reach it,
             with `"0.0.0.0"` everyone who can reach the machine.
-        port (`int`, defaults to 7860): The port.
-
-    Returns:
-        `str`: Its URL.
-
-    Raises:
-        `ValueError`: If the port is taken.
+        port (`int`, defaults to 7860): The port. A `ValueError` if it is taken.
     """
     fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     without = dict.fromkeys(("share", "ssr_mode", "run_history", "enable_monitoring", "mcp_server"), False)

@@ -158,7 +158,6 @@ class Preview:
     """Images `(n, channels, height, width)`, uint8, after a denoising step."""
 
     step: int
-    num_steps: int
     images: torch.Tensor
     is_last: bool = False
 
@@ -170,12 +169,8 @@ class StoppedError(Exception):
 class Session:
     """A pipeline that visitors of the demo sample from, one request at a time, and an evaluation classifier.
 
-    Args:
-        pipe, judge: As for [`build_demo`], with its errors.
-
-    Attributes:
-        solvers (`dict[str, Solver]`): The solvers by name; empty for pipelines that sample in one step.
-        trade_off ([`TradeOff`], *optional*): The parameter that trades variety for fidelity.
+    The arguments and errors are those of [`build_demo`]. `solvers` by name is empty for pipelines that sample in one
+    step; `trade_off` is the parameter that trades variety for fidelity, if there is one.
     """
 
     def __init__(self, pipe: ClassConditionalPipeline, judge: FeatureExtractor | None = None):
@@ -252,21 +247,20 @@ class Session:
     ) -> SampleRequest:
         """A validated request from untrusted input; the last three arguments are only used by diffusion models.
 
-        Raises:
-            `ValueError`: If a value is not supported; the supported ones are named.
+        A `ValueError` names the values that are supported.
         """
         name = composed(name) if isinstance(name, str) else name
         if self.label_of and not (isinstance(name, str) and name in self.label_of):
             raise ValueError(f"There is no class {_brief(name)}; choose one from the list.")
         label, name = (self.label_of[name], name) if self.label_of else (None, "image")
-        num_images = whole_number("The number of images", num_images, 1, self.max_images)
-        seed = whole_number("The seed", seed, 0, MAX_SEED)
+        num_images = number("The number of images", num_images, 1, self.max_images, whole=True)
+        seed = number("The seed", seed, 0, MAX_SEED, whole=True)
         if not self.solvers:
             return SampleRequest(label, name, num_images, seed)
         solver = self.solver_of(solver_name)
         if not isinstance(condition_unet, bool):
             raise ValueError(f"Whether the UNet is class-conditional is true or false, not {_brief(condition_unet)}.")
-        steps = whole_number("The number of steps", steps, MIN_STEPS, self.max_steps(solver))
+        steps = number("The number of steps", steps, MIN_STEPS, self.max_steps(solver), whole=True)
         condition_unet = condition_unet or not self.can_drop_label
         return SampleRequest(label, name, num_images, seed, solver, steps, condition_unet)
 
@@ -281,10 +275,7 @@ class Session:
     ) -> Iterator[Preview]:
         """Previews of the clean images that a UNet predicts; the last one holds the samples.
 
-        Sampling stops at the next step if the iterator is closed.
-
-        Raises:
-            `StoppedError`: If the samples are no longer wanted, at the next step.
+        Sampling stops at the next step if the iterator is closed; with a [`StoppedError`] if it is no longer wanted.
         """
         previews: queue.SimpleQueue[Preview | Exception] = queue.SimpleQueue()
         stopped = threading.Event()
@@ -304,7 +295,7 @@ class Session:
                         options |= self.trade_off.arguments(value)
                     options["generator"] = torch.Generator().manual_seed(request.seed)
                     samples = pipe(request.label, request.num_images, **options, output_type="latent").images
-                    previews.put(Preview(request.steps, request.steps, to_8_bit(samples).cpu(), is_last=True))
+                    previews.put(Preview(request.steps, to_8_bit(samples).cpu(), is_last=True))
             except Exception as error:
                 previews.put(error)
 
@@ -343,7 +334,7 @@ class Session:
                 if before is not None:
                     prediction = tensors["model_output"][:, : pipe.image_channels]
                     images = expected_images(scheduler, prediction, before, timestep)
-                show(Preview(step + 1, request.steps, to_8_bit(images).cpu()))
+                show(Preview(step + 1, to_8_bit(images).cpu()))
             before = tensors["latents"]
             return {}
 
@@ -355,8 +346,7 @@ class Session:
         }
 
     def mistakes(self, request: SampleRequest, images: torch.Tensor) -> list[str | None] | None:
-        """For each image `None` if the evaluation classifier predicts the requested class, otherwise the predicted
-        class; `None` without a classifier."""
+        """For each image `None` if the evaluation classifier sees the requested class, else the class that it sees."""
         if self.judge is None:
             return None
         names, wanted = self.judge.id2label, self.judged[request.label]
@@ -373,16 +363,13 @@ def expected_images(scheduler: Any, prediction: torch.Tensor, sample: torch.Tens
     return original_of(prediction, sample, alpha_bar, prediction_type).clamp(-1, 1)
 
 
-def number(what: str, value: Any, low: float, high: float, kind: str = "number") -> float:
-    """A validated number; a `ValueError` names the bounds."""
+def number(what: str, value: Any, low: float, high: float, whole: bool = False) -> Any:
+    """A validated number, an `int` if it is a whole one; a `ValueError` names the bounds."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or (kind == "whole number" and value != int(value)):
+    if not is_number or not low <= value <= high or (whole and value != int(value)):
+        kind = "whole number" if whole else "number"
         raise ValueError(f"{what} must be a {kind} from {low:,} to {high:,}, not {_brief(value)}.")
-    return value
-
-
-def whole_number(what: str, value: Any, low: int, high: int) -> int:
-    return int(number(what, value, low, high, "whole number"))
+    return int(value) if whole else value
 
 
 def _brief(value: Any) -> str:

@@ -15,37 +15,36 @@ from typing import Any
 import yaml
 from huggingface_hub.utils import yaml_dump
 
+from .markdown import CODE_BLOCK
+
+_PARTS = ("metadata", "sections")
 _RECORD = re.compile(r"(?m)^<!-- hf-guided: (.*) -->[ \t]*$")
 _FRONT_MATTER = re.compile(r"\A---\n(.*?\n)?---[ \t]*(?:\n|\Z)", re.DOTALL)
-_HEADING_OR_CODE = re.compile(r"(?m)^##? .*$|^```[^`\n]*\n(?s:.*?)(?:^```|\Z)")
+_HEADING_OR_CODE = re.compile(rf"^##? .*$|{CODE_BLOCK}", re.MULTILINE)
+
+
+Parts = dict[str, dict[str, Any]]  # "metadata" by key and "sections" by heading: contents, or digests of both
 
 
 def sign(card: str) -> str:
     """The card with a final comment of digests of its sections and metadata."""
-    data, sections, _ = _read(card)
-    return _write(data, sections, {"metadata": _digests(data), "sections": _digests(sections)})
+    parts, _ = _read(card)
+    # By the digests of the names, which replacing a word throughout the card cannot change.
+    record = {part: {_digest(name): _digest(entries[name]) for name in entries} for part, entries in parts.items()}
+    return _write(parts, record)
 
 
 def merge(edited: str, generated: str) -> str:
-    """The newer card with a user's edits of the older one.
+    """The newer, signed card with a user's edits of the older one; exactly the newer one if there are none.
 
-    Args:
-        edited (`str`): The older card, as it is now.
-        generated (`str`): The newer one, signed by [`sign`].
-
-    Returns:
-        `str`: The newer card with the edits; exactly `generated` if there are none.
-
-    Raises:
-        `ValueError`: If the metadata of `edited` is not valid YAML.
+    Raises a `ValueError` if the metadata of `edited` are not valid YAML.
     """
-    old_data, old_sections, record = _read(edited)
-    new_data, new_sections, new_record = _read(generated)
-    data = _merge(old_data, new_data, record.get("metadata", {}))
-    sections = _merge(old_sections, new_sections, record.get("sections", {}))
-    if (list(data.items()), list(sections.items())) == (list(new_data.items()), list(new_sections.items())):
+    old, record = _read(edited)
+    new, new_record = _read(generated)
+    merged = {part: _merge(old[part], new[part], record.get(part, {})) for part in new}
+    if all(list(merged[part].items()) == list(new[part].items()) for part in new):  # in the same order, too
         return generated
-    return _write(data, sections, new_record)
+    return _write(merged, new_record)
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any], record: dict[str, str]) -> dict[str, Any]:
@@ -69,20 +68,17 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _digests(entries: dict[str, Any]) -> dict[str, str]:
-    """Digests by the digests of the names, which replacing a word throughout the card cannot change."""
-    return {_digest(name): _digest(content) for name, content in entries.items()}
-
-
-def _read(card: str) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
-    """The metadata, the text of each section under its heading, and the digests of what was generated."""
+def _read(card: str) -> tuple[Parts, Parts]:
+    """The metadata and the text of each section under its heading, and the digests of what was generated."""
     card = card.removeprefix("\ufeff").replace("\r\n", "\n")
-    record: dict[str, Any] = {}
+    record: Any = {}
     if records := [*_RECORD.finditer(card)]:
         last = records[-1]  # any before it is the user's text
         card = card[: last.start()].rstrip() + card[last.end() :]
         with suppress(ValueError, RecursionError):  # an edited comment: everything counts as the user's
-            record = _parse(last[1])
+            record = json.loads(last[1])
+        if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in _PARTS):
+            record = {}
     data: Any = {}
     if match := _FRONT_MATTER.match(card):
         try:
@@ -101,20 +97,11 @@ def _read(card: str) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
         sections[heading] = card[start:end].strip()
     if not sections[""]:
         del sections[""]
-    return data, sections, record
+    return {"metadata": data, "sections": sections}, record
 
 
-def _parse(text: str) -> dict[str, dict[str, str]]:
-    """The digests in a comment; a `ValueError` if it holds anything else."""
-    record = json.loads(text)
-    is_record = isinstance(record, dict) and record.keys() == {"metadata", "sections"}
-    parts = record.values() if is_record else [None]
-    if not all(isinstance(part, dict) and all(isinstance(digest, str) for digest in part.values()) for part in parts):
-        raise ValueError("no digests")
-    return record
-
-
-def _write(data: dict[str, Any], sections: dict[str, str], record: dict[str, Any]) -> str:
+def _write(parts: Parts, record: Parts) -> str:
+    data, sections = parts["metadata"], parts["sections"]
     front_matter = f"---\n{yaml_dump(data, sort_keys=False)}---\n\n" if data else ""
     comment = f"\n\n<!-- hf-guided: {json.dumps(record)} -->" if record else ""
     return front_matter + "\n\n".join(text for text in sections.values() if text) + comment + "\n"

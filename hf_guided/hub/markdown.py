@@ -4,6 +4,7 @@ import re
 import unicodedata
 from urllib.parse import quote
 
+CODE_BLOCK = r"^```[^`\n]*\n(?s:.*?)(?:^```|\Z)"  # a fenced one, with `re.MULTILINE`
 _SPECIAL = re.compile(
     r"[\\`*\[\]<~$]"
     r"|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])"  # not markup within a word

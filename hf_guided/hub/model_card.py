@@ -15,8 +15,8 @@ from ..credentials import without_credentials
 from ..families import BASELINES, DIFFUSION, family_of
 from ..files import replacing
 from .card_edits import merge, sign
-from .markdown import code_span, escape, single_line
-from .standalone import AUTO_CLASSES, PIPELINES
+from .markdown import CODE_BLOCK, code_span, escape, single_line
+from .standalone import PIPELINES
 
 TEMPLATES = Environment(
     loader=PackageLoader("hf_guided.hub"), trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
@@ -26,20 +26,27 @@ _PICTURES = {"grid.png": "Samples, one row per class", "trade_off.png": "Precisi
 _INSPECTION_COLUMNS = (
     "timestep", "accuracy", "train_accuracy", "confidence", "calibration_error", "cross_entropy", "epsilon_shift"
 )  # fmt: skip
+_PIPELINE, _TRUSTED = f"(?:{'|'.join(PIPELINES)})", r"(?!.*trust_remote_code)(.*)\)$"
+# Lines of usage with this package, and what they become where the repository carries its code.
+_STANDALONE_USAGE = {
+    rf"from hf_guided import {_PIPELINE}": "from diffusers import DiffusionPipeline",
+    rf"{_PIPELINE}\.from_pretrained\({_TRUSTED}": r"DiffusionPipeline.from_pretrained(\1, trust_remote_code=True)",
+    "from hf_guided import ADMUNet2DModel": "from diffusers import AutoModel",
+    rf"ADMUNet2DModel\.from_pretrained\({_TRUSTED}": r"AutoModel.from_pretrained(\1, trust_remote_code=True)",
+    "from hf_guided import ADMForImageClassification  # registers it with transformers\n": "",
+    rf'(pipeline\("image-classification", model=){_TRUSTED}': r"\1\2, trust_remote_code=True)",
+}
 
 
 def write_model_card(folder: str | os.PathLike, **card: Any) -> Path:
     """Writes the model card `README.md` of a saved pipeline or model, and keeps the user's edits of an existing one.
 
     Args:
-        folder (`str` or `os.PathLike`): The saved pipeline.
+        folder (`str` or `os.PathLike`): The saved pipeline or model.
         card: The fields of [`Card`].
 
     Returns:
-        `Path`: The card.
-
-    Raises:
-        `ValueError`: If its metadata are invalid.
+        `Path`: The card. A `ValueError` if its metadata are invalid.
     """
     path = Path(folder, "README.md")
     text = sign(Card(**card).render(Path(folder)))
@@ -73,12 +80,10 @@ class Card:
     defaults: Mapping[str, Any] | None = None  # the pipeline's saved sampling defaults, as a table
 
     def render(self, folder: Path) -> str:
-        """The card of a folder, with the pictures that are in it.
-
-        Raises:
-            `ValueError`: If its metadata are invalid.
-        """
-        kind, upscales = _kind_of(self.model_class), self.model_class == "ClassifierGuidedUpscalePipeline"
+        """The card of a folder, with the pictures that are in it; a `ValueError` if its metadata are invalid."""
+        kind = "pipeline" if self.model_class.endswith("Pipeline") else "model"
+        kind = "classifier" if self.model_class == "ADMForImageClassification" else kind
+        upscales = self.model_class == "ClassifierGuidedUpscalePipeline"
         pictures = _PICTURES | ({"grid.png": "Upsampled images"} if upscales else {})
         measured = list(dict.fromkeys(column for row in self.results for column in row))
         levels = self.inspection["rows"] if self.inspection else []
@@ -95,7 +100,6 @@ class Card:
             images=_images(folder),
             copied=[row[column] for row in self.results for column in row if column.startswith("copied_share/")],
             report=(measured, [[row.get(column) for column in measured] for row in self.results]),
-            notes=_notes({column.partition("/")[0] for column in measured}),
             levels=(inspected, [[_rounded(level[name]) for name in inspected] for level in levels]),
             has_inspection_picture=(folder / "inspection.png").is_file(),
         )
@@ -149,53 +153,26 @@ class Card:
 def address(card: str, repo_id: str, standalone: bool = False) -> str:
     """The card with its usage loading from a repository instead of the current folder.
 
-    Args:
-        card (`str`): The card.
-        repo_id (`str`): The repository.
-        standalone (`bool`, defaults to `False`): Whether the repository carries its code and does not need this
-            package.
+    `standalone`: the repository carries its code, so that the usage does not need this package.
     """
-    usage: Any = TEMPLATES.get_template("usage.jinja").module
 
-    def spelled(alone: bool) -> list[list[str]]:
-        """What stands before and after the arguments in the lines that name this package or its classes."""
-        lines = [usage.install(["\0"], alone)]
-        for name in (*PIPELINES, *AUTO_CLASSES):
-            lines += [macro(name, _kind_of(name), "\0", alone) for macro in (usage.imported, usage.loaded)]
-        return [line.split("\0") for line in lines]
+    def addressed(code: re.Match) -> str:
+        text = re.sub(r'(from_pretrained\(|model=)"\."', lambda found: found[1] + json.dumps(repo_id), code[0])
+        for pattern, replacement in _STANDALONE_USAGE.items() if standalone else ():
+            text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
+        return text
 
-    changes = [*zip(spelled(False), spelled(True), strict=True)] if standalone else []
-    lines, in_code = [], False
-    for line in card.split("\n"):
-        new = line
-        if line.startswith("```"):
-            in_code = not in_code and "`" not in line[3:]  # which would be code within a line
-        if in_code:
-            for before in ("from_pretrained(", "model="):
-                new = new.replace(f'{before}"."', before + json.dumps(repo_id))
-        for (start, end), (new_start, new_end) in changes:
-            left, found, middle = new.partition(start)
-            if found and middle.endswith(end) and (in_code or not left):
-                new = left + new_start + middle.removesuffix(end) + new_end
-                break
-        if new or not line:  # a line that only this package needs becomes empty
-            lines.append(new)
-    return "\n".join(lines)
+    card = re.sub(CODE_BLOCK, addressed, card, flags=re.MULTILINE)
+    alone = "`pip install torch diffusers transformers"
+    return re.sub("^`pip install hf-guided(?=.*`, then:$)", alone, card, flags=re.MULTILINE) if standalone else card
 
 
-def _kind_of(model_class: str) -> str:
-    if model_class == "ADMForImageClassification":
-        return "classifier"
-    return "pipeline" if model_class.endswith("Pipeline") else "model"
-
-
-def _notes(metrics: set[str]) -> list[str]:
+def _notes(columns: Sequence[str]) -> list[str]:
     """What the metrics of a report mean."""
-    if not metrics:
-        return []
     from ..evaluation.metrics.table import METRICS  # imports torch, which a card without results does without
 
-    return [metric.note for name, metric in METRICS.items() if name in metrics and metric.note]
+    names = {column.partition("/")[0] for column in columns}
+    return [metric.note for name, metric in METRICS.items() if name in names and metric.note]
 
 
 def _images(folder: Path) -> str:
@@ -256,6 +233,7 @@ TEMPLATES.filters |= {
     "cell": lambda value: _shown(value).replace("|", "\\|"),
     "code_span": code_span,
     "heading": _heading,
+    "notes": _notes,
     "shown": _shown,
     "without_credentials": without_credentials,
 }

@@ -36,21 +36,14 @@ class PushError(RuntimeError):
 
 
 def prepare_push(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """The full name of the repository to push to, created if needed; called before a long training.
+    """The full name, `"user/name"`, of the repository to push to, created if needed; called before a long training.
 
-    Args:
-        repo_id, private, token: As for [`push_folder`].
-
-    Returns:
-        `str`: `"user/name"`.
-
-    Raises:
-        `PushError`: If there is no token, the Hub does not accept it, or it has no write access.
+    Takes the arguments of [`push_folder`]. A `PushError` if there is no token, the Hub does not accept it, or it has no
+    write access.
     """
     api = HfApi(token=token or True)
     try:
-        user = api.whoami()
-        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise PushError(f"This token is read-only: {_LOGIN}.")
         return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     except (HTTPError, HfHubHTTPError, LocalTokenNotFoundError) as error:
@@ -175,15 +168,11 @@ def push_command(folder: str | os.PathLike, repo_id: str, private: bool = False)
 class BackgroundPush:
     """Pushes snapshots of a training in the background, one at a time; a failed push does not stop the training.
 
-    Args:
-        repo_id, private, token: As for [`push_folder`].
-
-    Attributes:
-        failure (`str` or `None`): Why the push of the latest snapshot failed; `None` if it did not.
+    Takes `repo_id`, `private` and `token` as [`push_folder`]. `failure` says why the latest push failed, if it did.
     """
 
-    def __init__(self, repo_id: str, *, private: bool | None = None, token: str | None = None):
-        self.repo_id, self.private, self.token = repo_id, private, token
+    def __init__(self, repo_id: str, **access: Any):
+        self.repo_id, self.access = repo_id, access
         self.failure: str | None = None
         self._thread: threading.Thread | None = None
 
@@ -205,7 +194,7 @@ class BackgroundPush:
         had_bars = not are_progress_bars_disabled()
         disable_progress_bars()  # the training has its own
         try:
-            push_folder(folder, self.repo_id, private=self.private, token=self.token, commit_message=commit_message)
+            push_folder(folder, self.repo_id, commit_message=commit_message, **self.access)
             self.failure = None
         except Exception as error:  # no failure may end the training
             self.failure = str(error)

@@ -8,6 +8,7 @@ from typing import Any
 from ..families import BASELINES, family_of
 from ..files import read_json
 from .model_card import Card
+from .standalone import saved_class
 
 # Models alone, and what they are called in a sentence.
 _MODELS = {
@@ -18,35 +19,31 @@ _MODELS = {
 
 
 def card_of_saved(folder: Path, title: str, license: str | None = None) -> str | None:
-    """A model card for a saved pipeline or model of this package: library, tags, usage, classes, sampling defaults.
+    """A model card for a folder of `save_pretrained`, which is not changed: library, tags, usage, classes, defaults.
 
-    Args:
-        folder (`Path`): A folder that `save_pretrained` wrote; it is not changed.
-        title (`str`): Heading of the card.
-        license (`str`, *optional*): Identifier of the licence.
-
-    Returns:
-        `str`: The card; `None` for a class of another package or a damaged config.
+    `None` for a class of another package or a damaged config. `license` is an identifier, such as `"mit"`.
     """
     index, config = _config(folder / "model_index.json"), _config(folder / "config.json")
-    name = index.get("_class_name") or config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+    name = saved_class(index, config)
     name = str(name[-1] if isinstance(name, list) else name)  # a standalone repository names the module, too
     guided = isinstance(index.get("classifier"), list) and None not in index["classifier"]
     family = family_of(name)
     upscales = name == "ClassifierGuidedUpscalePipeline"
     if index and (upscales or name == family.pipeline):
-        part, kind = family.component, "upsampler" if upscales else family.noun
-        config = _config(folder / part / "config.json")
+        noun, config = "upsampler" if upscales else family.noun, _config(folder / family.component / "config.json")
         names = index.get("id2label")
         if names is None and guided:
             names = _config(folder / "classifier" / "config.json").get("id2label")
-        summary = f"{_conditional(config)} {kind}{' with classifier guidance' if guided else ''}"
     elif name in _MODELS and not index:
-        names, summary = {}, f"{_conditional(config)} {_MODELS[name]}"
+        noun, names = _MODELS[name], {}
     elif name == "ADMForImageClassification" and not index:
-        names, summary = config.get("id2label"), "A classifier of noisy images"
+        noun, names = "", config.get("id2label")
     else:
         return None
+    summary = "A classifier of noisy images"
+    if noun:
+        article = "An unconditional" if config.get("num_class_embeds") is None else "A class-conditional"
+        summary = f"{article} {noun}{' with classifier guidance' if guided else ''}"
     defaults = index.get("sampling_defaults")
     card = Card(
         title=title,
@@ -66,10 +63,6 @@ def _config(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):  # a damaged config adds nothing to the card
         return read_json(path)
     return {}
-
-
-def _conditional(config: dict[str, Any]) -> str:
-    return "An unconditional" if config.get("num_class_embeds") is None else "A class-conditional"
 
 
 def _class_names(id2label: Any) -> list[str]:

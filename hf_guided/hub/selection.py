@@ -3,13 +3,15 @@
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from .. import _MODULE_OF
 from ..files import read_json
+from ..messages import first_few
 from .markdown import single_line
 
 logger = logging.getLogger(__name__)
@@ -45,18 +47,14 @@ def select_files(
     folders; the model card, the pictures that it shows, licences; and the code that this package writes. A link is
     pushed if its target would be: within the folder, or in the Hub's cache that the folder is part of.
 
-    Args:
-        folder (`str` or `os.PathLike`): A saved pipeline or model, or a Space.
-        include (`Sequence[str]`, *optional*): Further files: paths of files or folders in the folder, or patterns
-            such as `"assets/*.csv"`, whose star also matches slashes. Links are followed. Hidden files must be named
-            with their dot.
-        repo_type (`str`, defaults to `"model"`): Or `"space"`.
+    `include` names further paths of files or folders in the folder, or patterns such as `"assets/*.csv"`, whose star
+    also matches slashes. Links are followed; hidden files must be named with their dot.
 
     Returns:
         `list[str]`: Paths with slashes, sorted.
 
     Raises:
-        `ValueError`: If a pattern matches no file, or `model_index.json` cannot be read.
+        `ValueError`: If a pattern matches no file, or `model_index.json` is damaged.
     """
     folder = Path(folder)
     is_part = _is_part_of_space if repo_type == "space" else _parts_of_model(folder)
@@ -76,21 +74,16 @@ def select_files(
             f"'assets/*' (hidden files with their dot)."
         )
     if left:
-        named = list(dict.fromkeys(_shortest_name(path, chosen) for path in left))
-        names = ", ".join(single_line(name, length=100) for name in named[:_NAMED])
-        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-        files = f"{len(left)} {'file that is' if len(left) == 1 else 'files that are'}"
-        logger.warning(f"Not pushed, {files} no part of the model: {names}{more}. To push some: --include PATTERN.")
+        names = list(dict.fromkeys(single_line(_shortest_name(path, chosen), length=100) for path in left))
+        files = f"{len(left)} {'file that is' if len(left) == 1 else 'files that are'} no part of the model"
+        logger.warning(f"Not pushed, {files}: {first_few(names, _NAMED)}. To push some: --include PATTERN.")
     return sorted(chosen)
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    """All files, and links to folders, which are not followed."""
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        for name in sorted([*files, *links]):
-            yield Path(parent, name).relative_to(folder).as_posix()
+def _walk(folder: Path) -> list[str]:
+    """All files, and links to folders, which are not followed; each folder's own files come first."""
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return [path.relative_to(folder).as_posix() for path in sorted(paths, key=lambda path: (path.parent, path))]
 
 
 def _matches(path: str, pattern: str) -> bool:
@@ -101,7 +94,11 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def _parts_of_model(folder: Path) -> Callable[[str], bool]:
-    places = {"", *_components(folder / "model_index.json")}
+    places = {""}  # the folder, and its components' folders
+    for name, value in read_saved(folder / "model_index.json").items():
+        match value:
+            case [str(), str()] if name[:1] != "_":
+                places.add(name)
     card_file = folder / "README.md"
     card = card_file.read_text(encoding="utf-8", errors="replace") if card_file.is_file() else ""
 
@@ -119,11 +116,9 @@ def _parts_of_model(folder: Path) -> Callable[[str], bool]:
     return is_part
 
 
-def _components(index_file: Path) -> list[str]:
-    """The folders of a pipeline's components."""
-    index = read_json(index_file, fix="save the pipeline again") if index_file.is_file() else {}
-    components = {name: value for name, value in index.items() if isinstance(value, list) and name[:1] != "_"}
-    return [name for name, value in components.items() if len(value) == 2 and all(isinstance(v, str) for v in value)]
+def read_saved(path: Path) -> dict[str, Any]:
+    """A config that `save_pretrained` wrote; empty if there is none, a `ValueError` if it is damaged."""
+    return read_json(path, fix="save the pipeline again") if path.is_file() else {}
 
 
 def _is_part_of_space(path: str) -> bool:
@@ -135,19 +130,15 @@ def _is_held(folder: Path, path: str, is_part: Callable[[str], bool]) -> bool:
     if not (folder / path).is_file():  # a socket, a pipe, a broken link
         return False
     root, real = folder.resolve(), (folder / path).resolve()
-    if real == root / path:
-        return True
     if real.is_relative_to(root):
-        return is_part(real.relative_to(root).as_posix())
+        return real == root / path or is_part(real.relative_to(root).as_posix())
     caches = [parent.parent for parent in (root, *root.parents) if parent.name == "snapshots"]
     return any(real.is_relative_to(cache / "blobs") for cache in caches)  # as `snapshot_download` stores a repository
 
 
 def _shortest_name(path: str, chosen: list[str]) -> str:
     """The topmost folder of a path without chosen files, with a slash; otherwise the path itself."""
-    parts = path.split("/")
-    for depth in range(1, len(parts)):
-        start = "/".join(parts[:depth]) + "/"
-        if not any(other.startswith(start) for other in chosen):
-            return start
+    for slash in re.finditer("/", path):
+        if not any(other.startswith(path[: slash.end()]) for other in chosen):
+            return path[: slash.end()]
     return path

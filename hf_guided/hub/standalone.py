@@ -16,12 +16,14 @@ from functools import cache
 from graphlib import TopologicalSorter
 from importlib import import_module
 from importlib.util import resolve_name
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from .. import _MODULE_OF, __version__
 from ..families import BASELINES
-from .selection import select_files
+from .selection import read_saved, select_files
 
 _GUIDED_PIPELINES = ("ClassifierGuidedPipeline", "ClassifierGuidedUpscalePipeline")
 PIPELINES = (*_GUIDED_PIPELINES, *(family.pipeline for family in BASELINES.values()))
@@ -55,11 +57,8 @@ def write_standalone(
 
     Args:
         folder (`str` or `os.PathLike`): A folder that `save_pretrained` or training wrote.
-        destination (`str` or `os.PathLike`): An empty or new folder.
+        destination (`str` or `os.PathLike`): An empty or new folder, which is returned.
         include (`Sequence[str]`, *optional*): Further files to copy, see [`select_files`].
-
-    Returns:
-        `Path`: The destination.
 
     Raises:
         `ValueError`: If the folder is not a saved model, has a component of another library, or has code already; or if
@@ -85,21 +84,19 @@ def write_standalone(
 
 def _code_and_configs(folder: Path) -> dict[str, str]:
     """The added code files and the configs that refer to them, by path."""
-    index, config = _read_json(folder / "model_index.json"), _read_json(folder / "config.json")
-    name = index.get("_class_name") or config.get("_class_name") or (config.get("architectures") or [None])[0]
+    index, config = read_saved(folder / "model_index.json"), read_saved(folder / "config.json")
+    name = saved_class(index, config)
     if isinstance(name, list) or "auto_map" in config:
         raise ValueError(f"{folder} carries its code already: push it without --standalone.")
     if name not in (PIPELINES if index else AUTO_CLASSES):
-        known = [*PIPELINES, *AUTO_CLASSES]
-        raise ValueError(
-            f"{folder} holds {name or 'no model'}; code can be added to a saved {', '.join(known[:-1])} or {known[-1]}."
-        )
+        known = " or ".join([*PIPELINES, *AUTO_CLASSES])
+        raise ValueError(f"{folder} holds {name or 'no model'}; code can be added to a saved {known}.")
     added = {f"{_code_module(name)}.py": _code(name)}
     if not index:
         for path, found in AUTO_CLASSES[name].items():
-            if config := _read_json(folder / path):
+            if config := read_saved(folder / path):
                 auto_map = {auto: f"{_code_module(name)}.{class_name}" for auto, class_name in found.items()}
-                added[path] = _to_json({**config, "auto_map": auto_map})
+                added[path] = json.dumps({**config, "auto_map": auto_map}, indent=2) + "\n"
         return added
     for component, value in index.items():
         if not isinstance(value, list) or value[0] in (None, "diffusers", "transformers"):
@@ -108,12 +105,17 @@ def _code_and_configs(folder: Path) -> dict[str, str]:
         if library != "hf_guided":
             raise ValueError(
                 f"The component {component} of {folder} is {class_name} of {library}, whose code cannot be added; take "
-                f"one of hf_guided, diffusers or transformers."
+                "one of hf_guided, diffusers or transformers."
             )
         added[f"{component}/{_code_module(class_name)}.py"] = _code(class_name)
         index[component] = [_code_module(class_name), class_name]
     index["_class_name"] = [_code_module(name), name]
-    return added | {"model_index.json": _to_json(index)}
+    return added | {"model_index.json": json.dumps(index, indent=2) + "\n"}
+
+
+def saved_class(index: dict[str, Any], config: dict[str, Any]) -> Any:
+    """The class that `model_index.json` or `config.json` names; a list with its module if the folder has its code."""
+    return index.get("_class_name") or config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
 
 
 def _code_module(name: str) -> str:
@@ -129,26 +131,11 @@ def _code(name: str) -> str:
     return inline(roots)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _to_json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2) + "\n"
-
-
 def inline(roots: Sequence[tuple[str, str]]) -> str:
-    """The source of one file with some definitions of a package and everything of the package that they use.
+    """The source of one file with some definitions of a package, by module and name, and all that they use of it.
 
-    Args:
-        roots (`Sequence[tuple[str, str]]`): Modules and names in them, of one package. The docstring of the first
-            module becomes the file's.
-
-    Returns:
-        `str`: The source, with comments and docstrings. It imports nothing of the package.
-
-    Raises:
-        `ValueError`: If a definition would change its meaning in a single file, or be undefined.
+    It has their comments and docstrings, the docstring of the first module, and no import of the package. Raises a
+    `ValueError` if a definition would change its meaning in a single file, or be undefined.
     """
     meanings: dict[str, tuple[str, str]] = {}  # definition of each name of the file, as in `_Module`
     needs: dict[str, list[str]] = {}  # the modules that a module needs
@@ -199,14 +186,15 @@ def _meaning(module: str, name: str) -> tuple[str, str] | None:
 
 def _import_lines(meanings: set[tuple[str, str]]) -> str:
     """Import statements, the standard library's first."""
-    names: dict[str, list[str]] = {}
-    for source, spelled in sorted(meanings, key=lambda meaning: (meaning[0].lower(), meaning[1])):
-        names.setdefault(source, []).append(spelled)
-    lines = [(spelled, f"import {spelled}") for spelled in names.pop("", [])]
-    for source, spelled_names in names.items():
-        line = f"from {source} import {', '.join(spelled_names)}"
+    lines = []
+    for source, group in groupby(sorted(meanings, key=lambda m: (m[0].lower(), m[1])), key=itemgetter(0)):
+        names = [spelled for _, spelled in group]
+        if not source:  # whole modules
+            lines += [(name, f"import {name}") for name in names]
+            continue
+        line = f"from {source} import {', '.join(names)}"
         if len(line) > _LINE_LENGTH:
-            line = f"from {source} import (\n" + "".join(f"    {spelled},\n" for spelled in spelled_names) + ")"
+            line = f"from {source} import (\n" + "".join(f"    {name},\n" for name in names) + ")"
         lines.append((source, line))
     groups: tuple[list[str], list[str]] = ([], [])
     for source, line in lines:
@@ -217,11 +205,9 @@ def _import_lines(meanings: set[tuple[str, str]]) -> str:
 class _Module:
     """A module's source, split into its top-level statements.
 
-    Attributes:
-        exported (`list[str]`): Its `__all__`.
-        meanings (`dict[str, tuple[str, str]]`): The definition of each name: for a local one, the names of the module
-            and the definition; for an imported one, the source module and the name as an import spells it
-            (`"x"`, `"x as y"`), the source of a whole module being `""`.
+    `exported` is its `__all__`, `meanings` the definition of each name: for a local one, the names of the module and
+    the definition; for an imported one, the source module and the name as an import spells it (`"x"`, `"x as y"`), the
+    source of a whole module being `""`.
     """
 
     def __init__(self, name: str):
@@ -233,14 +219,14 @@ class _Module:
         self.docstring = ast.get_docstring(tree, clean=False) or ""
         self.exported: list[str] = []
         self.meanings: dict[str, tuple[str, str]] = {}
-        self._definitions: list[tuple[list[str], ast.stmt, str]] = []  # names, statement, text with its comments
+        self._definitions: dict[str, tuple[ast.stmt, str]] = {}  # statement, and text with its comments
         end = 0
         for statement in tree.body:
-            names: list[str] = []
+            defined = None
             match statement:
                 case ast.Import():
                     for alias in statement.names:
-                        self._define(alias.asname or _package(alias.name), ("", _spelled(alias)))
+                        self._define(alias.asname or _package(alias.name), ("", ast.unparse(alias)))
                 case ast.ImportFrom():
                     source = statement.module or ""
                     if statement.level:
@@ -248,34 +234,34 @@ class _Module:
                         source = resolve_name("." * statement.level + source, package)
                     for alias in statement.names:
                         if alias.asname not in (None, alias.name) and _package(source) == _package(name):
-                            self._refuse(statement, f"imports {_spelled(alias)}: import it by its own name")
-                        self._define(alias.asname or alias.name, (source, _spelled(alias)))
+                            self._refuse(statement, f"imports {ast.unparse(alias)}: import it by its own name")
+                        self._define(alias.asname or alias.name, (source, ast.unparse(alias)))
                 case ast.FunctionDef() | ast.ClassDef():
-                    names = [statement.name]
+                    defined = statement.name
                 case ast.Assign(targets=[ast.Name(id="__all__")]):
                     self.exported = ast.literal_eval(statement.value)
                 case ast.Assign(targets=[ast.Name(id=target)]) | ast.AnnAssign(target=ast.Name(id=target)):
-                    names = [target]
+                    defined = target
                 case ast.Expr(value=ast.Constant()):
                     pass  # the docstring
                 case ast.Expr(value=ast.Call(func=ast.Attribute(attr="register"))):
                     pass  # the auto classes read `auto_map` instead
                 case _:
                     self._refuse(statement, "runs code on import: define names only")
-            for defined in names:
-                self._define(defined, (name, defined))
             stop = statement.end_lineno or end
-            kept = lines[end:stop]
-            for decorator in list(getattr(statement, "decorator_list", ())):
-                if isinstance(decorator, ast.Name) and decorator.id == _ONLY_IN_THE_PACKAGE:
-                    statement.decorator_list.remove(decorator)  # type: ignore[attr-defined]
-                    del kept[decorator.lineno - 1 - end]
-            self._definitions.append((names, statement, "\n".join(kept)))
+            if defined is not None:
+                self._define(defined, (name, defined))
+                kept = lines[end:stop]
+                for decorator in list(getattr(statement, "decorator_list", ())):
+                    if isinstance(decorator, ast.Name) and decorator.id == _ONLY_IN_THE_PACKAGE:
+                        statement.decorator_list.remove(decorator)  # type: ignore[attr-defined]
+                        del kept[decorator.lineno - 1 - end]
+                self._definitions[defined] = statement, "\n".join(kept)
             end = stop
 
     def names_used_by(self, name: str) -> list[str]:
         """Names that a definition uses, including attributes that are spelled like them."""
-        (statement,) = (statement for names, statement, _ in self._definitions if name in names)
+        statement, _ = self._definitions[name]
         for node in ast.walk(statement):
             if isinstance(node, ast.ImportFrom) and (node.level or _package(node.module or "") == _package(self.name)):
                 self._refuse(node, f"imports inside {name}: import at the top")
@@ -283,7 +269,7 @@ class _Module:
 
     def text_of(self, names: set[str]) -> str:
         """The source of some definitions, in order."""
-        return "\n".join(text for defined, _, text in self._definitions if names.intersection(defined)).strip("\n")
+        return "\n".join(text for name, (_, text) in self._definitions.items() if name in names).strip("\n")
 
     def _define(self, name: str, meaning: tuple[str, str]) -> None:
         if name in self.meanings:
@@ -295,7 +281,3 @@ class _Module:
 
 
 _module = cache(_Module)
-
-
-def _spelled(alias: ast.alias) -> str:
-    return alias.name if alias.asname in (None, alias.name) else f"{alias.name} as {alias.asname}"

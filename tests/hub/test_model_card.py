@@ -254,3 +254,8 @@ def test_a_classifier_classifies(tmp_path, monkeypatch, capsys):
     assert "diffusers" not in data.tags
     run_usage(path.read_text(), monkeypatch, tmp_path)
     assert "'label': 'zero'" in capsys.readouterr().out
+
+    alone = address(path.read_text(), "ada/digits", standalone=True)
+    assert 'pipeline("image-classification", model="ada/digits", trust_remote_code=True)\n' in alone
+    assert "hf_guided" not in alone.split("```python\n")[1].split("```")[0]
+    assert address(alone, "ada/digits", standalone=True) == alone  # pushed again
