@@ -154,14 +154,9 @@ def read_split(
             it is unclear whether the top folders are splits or classes.
     """
     left_out = defaultdict(list, {reason: list(paths) for reason, paths in scan.left_out.items()})
-    listings = {}
-    for path in scan.metadata:
-        where = f"'{printable(os.path.join(scan.root, path))}'"
-        listing = read_metadata(scan.root, path, image_column, where)
-        if listing is None:
-            left_out[NOT_IMAGES].append(path)
-        else:
-            listings[path] = listing
+    read = {path: read_metadata(scan.root, path, image_column) for path in scan.metadata}
+    listings = {path: listing for path, listing in read.items() if listing is not None}
+    left_out[NOT_IMAGES] += [path for path in read if path not in listings]
     parents = {os.path.dirname(path) for path in scan.images}
     splits, notes = _find_splits(scan.root, parents, listings)
 
