@@ -27,15 +27,12 @@ def load_photographs(
 ) -> tuple[Rows, np.ndarray, list[str], np.ndarray]:
     """Crops of two photographs of 427x640 pixels, a temple in China and a flower, which are their classes.
 
-    Neighbouring crops overlap. The held-out ones are cut from the middle columns of each photograph, which show
-    the motif, and the training ones from the columns left and right of them. No pixel is in both.
-
-    Args:
-        resolution (`tuple[int, int]`): Height and width of a crop in pixels, a `ValueError` if it does not fit.
-        held_out_fraction (`float`): Fraction of each photograph's columns to hold out.
+    Neighbouring crops overlap. The held-out ones are cut from a fraction of each photograph's columns, the middle,
+    which show the motif, and the training ones from the columns left and right of them. No pixel is in both.
 
     Returns:
-        The crops, one a row, their labels, the names of the classes, and which rows are held out, shape (rows,).
+        The crops of a height and width in pixels, one a row, their labels, the names of the classes, and which rows are
+        held out, shape (rows,).
     """
     height, width = resolution
     images, labels, is_held_out = [], [], []

@@ -224,9 +224,7 @@ def load_labelled_images(
 def split_by_class(labels: np.ndarray, num_held_out: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on and rows held out, ascending, each class in proportion; the split is deterministic.
 
-    Args:
-        labels (`numpy.ndarray`): The class of each row, shape (rows,).
-        num_held_out (`int`): Rows to hold out. Fewer are held out if a class would keep no row.
+    `labels` (rows,) are their classes. Fewer rows are held out if a class would keep none.
     """
     shuffled = np.random.default_rng(HELD_OUT_SEED).permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]

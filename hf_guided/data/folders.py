@@ -145,8 +145,8 @@ def read_split(
 
     Args:
         scan ([`FolderScan`]): The folder.
-        split (`str`): "train", "validation" or "test", or another spelling of these; sliced as in `datasets`.
-        image_column (`str`, *optional*): Of metadata files: `"mask"` takes the files in their column `mask_file_name`.
+        split (`str`): A name of `SPLIT_WORDS`, sliced as in `datasets`.
+        image_column (`str`, *optional*): See [`read_metadata`].
         known_names (`list[str]`, *optional*): The classes of the training split, the only ones allowed.
 
     Raises:

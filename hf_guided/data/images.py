@@ -51,10 +51,8 @@ def stored_bytes(record: Any) -> bytes:
 def foreign_files(images: Any, folders: Sequence[str | os.PathLike]) -> Iterator[tuple[int, str]]:
     """The rows of a dataset that reference a URL or a file outside the given folders, and what they reference.
 
-    Args:
-        images (`datasets.Dataset`): With a column "image" of `Image(decode=False)`.
-        folders (`Sequence` of paths): Files inside them may be referenced, after links and ".." are resolved. Relative
-            paths start at the working directory.
+    Its column "image" is one of `Image(decode=False)`. Links and ".." are resolved, relative paths from the working
+    directory.
     """
     roots = [os.path.realpath(folder) for folder in folders]
     real_folder = cache(os.path.realpath)

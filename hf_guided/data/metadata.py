@@ -15,13 +15,8 @@ TEXT_TYPES = ("string", "large_string")
 def read_metadata(root: str, path: str, image_column: str | None) -> tuple[list[str], Any] | None:
     """The images that a metadata file lists, and its other columns as a `pyarrow.Table`; `None` if it lists no files.
 
-    Args:
-        root (`str`): The folder of images.
-        path (`str`): The metadata file, relative to it, as are the images.
-        image_column (`str`, *optional*): `"mask"` takes the files in the column `mask_file_name`.
-
-    Raises:
-        `ValueError`: If it cannot be read, or lists files outside of the folder.
+    Its path and those of the images are relative to `root`. The `image_column` `"mask"` takes the files in the column
+    `mask_file_name`. A file that cannot be read, or lists files outside of `root`, is a `ValueError`.
     """
     import_extra("datasets")
     import pandas

@@ -57,18 +57,14 @@ def load_split(
     folder: FolderScan | None,
     known_names: list[str] | None = None,
 ) -> tuple[Any, np.ndarray | None, list[str]]:
-    """The undecoded images of a split, their labels, and the names of the classes.
+    """The undecoded images of a split, their labels, and the names of the classes; a `ValueError` if it is unusable.
 
     Args:
         args ([`DataArguments`]): Which dataset and columns.
         split (`str`): Of the dataset.
         require_labels (`bool`): Refuse a split without usable labels; otherwise it has `None` and no names.
         folder ([`FolderScan`], *optional*): The dataset, if it is a folder of images.
-        known_names (`list[str]`, *optional*): The classes of the training split: another split may use only these, and
-            need not use all.
-
-    Raises:
-        `ValueError`: If the split, its columns or its labels cannot be used.
+        known_names (`list[str]`, *optional*): The classes of the training split: another may use only these, not all.
     """
     where = f"split '{split}' of '{args.source}'"
     if folder is None:
@@ -119,11 +115,7 @@ def _load_dataset(args: DataArguments, split: str, where: str) -> Any:
 
 
 def _images_of(dataset: Any, args: DataArguments, where: str) -> Any:
-    """The dataset's images alone, undecoded, as the column "image".
-
-    Raises:
-        `ValueError`: If there are none, or they reference files outside their own folder and the caches.
-    """
+    """The images alone, undecoded, as the column "image"; refuses files outside their own folder and the caches."""
     datasets = import_extra("datasets")
     column = _find_column(dataset, "image", args, datasets.Image, where)
     if column is None:

@@ -35,11 +35,8 @@ def manifold_metrics(
     """[`precision_recall`] and [`density_coverage`] at once, which is faster, since they share their distances.
 
     Args:
-        generated, reference (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of generated and of real
-            samples.
-        k (`int`, defaults to 3), density_k (`int`, defaults to 5): The neighbour that sets the radius of precision and
-            recall, and of density and coverage, not counting the sample itself; less than both numbers of samples.
-        distance_dtype (`str`, defaults to `"float32"`): See [`precision_recall`].
+        generated, reference, k, distance_dtype: As for [`precision_recall`].
+        density_k (`int`, defaults to 5): As `k` for [`density_coverage`].
 
     Raises:
         `ValueError`: For features that are not finite or of one width, too few samples, or another `distance_dtype`.

@@ -137,11 +137,10 @@ def read_moments(arrays: Mapping[str, np.ndarray], num_samples: int | None = Non
 
 
 class InceptionScoreStatistics:
-    r"""Sums of class probabilities for the Inception Score (Salimans et al. 2016, arXiv 1606.03498, section 4).
+    r"""Sums of class probabilities for [`inception_score`], of batches in any order.
 
-    Splits are those of the published evaluator: by the image's index, consecutive and unshuffled. Of each it keeps the
-    sums of \\(p\\) and of \\(p \log p\\), since
-    \\(E_x KL(p(y|x) \| p(y)) = E_x \sum_y p \log p - \sum_y E_x[p] \log E_x[p]\\). Batches may come in any order.
+    Of each split it keeps the sums of \\(p\\) and of \\(p \log p\\), since
+    \\(E_x KL(p(y|x) \| p(y)) = E_x \sum_y p \log p - \sum_y E_x[p] \log E_x[p]\\).
 
     Args:
         split_size (`int`, defaults to 5000): Images whose mean is taken as p(y).
