@@ -250,18 +250,19 @@ def _find_splits(root: str, parents: set[str], listings: Iterable[str]) -> tuple
         return {}, []
     holding = {_top(path) for path in (*parents, *listings)}  # folders; images with metadata need none
     tops = sorted(({parent.split(os.sep)[0] for parent in parents} | holding) - {""})
-    splits = [top for top in tops if top.casefold() in SPLIT_OF_WORD and top in holding]
+    named = [top for top in tops if top.casefold() in SPLIT_OF_WORD]
+    splits = [top for top in named if top in holding]
     others = [top for top in tops if top not in splits]
     if splits and not others:
         by_name = {name: [top for top in splits if top.casefold() in words] for name, words in SPLIT_WORDS.items()}
         return {name: found for name, found in by_name.items() if found}, []
-    if len(splits) > 1 or (splits and any(top.casefold() in SPLIT_OF_WORD for top in others)):
+    if splits and len(named) > 1:
         raise ValueError(
             f"It is unclear whether the folders in '{printable(root)}' are splits or classes: {first_few(splits)} "
             f"would be splits, which hold folders of images, and {first_few(others)} would not; move these elsewhere, "
             f"or give the folder of one split, such as '{printable(os.path.join(root, splits[0]))}'."
         )
-    if len(tops) > 1 and all(top.casefold() in SPLIT_OF_WORD for top in tops):
+    if len(tops) > 1 and named == tops:
         return {}, [f"the folders {first_few(tops)} are read as classes, since they hold images and no folders"]
     return {}, [f"'{top}' is read as a class, like {first_few(others)} beside it" for top in splits]
 
