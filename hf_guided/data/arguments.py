@@ -54,8 +54,8 @@ class DataArguments(CheckedFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("dataset_name", "train_data_dir", "cache_dir"):  # shells keep the ~ of --train_data_dir=~/photos
-            setattr(self, name, getattr(self, name) and os.path.expanduser(getattr(self, name)))
+        for field in ("dataset_name", "train_data_dir", "cache_dir"):  # shells keep the ~ of --train_data_dir=~/photos
+            setattr(self, field, getattr(self, field) and os.path.expanduser(getattr(self, field)))
         name, folder = self.dataset_name, self.train_data_dir
         if name is not None and folder is not None:
             raise ValueError(f"Both --dataset_name '{name}' and --train_data_dir '{folder}' are given; give only one.")
