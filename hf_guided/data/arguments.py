@@ -54,28 +54,23 @@ class DataArguments(CheckedFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("dataset_name", "train_data_dir", "cache_dir"):  # shells keep the ~ of --train_data_dir=~/photos
-            setattr(self, name, getattr(self, name) and os.path.expanduser(getattr(self, name)))
-        if self.dataset_name is not None and self.train_data_dir is not None:
+        for field in ("dataset_name", "train_data_dir", "cache_dir"):  # shells keep the ~ of --train_data_dir=~/photos
+            setattr(self, field, getattr(self, field) and os.path.expanduser(getattr(self, field)))
+        name, folder = self.dataset_name, self.train_data_dir
+        if name is not None and folder is not None:
+            raise ValueError(f"Both --dataset_name '{name}' and --train_data_dir '{folder}' are given; give only one.")
+        if self.dataset_config_name is not None and (folder is not None or self.built_in):
             raise ValueError(
-                f"Both --dataset_name '{self.dataset_name}' and --train_data_dir '{self.train_data_dir}' are given; "
-                "give only one."
-            )
-        if self.dataset_config_name is not None and (self.train_data_dir is not None or self.built_in):
-            raise ValueError(
-                f"--dataset_config_name '{self.dataset_config_name}' is for a dataset on the Hub; "
-                f"'{self.source}' has no configurations; leave it out, or give another --dataset_name."
+                f"--dataset_config_name '{self.dataset_config_name}' is for a dataset on the Hub; leave it out, since "
+                f"'{self.source}' has no configurations."
             )
         if self.cache_dir is not None:
             check_place(self.cache_dir, "--cache_dir")
         if self.built_in and self.validation_split is not None:
-            raise ValueError(
-                f"The {self.built_in} have no split '{self.validation_split}'; use --held_out_fraction instead."
-            )
+            raise ValueError(f"The {self.source} have no split '{self.validation_split}'; use --held_out_fraction.")
         if self.validation_split == self.train_split:
             raise ValueError(
-                f"--validation_split {self.validation_split} is the split to train on; give another, or leave it out "
-                "to hold out a part."
+                f"--validation_split {self.train_split} is the split to train on; leave it out to hold out a part."
             )
 
     @property

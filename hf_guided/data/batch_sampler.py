@@ -1,12 +1,15 @@
 """Batches of example indices, each a function of the training step alone, so that resuming is exact."""
 
-import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count, islice
 
 import numpy as np
 from torch.utils.data import Sampler
 
 
+@dataclass(eq=False, repr=False)
 class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of `(index, epoch)` keys for micro-steps `start_step`, `start_step + 1`, …
 
@@ -28,38 +31,28 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         `ValueError`: if there are no examples, or no such process.
     """
 
-    def __init__(
-        self,
-        num_examples: int,
-        batch_size: int,
-        seed: int,
-        num_processes: int = 1,
-        process_index: int = 0,
-        start_step: int = 0,
-        num_steps: int | None = None,
-    ):
-        if num_examples < 1 or batch_size < 1:
+    num_examples: int
+    batch_size: int
+    seed: int
+    num_processes: int = 1
+    process_index: int = 0
+    start_step: int = 0
+    num_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_examples < 1 or self.batch_size < 1:
             raise ValueError(
-                f"Batches of {batch_size} cannot be drawn from {num_examples} examples; both must be 1 or more."
+                f"Batches of {self.batch_size} cannot be drawn from {self.num_examples} examples; give 1 or more."
             )
-        if not 0 <= process_index < num_processes:
-            raise ValueError(
-                f"process_index {process_index} must be 0 to {num_processes - 1} for {num_processes} processes."
-            )
-        self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
-        self.num_processes, self.process_index = num_processes, process_index
-        self.start_step, self.num_steps = start_step, num_steps
+        if not 0 <= self.process_index < self.num_processes:
+            raise ValueError(f"process_index {self.process_index} must be 0 to {self.num_processes - 1}.")
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        steps = itertools.count(self.start_step)
-        order_epoch, order = -1, np.empty(0, dtype=np.int64)
-        for step in itertools.islice(steps, self.num_steps):
+        @lru_cache(maxsize=1)
+        def order(epoch: int) -> np.ndarray:
+            return np.random.default_rng((self.seed, epoch)).permutation(self.num_examples)
+
+        for step in islice(count(self.start_step), self.num_steps):
             first = (step * self.num_processes + self.process_index) * self.batch_size
-            batch = []
-            for position in range(first, first + self.batch_size):
-                epoch, place = divmod(position, self.num_examples)
-                if epoch != order_epoch:
-                    order_epoch = epoch
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.num_examples)
-                batch.append((int(order[place]), epoch))
-            yield batch
+            places = (divmod(position, self.num_examples) for position in range(first, first + self.batch_size))
+            yield [(int(order(epoch)[place]), epoch) for epoch, place in places]

@@ -1,21 +1,20 @@
 """Images that come with scikit-learn, so that training can be tried offline."""
 
 import importlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from .images import Rows
+
 DIGITS, PHOTOGRAPHS = "digits", "photographs"
 BUILT_IN = (DIGITS, PHOTOGRAPHS)
 CROP_STRIDE = 8  # pixels between neighbouring crops of a photograph
 
-Images = Sequence[dict[str, Any]]
 
-
-def load_digits() -> tuple[Images, np.ndarray, list[str]]:
+def load_digits() -> tuple[Rows, np.ndarray, list[str]]:
     """1,797 handwritten digits of 8x8 pixels, one a row, their labels, and the names of the classes."""
     digits = import_extra("sklearn.datasets").load_digits()
     # Sixteenths as floats, which scaling to -1..1 keeps exact: x / 8 - 1.
@@ -25,28 +24,20 @@ def load_digits() -> tuple[Images, np.ndarray, list[str]]:
 
 def load_photographs(
     resolution: tuple[int, int], held_out_fraction: float
-) -> tuple[Images, np.ndarray, list[str], np.ndarray]:
+) -> tuple[Rows, np.ndarray, list[str], np.ndarray]:
     """Crops of two photographs of 427x640 pixels, a temple in China and a flower, which are their classes.
 
-    Neighbouring crops overlap. The held-out ones are cut from the middle columns of each photograph, which show
-    the motif, and the training ones from the columns left and right of them. No pixel is in both.
-
-    Args:
-        resolution (`tuple[int, int]`): Height and width of a crop in pixels.
-        held_out_fraction (`float`): Fraction of each photograph's columns to hold out.
+    Neighbouring crops overlap. The held-out ones are cut from a fraction of each photograph's columns, the middle,
+    which show the motif, and the training ones from the columns left and right of them. No pixel is in both.
 
     Returns:
-        The crops, one a row, their labels, the names of the classes, and which rows are held out, shape (rows,).
-
-    Raises:
-        `ValueError`: if a crop does not fit.
+        The crops of a height and width in pixels, one a row, their labels, the names of the classes, and which rows are
+        held out, shape (rows,).
     """
     height, width = resolution
-    images: list[dict[str, Any]] = []
-    labels, is_held_out, names = [], [], []
+    images, labels, is_held_out = [], [], []
     bunch = import_extra("sklearn.datasets").load_sample_images()
-    for label, (file_name, pixels) in enumerate(zip(bunch.filenames, bunch.images, strict=True)):
-        names.append(Path(file_name).stem)
+    for label, pixels in enumerate(bunch.images):
         photograph = Image.fromarray(pixels)
         num_held_out = round(photograph.width * held_out_fraction)
         first = (photograph.width - num_held_out) // 2
@@ -65,7 +56,7 @@ def load_photographs(
                     images.append({"image": photograph.crop((left, top, left + width, top + height))})
                     labels.append(label)
                     is_held_out.append(held_out)
-    return images, np.array(labels), names, np.array(is_held_out)
+    return images, np.array(labels), [Path(name).stem for name in bunch.filenames], np.array(is_held_out)
 
 
 def import_extra(module: str) -> Any:

@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,13 +22,13 @@ from ..models.images import BAD_IMAGE_ERRORS, resize_and_crop, to_channels, to_p
 from .arguments import DataArguments
 from .built_in import DIGITS, PHOTOGRAPHS, load_digits, load_photographs
 from .folders import ImageFiles
-from .images import open_image, stored_bytes
+from .images import Rows, open_image, stored_bytes
 from .tables import load_split, requested_folder
 
 logger = logging.getLogger(__name__)
 
-_SIDES = {DIGITS: [8], PHOTOGRAPHS: [32]}  # in pixels, unless --resolution is given
-_HELD_OUT = {DIGITS: 297 / 1797, PHOTOGRAPHS: 0.2}  # unless --held_out_fraction is given; of others, a tenth
+# Sides in pixels, the held-out fraction and channels, unless flags give them.
+_DEFAULTS: dict[str, tuple[list[int], float, int]] = {DIGITS: ([8], 297 / 1797, 1), PHOTOGRAPHS: ([32], 0.2, 3)}
 HELD_OUT_SEED = 0  # never the training seed: every run is measured on the same images
 DIGESTED_BYTES = 2**30  # read of a dataset to identify it, which takes seconds
 
@@ -42,7 +42,7 @@ class LabelledImages(Dataset):
     a bare index means epoch 0. An image that cannot be decoded is replaced by the next one that can, with its label.
 
     Args:
-        images (`Sequence`): Rows whose "image" is what `open_image` takes.
+        images (`Sequence[dict]`): Rows whose "image" is what `open_image` takes.
         rows (`numpy.ndarray`): The rows of `images` that belong to this dataset, shape (length,).
         labels (`numpy.ndarray`, *optional*): The class of each of these rows from 0, shape (length,). None: no labels.
         id2label (`dict[int, str]`): The name of each class. Empty without labels.
@@ -53,7 +53,7 @@ class LabelledImages(Dataset):
         random_crop, random_flip (`bool`, default to False): As in [`DataArguments`].
     """
 
-    images: Sequence[dict[str, Any]]
+    images: Rows
     rows: np.ndarray
     labels: np.ndarray | None
     id2label: dict[int, str]
@@ -89,19 +89,15 @@ class LabelledImages(Dataset):
         Up to 1 GiB it covers every byte; beyond, every file's size and the bytes of evenly spaced images.
         """
         digest = hashlib.sha256(b"" if self.labels is None else self.labels.tobytes())
-
-        def stored(index: int) -> bytes:
-            return stored_bytes(self.images[int(self.rows[index])]["image"])
-
         if isinstance(self.images, ImageFiles):
             sizes = self.images.sizes(self.rows)
         else:  # of evenly spaced rows, since sizes are only known after reading
             spaced = range(0, len(self), math.ceil(len(self) / 100))
-            sizes = np.array([len(stored(index)) for index in spaced])
+            sizes = np.array([len(stored_bytes(self.record(index))) for index in spaced])
         digest.update(sizes.tobytes())
         step = max(1, math.ceil(sizes.mean() * len(self) / DIGESTED_BYTES))
         for index in tqdm(range(0, len(self), step), desc=f"Reading {self.name}", unit="image", leave=False):
-            content = stored(index)
+            content = stored_bytes(self.record(index))
             digest.update(len(content).to_bytes(8) + content)
         return digest.hexdigest()
 
@@ -116,13 +112,17 @@ class LabelledImages(Dataset):
         labels = None if self.labels is None else self.labels[chosen]
         return replace(self, rows=self.rows[chosen], labels=labels, seed=0, random_crop=False, random_flip=False)
 
+    def record(self, index: int) -> Any:
+        """What is stored of the image, as `open_image` takes it."""
+        return self.images[int(self.rows[index])]["image"]
+
     def open(self, index: int) -> Image.Image:
         """The image as it is in the file, upright. Raises one of `BAD_IMAGE_ERRORS` if there is none."""
-        return open_image(self.images[int(self.rows[index])]["image"])
+        return open_image(self.record(index))
 
     def file_name(self, index: int) -> str:
         """The file's path, or the row's number where the image has no path."""
-        record = self.images[int(self.rows[index])]["image"]
+        record = self.record(index)
         path = isinstance(record, dict) and record["path"]
         return printable(without_credentials(path)) if path else f"row {self.rows[index]}"
 
@@ -180,13 +180,13 @@ def load_labelled_images(
     images: Any
     labels: np.ndarray | None
     is_held_out: np.ndarray | None = None  # where the images themselves decide
-    built_in = args.built_in or ""
-    sides = args.resolution or _SIDES.get(built_in, [])
-    fraction = _HELD_OUT.get(built_in, 0.1) if args.held_out_fraction is None else args.held_out_fraction
+    sides, fraction, channels = _DEFAULTS.get(args.built_in or "", ([], 0.1, 3))
+    sides, channels = args.resolution or sides, args.image_channels or channels
+    fraction = fraction if args.held_out_fraction is None else args.held_out_fraction
     folder = requested_folder(args)
-    if built_in == PHOTOGRAPHS:
+    if args.built_in == PHOTOGRAPHS:
         images, labels, names, is_held_out = load_photographs((sides[0], sides[-1]), fraction)
-    elif built_in == DIGITS:
+    elif args.built_in == DIGITS:
         images, labels, names = load_digits()
     else:
         images, labels, names = load_split(args, args.train_split, require_labels, folder)
@@ -196,16 +196,14 @@ def load_labelled_images(
         )
     if require_labels and len(names) < 2:
         raise ValueError(
-            f"'{args.source}' has the single class '{names[0]}', but guidance needs two or more; "
-            "add images of another class."
+            f"'{args.source}' has the single class '{names[0]}', but guidance needs two or more; add images of another "
+            f"class."
         )
 
     def part(images: Any, labels: np.ndarray | None, rows: np.ndarray, **augmentation: Any) -> LabelledImages:
         labels = labels[rows] if names and labels is not None else None
-        channels = args.image_channels or (1 if built_in == DIGITS else 3)
-        resolution = sides[0], sides[-1]
-        id2label = dict(enumerate(names))
-        return LabelledImages(images, rows, labels, id2label, args.source, resolution, channels, **augmentation)
+        what = dict(enumerate(names)), args.source, (sides[0], sides[-1]), channels
+        return LabelledImages(images, rows, labels, *what, **augmentation)
 
     if args.validation_split is not None:
         rows = np.arange(len(images))
@@ -213,12 +211,11 @@ def load_labelled_images(
         held_out = part(others, other_labels, np.arange(len(others)))
         if folder is not None:
             images.notes += [note for note in others.notes if note not in images.notes]
+    elif is_held_out is not None:
+        rows, held_out = np.flatnonzero(~is_held_out), part(images, labels, np.flatnonzero(is_held_out))
     else:
-        if is_held_out is not None:
-            rows, held_out_rows = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-        else:
-            number = max(1, round(fraction * len(images))) if fraction > 0 else 0
-            rows, held_out_rows = split_by_class(np.zeros(len(images), int) if labels is None else labels, number)
+        number = max(1, round(fraction * len(images))) if fraction > 0 else 0
+        rows, held_out_rows = split_by_class(np.zeros(len(images), int) if labels is None else labels, number)
         held_out = part(images, labels, held_out_rows)
     train = part(images, labels, rows, seed=seed, random_crop=args.random_crop, random_flip=args.random_flip)
     return train, held_out if len(held_out) else None
@@ -227,9 +224,7 @@ def load_labelled_images(
 def split_by_class(labels: np.ndarray, num_held_out: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on and rows held out, ascending, each class in proportion; the split is deterministic.
 
-    Args:
-        labels (`numpy.ndarray`): The class of each row, shape (rows,).
-        num_held_out (`int`): Rows to hold out. Fewer are held out if a class would keep no row.
+    `labels` (rows,) are their classes. Fewer rows are held out if a class would keep none.
     """
     shuffled = np.random.default_rng(HELD_OUT_SEED).permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
@@ -241,12 +236,11 @@ def split_by_class(labels: np.ndarray, num_held_out: int) -> tuple[np.ndarray, n
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
-def _most_common_size(images: Sequence[dict[str, Any]], num_looked_at: int = 100) -> str:
+def _most_common_size(images: Rows) -> str:
+    """Of a hundred images spread over all."""
     sizes: Counter[str] = Counter()
-    for row in np.linspace(0, len(images) - 1, min(num_looked_at, len(images))).astype(int).tolist():
-        try:
+    for row in np.linspace(0, len(images) - 1, min(100, len(images))).astype(int).tolist():
+        with suppress(*BAD_IMAGE_ERRORS):
             image = open_image(images[row]["image"])
-        except BAD_IMAGE_ERRORS:
-            continue
-        sizes[f"{image.height} x {image.width} (height x width)"] += 1
+            sizes[f"{image.height} x {image.width} (height x width)"] += 1
     return sizes.most_common(1)[0][0] if sizes else "unreadable, and none has a known number of"

@@ -8,6 +8,7 @@ photos/1.png, photos/metadata.jsonl            a metadata file lists the images 
 import os
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,31 +22,20 @@ from ..models.images import BAD_IMAGE_ERRORS, IMAGE_FORMATS
 from .built_in import import_extra
 from .metadata import METADATA_FILES, read_metadata
 
-SPLIT_OF_WORD = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-    **dict.fromkeys(("held_out", "held-out", "heldout", "holdout", "hold_out"), "held_out"),
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "held_out": ("held_out", "held-out", "heldout", "holdout", "hold_out"),
 }
-SPLITS = tuple(dict.fromkeys(SPLIT_OF_WORD.values()))
+SPLIT_OF_WORD = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 SYSTEM_FOLDERS = {
     *("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin"),
     *("__macosx", "system volume information", "lost+found"),
 }
 SYSTEM_FILES = {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 SIDECARS = {".txt", ".json", ".xml", ".csv"}  # never opened: each of a million images may have one
-
-# Why something is skipped.
-HIDDEN_FOLDERS = "hidden or system folders"
-HIDDEN_IMAGES = "hidden images"
-UNREADABLE = "folders that cannot be read"
-BROKEN_LINKS = "broken links"
-LINKS_BACK = "links to folders that were already read"
-NOT_FILES = "pipes, sockets or devices"
-NOT_IMAGES = "files that are not images in a supported format"
-EMPTY = "folders without images"
-OUTSIDE_SPLITS = "images outside the splits"
-UNLISTED = "images that no metadata file lists"
+NOT_IMAGES = "files that are not images in a supported format"  # why they are skipped
 
 
 class ImageFiles(Sequence[dict[str, Any]]):
@@ -66,14 +56,8 @@ class ImageFiles(Sequence[dict[str, Any]]):
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
         """Sizes in bytes of the files of some rows, shape (len(rows),); 0 for a deleted file."""
-
-        def size(row: int) -> int:
-            try:
-                return os.stat(self[row]["image"]["path"]).st_size
-            except OSError:
-                return 0
-
-        return np.array([size(row) for row in rows.tolist()], dtype=np.int64)
+        paths = (self[row]["image"]["path"] for row in rows.tolist())
+        return np.array([os.path.getsize(path) if os.path.exists(path) else 0 for path in paths], dtype=np.int64)
 
     def __getitem__(self, row: Any) -> Any:
         if not 0 <= row < len(self):
@@ -92,11 +76,6 @@ class FolderScan:
     folders: list[str] = field(default_factory=list)  # that were read
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # skipped paths by reason
 
-    @property
-    def holds_data_files(self) -> bool:
-        """Whether there are files of `datasets` that may hold images."""
-        return any(path.endswith((".parquet", ".arrow")) for path in self.left_out[NOT_IMAGES])
-
 
 @dataclass
 class FolderSplit:
@@ -110,23 +89,15 @@ class FolderSplit:
 
 
 def scan_folder(root: str) -> FolderScan:
-    """The images in a folder and in all folders below it, symbolic links included.
-
-    A file is an image by its extension or, if the extension is unknown, by its content.
-
-    Raises:
-        `OSError`: if the folder itself cannot be read.
-    """
+    """The images in a folder and in all folders below it, links included; an `OSError` if it cannot be read itself."""
     scan = FolderScan(root)
-    Image.init()
-    endings = {ending for ending, name in Image.EXTENSION.items() if name in IMAGE_FORMATS}
     real_root = os.path.realpath(root)
     # Links come last: a folder below this one is read under its own name first.
     waiting: deque[tuple[str, str, set[str]]] = deque([("", real_root, set())])
     while waiting:
         folder, real, seen = waiting.pop()
         if folder and (real in seen or Path(real_root).is_relative_to(real)):
-            scan.left_out[LINKS_BACK].append(folder)
+            scan.left_out["links to folders that were already read"].append(folder)
             continue
         seen.add(real)
         try:
@@ -135,16 +106,15 @@ def scan_folder(root: str) -> FolderScan:
         except OSError as error:
             if not folder:
                 raise
-            scan.left_out[UNREADABLE].append(f"{folder} ({error.strerror})")
+            scan.left_out["folders that cannot be read"].append(f"{folder} ({error.strerror})")
             continue
         if folder:
             scan.folders.append(folder)
         for entry in entries:
-            name, path = entry.name, os.path.join(folder, entry.name)
-            is_hidden, ending = name.startswith("."), os.path.splitext(name)[1].lower()
+            name, path, is_hidden = entry.name, os.path.join(folder, entry.name), entry.name.startswith(".")
             if _holds(entry.is_dir):
                 if is_hidden or name.lower() in SYSTEM_FOLDERS:
-                    scan.left_out[HIDDEN_FOLDERS].append(path)
+                    scan.left_out["hidden or system folders"].append(path)
                     continue
                 # Loops are detected per top folder: two classes may be links to one folder.
                 seen_below = seen if folder else set()
@@ -153,16 +123,14 @@ def scan_folder(root: str) -> FolderScan:
                 else:
                     waiting.append((path, os.path.join(real, name), seen_below))
             elif not _holds(entry.is_file):
-                scan.left_out[NOT_FILES if os.path.exists(entry.path) else BROKEN_LINKS].append(path)
+                reason = "pipes, sockets or devices" if os.path.exists(entry.path) else "broken links"
+                scan.left_out[reason].append(path)
             elif name.startswith("._") or name.lower() in SYSTEM_FILES:
                 continue  # macOS writes ._1.png beside 1.png, which is not an image
             elif name in METADATA_FILES:
                 scan.metadata.append(path)
-            elif ending in endings or (ending not in SIDECARS and _has_image_content(entry.path, ending)):
-                if is_hidden:
-                    scan.left_out[HIDDEN_IMAGES].append(path)
-                else:
-                    scan.images.append(path)
+            elif _is_image(entry.path):
+                (scan.left_out["hidden images"] if is_hidden else scan.images).append(path)
             elif not is_hidden:
                 scan.left_out[NOT_IMAGES].append(path)
     for paths in (scan.images, scan.metadata, scan.folders, *scan.left_out.values()):
@@ -177,8 +145,8 @@ def read_split(
 
     Args:
         scan ([`FolderScan`]): The folder.
-        split (`str`): "train", "validation" or "test", or another spelling of these; sliced as in `datasets`.
-        image_column (`str`, *optional*): Of metadata files: `"mask"` takes the files in their column `mask_file_name`.
+        split (`str`): A name of `SPLIT_WORDS`, sliced as in `datasets`.
+        image_column (`str`, *optional*): See [`read_metadata`].
         known_names (`list[str]`, *optional*): The classes of the training split, the only ones allowed.
 
     Raises:
@@ -186,14 +154,9 @@ def read_split(
             it is unclear whether the top folders are splits or classes.
     """
     left_out = defaultdict(list, {reason: list(paths) for reason, paths in scan.left_out.items()})
-    listings = {}
-    for path in scan.metadata:
-        where = f"'{printable(os.path.join(scan.root, path))}'"
-        listing = read_metadata(scan.root, path, image_column, where)
-        if listing is None:
-            left_out[NOT_IMAGES].append(path)
-        else:
-            listings[path] = listing
+    read = {path: read_metadata(scan.root, path, image_column) for path in scan.metadata}
+    listings = {path: listing for path, listing in read.items() if listing is not None}
+    left_out[NOT_IMAGES] += [path for path in read if path not in listings]
     parents = {os.path.dirname(path) for path in scan.images}
     splits, notes = _find_splits(scan.root, parents, listings)
 
@@ -204,9 +167,9 @@ def read_split(
         images = [path for path in scan.images if not tops or _top(path) in tops]
         rows_of[name] = _concatenate(scan.root, listed) if listed else (images, None)
         if listed:
-            left_out[UNLISTED] += sorted(set(images) - set(rows_of[name][0]))
+            left_out["images that no metadata file lists"] += sorted(set(images) - set(rows_of[name][0]))
     parts = _parse_split(split, {name: len(paths) for name, (paths, _) in rows_of.items()}, scan.root, bool(splits))
-    taken_rows = [(*rows_of[name], slice(start, end)) for name, start, end in parts]
+    taken_rows = [(*rows_of[name], part) for name, part in parts]
     rows, metadata = _concatenate(
         scan.root, [(paths[part], None if table is None else table[part]) for paths, table, part in taken_rows]
     )
@@ -214,17 +177,17 @@ def read_split(
     # 2. Skipped files
     level = 1 if splits else 0  # of the class folders
     filled = {"", *(os.sep.join(parent.split(os.sep)[:depth]) for parent in parents for depth in (1, 2))}
-    left_out[EMPTY] = [
+    left_out["folders without images"] = [
         folder
         for folder in scan.folders
         if folder.count(os.sep) <= level and folder not in filled and os.path.dirname(folder) in filled
     ]
     if splits:
-        taken = {folder for name, _, _ in parts for folder in splits[name]}
+        taken = {folder for name, _ in parts for folder in splits[name]}
         others = {folder for tops in splits.values() for folder in tops} - taken
         for reason, paths in left_out.items():
             left_out[reason] = [path for path in paths if path.split(os.sep)[0] not in others]
-        left_out[OUTSIDE_SPLITS] = [path for path in scan.images if not _top(path)]
+        left_out["images outside the splits"] = [path for path in scan.images if not _top(path)]
         beside = f"; other splits: {first_few(sorted(others), 9)}" if others else ""
         notes.append(f"split '{split}' is the folder {first_few(sorted(taken), 9)}{beside}")
     notes += [_describe(reason, paths) for reason, paths in left_out.items() if paths]
@@ -252,36 +215,31 @@ def _read_classes(part: FolderSplit, paths: list[str], level: int, known_names: 
     unknown = sorted(set(class_of.values()) - set(names))
     outside = [path for path, parent in zip(paths, parents, strict=True) if not folder_of[parent]]
     if not class_of:
-        part.why_unlabelled = (
+        why = (
             f"Found no class folders in '{root}'; put the images of each class, two or more, in a folder of their own, "
             f"or list them in a metadata.jsonl."
         )
     elif outside:
-        part.why_unlabelled = (
-            f"'{root}' has images beside its class folders ({len(outside):,}: {first_few(outside)}); move them into "
-            f"the folder of their class, or elsewhere."
-        )
+        beside = f"{len(outside):,}: {first_few(outside)}"
+        why = f"'{root}' has images beside its class folders ({beside}); move them into the folder of their class."
     elif unknown:
-        part.why_unlabelled = (
-            f"'{root}' has class folders that the training split lacks: {first_few(unknown)}; add them there, or "
-            f"remove them here."
-        )
+        few = first_few(unknown)
+        why = f"'{root}' has class folders that the training split lacks: {few}; add them there, or remove them here."
     elif len(names) < 2:
-        part.why_unlabelled = (
+        hint = f", or give '{os.path.join(root, names[0])}' if its folders are the classes"
+        why = (
             f"'{root}' has the single class '{names[0]}', but guidance needs two or more; add a folder of images of "
-            f"another class"
+            f"another class{hint if all(parent.count(os.sep) > level for parent in folder_of) else ''}."
         )
-        if all(parent.count(os.sep) > level for parent in folder_of):
-            part.why_unlabelled += f", or give '{os.path.join(root, names[0])}' if its folders are the classes"
-        part.why_unlabelled += "."
     else:
         label_of = {name: label for label, name in enumerate(names)}
         label_of_parent = {parent: label_of[class_of[folder]] for parent, folder in folder_of.items()}
         part.labels = np.array([label_of_parent[parent] for parent in parents], dtype=np.int64)
         part.names = list(names)
         return
+    part.why_unlabelled = why
     if class_of and (outside or unknown):
-        part.images.notes.append(f"without labels: {part.why_unlabelled.rstrip('.')}")
+        part.images.notes.append(f"without labels: {why.rstrip('.')}")
     elif part.images.notes:
         part.why_unlabelled += f" ({'; '.join(part.images.notes)}.)"
 
@@ -292,24 +250,25 @@ def _find_splits(root: str, parents: set[str], listings: Iterable[str]) -> tuple
         return {}, []
     holding = {_top(path) for path in (*parents, *listings)}  # folders; images with metadata need none
     tops = sorted(({parent.split(os.sep)[0] for parent in parents} | holding) - {""})
-    splits = [top for top in tops if top.casefold() in SPLIT_OF_WORD and top in holding]
+    named = [top for top in tops if top.casefold() in SPLIT_OF_WORD]
+    splits = [top for top in named if top in holding]
     others = [top for top in tops if top not in splits]
     if splits and not others:
-        by_name = {name: [top for top in splits if SPLIT_OF_WORD[top.casefold()] == name] for name in SPLITS}
+        by_name = {name: [top for top in splits if top.casefold() in words] for name, words in SPLIT_WORDS.items()}
         return {name: found for name, found in by_name.items() if found}, []
-    if len(splits) > 1 or (splits and any(top.casefold() in SPLIT_OF_WORD for top in others)):
+    if splits and len(named) > 1:
         raise ValueError(
             f"It is unclear whether the folders in '{printable(root)}' are splits or classes: {first_few(splits)} "
             f"would be splits, which hold folders of images, and {first_few(others)} would not; move these elsewhere, "
             f"or give the folder of one split, such as '{printable(os.path.join(root, splits[0]))}'."
         )
-    if len(tops) > 1 and all(top.casefold() in SPLIT_OF_WORD for top in tops):
+    if len(tops) > 1 and named == tops:
         return {}, [f"the folders {first_few(tops)} are read as classes, since they hold images and no folders"]
     return {}, [f"'{top}' is read as a class, like {first_few(others)} beside it" for top in splits]
 
 
-def _parse_split(split: str, lengths: dict[str, int], root: str, has_splits: bool) -> list[tuple[str, int, int]]:
-    """The name, first row and end row of each requested split."""
+def _parse_split(split: str, lengths: dict[str, int], root: str, has_splits: bool) -> list[tuple[str, slice]]:
+    """The name and the rows of each requested split."""
     if not set(split) & set("[+("):
         name = SPLIT_OF_WORD.get(split.casefold(), split)
         if name not in lengths:
@@ -317,12 +276,12 @@ def _parse_split(split: str, lengths: dict[str, int], root: str, has_splits: boo
             folder = os.path.join(root, split)
             hint = f"; give '{printable(folder)}' itself" if os.path.isdir(folder) else ""
             raise ValueError(f"Cannot load split '{split}' of '{printable(root)}': {there}{hint}.")
-        return [(name, 0, lengths[name])]
+        return [(name, slice(None))]
     try:
         parts = import_extra("datasets").ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
         raise ValueError(f"Cannot load split '{split}' of '{printable(root)}' ({str(error).rstrip('.')}).") from error
-    return [(part.splitname, part.from_, part.to) for part in parts]
+    return [(part.splitname, slice(part.from_, part.to)) for part in parts]
 
 
 def _concatenate(root: str, parts: Sequence[tuple[list[str], Any]]) -> tuple[list[str], Any]:
@@ -355,14 +314,18 @@ def _top(path: str) -> str:
 
 def _holds(question: Callable[[], bool]) -> bool:
     """The answer of a directory entry; False for a circular link."""
-    try:
+    with suppress(OSError):
         return question()
-    except OSError:
+    return False
+
+
+def _is_image(path: str) -> bool:
+    """Whether a file is an image in a supported format, by its extension or, if that says nothing, by its content."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending in SIDECARS:
         return False
-
-
-def _has_image_content(path: str, ending: str) -> bool:
-    """Whether a file is an image, by its first bytes."""
+    if Image.registered_extensions().get(ending) in IMAGE_FORMATS:
+        return True
     # Only formats with a signature (TGA and others have none), and not TIFF, whose signature raw photographs share.
     signed = [name for name in IMAGE_FORMATS if name in Image.OPEN and Image.OPEN[name][1] is not None]
     try:

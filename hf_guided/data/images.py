@@ -11,6 +11,8 @@ from PIL import Image
 
 from ..models.images import open_file, upright
 
+Rows = Sequence[dict[str, Any]]  # whose "image" is what [`open_image`] takes
+
 
 def open_image(record: Any) -> Image.Image:
     """Decodes one image, in the mode of its file, and turns it upright, as its EXIF orientation says.
@@ -22,14 +24,14 @@ def open_image(record: Any) -> Image.Image:
     Raises:
         One of `BAD_IMAGE_ERRORS`: if there is no image, or it cannot be decoded.
     """
-    if isinstance(record, Image.Image):
-        return upright(record)
     with open_record(record) as image:
         return upright(image)
 
 
-def open_record(record: dict[str, Any] | None) -> Image.Image:
-    """Opens an image that is not decoded yet, as `open_file` does."""
+def open_record(record: Any) -> Image.Image:
+    """Opens an image as `open_file` does, without decoding it."""
+    if isinstance(record, Image.Image):
+        return record
     if record is None or (record["path"] is None and record["bytes"] is None):
         raise ValueError("the image is missing")
     return open_file(record["path"] if record["bytes"] is None else record["bytes"])
@@ -49,10 +51,8 @@ def stored_bytes(record: Any) -> bytes:
 def foreign_files(images: Any, folders: Sequence[str | os.PathLike]) -> Iterator[tuple[int, str]]:
     """The rows of a dataset that reference a URL or a file outside the given folders, and what they reference.
 
-    Args:
-        images (`datasets.Dataset`): With a column "image" of `Image(decode=False)`.
-        folders (`Sequence` of paths): Files inside them may be referenced, after links and ".." are resolved. Relative
-            paths start at the working directory.
+    Its column "image" is one of `Image(decode=False)`. Links and ".." are resolved, relative paths from the working
+    directory.
     """
     roots = [os.path.realpath(folder) for folder in folders]
     real_folder = cache(os.path.realpath)
@@ -66,11 +66,9 @@ def foreign_files(images: Any, folders: Sequence[str | os.PathLike]) -> Iterator
             real = os.path.realpath(real)
         return not any(os.path.commonpath([root, real]) == root for root in roots)
 
-    start = 0
-    for chunk in images.with_format("arrow")[:]["image"].chunks:
-        encoded, paths = (dict(zip(chunk.type.names, chunk.flatten(), strict=True))[name] for name in ("bytes", "path"))
-        is_named = np.asarray(encoded.is_null()) & np.asarray(paths.is_valid())
-        for row in np.flatnonzero(is_named).tolist():
-            if is_foreign(path := paths[row].as_py()):
-                yield start + row, path
-        start += len(chunk)
+    column = images.with_format("arrow")[:]["image"]
+    parts = dict(zip(column.type.names, column.flatten(), strict=True))
+    is_named = np.asarray(parts["bytes"].is_null()) & np.asarray(parts["path"].is_valid())
+    for row in np.flatnonzero(is_named).tolist():
+        if is_foreign(path := parts["path"][row].as_py()):
+            yield row, path

@@ -5,23 +5,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..messages import printable
 from .built_in import import_extra
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TEXT_TYPES = ("string", "large_string")
 
 
-def read_metadata(root: str, path: str, image_column: str | None, where: str) -> tuple[list[str], Any] | None:
-    """The images that a metadata file lists, and its other columns; `None` if it lists no files.
+def read_metadata(root: str, path: str, image_column: str | None) -> tuple[list[str], Any] | None:
+    """The images that a metadata file lists, and its other columns as a `pyarrow.Table`; `None` if it lists no files.
 
-    Args:
-        root (`str`): The folder of images.
-        path (`str`): The metadata file, relative to it.
-        image_column (`str`, *optional*): `"mask"` takes the files in the column `mask_file_name`.
-        where (`str`): What messages call the metadata file.
-
-    Raises:
-        `ValueError`: If it cannot be read, or lists files outside of the folder.
+    Its path and those of the images are relative to `root`. The `image_column` `"mask"` takes the files in the column
+    `mask_file_name`. A file that cannot be read, or lists files outside of `root`, is a `ValueError`.
     """
     import_extra("datasets")
     import pandas
@@ -29,6 +24,7 @@ def read_metadata(root: str, path: str, image_column: str | None, where: str) ->
     import pyarrow.parquet
 
     full = os.path.join(root, path)
+    where = f"'{printable(full)}'"
     try:
         if path.endswith(".csv"):
             table = pyarrow.Table.from_pandas(pandas.read_csv(full), preserve_index=False)
@@ -42,11 +38,7 @@ def read_metadata(root: str, path: str, image_column: str | None, where: str) ->
             table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"Cannot read {where} ({error}); repair or remove it.") from error
-    columns = [
-        name
-        for name in table.column_names
-        if (name == "file_name" or name.endswith("_file_name")) and str(table.schema.field(name).type) in TEXT_TYPES
-    ]
+    columns = [f.name for f in table.schema if f"_{f.name}".endswith("_file_name") and str(f.type) in TEXT_TYPES]
     if not columns:
         return None
     wanted = "file_name" if image_column in (None, "image") else f"{image_column}_file_name"

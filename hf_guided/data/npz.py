@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from numpy.lib import format
 
 # What numpy and zipfile raise.
 _UNREADABLE = (
@@ -30,19 +31,15 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
         raise ValueError(f"{path} is not a file of samples: it has no arr_0, the array of images.")
     images, labels = arrays["arr_0"], arrays.get("arr_1")
     if images.ndim != 4 or images.dtype != np.uint8:
-        raise ValueError(
-            f"arr_0 of {path} is {images.dtype} of shape {images.shape}; samples are uint8 of shape "
-            f"(n, height, width, channels)."
-        )
+        given = f"{images.dtype} of shape {images.shape}"
+        raise ValueError(f"arr_0 of {path} is {given}; samples are uint8 of shape (n, height, width, channels).")
     if len(images) == 0:
         raise ValueError(f"{path} holds no images.")
     if labels is None:
         return images, None
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"arr_1 of {path} is {labels.dtype} of shape {labels.shape}; labels are one "
-            f"integer for each of the {len(images)} images."
-        )
+        given = f"{labels.dtype} of shape {labels.shape}"
+        raise ValueError(f"arr_1 of {path} is {given}; labels are an integer for each of the {len(images)} images.")
     for wrong in (labels.min(), labels.max()):
         if not 0 <= int(wrong) < 2**31:
             raise ValueError(f"arr_1 of {path} has the label {wrong}, which is not a class id; ids start at 0.")
@@ -67,16 +64,15 @@ def map_array(path: str | os.PathLike, name: str) -> np.ndarray:
         member = archive.getinfo(f"{name}.npy")
         if member.compress_type == zipfile.ZIP_STORED:
             with archive.open(member) as stream:
-                is_first = np.lib.format.read_magic(stream) == (1, 0)
-                formats = np.lib.format
-                read_header = formats.read_array_header_1_0 if is_first else formats.read_array_header_2_0
+                is_first = format.read_magic(stream) == (1, 0)
+                read_header = format.read_array_header_1_0 if is_first else format.read_array_header_2_0
                 shape, is_fortran, dtype = read_header(stream)
                 header_size = stream.tell()
-            with open(path, "rb") as file:  # the local header states its own length
-                file.seek(member.header_offset + 26)
-                lengths = np.frombuffer(file.read(4), "<u2").astype(int)
-            start = member.header_offset + 30 + lengths.sum() + header_size
+            with open(path, "rb") as file:  # the local header ends with its own lengths of a name and extras
+                file.seek(member.header_offset)
+                name_length, extra_length = struct.unpack("<26x2H", file.read(30))
+            start = member.header_offset + 30 + name_length + extra_length + header_size
             if 0 not in shape and not dtype.hasobject:
-                return np.memmap(path, dtype, "r", int(start), shape, order="F" if is_fortran else "C")
+                return np.memmap(path, dtype, "r", start, shape, order="F" if is_fortran else "C")
     with np.load(path, allow_pickle=False) as arrays:
         return arrays[name]

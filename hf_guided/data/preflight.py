@@ -43,32 +43,22 @@ class ImageReport:
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.num_images:,} images, {self.num_checked:,} checked, {len(self.bad_files):,} bad"]
         if self.class_counts:
-            counts = self.class_counts.values()
-            lines.append(
-                f"  classes: {len(counts):,}, with {min(counts):,} to {max(counts):,} images each: "
-                + first_few(list(self.class_counts), NAMES_SHOWN)
-            )
-        lines += [f"  {note}" for note in self.notes]
-        by_area = sorted(self.sizes, key=lambda pair: (pair[0] * pair[1], pair))
-        lines.append(
-            f"  height x width: {_size(by_area[0])} to {_size(by_area[-1])}, most often "
-            f"{_size(self.sizes.most_common(1)[0][0])}, resized to {_size(self.resolution)}"
-        )
-        lines.append("  modes: " + ", ".join(f"{mode} ({count:,})" for mode, count in self.modes.most_common()))
+            counts, names = self.class_counts.values(), first_few(list(self.class_counts), NAMES_SHOWN)
+            lines.append(f"classes: {len(counts):,}, with {min(counts):,} to {max(counts):,} images each: {names}")
+        lines += self.notes
+        by_area = sorted(self.sizes, key=lambda size: (size[0] * size[1], size))
+        sizes = [by_area[0], by_area[-1], self.sizes.most_common(1)[0][0], self.resolution]
+        smallest, largest, usual, resized = (f"{height}x{width}" for height, width in sizes)
+        lines.append(f"height x width: {smallest} to {largest}, most often {usual}, resized to {resized}")
+        lines.append("modes: " + ", ".join(f"{mode} ({count:,})" for mode, count in self.modes.most_common()))
         if self.num_upscaled:
-            lines.append(f"  warning: {self.num_upscaled:,} are smaller than {_size(self.resolution)} and are upscaled")
-        if self.small_classes:
-            lines.append(
-                f"  warning: fewer than {FEW_PER_CLASS} images in {len(self.small_classes):,} of the classes: "
-                + first_few(self.small_classes)
-            )
+            lines.append(f"warning: {self.num_upscaled:,} are smaller than {resized} and are upscaled")
+        if small := self.small_classes:
+            few = f"fewer than {FEW_PER_CLASS} images in {len(small):,} of the classes"
+            lines.append(f"warning: {few}: {first_few(small)}")
         if self.bad_files:
-            lines.append(f"  warning: bad files are replaced by other images: {first_few(self.bad_files)}")
-        return "\n".join(lines)
-
-
-def _size(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}x{pair[1]}"
+            lines.append(f"warning: bad files are replaced by other images: {first_few(self.bad_files)}")
+        return "\n  ".join(lines)
 
 
 def check_images(dataset: LabelledImages, whole_up_to: int = 10_000) -> ImageReport:
@@ -109,5 +99,5 @@ def check_images(dataset: LabelledImages, whole_up_to: int = 10_000) -> ImageRep
     if dataset.labels is not None:
         counts = np.bincount(dataset.labels, minlength=dataset.num_classes).tolist()
         class_counts = {name: counts[label] for label, name in dataset.id2label.items()}
-    of_all = dataset.name, len(dataset), len(indices), dataset.resolution, class_counts
-    return ImageReport(*of_all, sizes, modes, bad_files, dataset.notes)
+    known = dataset.name, len(dataset), len(indices), dataset.resolution, class_counts
+    return ImageReport(*known, sizes, modes, bad_files, dataset.notes)

@@ -3,15 +3,18 @@
 import glob
 import logging
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import constants
 
 from ..credentials import without_credentials
 from ..labels import composed
 from .arguments import DataArguments
 from .built_in import import_extra
-from .folders import FolderScan, read_split, scan_folder
+from .folders import NOT_IMAGES, FolderScan, read_split, scan_folder
 from .images import foreign_files
 from .metadata import TEXT_TYPES
 
@@ -24,29 +27,27 @@ USUAL_COLUMNS = {
 
 
 def requested_folder(args: DataArguments) -> FolderScan | None:
-    """The requested folder of images; `None` if `datasets` is to load the data, or the data are built in."""
+    """The requested folder of images; `None` if `datasets` is to load the data, or the data are built in.
+
+    `datasets` loads a folder that is given as --dataset_name if its card says which files hold the data, or if it has
+    files that may hold them, or no images.
+    """
     if args.train_data_dir is not None:
         if not os.path.isdir(args.train_data_dir):
             raise FileNotFoundError(
                 f"--train_data_dir '{args.source}' is not a folder; a folder needs one sub-folder of images per class."
             )
         return scan_folder(args.train_data_dir)
-    name = args.dataset_name
-    if args.built_in or name is None or args.dataset_config_name is not None or not os.path.isdir(name):
+    folder = args.dataset_name or ""
+    if args.built_in or args.dataset_config_name is not None or not os.path.isdir(folder):
         return None
-    if _has_configs(os.path.join(name, "README.md")):
+    card = Path(folder, "README.md")
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2) if card.is_file() else []
+    if len(parts) == 3 and not parts[0] and re.search("^configs:", parts[1], re.MULTILINE):
         return None
-    scan = scan_folder(name)
-    return scan if scan.images and not scan.holds_data_files else None
-
-
-def _has_configs(card: str) -> bool:
-    """Whether a dataset card says which files hold the data."""
-    if not os.path.isfile(card):
-        return False
-    with open(card, encoding="utf-8", errors="replace") as file:
-        parts = file.read().split("---\n", 2)
-    return len(parts) == 3 and not parts[0] and any(line.startswith("configs:") for line in parts[1].splitlines())
+    scan = scan_folder(folder)
+    holds_data = any(path.endswith((".parquet", ".arrow")) for path in scan.left_out[NOT_IMAGES])
+    return scan if scan.images and not holds_data else None
 
 
 def load_split(
@@ -56,35 +57,44 @@ def load_split(
     folder: FolderScan | None,
     known_names: list[str] | None = None,
 ) -> tuple[Any, np.ndarray | None, list[str]]:
-    """The undecoded images of a split, their labels, and the names of the classes.
+    """The undecoded images of a split, their labels, and the names of the classes; a `ValueError` if it is unusable.
 
     Args:
         args ([`DataArguments`]): Which dataset and columns.
         split (`str`): Of the dataset.
         require_labels (`bool`): Refuse a split without usable labels; otherwise it has `None` and no names.
         folder ([`FolderScan`], *optional*): The dataset, if it is a folder of images.
-        known_names (`list[str]`, *optional*): The classes of the training split: another split may use only these, and
-            need not use all.
-
-    Raises:
-        `ValueError`: If the split, its columns or its labels cannot be used.
+        known_names (`list[str]`, *optional*): The classes of the training split: another may use only these, not all.
     """
     where = f"split '{split}' of '{args.source}'"
     if folder is None:
         dataset = _load_dataset(args, split, where)
-        return _images_of(dataset, args, where), *_labels_of(dataset, args, require_labels, where, known_names)
-    part = read_split(folder, split, args.image_column, known_names or None)
-    if part.metadata is not None:
-        dataset = import_extra("datasets").Dataset(part.metadata)
-        return part.images, *_labels_of(dataset, args, require_labels, where, known_names)
-    for kind in USUAL_COLUMNS:
-        if (column := getattr(args, f"{kind}_column")) not in (None, kind):
-            raise ValueError(
-                f"There is no column '{column}' in {where}, which has no metadata file; drop --{kind}_column."
-            )
-    if part.labels is None and require_labels:
-        raise ValueError(part.why_unlabelled)
-    return part.images, part.labels, part.names
+        images = _images_of(dataset, args, where)
+    else:
+        part = read_split(folder, split, args.image_column, known_names or None)
+        if part.metadata is None:
+            for kind in USUAL_COLUMNS:
+                if (name := getattr(args, f"{kind}_column")) not in (None, kind):
+                    raise ValueError(
+                        f"There is no column '{name}' in {where}, which has no metadata file; drop --{kind}_column."
+                    )
+            if part.labels is None and require_labels:
+                raise ValueError(part.why_unlabelled)
+            return part.images, part.labels, part.names
+        dataset, images = import_extra("datasets").Dataset(part.metadata), part.images
+    column = _find_column(dataset, "label", args, import_extra("datasets").ClassLabel, where)
+    if column is None:
+        if not require_labels:
+            return images, None, []
+        columns = ", ".join(dataset.column_names)
+        raise ValueError(f"Found no column of labels in {where} (columns: {columns}); name it with --label_column.")
+    try:
+        return images, *_read_labels(dataset, column, where, known_names)
+    except ValueError as error:
+        if require_labels:
+            raise
+        logger.warning("Loading without labels: %s", error)
+        return images, None, []
 
 
 def _load_dataset(args: DataArguments, split: str, where: str) -> Any:
@@ -105,11 +115,7 @@ def _load_dataset(args: DataArguments, split: str, where: str) -> Any:
 
 
 def _images_of(dataset: Any, args: DataArguments, where: str) -> Any:
-    """The dataset's images alone, undecoded, as the column "image".
-
-    Raises:
-        `ValueError`: If there are none, or they reference files outside their own folder and the caches.
-    """
+    """The images alone, undecoded, as the column "image"; refuses files outside their own folder and the caches."""
     datasets = import_extra("datasets")
     column = _find_column(dataset, "image", args, datasets.Image, where)
     if column is None:
@@ -122,53 +128,29 @@ def _images_of(dataset: Any, args: DataArguments, where: str) -> Any:
     if column != "image":
         images = images.rename_column(column, "image")
 
-    hub = import_extra("huggingface_hub").constants
-    caches = [datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH]
-    caches += [datasets.config.EXTRACTED_DATASETS_PATH, hub.HF_HUB_CACHE, *filter(None, [args.cache_dir])]
-    source = args.dataset_name or ""
-    folder = source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
-    is_local = os.path.exists(source)
-    for row, path in foreign_files(images, [*([folder] if is_local else []), *caches]):
-        metadata = (name for _, _, names in os.walk(folder) for name in names if name.startswith("metadata."))
-        if is_local and dataset.info.builder_name == "imagefolder" and not any(metadata):
+    config, source = datasets.config, str(args.dataset_name)
+    folders = [config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH]
+    folders += [constants.HF_HUB_CACHE, *filter(None, [args.cache_dir])]
+    if is_local := os.path.exists(source):
+        folders.insert(0, source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source)))
+    for row, path in foreign_files(images, folders):
+        is_found = is_local and dataset.info.builder_name == "imagefolder"
+        if is_found and not any(Path(folders[0]).rglob("metadata.*")):
             break  # found in the folder, not listed in a file: the links are the user's own
         raise ValueError(
-            f"Row {row} of {where} names '{path}', which is not a file below {folder if is_local else caches[0]}. Put "
-            "the images there, with a metadata.csv that lists them in a column file_name, or store them in the rows "
-            "as bytes."
+            f"Row {row} of {where} names '{path}', which is not a file below {folders[0]}. Put the images there, with "
+            f"a metadata.csv that lists them in a column file_name, or store them in the rows as bytes."
         )
     return images
-
-
-def _labels_of(
-    dataset: Any, args: DataArguments, require_labels: bool, where: str, known_names: list[str] | None
-) -> tuple[np.ndarray | None, list[str]]:
-    """The labels of a dataset and the names of the classes; None and no names if it has none and none are required."""
-    column = _find_column(dataset, "label", args, import_extra("datasets").ClassLabel, where)
-    if column is None:
-        if require_labels:
-            raise ValueError(
-                f"Found no column of labels in {where} (columns: {', '.join(dataset.column_names)}); "
-                f"name it with --label_column."
-            )
-        return None, []
-    try:
-        return _read_labels(dataset, column, where, known_names)
-    except ValueError as error:
-        if require_labels:
-            raise
-        logger.warning("Loading without labels: %s", error)
-        return None, []
 
 
 def _find_column(dataset: Any, kind: str, args: DataArguments, feature_type: type, where: str) -> str | None:
     """The requested column; or the only one of the type, or else the first of a usual name, if any."""
     columns, requested = dataset.column_names, getattr(args, f"{kind}_column")
+    if requested is not None and requested not in columns:
+        known = ", ".join(columns)
+        raise ValueError(f"There is no column '{requested}' in {where}; set --{kind}_column to one of: {known}.")
     if requested is not None:
-        if requested not in columns:
-            raise ValueError(
-                f"There is no column '{requested}' in {where}; set --{kind}_column to one of: {', '.join(columns)}."
-            )
         return requested
     typed = [column for column in columns if isinstance(dataset.features[column], feature_type)]
     if len(typed) == 1:
@@ -196,19 +178,18 @@ def _read_labels(dataset: Any, column: str, where: str, known_names: list[str] |
         texts = [composed(str(value)) for value in values.to_pylist()]
         names = names or sorted(set(texts))
         label_of = {composed(name): label for label, name in enumerate(names)}
-        unknown = sorted(set(texts) - set(label_of))
-        if unknown:
+        if unknown := sorted(set(texts) - set(label_of)):
             raise ValueError(f"{what} has the label '{unknown[0]}', which the training split lacks; remove it.")
         labels = np.array([label_of[text] for text in texts], dtype=np.int64)
     else:
         raise ValueError(f"{what} holds {feature}, not integers or strings; name another --label_column.")
 
-    if labels.min() < 0 or labels.max() >= len(names):
-        wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise ValueError(
-            f"{what} has the label {wrong}, outside 0 to {len(names) - 1}; choose a split whose labels are public, or "
-            f"renumber them."
-        )
+    for label in (labels.min(), labels.max()):
+        if not 0 <= label < len(names):
+            raise ValueError(
+                f"{what} has the label {label}, outside 0 to {len(names) - 1}; choose a split whose labels are public, "
+                f"or renumber them."
+            )
     empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
     if known_names is None and len(empty):
         raise ValueError(

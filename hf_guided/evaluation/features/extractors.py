@@ -83,9 +83,8 @@ class ModelFeatures:
     """
 
     def __init__(self, model: PreTrainedModel, name: str, processor: Any | None = None):
-        kind = type(model).__name__
+        self.model, self.name, kind = model, name, type(model).__name__
         config = getattr(model.config, "vision_config", model.config)
-        self.model, self.name = model, name
         self.channels = getattr(config, "num_channels", getattr(config, "in_channels", 3))
         self.is_classifier = "ForImageClassification" in kind
         if model.main_input_name != "pixel_values" and not hasattr(model, "get_image_features"):
@@ -106,15 +105,13 @@ class ModelFeatures:
     def id2label(self) -> dict[int, str] | None:
         """Names of a classifier's classes; `None` for other models, and for `LABEL_0`, `LABEL_1` and so on."""
         names = self.model.config.id2label
-        if not self.is_classifier or all(label == f"LABEL_{i}" for i, label in names.items()):
-            return None
-        return dict(names)
+        is_named = self.is_classifier and any(label != f"LABEL_{i}" for i, label in names.items())
+        return dict(names) if is_named else None
 
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of the model's class and weights and the processor's settings."""
-        settings = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
-        return weights_digest(self.model, settings)
+        return weights_digest(self.model, json.dumps(self.processor.to_dict(), sort_keys=True, default=str))
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> FeatureBatch:
@@ -122,15 +119,14 @@ class ModelFeatures:
         pictures = [Image.fromarray(array.squeeze(-1) if self.channels == 1 else array) for array in arrays]
         pixel_values = self.processor(pictures, return_tensors="pt").pixel_values
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-
         with evaluating(self.model):
-            if not self.is_classifier:
-                output = getattr(self.model, "get_image_features", self.model)(pixel_values)
-                pooled = getattr(output, "pooler_output", None)
-                return FeatureBatch(_numpy(_mean(output.last_hidden_state) if pooled is None else pooled.flatten(1)))
-            output = self.model(pixel_values, output_hidden_states=True)
-            probabilities = output.logits.float().softmax(dim=-1)
-            return FeatureBatch(_numpy(_mean(output.hidden_states[-1])), _numpy(probabilities))
+            if self.is_classifier:
+                output = self.model(pixel_values, output_hidden_states=True)
+                probabilities = output.logits.float().softmax(dim=-1)
+                return FeatureBatch(_numpy(_mean(output.hidden_states[-1])), _numpy(probabilities))
+            output = getattr(self.model, "get_image_features", self.model)(pixel_values)
+            pooled = getattr(output, "pooler_output", None)
+            return FeatureBatch(_numpy(_mean(output.last_hidden_state) if pooled is None else pooled.flatten(1)))
 
 
 class InceptionFeatures:
@@ -196,9 +192,8 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> FeatureExtra
         spec (`str`): `"inception"`, the published evaluator's features; or the folder or Hub id of any vision model or
             image classifier of transformers with its image processor, loaded in float32. Its name is the last part of
             the path or id that is not generic (`judge` for `outputs/judge/model`, `dinov2-base` for
-            `facebook/dinov2-base`), or NAME in `"NAME=outputs/judge/model"`.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where the features are computed. (Images are resized by
-            PIL, whether or not torchvision is installed.)
+            `facebook/dinov2-base`), or NAME in `"NAME=outputs/judge/model"`. Images are resized by PIL.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where the features are computed.
 
     Raises:
         `ValueError`: If there is no such model, it takes no images, some of its weights are missing, or the folder is a
@@ -206,9 +201,8 @@ def load_features(spec: str, device: torch.device | str = "cpu") -> FeatureExtra
     """
     if spec == InceptionFeatures.name:
         return InceptionFeatures(device=device)
-    name, path = "", spec
-    if not Path(spec).exists() and (match := re.fullmatch(r"([\w.-]+)=(.+)", spec)):
-        name, path = match.groups()
+    match = None if Path(spec).exists() else re.fullmatch(r"([\w.-]+)=(.+)", spec)
+    name, path = match.groups() if match else ("", spec)
     folder = Path(path).expanduser()
     if not folder.is_dir() and not is_hub_id(path):
         raise ValueError(f"There is no folder {path}.")

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 MAX_KEPT = 50_000
 CACHE_DIR = Path(HF_HOME) / "hf-guided" / "features"
 _FORMAT = 1  # of the files
+_ARRAYS = ("kept", "kept_indices", "predictions")  # of a [`FeatureSet`], in files by the same names
 
 
 @dataclass
@@ -64,19 +65,14 @@ class FeatureSet:
     def save(self, path: str | os.PathLike) -> None:
         """Writes an `.npz` file atomically; statistics are named as in published reference files."""
         about = {"format": _FORMAT, "extractor": self.extractor, "fingerprint": self.fingerprint, "n": self.num_images}
-        arrays: dict[str, Any] = {
-            "about": json.dumps(about),
-            "mu": self.statistics.mean,
-            "sigma": self.statistics.covariance,
-            "kept": self.kept,
-            "kept_indices": self.kept_indices,
-            "predictions": self.predictions,
-        }
+        arrays: dict[str, Any] = {"about": json.dumps(about)}
+        arrays |= {"mu": self.statistics.mean, "sigma": self.statistics.covariance}
+        arrays |= {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
         if self.spatial_statistics is not None:
             arrays |= {"mu_s": self.spatial_statistics.mean, "sigma_s": self.spatial_statistics.covariance}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+            np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "FeatureSet":
@@ -100,7 +96,7 @@ class FeatureSet:
                 num_images=about["n"],
                 statistics=moments["features"],
                 spatial_statistics=moments.get("spatial"),
-                **{name: arrays.get(name) for name in ("kept", "kept_indices", "predictions")},
+                **{name: arrays.get(name) for name in _ARRAYS},
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} holds statistics that are damaged ({error}); write it again.") from error
@@ -147,7 +143,10 @@ def collect_features(
     path, cached = None, None
     if cache_dir is not None:
         if PartialState().is_main_process:
-            path = Path(cache_dir) / f"{_key(images, extractor)}.npz"
+            key = [_FORMAT, images.digest(), extractor.name, extractor.fingerprint, MAX_KEPT]
+            if hasattr(getattr(extractor, "processor", None), "resizing_steps"):
+                key.append("as in training")  # earlier versions resized differently under the same fingerprint
+            path = Path(cache_dir) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.npz"
             cached = _load_cached(path, images, extractor)
         if from_main(lambda: cached is not None):
             return cached
@@ -190,8 +189,7 @@ def _compute(images: ImageSet, extractor: FeatureExtractor, batch_size: int, num
     is_kept = np.zeros(len(images), dtype=bool)
     is_kept[np.linspace(0, len(images) - 1, min(len(images), MAX_KEPT)).round().astype(int)] = True
     statistics, spatial, score = FeatureStatistics(), FeatureStatistics(), InceptionScoreStatistics()
-    kept: list[np.ndarray] = []
-    predictions: list[np.ndarray] = []
+    kept, predictions = [], []
     for indices, batch in images.share(batch_size, f"{extractor.name} features of {images.name}", num_workers):
         computed = extractor(batch)
         for kind in (computed.features, computed.probabilities, computed.spatial):
@@ -230,10 +228,3 @@ def _compute(images: ImageSet, extractor: FeatureExtractor, batch_size: int, num
         score=score if predictions else None,
         predictions=np.concatenate(predictions)[np.argsort(order)] if predictions else None,
     )
-
-
-def _key(images: ImageSet, extractor: FeatureExtractor) -> str:
-    parts = [_FORMAT, images.digest(), extractor.name, extractor.fingerprint, MAX_KEPT]
-    if hasattr(getattr(extractor, "processor", None), "resizing_steps"):
-        parts.append("as in training")  # earlier versions resized differently under the same fingerprint
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -143,8 +143,8 @@ class LoadedImages(ImageSet):
         return ((values + 1) * 127.5).round().to(torch.uint8)  # restores the bytes exactly
 
     def contents(self) -> Iterator[bytes]:
-        for row in tqdm(self.images.rows.tolist(), desc=f"reading {self.name}", unit="image", leave=False):
-            yield stored_bytes(self.images.images[row]["image"])
+        for index in tqdm(range(len(self)), desc=f"reading {self.name}", unit="image", leave=False):
+            yield stored_bytes(self.images.record(index))
 
 
 class SampledImages(ImageSet):
@@ -212,8 +212,8 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
         with open_npz(spec) as file:
             statistics = read_moments(file)
         return ArrayImages(pixels, labels, name=spec, size=size, statistics=statistics or None)
-    source, _, part = spec.rpartition(":") if ":" in spec and not Path(spec).exists() else (spec, "", "")
-    if "/" in part or "@" in part:  # the rest of a URL, which has a colon of its own
+    source, _, part = spec.rpartition(":")
+    if not source or Path(spec).exists() or "/" in part or "@" in part:  # no part, but a name or URL with a colon
         source, part = spec, ""
     if Path(source).is_file() and not source.endswith(".parquet"):
         raise ValueError(f"{source} is not a set of images; give a .npz or .parquet file of samples, or a folder.")
@@ -256,14 +256,10 @@ def _look(images: LabelledImages) -> tuple[dict[tuple[int, int], str], int]:
     """The sizes in the set, each with the name of one such file, and the channels, from the files' headers."""
     sizes: dict[tuple[int, int], str] = {}
     channels = 1
-    for index, row in enumerate(images.rows.tolist()):
-        record = images.images[row]["image"]
+    for index in range(len(images)):
         try:
-            if isinstance(record, Image.Image):
-                size, mode = upright_size(record), record.mode
-            else:
-                with open_record(record) as picture:
-                    size, mode = upright_size(picture), picture.mode
+            with open_record(images.record(index)) as picture:
+                size, mode = upright_size(picture), picture.mode
         except BAD_IMAGE_ERRORS:
             continue  # reported when its pixels are read
         sizes.setdefault(size, images.file_name(index))

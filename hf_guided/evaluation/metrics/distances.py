@@ -153,7 +153,7 @@ def inception_score(probabilities: Features, split_size: int = 5000) -> float:
         `float`: From 1 to the number of classes.
     """
     statistics = InceptionScoreStatistics(split_size)
-    statistics.update(probabilities, start=0, at_least=2)
+    statistics.update(feature_matrix(probabilities, "probabilities"), start=0)
     return statistics.score
 
 

@@ -35,17 +35,15 @@ def manifold_metrics(
     """[`precision_recall`] and [`density_coverage`] at once, which is faster, since they share their distances.
 
     Args:
-        generated, reference (`np.ndarray` or `torch.Tensor` of shape `(n, dim)`): Features of generated and of real
-            samples.
-        k (`int`, defaults to 3), density_k (`int`, defaults to 5): The neighbour that sets the radius of precision and
-            recall, and of density and coverage, not counting the sample itself; less than both numbers of samples.
-        distance_dtype (`str`, defaults to `"float32"`): See [`precision_recall`].
+        generated, reference, k, distance_dtype: As for [`precision_recall`].
+        density_k (`int`, defaults to 5): As `k` for [`density_coverage`].
 
     Raises:
         `ValueError`: For features that are not finite or of one width, too few samples, or another `distance_dtype`.
     """
     x, y = feature_pair(generated, reference)
-    if min(k, density_k) < 1 or max(k, density_k) >= min(len(x), len(y)):
+    neighbours = np.array([k, density_k])
+    if neighbours.min() < 1 or neighbours.max() >= min(len(x), len(y)):
         raise ValueError(
             f"k must be at least 1 and smaller than both sets, got k={k if k == density_k else (k, density_k)} for "
             f"{len(x)} generated and {len(y)} reference samples."
@@ -55,7 +53,6 @@ def manifold_metrics(
     dtype = np.dtype(distance_dtype)
     # Distances do not depend on a common shift, but their rounding does; the published rounding is without a shift.
     center = y.mean(axis=0, dtype=np.float64) if dtype == np.float32 else np.zeros(1, dtype=np.float32)
-    neighbours = np.array([k, density_k])
     radius_x, _ = _neighbour_radii(x, neighbours, center, dtype)
     radius_y, density_radius = _neighbour_radii(y, neighbours, center, dtype)
 
@@ -98,7 +95,6 @@ def precision_recall(
 
     Returns:
         `tuple[float, float]`: Precision (fidelity) and recall (diversity), see [`ManifoldMetrics`].
-
     """
     return manifold_metrics(generated, reference, k, k, distance_dtype)[:2]
 
@@ -116,7 +112,6 @@ def density_coverage(generated: Features, reference: Features, k: int = 5) -> tu
 
     Returns:
         `tuple[float, float]`: Density (fidelity) and coverage (diversity), see [`ManifoldMetrics`].
-
     """
     return manifold_metrics(generated, reference, k, k)[2:]
 

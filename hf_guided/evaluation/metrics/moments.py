@@ -47,10 +47,10 @@ class FeatureStatistics:
         return statistics
 
     @classmethod
-    def of(cls, rows: np.ndarray) -> "FeatureStatistics":
-        """Statistics of features that [`feature_matrix`] has validated."""
+    def of(cls, features: Features) -> "FeatureStatistics":
+        """Statistics of features of shape `(n, dim)`."""
         statistics = cls()
-        statistics._add(rows)
+        statistics.update(features)
         return statistics
 
     @property
@@ -72,7 +72,13 @@ class FeatureStatistics:
 
     def update(self, features: Features) -> None:
         """Adds features of shape `(n, dim)`, finite and of the width of earlier ones."""
-        self._add(feature_matrix(features, at_least=1))
+        rows = feature_matrix(features, at_least=1)
+        self._prepare(rows.shape[1])
+        while len(rows):
+            part, rows = np.split(rows, [_ROWS - sum(map(len, self._pending))])
+            self._pending.append(part.astype(np.float64))
+            if sum(map(len, self._pending)) == _ROWS:
+                self._fold()
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Adds the samples of another instance, which is not changed and may be empty."""
@@ -84,14 +90,6 @@ class FeatureStatistics:
         self._fold()
         other._fold()
         self._join(other.num_samples, other._mean, other._covariance * (other.num_samples - 1))
-
-    def _add(self, rows: np.ndarray) -> None:
-        self._prepare(rows.shape[1])
-        while len(rows):
-            part, rows = np.split(rows, [_ROWS - sum(map(len, self._pending))])
-            self._pending.append(part.astype(np.float64))
-            if sum(map(len, self._pending)) == _ROWS:
-                self._fold()
 
     def _prepare(self, width: int) -> None:
         if self.num_samples is None:
@@ -139,11 +137,10 @@ def read_moments(arrays: Mapping[str, np.ndarray], num_samples: int | None = Non
 
 
 class InceptionScoreStatistics:
-    r"""Sums of class probabilities for the Inception Score (Salimans et al. 2016, arXiv 1606.03498, section 4).
+    r"""Sums of class probabilities for [`inception_score`], of batches in any order.
 
-    Splits are those of the published evaluator: by the image's index, consecutive and unshuffled. Of each it keeps the
-    sums of \\(p\\) and of \\(p \log p\\), since
-    \\(E_x KL(p(y|x) \| p(y)) = E_x \sum_y p \log p - \sum_y E_x[p] \log E_x[p]\\). Batches may come in any order.
+    Of each split it keeps the sums of \\(p\\) and of \\(p \log p\\), since
+    \\(E_x KL(p(y|x) \| p(y)) = E_x \sum_y p \log p - \sum_y E_x[p] \log E_x[p]\\).
 
     Args:
         split_size (`int`, defaults to 5000): Images whose mean is taken as p(y).
@@ -155,15 +152,14 @@ class InceptionScoreStatistics:
         self.split_size = split_size
         self._sums: dict[int, np.ndarray] = {}  # of each split: images, p log p, and p by class
 
-    def update(self, probabilities: Features, start: int, at_least: int = 1) -> None:
+    def update(self, probabilities: Features, start: int) -> None:
         """Adds consecutive images.
 
         Args:
             probabilities (`np.ndarray` or `torch.Tensor` of shape `(n, classes)`): Class probabilities; rows sum to 1.
             start (`int`): Index of the first of them in the whole set.
-            at_least (`int`, defaults to 1): The least number of images.
         """
-        p = feature_matrix(probabilities, "probabilities", at_least).astype(np.float64)
+        p = feature_matrix(probabilities, "probabilities", at_least=1).astype(np.float64)
         if (p < 0).any() or not np.allclose(p.sum(axis=1), 1, rtol=0, atol=1e-3):
             raise ValueError("Each row of probabilities must be non-negative and sum to 1; apply the softmax first.")
         negative_entropies = _p_log_p(p).sum(axis=1)
@@ -188,19 +184,16 @@ class InceptionScoreStatistics:
         for split in range(max(self._sums) + 1):
             count, negative_entropy = self._sums.get(split, np.zeros(2))[:2]
             if count < self.split_size and split < max(self._sums):
-                raise ValueError(
-                    f"Of the images {self._images(split)} only {count:.0f} were added; the Inception Score needs all "
-                    f"of them."
-                )
+                added = f"Of the images {self._images(split)} only {count:.0f} were added"
+                raise ValueError(f"{added}; the Inception Score needs all of them.")
             scores.append(np.exp(negative_entropy / count - _p_log_p(self._sums[split][2:] / count).sum()))
         return float(np.mean(scores))
 
     def _add(self, split: int, sums: np.ndarray) -> None:
         known = next(iter(self._sums.values()), sums)
         if known.size != sums.size:
-            raise ValueError(
-                f"All probabilities must have the same number of classes, got {known.size - 2} and {sums.size - 2}."
-            )
+            numbers = f"{known.size - 2} and {sums.size - 2}"
+            raise ValueError(f"All probabilities must have the same number of classes, got {numbers}.")
         self._sums[split] = self._sums.get(split, 0) + sums
         if self._sums[split][0] > self.split_size:
             raise ValueError(f"Images among {self._images(split)} were added twice.")
@@ -225,10 +218,8 @@ def feature_matrix(values: Features, name: str = "features", at_least: int = 2) 
     values = np.asarray(values)
     values = values.astype(np.result_type(values.dtype, np.float32), copy=False)
     if values.ndim != 2 or len(values) < at_least or values.shape[1] < 1:
-        raise ValueError(
-            f"The {name} must have shape (samples, columns) with at least {at_least} "
-            f"{'sample' if at_least == 1 else 'samples'}, got {values.shape}."
-        )
+        least = f"at least {at_least} sample{'s' if at_least > 1 else ''}"
+        raise ValueError(f"The {name} must have shape (samples, columns) with {least}, got {values.shape}.")
     if not np.isfinite(values).all():
         raise ValueError(f"The {name} must be finite, but hold NaN or infinity.")
     return values
