@@ -41,10 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def train_and_save(
-    make_task: Callable[[Any, Images], Task],
-    data_args: DataArguments,
-    args: Any,
-    images: Images | None = None,
+    make_task: Callable[[Any, Images], Task], data_args: DataArguments, args: Any, images: Images | None = None
 ) -> Path:
     """Trains a task and saves the result with its card; returns the finished folder.
 
@@ -102,9 +99,7 @@ def training_loop(task: Task, data_args: DataArguments, accelerator: Accelerator
     groups = task.parameter_groups()
     parameters = [parameter for group in groups for parameter in group["params"]]
     betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
-    optimizer = torch.optim.AdamW(
-        groups, lr=args.learning_rate, betas=betas, weight_decay=decay, eps=args.adam_epsilon, fused=True
-    )
+    optimizer = torch.optim.AdamW(groups, args.learning_rate, betas, args.adam_epsilon, decay, fused=True)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
@@ -171,10 +166,8 @@ def training_loop(task: Task, data_args: DataArguments, accelerator: Accelerator
             # Save
             stopping = stop_requested()
             if stopping or due(args.checkpointing_steps) or step == last:
-                check_finite(
-                    "a weight", sum(parameter.detach().float().mean() for parameter in parameters).item(), step
-                )
-                state = {"step": step, "seconds": round(log.seconds, 1), "fingerprint": settings, "run": state["run"]}
+                check_finite("a weight", sum(weight.detach().float().mean() for weight in parameters).item(), step)
+                state |= {"step": step, "seconds": round(log.seconds, 1)}
                 folder = save_checkpoint(accelerator, output_dir, state, others, history, args.checkpoints_total_limit)
                 if push and not stopping and step < last:
                     with averaged_weights(ema, parameters):
@@ -274,17 +267,12 @@ class TimedBatches:
             process_index=accelerator.process_index,
             start_step=step * args.gradient_accumulation_steps,
         )
-        self.num_workers, self.warns = data_args.dataloader_num_workers, accelerator.is_main_process
-        on_gpu = accelerator.device.type == "cuda"
-        self.batches: Iterator[Batch] = iter(
-            DataLoader(
-                task.images,
-                batch_sampler=sampler,
-                num_workers=self.num_workers,
-                worker_init_fn=ignore_signals,
-                pin_memory=on_gpu,
-            )
+        self.num_workers = workers = data_args.dataloader_num_workers
+        self.warns, on_gpu = accelerator.is_main_process, accelerator.device.type == "cuda"
+        loader = DataLoader(
+            task.images, batch_sampler=sampler, num_workers=workers, worker_init_fn=ignore_signals, pin_memory=on_gpu
         )
+        self.batches: Iterator[Batch] = iter(loader)
         self.waited, self.since = 0.0, math.nan
 
     def __next__(self) -> Batch:

@@ -28,14 +28,8 @@ import torch
 from torch import nn
 
 from hf_guided import FlowPipeline, GANPipeline, VAEPipeline
-from hf_guided.baselines import (
-    AdversarialPair,
-    BigGANDiscriminator,
-    BigGANGenerator,
-    ClassConditionalGlow,
-    ClassConditionalVAE,
-)
-from hf_guided.baselines.gan import hinge_losses
+from hf_guided.baselines import BigGANDiscriminator, BigGANGenerator, ClassConditionalGlow, ClassConditionalVAE
+from hf_guided.baselines.gan import AdversarialPair, hinge_losses
 from hf_guided.data import DataArguments
 from hf_guided.families import BASELINES
 from hf_guided.fields import Depth, Length, NonNegativeFloat, NonNegativeInt, PositiveFloat, Range, Share, Width, flag
@@ -59,12 +53,8 @@ class VAEArguments(LoopArguments):
     model_channels: Width = flag(64, "Base width.")
     channel_mult: Annotated[list[Depth], Length(1)] = flag([1, 2, 4], "Width of each level, as a multiple of the base.")
     num_res_blocks: Depth = flag(2, "Residual blocks per level.")
-    kl_weight: NonNegativeFloat = flag(
-        1.0, "Weight of the rate, KL(q(z|x) || p(z)), in the loss; 1 is the negative ELBO."
-    )
-    decoder_variance: PositiveFloat | None = flag(
-        None, "Variance of the decoder, for images in [-1, 1]. Default: learned."
-    )
+    kl_weight: NonNegativeFloat = flag(1.0, "Weight of the rate, KL(q(z|x) || p(z)); 1 is the negative ELBO.")
+    decoder_variance: PositiveFloat | None = flag(None, "Decoder's variance, for images in [-1, 1]. Default: learned.")
 
 
 @dataclass
@@ -77,9 +67,7 @@ class GANArguments(LoopArguments):
     model_channels: Width = flag(64, "Base width of the generator.")
     discriminator_channels: Width = flag(64, "Base width of the discriminator.")
     channel_mult: Annotated[list[Depth], Length(1)] = flag([1, 2, 4], "Width of each level, as a multiple of the base.")
-    translation: NonNegativeInt = flag(
-        0, "Largest random shift in pixels of the discriminator's images; helps with few images."
-    )
+    translation: NonNegativeInt = flag(0, "Largest shift in pixels of the discriminator's images; helps with few.")
 
 
 @dataclass
@@ -161,12 +149,9 @@ class FlowTask(BaselineTask):
     def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         return model(**self.inputs(batch)), {}
 
-    def findings(self) -> dict[str, Any]:
-        return {"largest error of an image taken to latents and back": self.inversion_error()}
-
     @torch.no_grad()
-    def inversion_error(self) -> float:
-        """Largest absolute error of held-out images encoded and decoded again, for values in [0, 1]."""
+    def findings(self) -> dict[str, Any]:
+        """The largest absolute error of held-out images encoded and decoded again, for values in [0, 1]."""
         images = self.held_out or self.images
         pixel_values, labels = examples(images, range(min(len(images), 64)))
         labels = labels.to(self.model.device)
@@ -176,7 +161,7 @@ class FlowTask(BaselineTask):
         error = (back - values).abs().max().item()
         if error > 1e-3:
             logger.warning(f"The flow has become hard to invert: images come back with an error of {error:.2g}.")
-        return error
+        return {"largest error of an image taken to latents and back": error}
 
 
 class GANTask(BaselineTask):
@@ -196,9 +181,7 @@ class GANTask(BaselineTask):
     def make_model(self) -> AdversarialPair:
         side = min(self.images.resolution)
         if self.args.translation >= side:
-            raise ValueError(
-                f"--translation {self.args.translation} shifts images of {side} pixels out of view; give less."
-            )
+            raise ValueError(f"--translation {self.args.translation} shifts all {side} pixels out of view; give less.")
         generator = self.build(BigGANGenerator)
         discriminator = self.build(BigGANDiscriminator, model_channels=self.args.discriminator_channels)
         return AdversarialPair(generator, discriminator, self.args.translation)

@@ -113,21 +113,18 @@ class DiffusionTask(Task):
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         timesteps = torch.zeros(len(batch["pixel_values"]), device=batch["pixel_values"].device)
-        labels = {} if self.id2label is None else {"class_labels": batch["labels"]}
-        return {"sample": batch["pixel_values"], "timestep": timesteps, **labels}
+        return {"sample": batch["pixel_values"], "timestep": timesteps, **self.conditions(batch)}
 
     def pipeline(self, **more: Any) -> Any:
+        more |= {"id2label": self.id2label, "sampling_defaults": self.args.steps()}
         scheduler = ADMScheduler.from_config(self.scheduler.config, solver_order=2)
-        defaults = self.args.steps()
-        pipeline = self.pipeline_class(
-            self.model, scheduler, id2label=self.id2label, sampling_defaults=defaults, **more
-        )
+        pipeline = self.pipeline_class(self.model, scheduler, **more)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def facts(self) -> dict[str, Any]:
-        pretrained = self.args.pretrained_model
-        return {**({"fine-tuned from": pretrained} if pretrained else {}), "noise schedule": self.args.beta_schedule}
+        pretrained = {"fine-tuned from": self.args.pretrained_model} if self.args.pretrained_model else {}
+        return {**pretrained, "noise schedule": self.args.beta_schedule}
 
 
 def train_diffusion(data_args: DataArguments, args: DiffusionArguments, images: Images | None = None) -> Path:

@@ -74,9 +74,6 @@ class UpscalerTask(DiffusionTask):
             low_res = low_res + strength * torch.randn_like(low_res)
         return {**super().conditions(batch), "low_res": low_res}
 
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        return {**super().inputs(batch), "low_res": downsample(batch["pixel_values"], self.low_size)}
-
     def pipeline(self, **more: Any) -> ClassifierGuidedUpscalePipeline:
         return super().pipeline(low_res_size=self.low_size[0], **more)
 
