@@ -40,13 +40,10 @@ class Pretrained:
             raise ValueError(
                 f"--pretrained_model {name} is neither a pipeline with a UNet nor a UNet ({reason})."
             ) from error
-        if config.get("_class_name") != ADMUNet2DModel.__name__:
-            raise ValueError(
-                f"--pretrained_model {name} has a {config.get('_class_name')}; only an ADMUNet2DModel is fine-tuned."
-            )
-        with naming_damage(name):
-            with torch.device("meta"):  # without memory for the weights
-                ADMUNet2DModel.from_config(config)
+        if (kind := config.get("_class_name")) != ADMUNet2DModel.__name__:
+            raise ValueError(f"--pretrained_model {name} has a {kind}; only an ADMUNet2DModel is fine-tuned.")
+        with naming_damage(name), torch.device("meta"):  # without memory for the weights
+            ADMUNet2DModel.from_config(config)
             scheduler_config = ADMScheduler.load_config(name, subfolder="scheduler") if index else None
             id2label = index.get("id2label") and {int(label): text for label, text in index["id2label"].items()}
         return cls(name, config, scheduler_config, id2label)
@@ -60,8 +57,7 @@ class Pretrained:
         mend = [f"--{name} {known[name]}" for name in wanted if known[name] != wanted[name]]
         if mend:
             raise ValueError(
-                f"--pretrained_model {self.name} was trained with another noise schedule or objective than these "
-                f"flags; add {' '.join(mend)}."
+                f"--pretrained_model {self.name} has another noise schedule or objective; add {' '.join(mend)}."
             )
 
     def architecture(self, resolution: tuple[int, int]) -> dict[str, Any]:
