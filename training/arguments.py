@@ -125,23 +125,6 @@ class LoopArguments(RunArguments):
 
 
 @dataclass
-class ScheduleArguments(CheckedFields):
-    """The noise schedule, which classifier and UNet must share."""
-
-    beta_schedule: str = flag("squaredcos_cap_v2", "Noise schedule.", choices=tuple(SCHEDULES))
-    num_train_timesteps: Annotated[int, Range(at_least=2, at_most=10**6)] = flag(1000, "Timesteps of the schedule.")
-    rescale_timesteps: bool = flag(False, "Scale the timesteps that models take to [0, 1000).")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        make_betas(self.beta_schedule, self.num_train_timesteps)  # refuses too few timesteps for a linear schedule
-
-    def schedule(self) -> dict[str, Any]:
-        """The arguments that the scheduler's constructor and the classifier's config share."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(ScheduleArguments)}
-
-
-@dataclass
 class SamplingArguments(CheckedFields):
     """Flags for the sampling steps, of previews and as the default of the finished pipeline."""
 
@@ -166,8 +149,8 @@ class SamplingArguments(CheckedFields):
 
 
 @dataclass
-class ArchitectureArguments(CheckedFields):
-    """Flags of the architecture of UNet and classifier; the defaults suit images of 64x64 on one GPU."""
+class ModelArguments(CheckedFields):
+    """Flags of UNet and classifier: architecture, for images of 64x64 on one GPU, and the noise schedule they share."""
 
     model_channels: Width = flag(128, "Base width.")
     channel_mult: Annotated[list[Factor], Length(1)] = flag([1, 2, 3, 4], "Width of each level, relative to the base.")
@@ -179,15 +162,24 @@ class ArchitectureArguments(CheckedFields):
     resblock_updown: bool = flag(True, "Resample with residual blocks.")
     conv_resample: bool = flag(True, "Resample with learned convolutions, without residual blocks.")
     use_scale_shift_norm: bool = flag(True, "Adaptive group normalisation.")
+    beta_schedule: str = flag("squaredcos_cap_v2", "Noise schedule.", choices=tuple(SCHEDULES))
+    num_train_timesteps: Annotated[int, Range(at_least=2, at_most=10**6)] = flag(1000, "Timesteps of the schedule.")
+    rescale_timesteps: bool = flag(False, "Scale the timesteps that models take to [0, 1000).")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         widths = level_widths(self.model_channels, self.channel_mult)
         count_heads(widths[-1], self.num_heads, self.attention_head_dim)  # the middle block always has attention
+        make_betas(self.beta_schedule, self.num_train_timesteps)  # refuses too few timesteps for a linear schedule
+
+    def schedule(self) -> dict[str, Any]:
+        """The arguments that the scheduler's constructor and the classifier's config share."""
+        return {name: getattr(self, name) for name in ("beta_schedule", "num_train_timesteps", "rescale_timesteps")}
 
     def architecture(self) -> dict[str, Any]:
-        """The arguments of the models' constructors."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(ArchitectureArguments)}
+        """The arguments that the models' constructors share."""
+        names = [field.name for field in dataclasses.fields(ModelArguments)]
+        return {name: getattr(self, name) for name in names if name not in self.schedule()}
 
 
 def parse_arguments(

@@ -12,7 +12,7 @@ from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
 from hf_guided.labels import composed
 from hf_guided.loading import naming_damage
 from hf_guided.models.layers import level_attention
-from hf_guided.training.arguments import ArchitectureArguments
+from hf_guided.training.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +57,13 @@ class Pretrained:
         mend = [f"--{name} {known[name]}" for name in wanted if known[name] != wanted[name]]
         if mend:
             raise ValueError(
-                f"--pretrained_model {self.name} has another noise schedule or objective; add {' '.join(mend)}."
+                f"--pretrained_model {self.name} has another noise schedule or objective than these flags; add "
+                f"{' '.join(mend)}."
             )
 
     def architecture(self, resolution: tuple[int, int]) -> dict[str, Any]:
         """The UNet's arguments that fix its weights; attention stays at the same levels for other image sizes."""
-        names = {"num_heads_upsample", *ArchitectureArguments().architecture()}
+        names = {"num_heads_upsample", *ModelArguments().architecture()}
         config = {name: value for name, value in self.config.items() if name in names}
         levels = range(len(config["channel_mult"]))
         has_attention = level_attention(self.config["sample_size"], len(levels), config["attention_resolutions"])

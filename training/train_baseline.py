@@ -179,12 +179,12 @@ class GANTask(BaselineTask):
         return [spread(examples(self.images, of_class.tolist())[0]) for of_class in rows]
 
     def make_model(self) -> AdversarialPair:
-        side = min(self.images.resolution)
-        if self.args.translation >= side:
-            raise ValueError(f"--translation {self.args.translation} shifts all {side} pixels out of view; give less.")
+        side, shift = min(self.images.resolution), self.args.translation
+        if shift >= side:
+            raise ValueError(f"--translation {shift} shifts images of {side} pixels out of view; give less.")
         generator = self.build(BigGANGenerator)
         discriminator = self.build(BigGANDiscriminator, model_channels=self.args.discriminator_channels)
-        return AdversarialPair(generator, discriminator, self.args.translation)
+        return AdversarialPair(generator, discriminator, shift)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [

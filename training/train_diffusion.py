@@ -26,14 +26,7 @@ from hf_guided.data import DataArguments, LabelledImages
 from hf_guided.fields import PositiveInt, Share, flag
 from hf_guided.losses import LOSS_TYPES, diffusion_loss
 from hf_guided.schedulers.scheduling_adm import CHOICES, model_timesteps
-from hf_guided.training.arguments import (
-    ArchitectureArguments,
-    LoopArguments,
-    SamplingArguments,
-    ScheduleArguments,
-    parse_arguments,
-    run_script,
-)
+from hf_guided.training.arguments import LoopArguments, ModelArguments, SamplingArguments, parse_arguments, run_script
 from hf_guided.training.fine_tuning import Pretrained
 from hf_guided.training.loop import train_and_save
 from hf_guided.training.saving import publish
@@ -42,7 +35,7 @@ from hf_guided.training.timestep_sampling import LossSecondMomentSampler, Timest
 
 
 @dataclass
-class DiffusionArguments(LoopArguments, ScheduleArguments, SamplingArguments, ArchitectureArguments):
+class DiffusionArguments(LoopArguments, SamplingArguments, ModelArguments):
     """A diffusion model's flags."""
 
     num_heads_upsample: PositiveInt | None = flag(None, "Number of heads in the decoder, if it differs.")

@@ -50,9 +50,7 @@ class UpscalerArguments(DiffusionArguments):
         None, "Side of the small images in pixels, of their height if they are not square. Default: a quarter."
     )
     low_res_noise: NonNegativeFloat = flag(
-        0.0,
-        "Gaussian conditioning augmentation (arXiv 2106.15282, section 4): noise with a standard deviation drawn "
-        "from 0 to this is added to each small image. Published upsamplers have none.",
+        0.0, "Largest standard deviation of noise on the small images (arXiv 2106.15282, section 4); 0 is published."
     )
 
 
@@ -88,26 +86,20 @@ class UpscalerTask(DiffusionTask):
         pipeline = self.pipeline()
         generator = torch.Generator().manual_seed(0)
 
-        def samples() -> torch.Tensor:
-            batches = [
-                pipeline(
-                    ((low_res[batch] + 1) / 2).clamp(0, 1),  # negative values would be read as another range
-                    None if self.id2label is None else labels[batch],
-                    generator=generator,
-                    output_type="latent",
-                    return_dict=False,
-                )[0].cpu()
-                for batch in torch.arange(len(original)).split(self.args.train_batch_size)
-            ]
-            return torch.cat(batches)
+        batches = torch.arange(len(original)).split(self.args.train_batch_size)
+
+        def sample(rows: torch.Tensor) -> torch.Tensor:
+            small = ((low_res[rows] + 1) / 2).clamp(0, 1)  # negative values would be read as another range
+            given = None if self.id2label is None else labels[rows]
+            return pipeline(small, given, generator=generator, output_type="latent", return_dict=False)[0].cpu()
 
         size = tuple(original.shape[-2:])
         with evaluating(self.model):
             columns = {
                 "nearest": F.interpolate(low_res, size, mode="nearest"),
                 "bicubic": F.interpolate(low_res, size, mode="bicubic", antialias=False).clamp(-1, 1),
-                "sample": samples(),
-                "another sample": samples(),
+                "sample": torch.cat([sample(rows) for rows in batches]),
+                "another sample": torch.cat([sample(rows) for rows in batches]),
                 "original": original,
             }
         shown = evenly(len(original), NUM_SHOWN)
