@@ -99,9 +99,7 @@ class LoopArguments(RunArguments):
     gradient_accumulation_steps: PositiveInt = flag(1, "Forward passes per update of the weights.")
     max_train_steps: PositiveInt = flag(1000, "Updates of the weights.")
     learning_rate: PositiveFloat = flag(1e-4, "Learning rate after the warm-up.")
-    lr_scheduler: str = flag(
-        "constant_with_warmup", "Schedule of the learning rate, as diffusers names them.", choices=LR_SCHEDULERS
-    )
+    lr_scheduler: str = flag("constant_with_warmup", "Learning rate schedule, as in diffusers.", choices=LR_SCHEDULERS)
     lr_warmup_steps: NonNegativeInt = flag(0, "Updates of warm-up.")
     adam_beta1: Share = flag(0.9, "AdamW's first decay rate.")
     adam_beta2: Share = flag(0.999, "AdamW's second decay rate.")

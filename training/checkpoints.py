@@ -60,12 +60,8 @@ def fingerprint(
     """The settings that a resumed training must share with its checkpoint, by flag or name.
 
     Images and pretrained weights are compared by content: they may have been moved, or their path spelled differently.
-    URLs are saved without their credentials, which may change.
-
-    Args:
-        arguments (`list`): The flags, as dataclasses.
-        images (a pair of [`LabelledImages`]): Images to train on, and held out, if any.
-        model (`nn.Module`): The model before the first step.
+    URLs are saved without their credentials, which may change. `arguments` are dataclasses of flags, and `model` has
+    not been trained yet.
     """
     flags = {name: value for part in arguments for name, value in dataclasses.asdict(part).items()}
     if flags["lr_scheduler"] in ("constant", "constant_with_warmup"):
@@ -270,15 +266,10 @@ def load_checkpoint(
 def resume(
     accelerator: Accelerator, output_dir: Path, args: Any, current: dict[str, Any], others: dict[str, Any]
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """Resumes a training from the checkpoint that its flags name, if any, or starts it; called by all processes.
+    """The state of a training, see [`save_checkpoint`], and the values that it has logged; called by all processes.
 
-    Args:
-        accelerator (`Accelerator`): Restores model and optimizer, which it prepared.
-        current (`dict`): The [`fingerprint`] of this training.
-        others (`dict`): Other objects with a `load_state_dict`, by name.
-
-    Returns:
-        The state, see [`save_checkpoint`], and the values logged until then.
+    They are those of the checkpoint that its flags name, if any, from which model, optimizer and `others` are restored.
+    `current` is its [`fingerprint`].
 
     Raises:
         `ValueError`: If flags, data or number of processes differ, naming each, it does not fit the model, or it has
@@ -318,14 +309,13 @@ def save_checkpoint(
     history: list[dict[str, float]],
     total_limit: int,
 ) -> Path:
-    """Saves a checkpoint atomically, then removes the oldest; called by all processes.
+    """Saves a checkpoint atomically, then removes the oldest beyond a limit; called by all processes.
 
     Args:
-        accelerator (`Accelerator`): Saves model and optimizer.
-        state (`dict`): Its `step`, `seconds`, `fingerprint` and `run`.
-        others (`dict`): Other objects with a `state_dict`, by name.
+        accelerator (`Accelerator`): Saves model and optimizer, which it has prepared.
+        state (`dict`): The `step`, `seconds`, `fingerprint` and `run`.
+        others (`dict`): Further objects with a `state_dict`, by name.
         history (`list[dict]`): The logged values.
-        total_limit (`int`): Number of newest checkpoints to keep.
     """
     folder = output_dir / f"checkpoint-{state['step']}"
     if accelerator.is_main_process and os.path.lexists(folder):

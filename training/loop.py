@@ -45,10 +45,7 @@ def train_and_save(
 ) -> Path:
     """Trains a task and saves the result with its card; returns the finished folder.
 
-    Args:
-        make_task (`Callable`): The class of the task, or what makes one of flags and images.
-        data_args ([`DataArguments`]), args ([`LoopArguments`]): The flags; the latter of the task's own class.
-        images (a pair of [`LabelledImages`], *optional*): Images to train and to validate on, if already loaded.
+    `make_task` makes the task of its flags, `args`, and of the images to train and to validate on, loaded if not given.
     """
     images = images or load_labelled_images(
         data_args, seed=args.seed, require_labels=getattr(args, "class_conditional", True)
@@ -61,10 +58,6 @@ def train_and_save(
 
 def train(task: Task, data_args: DataArguments) -> None:
     """Trains `task.model`, which ends up with the moving average of its weights.
-
-    Args:
-        task ([`Task`]): Model, loss, images and flags.
-        data_args ([`DataArguments`]): The data's flags.
 
     Raises:
         `StoppedError`: If a signal stopped it; its state is then saved, and the same call resumes it.

@@ -144,7 +144,7 @@ def unet_config(
     }
     architecture = {"num_heads_upsample": args.num_heads_upsample, **args.architecture()}
     if args.pretrained_model is not None:
-        pretrained = Pretrained.find(args.pretrained_model)
+        pretrained = Pretrained(args.pretrained_model)
         pretrained.check(args.reverse_process(), is_upsampler=low_res_channels is not None)
         architecture = {**pretrained.architecture(images.resolution), "dropout": args.dropout}
     return {**architecture, **of_images}
@@ -155,7 +155,7 @@ def make_unet(args: DiffusionArguments, images: LabelledImages, low_res_channels
     config = unet_config(args, images, low_res_channels)
     if args.pretrained_model is None:
         return ADMUNet2DModel(**config)
-    return Pretrained.find(args.pretrained_model).unet(config, images.id2label)
+    return Pretrained(args.pretrained_model).unet(config, images.id2label)
 
 
 def main() -> None:
