@@ -282,7 +282,7 @@ def resume(
     step = state["step"]
     if step > args.max_train_steps:
         raise ValueError(
-            f"{checkpoint} has {step} steps, more than --max_train_steps {args.max_train_steps}; raise it, or use "
+            f"{checkpoint} has {step} steps, more than --max_train_steps {args.max_train_steps}; raise it, or give "
             f"another --output_dir to start from scratch."
         )
     run = from_main(lambda: start_run(output_dir, state["run"], args.checkpoints_total_limit))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, send_to_device
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -122,7 +122,7 @@ def training_loop(task: Task, data_args: DataArguments, accelerator: Accelerator
         while step < last:
             for micro_step in range(args.gradient_accumulation_steps):
                 seed_everything(args.seed, step, micro_step, accelerator.process_index)
-                batch = to_device(next(batches), accelerator.device)
+                batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
                 timesteps, weights = task.timestep_sampler.sample(len(batch["pixel_values"]))
                 timesteps, weights = timesteps.to(accelerator.device), weights.to(accelerator.device)
                 with accelerator.accumulate(model):
@@ -183,10 +183,11 @@ def validate(task: Task, device: torch.device) -> dict[str, float]:
     with evaluating(task.model), torch.random.fork_rng():
         seed_everything(0, 0, 0, 0)
         keys = [(index, 0) for index in evenly(len(task.held_out), 1024)]
+        uniform = TimestepSampler(task.timestep_sampler.num_train_timesteps)
         totals: dict[str, float] = {}
         for batch in DataLoader(task.held_out, sampler=keys, batch_size=task.args.train_batch_size):
-            batch = to_device(batch, device)
-            timesteps, _ = TimestepSampler(task.timestep_sampler.num_train_timesteps).sample(len(batch["pixel_values"]))
+            batch = send_to_device(batch, device, non_blocking=True)
+            timesteps, _ = uniform.sample(len(batch["pixel_values"]))
             losses, extra = task.losses(task.model, batch, timesteps.to(device))
             for name, value in {"loss": losses, **extra}.items():
                 totals[name] = totals.get(name, 0.0) + value.float().sum().item() / len(keys)
@@ -197,10 +198,6 @@ def seed_everything(seed: int, step: int, micro_step: int, process_index: int) -
     """Seeds all random generators from the position in the training."""
     digest = hashlib.sha256(f"{seed}/{step}/{micro_step}/{process_index}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 @contextmanager
@@ -251,15 +248,9 @@ class TimedBatches:
     """The batches of a training from a step on; warns once if loading slows the training, as large files do."""
 
     def __init__(self, task: Task, data_args: DataArguments, accelerator: Accelerator, step: int):
-        args = task.args
-        sampler = StepBatchSampler(
-            len(task.images),
-            args.train_batch_size,
-            seed=args.seed,
-            num_processes=accelerator.num_processes,
-            process_index=accelerator.process_index,
-            start_step=step * args.gradient_accumulation_steps,
-        )
+        args, first = task.args, step * task.args.gradient_accumulation_steps
+        process = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
+        sampler = StepBatchSampler(len(task.images), args.train_batch_size, args.seed, **process, start_step=first)
         self.num_workers = workers = data_args.dataloader_num_workers
         self.warns, on_gpu = accelerator.is_main_process, accelerator.device.type == "cuda"
         loader = DataLoader(

@@ -15,14 +15,14 @@ if __name__ == "__main__":  # before what takes seconds to import
     stop_at_once()
 
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
-from hf_guided.data import DataArguments, LabelledImages
+from hf_guided.data import LabelledImages
 from hf_guided.fields import PositiveInt, Share, flag
 from hf_guided.losses import LOSS_TYPES, diffusion_loss
 from hf_guided.schedulers.scheduling_adm import CHOICES, model_timesteps
@@ -42,9 +42,7 @@ class DiffusionArguments(LoopArguments, SamplingArguments, ModelArguments):
     variance_type: str = flag("learned_range", "Variance of the reverse process.", choices=CHOICES["variance_type"])
     prediction_type: str = flag("epsilon", "What the UNet predicts.", choices=CHOICES["prediction_type"])
     loss_type: str = flag("hybrid", "Objective.", choices=LOSS_TYPES)
-    timestep_sampler: str = flag(
-        "uniform", "How timesteps are drawn (Improved DDPM, section 3.3).", choices=("uniform", "loss_second_moment")
-    )
+    timestep_sampler: str = flag("uniform", "How timesteps are drawn.", choices=("uniform", "loss_second_moment"))
     class_conditional: bool = flag(True, "Train a class-conditional UNet.")
     label_dropout: Share = flag(0.1, "Share of images that get the null label, for classifier-free guidance.")
     pretrained_model: str | None = flag(
@@ -120,9 +118,7 @@ class DiffusionTask(Task):
         return {**pretrained, "noise schedule": self.args.beta_schedule}
 
 
-def train_diffusion(data_args: DataArguments, args: DiffusionArguments, images: Images | None = None) -> Path:
-    """Trains a [`DiffusionTask`] and saves it as a pipeline, see [`train_and_save`]."""
-    return train_and_save(DiffusionTask, data_args, args, images)
+train_diffusion = partial(train_and_save, DiffusionTask)
 
 
 def unet_config(

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before what takes seconds to import
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 
 from hf_guided import ADMUNet2DModel, ClassifierGuidedUpscalePipeline
-from hf_guided.data import DataArguments
 from hf_guided.fields import NonNegativeFloat, PositiveInt, flag
 from hf_guided.files import write_json
 from hf_guided.generation.grids import labelled_grid, save_png
@@ -34,7 +34,7 @@ from hf_guided.training.arguments import parse_arguments, run_script
 from hf_guided.training.cards import aligned
 from hf_guided.training.loop import train_and_save
 from hf_guided.training.saving import publish
-from hf_guided.training.task import Batch, Images, evenly, examples
+from hf_guided.training.task import Batch, evenly, examples
 from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, make_unet
 
 logger = logging.getLogger(__name__)
@@ -121,13 +121,7 @@ class UpscalerTask(DiffusionTask):
         return {"results": [{"held-out images": name, **row} for name, row in report.items()]}
 
 
-def train_upscaler(data_args: DataArguments, args: UpscalerArguments, images: Images | None = None) -> Path:
-    """Trains an [`UpscalerTask`] and saves it as a pipeline with upsampled held-out images, see [`train_and_save`].
-
-    Raises:
-        `ValueError`: If the images cannot be downsampled to the low resolution evenly.
-    """
-    return train_and_save(UpscalerTask, data_args, args, images)
+train_upscaler = partial(train_and_save, UpscalerTask)
 
 
 def small_size(low_resolution: int | None, resolution: tuple[int, int]) -> tuple[int, int]:
