@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -193,11 +193,8 @@ def parse_arguments(
     Raises:
         `ValueError`: For a missing recipe, an unknown key, or a value of a flag or key that is not allowed.
     """
-    parser = HfArgumentParser(
-        [DataArguments, _flags_of(list(stages.values()))],
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    flags = _flags_of([DataArguments, *stages.values()])
+    parser = HfArgumentParser(flags, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--recipe",
         help=f"A recipe's name ({RECIPE_NAMES}) or a YAML file. Without one: that of the built-in dataset, digits by "
@@ -225,8 +222,7 @@ def parse_arguments(
             raise ValueError(f"The recipe's section {name!r} has data of its own; here all stages share theirs.")
         recipe["data"].update(of_stage)
     if has_data:  # they replace the recipe's own data
-        for key in ("dataset_name", "train_data_dir"):
-            recipe["data"].pop(key, None)
+        recipe["data"] |= {"dataset_name": None, "train_data_dir": None}
     data = _fill(DataArguments, "data", recipe["data"], recipe_name, given)
     filled = {name: _fill(stage, name, recipe.get(name, {}), recipe_name, given) for name, stage in stages.items()}
     for name, stage in filled.items():
@@ -332,7 +328,7 @@ def run_script(main: Any) -> None:
         main()
 
 
-def _flags_of(stages: list[type], prefix: str = "") -> type:
+def _flags_of(stages: Iterable[type], prefix: str = "") -> type:
     """A dataclass with every field of some dataclasses, each once, under prefixed names."""
     flags = {f.name: f for stage in stages for f in dataclasses.fields(stage) if f.init}
     return dataclasses.make_dataclass("Flags", [(prefix + name, f.type, copy(f)) for name, f in flags.items()])

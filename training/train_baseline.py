@@ -211,8 +211,7 @@ class GANTask(BaselineTask):
 
     def validation_metrics(self) -> dict[str, float]:
         spreads = self.spreads()
-        collapsed = self.collapsed(spreads)
-        if collapsed:
+        if collapsed := self.collapsed(spreads):
             logger.warning(f"The GAN's {collapsed}.")
         return {"spread": sum(spreads) / len(spreads), "lowest_spread": min(spreads)}
 
