@@ -266,10 +266,10 @@ def load_checkpoint(
 def resume(
     accelerator: Accelerator, output_dir: Path, args: Any, current: dict[str, Any], others: dict[str, Any]
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """The state of a training, see [`save_checkpoint`], and the values that it has logged; called by all processes.
+    """Resumes a training from the checkpoint that its flags name, if any, or starts it; called by all processes.
 
-    They are those of the checkpoint that its flags name, if any, from which model, optimizer and `others` are restored.
-    `current` is its [`fingerprint`].
+    Restores model, optimizer and `others`. `current` is the [`fingerprint`] of this training. Returns the state, see
+    [`save_checkpoint`], and the values logged until then.
 
     Raises:
         `ValueError`: If flags, data or number of processes differ, naming each, it does not fit the model, or it has
