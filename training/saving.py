@@ -40,7 +40,7 @@ def save_task(task: Task, data_args: DataArguments, folder: str, is_finished: bo
             "images": describe_images((task.images, task.held_out)),
             "steps": describe_steps(args, task.name),
             **task.facts(),
-            **shown.pop("facts", {}),
+            **(task.findings() if is_finished else {}),
             **describe_run(args),
         },
         model_class=type(saved).__name__,

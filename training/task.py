@@ -74,11 +74,12 @@ class Task(ABC):
         """Entries about the training for the card."""
         return {}
 
-    def report(self, folder: Path) -> dict[str, Any]:
-        """Writes pictures and numbers of the finished model into its folder.
+    def findings(self) -> dict[str, Any]:
+        """Entries about the finished model for the card."""
+        return {}
 
-        Returns what its card shows of them, arguments of [`write_model_card`]; `"facts"` join those of the training.
-        """
+    def report(self, folder: Path) -> dict[str, Any]:
+        """Writes pictures and numbers of the finished model into its folder; returns what [`write_model_card`] takes."""
         self.preview(folder / "grid.png")
         return {}
 

@@ -113,14 +113,6 @@ class BaselineTask(Task):
     def inputs(self, batch: Batch) -> dict[str, Any]:
         return {"sample": batch["pixel_values"], "class_labels": batch["labels"]}
 
-    def findings(self) -> dict[str, Any]:
-        """Entries about the finished model for its card."""
-        return {}
-
-    def report(self, folder: Path) -> dict[str, Any]:
-        super().report(folder)
-        return {"facts": self.findings()}
-
 
 class VAETask(BaselineTask):
     """The negative ELBO: distortion and rate."""
