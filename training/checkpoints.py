@@ -54,27 +54,25 @@ CONTENT_OF = {
 }
 
 
-def fingerprint(
-    arguments: list[Any], images: tuple[Any, Any], model: torch.nn.Module, accelerator: Accelerator
-) -> dict[str, Any]:
+def fingerprint(task: Any, data_args: Any, accelerator: Accelerator) -> dict[str, Any]:
     """The settings that a resumed training must share with its checkpoint, by flag or name.
 
     Images and pretrained weights are compared by content: they may have been moved, or their path spelled differently.
-    URLs are saved without their credentials, which may change. `arguments` are dataclasses of flags, and `model` has
-    not been trained yet.
+    URLs are saved without their credentials, which may change. The task's model has not been trained yet.
     """
-    flags = {name: value for part in arguments for name, value in dataclasses.asdict(part).items()}
+    flags = {**dataclasses.asdict(task.args), **dataclasses.asdict(data_args)}
     if flags["lr_scheduler"] in ("constant", "constant_with_warmup"):
         del flags["max_train_steps"]  # other schedules depend on the last step
-    id2label, is_pretrained = images[0].id2label, flags.get("pretrained_model") is not None
+    id2label, is_pretrained = task.images.id2label, flags.get("pretrained_model") is not None
+    images = (task.images, task.held_out)
     settings = {
         **{name: value for name, value in flags.items() if name not in FREE_FLAGS},
         "mixed_precision": accelerator.mixed_precision,
         "number of processes": accelerator.num_processes,
-        "number of images": len(images[0]),
+        "number of images": len(task.images),
         "classes": None if id2label is None else [composed(name) for name in id2label.values()],
         "images": from_main(lambda: [None if part is None else part.digest for part in images]),
-        "pretrained weights": from_main(lambda: weights_digest(model)) if is_pretrained else None,
+        "pretrained weights": from_main(lambda: weights_digest(task.model)) if is_pretrained else None,
     }
     return without_credentials(json.loads(json.dumps(settings)))
 

@@ -101,7 +101,7 @@ def training_loop(task: Task, data_args: DataArguments, accelerator: Accelerator
 
     # Resume
     others = {"ema": ema, "lr_scheduler": lr_scheduler, "timestep_sampler": task.timestep_sampler}
-    settings = fingerprint([args, data_args], (task.images, task.held_out), task.model, accelerator)
+    settings = fingerprint(task, data_args, accelerator)
     state, history = resume(accelerator, output_dir, args, settings, others)
     step = state["step"]
     ema.to(accelerator.device)

@@ -79,7 +79,7 @@ class Task(ABC):
         return {}
 
     def report(self, folder: Path) -> dict[str, Any]:
-        """Writes pictures and numbers of the finished model into its folder; returns what [`write_model_card`] takes."""
+        """Writes the finished model's pictures and numbers into its folder; returns what [`write_model_card`] takes."""
         self.preview(folder / "grid.png")
         return {}
 
