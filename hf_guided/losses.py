@@ -38,7 +38,7 @@ def diffusion_loss(
     timesteps: torch.Tensor,
     loss_type: str = "simple",
 ) -> DiffusionLoss:
-    r"""The loss of each image at its timestep of the training schedule. Never clips.
+    """The loss of each image at its timestep of the training schedule. Never clips.
 
     Args:
         scheduler ([`ADMScheduler`]): Its training schedule, prediction type and variance type; respacing is ignored.
@@ -49,9 +49,6 @@ def diffusion_loss(
         timesteps (`torch.Tensor` of shape `(batch,)`): Training timesteps.
         loss_type (`str`, defaults to `"simple"`): `"simple"`: mse (DDPM, eq. 14). `"hybrid"`: mse + vb, where vb
             trains the variance only (Improved DDPM, eq. 16 and section 3.1). `"vlb"`: T * vb, in bits per dimension.
-
-    Returns:
-        [`DiffusionLoss`]
 
     Raises:
         `ValueError`: For another loss type, channels that do not fit the scheduler's variance type, or a hybrid loss
@@ -68,19 +65,17 @@ def diffusion_loss(
     model_output, clean, noise = upcast(model_output), upcast(clean), upcast(noise)
     sample = diffusion.add_noise(clean, noise, timesteps)
     prediction, variance_output = diffusion.split(model_output, clean.shape[1])
-    target = {
-        "epsilon": lambda: noise,
-        "sample": lambda: clean,
-        "v_prediction": lambda: scheduler.get_velocity(clean, noise, timesteps),
-    }[diffusion.prediction_type]()
+    if diffusion.prediction_type == "v_prediction":
+        target = scheduler.get_velocity(clean, noise, timesteps)
+    else:
+        target = noise if diffusion.prediction_type == "epsilon" else clean
     mse = mean_over_pixels((target - prediction) ** 2)
 
     if loss_type != "vlb" and variance_output is not None:
         model_output = torch.cat([prediction.detach(), variance_output], dim=1)
     with torch.set_grad_enabled(torch.is_grad_enabled() and loss_type != "simple"):
-        vb = variational_bound_term(
-            diffusion, diffusion.predict(model_output, timesteps, sample), clean, sample, timesteps
-        )
+        predicted = diffusion.predict(model_output, timesteps, sample)
+        vb = variational_bound_term(diffusion, predicted, clean, sample, timesteps)
 
     total = len(diffusion.timesteps)
     if loss_type == "hybrid":

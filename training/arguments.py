@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,6 +51,7 @@ from ..schedulers.scheduling_adm import FEW_STEPS
 from .checkpoints import HISTORY, RUN_FILE, check_named
 
 RECIPES = Path(__file__).parent / "recipes"
+RECIPE_NAMES = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
 SECTIONS = {"data", "judge", "classifier", "diffusion", "upscaler", *BASELINES, "report"}
 # All but the one that needs step rules, for which there is no flag
 LR_SCHEDULERS = [schedule.value for schedule in SchedulerType if schedule is not SchedulerType.PIECEWISE_CONSTANT]
@@ -67,10 +68,7 @@ class RunArguments(CheckedFields):
     hub_model_id: str | None = flag(None, "Repository to push to, user/name.")
     hub_private: bool = flag(False, "Make the repository private, if it is new.")
     hub_token: str | None = flag(
-        None,
-        "Token to push with. Default: that of `hf auth login` or HF_TOKEN. Prefer those: a flag is visible in the list "
-        "of processes.",
-        repr=False,
+        None, "Token to push with, visible in the list of processes. Safer: `hf auth login` or HF_TOKEN.", repr=False
     )
     hub_license: str | None = flag(None, "Licence of the pushed model, as the Hub spells it: apache-2.0, mit ...")
     recipe: str | None = field(default=None, init=False)  # its name, for the model card
@@ -101,9 +99,7 @@ class LoopArguments(RunArguments):
     gradient_accumulation_steps: PositiveInt = flag(1, "Forward passes per update of the weights.")
     max_train_steps: PositiveInt = flag(1000, "Updates of the weights.")
     learning_rate: PositiveFloat = flag(1e-4, "Learning rate after the warm-up.")
-    lr_scheduler: str = flag(
-        "constant_with_warmup", "Schedule of the learning rate, as diffusers names them.", choices=LR_SCHEDULERS
-    )
+    lr_scheduler: str = flag("constant_with_warmup", "Learning rate schedule, as in diffusers.", choices=LR_SCHEDULERS)
     lr_warmup_steps: NonNegativeInt = flag(0, "Updates of warm-up.")
     adam_beta1: Share = flag(0.9, "AdamW's first decay rate.")
     adam_beta2: Share = flag(0.999, "AdamW's second decay rate.")
@@ -124,23 +120,6 @@ class LoopArguments(RunArguments):
     preview_steps: NonNegativeInt = flag(0, "Updates between two grids of samples; 0 is never.")
     logging_steps: PositiveInt = flag(10, "Updates between two log entries.")
     report_to: str = flag("tensorboard", "Tracker, as accelerate names them; 'none' for none.", choices=TRACKERS)
-
-
-@dataclass
-class ScheduleArguments(CheckedFields):
-    """The noise schedule, which classifier and UNet must share."""
-
-    beta_schedule: str = flag("squaredcos_cap_v2", "Noise schedule.", choices=tuple(SCHEDULES))
-    num_train_timesteps: Annotated[int, Range(at_least=2, at_most=10**6)] = flag(1000, "Timesteps of the schedule.")
-    rescale_timesteps: bool = flag(False, "Scale the timesteps that models take to [0, 1000).")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        make_betas(self.beta_schedule, self.num_train_timesteps)  # refuses too few timesteps for a linear schedule
-
-    def schedule(self) -> dict[str, Any]:
-        """The arguments that the scheduler's constructor and the classifier's config share."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(ScheduleArguments)}
 
 
 @dataclass
@@ -168,13 +147,11 @@ class SamplingArguments(CheckedFields):
 
 
 @dataclass
-class ArchitectureArguments(CheckedFields):
-    """Flags of the architecture of UNet and classifier; the defaults suit images of 64x64 on one GPU."""
+class ModelArguments(CheckedFields):
+    """Flags of UNet and classifier: architecture, for images of 64x64 on one GPU, and the noise schedule they share."""
 
     model_channels: Width = flag(128, "Base width.")
-    channel_mult: Annotated[list[Factor], Length(1)] = flag(
-        [1, 2, 3, 4], "Width of each level, as a multiple of the base."
-    )
+    channel_mult: Annotated[list[Factor], Length(1)] = flag([1, 2, 3, 4], "Width of each level, relative to the base.")
     num_res_blocks: Depth = flag(2, "Residual blocks per level.")
     attention_resolutions: list[PositiveInt] = flag([32, 16, 8], "Side lengths in pixels with attention.")
     num_heads: PositiveInt | None = flag(None, "Fixed number of attention heads.")
@@ -183,15 +160,24 @@ class ArchitectureArguments(CheckedFields):
     resblock_updown: bool = flag(True, "Resample with residual blocks.")
     conv_resample: bool = flag(True, "Resample with learned convolutions, without residual blocks.")
     use_scale_shift_norm: bool = flag(True, "Adaptive group normalisation.")
+    beta_schedule: str = flag("squaredcos_cap_v2", "Noise schedule.", choices=tuple(SCHEDULES))
+    num_train_timesteps: Annotated[int, Range(at_least=2, at_most=10**6)] = flag(1000, "Timesteps of the schedule.")
+    rescale_timesteps: bool = flag(False, "Scale the timesteps that models take to [0, 1000).")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         widths = level_widths(self.model_channels, self.channel_mult)
         count_heads(widths[-1], self.num_heads, self.attention_head_dim)  # the middle block always has attention
+        make_betas(self.beta_schedule, self.num_train_timesteps)  # refuses too few timesteps for a linear schedule
+
+    def schedule(self) -> dict[str, Any]:
+        """The arguments that the scheduler's constructor and the classifier's config share."""
+        return {name: getattr(self, name) for name in ("beta_schedule", "num_train_timesteps", "rescale_timesteps")}
 
     def architecture(self) -> dict[str, Any]:
-        """The arguments of the models' constructors."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(ArchitectureArguments)}
+        """The arguments that the models' constructors share."""
+        names = [field.name for field in dataclasses.fields(ModelArguments)]
+        return {name: getattr(self, name) for name in names if name not in self.schedule()}
 
 
 def parse_arguments(
@@ -207,16 +193,12 @@ def parse_arguments(
     Raises:
         `ValueError`: For a missing recipe, an unknown key, or a value of a flag or key that is not allowed.
     """
-    parser = HfArgumentParser(
-        [DataArguments, _flags_of(list(stages.values()))],
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    flags = _flags_of([DataArguments, *stages.values()])
+    parser = HfArgumentParser(flags, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--recipe",
-        help=f"A recipe's name ({', '.join(sorted(path.stem for path in RECIPES.glob('*.yaml')))}) or a YAML file. "
-        f"Without one: that of the built-in dataset, digits by default; with other images: images. Its values are "
-        f"checked like flags; numbers may be written as 1e-4.",
+        help=f"A recipe's name ({RECIPE_NAMES}) or a YAML file. Without one: that of the built-in dataset, digits by "
+        f"default; with other images: images. Its values are checked like flags; numbers may be written as 1e-4.",
     )
     if len(stages) > 1:
         for name, stage in stages.items():
@@ -240,13 +222,9 @@ def parse_arguments(
             raise ValueError(f"The recipe's section {name!r} has data of its own; here all stages share theirs.")
         recipe["data"].update(of_stage)
     if has_data:  # they replace the recipe's own data
-        for key in ("dataset_name", "train_data_dir"):
-            recipe["data"].pop(key, None)
-    data = _fill(DataArguments, "data", recipe["data"], recipe_name, {"": given})
-    filled = {}
-    for name, stage in stages.items():
-        own = {key.removeprefix(f"{name}_"): given[key] for key in given if key.startswith(f"{name}_")}
-        filled[name] = _fill(stage, name, recipe.get(name, {}), recipe_name, {"": given, f"{name}_": own})
+        recipe["data"] |= {"dataset_name": None, "train_data_dir": None}
+    data = _fill(DataArguments, "data", recipe["data"], recipe_name, given)
+    filled = {name: _fill(stage, name, recipe.get(name, {}), recipe_name, given) for name, stage in stages.items()}
     for name, stage in filled.items():
         stage.recipe = Path(recipe_name).stem
         check_output_dir(name, stage, data)
@@ -254,13 +232,12 @@ def parse_arguments(
 
 
 def check_output_dir(name: str, stage: RunArguments, data: DataArguments) -> None:
-    """Refuses an `output_dir` that is not writable, lies among the images or has foreign files in place of results."""
+    """Refuses an `output_dir` that is not writable, lies among the images, or has foreign files where results go."""
     check_place(stage.output_dir, "--output_dir")
-    folder = Path(stage.output_dir) / name
-    pretrained = getattr(stage, "pretrained_model", None)
     check_outside(stage.output_dir, [data.train_data_dir, data.dataset_name])
     if not isinstance(stage, LoopArguments):
         return
+    folder, pretrained = Path(stage.output_dir) / name, getattr(stage, "pretrained_model", None)
     check_place(folder, "--output_dir")
     check_named(stage.resume_from_checkpoint, folder)
     check_kind([folder / part for part in ("pipeline", "model", "logs", "snapshot")], is_folder=True)
@@ -282,8 +259,7 @@ def read_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name_or_path}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-        raise ValueError(f"There is no recipe {name_or_path!r}; give a YAML file (.yaml), or one of {known}.")
+        raise ValueError(f"There is no recipe {name_or_path!r}; give a YAML file (.yaml), or one of {RECIPE_NAMES}.")
     try:
         recipe = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
     except UnicodeDecodeError:
@@ -295,12 +271,8 @@ def read_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"The recipe {path} cannot be read: {' '.join(str(error).split())}; correct it.") from None
     if not isinstance(recipe, dict):
-        raise ValueError(
-            f"The recipe {path} has no sections; write each as a name, such as diffusion:, with indented lines of "
-            f"key: value below it."
-        )
-    unknown = set(recipe) - SECTIONS
-    if unknown:
+        raise ValueError(f"The recipe {path} has no sections; write diffusion: above indented lines of key: value.")
+    if unknown := set(recipe) - SECTIONS:
         raise ValueError(f"The recipe {path} has unknown sections: {_with_suggestions(unknown, SECTIONS)}.")
     return {"data": {}, **{name: _section(values, name, str(path)) for name, values in recipe.items()}}
 
@@ -338,10 +310,8 @@ def _section(values: Any, name: str, recipe: str) -> dict[str, Any]:
 
 def _with_suggestions(unknown: Collection[Any], known: Collection[str]) -> str:
     """Unknown names, each with the nearest known one."""
-    similar = {name: difflib.get_close_matches(str(name), known, n=1) for name in unknown}
-    return ", ".join(
-        sorted(f"{name} (did you mean {found[0]}?)" if found else f"{name}" for name, found in similar.items())
-    )
+    nearest = {str(name): difflib.get_close_matches(str(name), known, n=1) for name in unknown}
+    return ", ".join(f"{name} (did you mean {found[0]}?)" if found else name for name, found in sorted(nearest.items()))
 
 
 def quiet_libraries() -> None:
@@ -358,14 +328,14 @@ def run_script(main: Any) -> None:
         main()
 
 
-def _flags_of(stages: list[type], prefix: str = "") -> type:
+def _flags_of(stages: Iterable[type], prefix: str = "") -> type:
     """A dataclass with every field of some dataclasses, each once, under prefixed names."""
     flags = {f.name: f for stage in stages for f in dataclasses.fields(stage) if f.init}
     return dataclasses.make_dataclass("Flags", [(prefix + name, f.type, copy(f)) for name, f in flags.items()])
 
 
-def _fill(stage: type, section: str, recipe: dict[str, Any], recipe_name: str, given: dict[str, dict[str, Any]]) -> Any:
-    """A stage's dataclass from a recipe's section and from flags by their prefix; later ones override."""
+def _fill(stage: type, section: str, recipe: dict[str, Any], recipe_name: str, given: dict[str, Any]) -> Any:
+    """A stage's dataclass from its section of a recipe, flags for all stages and flags for this one; later override."""
     names = {f.name for f in dataclasses.fields(stage) if f.init}
     if unknown := set(recipe) - names:
         raise ValueError(
@@ -373,8 +343,8 @@ def _fill(stage: type, section: str, recipe: dict[str, Any], recipe_name: str, g
         )
     check_values(stage, recipe, lambda name, value: f"{name}: {value} in section {section!r} of {recipe_name}")
     values = dict(recipe)
-    for prefix, flags in given.items():
-        of_stage = {name: flags[name] for name in flags if name in names}
-        check_values(stage, of_stage, partial(as_flag, prefix=prefix))
-        values |= of_stage
+    for prefix in ("", f"{section}_"):
+        flags = {name: given[prefix + name] for name in names if prefix + name in given}
+        check_values(stage, flags, partial(as_flag, prefix=prefix))
+        values |= flags
     return stage(**values)

@@ -25,6 +25,7 @@ from ..credentials import without_credentials
 from ..files import differing, partial_name, read_json, recover_folder, remove_folder, replacing_folder, write_json
 from ..labels import composed
 from ..loading import weights_digest
+from ..messages import first_line
 from ..processes import from_main
 
 logger = logging.getLogger(__name__)
@@ -34,31 +35,15 @@ OTHERS_FILE = "loop_state.pt"
 HISTORY = "history.json"
 RUN_FILE = ".run.json"  # the run that a folder belongs to
 _NAME = re.compile("checkpoint-(0|[1-9][0-9]*)")  # as this module writes it
-_STATE = {"step": int, "fingerprint": dict}
-_ROW = {"step": int, "seconds": int | float}
 # Errors of damaged files of tensors.
 UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 # Flags that may change when a training is resumed: they concern folders, intervals and logs, not what is computed.
 FREE_FLAGS = {
-    "output_dir",
-    "resume_from_checkpoint",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "validation_steps",
-    "preview_steps",
-    "num_inference_steps",
-    "respacing",
-    "logging_steps",
-    "report_to",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_private",
-    "hub_token",
-    "hub_license",
-    "recipe",
-    "dataloader_num_workers",
-    "cache_dir",
+    *("output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit"),
+    *("validation_steps", "preview_steps", "num_inference_steps", "respacing", "logging_steps", "report_to"),
+    *("push_to_hub", "hub_model_id", "hub_private", "hub_token", "hub_license"),
+    *("recipe", "dataloader_num_workers", "cache_dir"),
 }
 
 # Flags that name a file, and the fingerprint's entry with a hash of its content: only the hash is compared.
@@ -69,31 +54,25 @@ CONTENT_OF = {
 }
 
 
-def fingerprint(
-    arguments: list[Any], images: tuple[Any, Any], model: torch.nn.Module, accelerator: Accelerator
-) -> dict[str, Any]:
+def fingerprint(task: Any, data_args: Any, accelerator: Accelerator) -> dict[str, Any]:
     """The settings that a resumed training must share with its checkpoint, by flag or name.
 
     Images and pretrained weights are compared by content: they may have been moved, or their path spelled differently.
-    URLs are saved without their credentials, which may change.
-
-    Args:
-        arguments (`list`): The flags, as dataclasses.
-        images (a pair of [`LabelledImages`]): Images to train on, and held out, if any.
-        model (`nn.Module`): The model before the first step.
+    URLs are saved without their credentials, which may change. The task's model has not been trained yet.
     """
-    flags = {name: value for part in arguments for name, value in dataclasses.asdict(part).items()}
+    flags = {**dataclasses.asdict(task.args), **dataclasses.asdict(data_args)}
     if flags["lr_scheduler"] in ("constant", "constant_with_warmup"):
         del flags["max_train_steps"]  # other schedules depend on the last step
-    id2label, is_pretrained = images[0].id2label, flags.get("pretrained_model") is not None
+    id2label, is_pretrained = task.images.id2label, flags.get("pretrained_model") is not None
+    images = (task.images, task.held_out)
     settings = {
         **{name: value for name, value in flags.items() if name not in FREE_FLAGS},
         "mixed_precision": accelerator.mixed_precision,
         "number of processes": accelerator.num_processes,
-        "number of images": len(images[0]),
+        "number of images": len(task.images),
         "classes": None if id2label is None else [composed(name) for name in id2label.values()],
         "images": from_main(lambda: [None if part is None else part.digest for part in images]),
-        "pretrained weights": from_main(lambda: weights_digest(model)) if is_pretrained else None,
+        "pretrained weights": from_main(lambda: weights_digest(task.model)) if is_pretrained else None,
     }
     return without_credentials(json.loads(json.dumps(settings)))
 
@@ -113,7 +92,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         state = read_state(folder)
         check_files(folder, state)
         newer = [path.name for path in list_checkpoints(output_dir) if _step_of(path) > state["step"]]
-        if newer and (state["run"] is None or run in (None, state["run"])):
+        if newer and _is_of(run, state):
             raise ValueError(
                 f"{output_dir} holds newer checkpoints than {folder.name}: {', '.join(newer)}. Resume from the newest "
                 f"with --resume_from_checkpoint latest, give another --output_dir, or remove them."
@@ -123,22 +102,21 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     states, damaged = _scan(output_dir)
     # If none is of this run, those of another were copied here to resume from
     own = {path: state for path, state in states.items() if _is_of(run, state)} or states
-    newest = None
-    for path, state in reversed(own.items()):
+    for newest, state in reversed(own.items()):
         try:
-            check_files(path, state)
+            check_files(newest, state)
         except ValueError as error:
-            damaged[path] = error
-        else:
-            newest = path
-            break
-    if newest is None and damaged:
+            damaged[newest] = error
+            continue
+        for path, why in damaged.items():
+            if _step_of(path) > _step_of(newest):
+                aside = move_aside(path, "damaged")
+                logger.warning(f"{why} It is now called {aside.name}; {newest.name} takes its place.")
+        return newest
+    if damaged:
         reasons = " ".join(map(str, damaged.values()))
         raise ValueError(f"{reasons} No checkpoint in {output_dir} is complete; remove them to start from scratch.")
-    for path, why in damaged.items():
-        if newest is not None and _step_of(path) > _step_of(newest):
-            logger.warning(f"{why} It is now called {move_aside(path, 'damaged').name}; {newest.name} takes its place.")
-    return newest
+    return None
 
 
 def check_named(wanted: str, output_dir: Path) -> None:
@@ -160,12 +138,12 @@ def _scan(output_dir: Path) -> tuple[dict[Path, dict[str, Any]], dict[Path, Valu
     """The records of the checkpoints of any run, oldest first, and what is wrong with damaged ones."""
     states, damaged = {}, {}
     named = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    for path in sorted((path for path in named if (path / STATE_FILE).is_file()), key=_step_of):
+    for path in sorted(named, key=_step_of):
         try:
             state = read_state(path)
         except ValueError as error:
             damaged[path] = error
-        except OSError:  # deleted meanwhile
+        except OSError:  # incomplete, or deleted meanwhile
             continue
         else:
             if state["step"] == _step_of(path):  # otherwise it is a copy
@@ -194,7 +172,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     `digests` is `None` in checkpoints of older versions. A damaged record is a `ValueError`.
     """
     try:
-        state = read_json(checkpoint / STATE_FILE, _STATE)
+        state = read_json(checkpoint / STATE_FILE, {"step": int, "fingerprint": dict})
         if {"run", "digests"} & state.keys() and state["digests"].pop(STATE_FILE) != _digest_of_state(state):
             raise ValueError
     except (ValueError, KeyError, AttributeError):
@@ -204,8 +182,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def check_files(checkpoint: Path, state: dict[str, Any]) -> None:
     """Refuses files that differ from their digests; those of older versions without digests are only opened."""
-    saved = state["digests"]
-    if saved is None:
+    if (saved := state["digests"]) is None:
         wrong = [name for name in ("model.safetensors", "optimizer.bin", OTHERS_FILE) if not _opens(checkpoint / name)]
     else:
         found = digests(checkpoint, [name for name in saved if (checkpoint / name).is_file()])
@@ -278,8 +255,7 @@ def load_checkpoint(
             other.load_state_dict(states[name])
     except (*UNREADABLE, KeyError) as error:
         raise ValueError(
-            f"{folder} is damaged, or from another model; remove it to resume from an older one. "
-            f"({str(error).partition(chr(10))[0]})"
+            f"{folder} is damaged, or from another model; remove it to resume from an older one. ({first_line(error)})"
         ) from error
     # Older versions saved the history next to the checkpoints.
     return {**state, "history": read_history(folder if (folder / HISTORY).is_file() else folder.parent)}
@@ -290,13 +266,8 @@ def resume(
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """Resumes a training from the checkpoint that its flags name, if any, or starts it; called by all processes.
 
-    Args:
-        accelerator (`Accelerator`): Restores model and optimizer, which it prepared.
-        current (`dict`): The [`fingerprint`] of this training.
-        others (`dict`): Other objects with a `load_state_dict`, by name.
-
-    Returns:
-        The state, see [`save_checkpoint`], and the values logged until then.
+    Restores model, optimizer and `others`. `current` is the [`fingerprint`] of this training. Returns the state, see
+    [`save_checkpoint`], and the values logged until then.
 
     Raises:
         `ValueError`: If flags, data or number of processes differ, naming each, it does not fit the model, or it has
@@ -309,7 +280,7 @@ def resume(
     step = state["step"]
     if step > args.max_train_steps:
         raise ValueError(
-            f"{checkpoint} has {step} steps, more than --max_train_steps {args.max_train_steps}; raise it, or use "
+            f"{checkpoint} has {step} steps, more than --max_train_steps {args.max_train_steps}; raise it, or give "
             f"another --output_dir to start from scratch."
         )
     run = from_main(lambda: start_run(output_dir, state["run"], args.checkpoints_total_limit))
@@ -325,7 +296,7 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     """The values that a stage logged, each with the step and the seconds of training."""
     path = folder / HISTORY
     fix = "remove it to resume without what was logged before"
-    return read_json(path, [_ROW], fix) if path.is_file() else []
+    return read_json(path, [{"step": int, "seconds": int | float}], fix) if path.is_file() else []
 
 
 def save_checkpoint(
@@ -336,14 +307,13 @@ def save_checkpoint(
     history: list[dict[str, float]],
     total_limit: int,
 ) -> Path:
-    """Saves a checkpoint atomically, then removes the oldest; called by all processes.
+    """Saves a checkpoint atomically, then removes the oldest beyond a limit; called by all processes.
 
     Args:
-        accelerator (`Accelerator`): Saves model and optimizer.
-        state (`dict`): Its `step`, `seconds`, `fingerprint` and `run`.
-        others (`dict`): Other objects with a `state_dict`, by name.
+        accelerator (`Accelerator`): Saves model and optimizer, which it has prepared.
+        state (`dict`): The `step`, `seconds`, `fingerprint` and `run`.
+        others (`dict`): Further objects with a `state_dict`, by name.
         history (`list[dict]`): The logged values.
-        total_limit (`int`): Number of newest checkpoints to keep.
     """
     folder = output_dir / f"checkpoint-{state['step']}"
     if accelerator.is_main_process and os.path.lexists(folder):
@@ -390,8 +360,8 @@ def start_run(output_dir: Path, run: str | None, total_limit: int) -> str:
     old = _run_of(output_dir)
     run = run or old or uuid.uuid4().hex
     if old not in (None, run):
-        left = [*list_checkpoints(output_dir), *output_dir.glob("preview-*.png"), output_dir / HISTORY]
-        left = [path for path in (*left, output_dir / "logs") if path.exists()]
+        left = [*list_checkpoints(output_dir), *output_dir.glob("preview-*.png")]
+        left += [path for path in (output_dir / HISTORY, output_dir / "logs") if path.exists()]
         aside = output_dir / "earlier-run"
         if aside.exists():
             move_aside(aside, "older")

@@ -10,11 +10,7 @@ DIVERGED = 1e6  # times its first value: a loss from which no training comes bac
 
 
 class DivergedError(ValueError):
-    """A loss, a weight or an image is not finite, or the loss has grown beyond use.
-
-    Args:
-        what (`str`): Which of them.
-    """
+    """A loss, a weight or an image is not finite, or the loss has grown beyond use; the message says `what`."""
 
     def __init__(self, what: str):
         super().__init__(

@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,61 +11,52 @@ from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
 from hf_guided.labels import composed
 from hf_guided.loading import naming_damage
 from hf_guided.models.layers import level_attention
-from hf_guided.training.arguments import ArchitectureArguments
+from hf_guided.training.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
 class Pretrained:
-    """The configs of a pretrained pipeline with an ADM UNet, or of such a UNet alone."""
+    """The configs of a pretrained pipeline with an ADM UNet, or of such a UNet alone, in a folder or on the Hub.
 
-    name: str  # its folder or Hub id
-    config: dict[str, Any]  # the UNet's
-    scheduler_config: dict[str, Any] | None  # `None` for a UNet alone
-    id2label: dict[int, str] | None
+    Others, and damaged ones, are a `ValueError`.
+    """
 
-    @classmethod
-    def find(cls, name: str) -> "Pretrained":
-        """The configs of a folder or Hub repository; a `ValueError`, if they are no ADM UNet's or damaged."""
+    def __init__(self, name: str):
         try:
             index = ClassifierGuidedPipeline.load_config(name)
         except OSError:
             index = {}
+        self.name, self.subfolder = name, "unet" if index else None
         try:
-            config = ADMUNet2DModel.load_config(name, subfolder="unet" if index else None)
+            self.config = ADMUNet2DModel.load_config(name, subfolder=self.subfolder)
         except OSError as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise ValueError(
                 f"--pretrained_model {name} is neither a pipeline with a UNet nor a UNet ({reason})."
             ) from error
-        if config.get("_class_name") != ADMUNet2DModel.__name__:
-            raise ValueError(
-                f"--pretrained_model {name} has a {config.get('_class_name')}; only an ADMUNet2DModel is fine-tuned."
-            )
-        with naming_damage(name):
-            with torch.device("meta"):  # without memory for the weights
-                ADMUNet2DModel.from_config(config)
-            scheduler_config = ADMScheduler.load_config(name, subfolder="scheduler") if index else None
-            id2label = index.get("id2label") and {int(label): text for label, text in index["id2label"].items()}
-        return cls(name, config, scheduler_config, id2label)
+        if (kind := self.config.get("_class_name")) != ADMUNet2DModel.__name__:
+            raise ValueError(f"--pretrained_model {name} has a {kind}; only an ADMUNet2DModel is fine-tuned.")
+        with naming_damage(name), torch.device("meta"):  # without memory for the weights
+            ADMUNet2DModel.from_config(self.config)
+            self.scheduler_config = ADMScheduler.load_config(name, subfolder="scheduler") if index else {}
+            self.id2label = {int(label): text for label, text in (index.get("id2label") or {}).items()}
 
     def check(self, wanted: Mapping[str, Any], is_upsampler: bool) -> None:
         """Refuses a model for another task, or trained with other arguments of the scheduler than those wanted."""
         if (self.config.get("low_res_channels") is not None) != is_upsampler:
             here, script = ("an", "train_upscaler.py") if not is_upsampler else ("not an", "train_diffusion.py")
             raise ValueError(f"--pretrained_model {self.name} is {here} upsampler; train it with {script}.")
-        known = {**wanted, **(self.scheduler_config or {})}
-        mend = [f"--{name} {known[name]}" for name in wanted if known[name] != wanted[name]]
-        if mend:
+        known = {**wanted, **self.scheduler_config}
+        if mend := [f"--{name} {known[name]}" for name in wanted if known[name] != wanted[name]]:
             raise ValueError(
-                f"--pretrained_model {self.name} was trained with another noise schedule or objective than these "
-                f"flags; add {' '.join(mend)}."
+                f"--pretrained_model {self.name} has another noise schedule or objective than these flags; add "
+                f"{' '.join(mend)}."
             )
 
     def architecture(self, resolution: tuple[int, int]) -> dict[str, Any]:
         """The UNet's arguments that fix its weights; attention stays at the same levels for other image sizes."""
-        names = {"num_heads_upsample", *ArchitectureArguments().architecture()}
+        names = {"num_heads_upsample", *ModelArguments().architecture()}
         config = {name: value for name, value in self.config.items() if name in names}
         levels = range(len(config["channel_mult"]))
         has_attention = level_attention(self.config["sample_size"], len(levels), config["attention_resolutions"])
@@ -75,8 +65,8 @@ class Pretrained:
 
     def unet(self, config: dict[str, Any], id2label: dict[int, str]) -> ADMUNet2DModel:
         """A UNet of another config with all pretrained tensors that fit, those of classes if these have equal names."""
-        subfolder = None if self.scheduler_config is None else "unet"
-        weights = ADMUNet2DModel.from_pretrained(self.name, subfolder=subfolder, torch_dtype=torch.float32).state_dict()
+        pretrained = ADMUNet2DModel.from_pretrained(self.name, subfolder=self.subfolder, torch_dtype=torch.float32)
+        weights = pretrained.state_dict()
         with torch.device("meta"):  # only reinitialised modules allocate and draw weights
             unet = ADMUNet2DModel(**config)
         reasons = {}
@@ -99,8 +89,8 @@ class Pretrained:
         return unet
 
 
-def _compared(id2label: Mapping[int, str] | None) -> dict[int, str]:
-    return {label: composed(name) for label, name in (id2label or {}).items()}
+def _compared(id2label: Mapping[int, str]) -> dict[int, str]:
+    return {label: composed(name) for label, name in id2label.items()}
 
 
 def _shape(tensor: torch.Tensor) -> str:

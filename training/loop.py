@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, send_to_device
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -41,17 +41,11 @@ logger = logging.getLogger(__name__)
 
 
 def train_and_save(
-    make_task: Callable[[Any, Images], Task],
-    data_args: DataArguments,
-    args: Any,
-    images: Images | None = None,
+    make_task: Callable[[Any, Images], Task], data_args: DataArguments, args: Any, images: Images | None = None
 ) -> Path:
     """Trains a task and saves the result with its card; returns the finished folder.
 
-    Args:
-        make_task (`Callable`): The class of the task, or what makes one of flags and images.
-        data_args ([`DataArguments`]), args ([`LoopArguments`]): The flags; the latter of the task's own class.
-        images (a pair of [`LabelledImages`], *optional*): Images to train and to validate on, if already loaded.
+    `make_task` makes the task of its flags, `args`, and of the images to train and to validate on, loaded if not given.
     """
     images = images or load_labelled_images(
         data_args, seed=args.seed, require_labels=getattr(args, "class_conditional", True)
@@ -64,10 +58,6 @@ def train_and_save(
 
 def train(task: Task, data_args: DataArguments) -> None:
     """Trains `task.model`, which ends up with the moving average of its weights.
-
-    Args:
-        task ([`Task`]): Model, loss, images and flags.
-        data_args ([`DataArguments`]): The data's flags.
 
     Raises:
         `StoppedError`: If a signal stopped it; its state is then saved, and the same call resumes it.
@@ -102,9 +92,7 @@ def training_loop(task: Task, data_args: DataArguments, accelerator: Accelerator
     groups = task.parameter_groups()
     parameters = [parameter for group in groups for parameter in group["params"]]
     betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
-    optimizer = torch.optim.AdamW(
-        groups, lr=args.learning_rate, betas=betas, weight_decay=decay, eps=args.adam_epsilon, fused=True
-    )
+    optimizer = torch.optim.AdamW(groups, args.learning_rate, betas, args.adam_epsilon, decay, fused=True)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
@@ -113,7 +101,7 @@ def training_loop(task: Task, data_args: DataArguments, accelerator: Accelerator
 
     # Resume
     others = {"ema": ema, "lr_scheduler": lr_scheduler, "timestep_sampler": task.timestep_sampler}
-    settings = fingerprint([args, data_args], (task.images, task.held_out), task.model, accelerator)
+    settings = fingerprint(task, data_args, accelerator)
     state, history = resume(accelerator, output_dir, args, settings, others)
     step = state["step"]
     ema.to(accelerator.device)
@@ -134,7 +122,7 @@ def training_loop(task: Task, data_args: DataArguments, accelerator: Accelerator
         while step < last:
             for micro_step in range(args.gradient_accumulation_steps):
                 seed_everything(args.seed, step, micro_step, accelerator.process_index)
-                batch = to_device(next(batches), accelerator.device)
+                batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
                 timesteps, weights = task.timestep_sampler.sample(len(batch["pixel_values"]))
                 timesteps, weights = timesteps.to(accelerator.device), weights.to(accelerator.device)
                 with accelerator.accumulate(model):
@@ -171,10 +159,8 @@ def training_loop(task: Task, data_args: DataArguments, accelerator: Accelerator
             # Save
             stopping = stop_requested()
             if stopping or due(args.checkpointing_steps) or step == last:
-                check_finite(
-                    "a weight", sum(parameter.detach().float().mean() for parameter in parameters).item(), step
-                )
-                state = {"step": step, "seconds": round(log.seconds, 1), "fingerprint": settings, "run": state["run"]}
+                check_finite("a weight", sum(weight.detach().float().mean() for weight in parameters).item(), step)
+                state |= {"step": step, "seconds": round(log.seconds, 1)}
                 folder = save_checkpoint(accelerator, output_dir, state, others, history, args.checkpoints_total_limit)
                 if push and not stopping and step < last:
                     with averaged_weights(ema, parameters):
@@ -197,10 +183,11 @@ def validate(task: Task, device: torch.device) -> dict[str, float]:
     with evaluating(task.model), torch.random.fork_rng():
         seed_everything(0, 0, 0, 0)
         keys = [(index, 0) for index in evenly(len(task.held_out), 1024)]
+        uniform = TimestepSampler(task.timestep_sampler.num_train_timesteps)
         totals: dict[str, float] = {}
         for batch in DataLoader(task.held_out, sampler=keys, batch_size=task.args.train_batch_size):
-            batch = to_device(batch, device)
-            timesteps, _ = TimestepSampler(task.timestep_sampler.num_train_timesteps).sample(len(batch["pixel_values"]))
+            batch = send_to_device(batch, device, non_blocking=True)
+            timesteps, _ = uniform.sample(len(batch["pixel_values"]))
             losses, extra = task.losses(task.model, batch, timesteps.to(device))
             for name, value in {"loss": losses, **extra}.items():
                 totals[name] = totals.get(name, 0.0) + value.float().sum().item() / len(keys)
@@ -211,10 +198,6 @@ def seed_everything(seed: int, step: int, micro_step: int, process_index: int) -
     """Seeds all random generators from the position in the training."""
     digest = hashlib.sha256(f"{seed}/{step}/{micro_step}/{process_index}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 @contextmanager
@@ -265,26 +248,15 @@ class TimedBatches:
     """The batches of a training from a step on; warns once if loading slows the training, as large files do."""
 
     def __init__(self, task: Task, data_args: DataArguments, accelerator: Accelerator, step: int):
-        args = task.args
-        sampler = StepBatchSampler(
-            len(task.images),
-            args.train_batch_size,
-            seed=args.seed,
-            num_processes=accelerator.num_processes,
-            process_index=accelerator.process_index,
-            start_step=step * args.gradient_accumulation_steps,
+        args, first = task.args, step * task.args.gradient_accumulation_steps
+        process = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
+        sampler = StepBatchSampler(len(task.images), args.train_batch_size, args.seed, **process, start_step=first)
+        self.num_workers = workers = data_args.dataloader_num_workers
+        self.warns, on_gpu = accelerator.is_main_process, accelerator.device.type == "cuda"
+        loader = DataLoader(
+            task.images, batch_sampler=sampler, num_workers=workers, worker_init_fn=ignore_signals, pin_memory=on_gpu
         )
-        self.num_workers, self.warns = data_args.dataloader_num_workers, accelerator.is_main_process
-        on_gpu = accelerator.device.type == "cuda"
-        self.batches: Iterator[Batch] = iter(
-            DataLoader(
-                task.images,
-                batch_sampler=sampler,
-                num_workers=self.num_workers,
-                worker_init_fn=ignore_signals,
-                pin_memory=on_gpu,
-            )
-        )
+        self.batches: Iterator[Batch] = iter(loader)
         self.waited, self.since = 0.0, math.nan
 
     def __next__(self) -> Batch:

@@ -25,13 +25,7 @@ check_once = functools.lru_cache(maxsize=1)(check_images)  # stages of one scrip
 
 @contextmanager
 def preflight(task: Task, accelerator: Accelerator, output_dir: Path) -> Iterator[None]:
-    """Refuses early what would fail late and sums up the training; `output_dir` is locked until the end.
-
-    Raises:
-        `ValueError`: If a batch exceeds the memory, images cannot be used, or another process trains in `output_dir`.
-        `OSError`: If `output_dir` cannot be written.
-        `PushError`: If the Hub refuses the repository.
-    """
+    """Refuses early what would fail late and sums up the training; `output_dir` is locked until the end."""
     args, images = task.args, task.images
     with ExitStack() as lock:
         if accelerator.is_main_process:
@@ -68,8 +62,7 @@ def check_batch(images: LabelledImages, batch_size: int, device: torch.device) -
     if size > memory:
         raise ValueError(
             f"--train_batch_size {batch_size}: the pixels of a batch take {size / 2**30:.3g} GiB, and there are "
-            f"{memory / 2**30:.3g}; give a smaller batch, and --gradient_accumulation_steps if it is to count as a "
-            f"large one."
+            f"{memory / 2**30:.3g}; give a smaller one, with more --gradient_accumulation_steps."
         )
 
 
@@ -80,9 +73,7 @@ def make_writable(output_dir: Path) -> None:
         (output_dir / ".writable").touch()
         (output_dir / ".writable").unlink()
     except OSError as error:
-        raise OSError(
-            f"--output_dir {output_dir} cannot be written ({error.strerror}); choose another folder."
-        ) from None
+        raise OSError(f"--output_dir {output_dir} cannot be written ({error.strerror}); give another.") from None
 
 
 def estimate_memory(task: Task) -> int:
@@ -101,8 +92,8 @@ def estimate_memory(task: Task) -> int:
         return tensor
 
     size = (task.args.train_batch_size, task.images.image_channels, *task.images.resolution)
-    batch = {"pixel_values": torch.empty(size, device="meta")}
-    batch["labels"] = torch.zeros(len(batch["pixel_values"]), dtype=torch.long, device="meta")
+    labels = torch.zeros(size[0], dtype=torch.long, device="meta")
+    batch = {"pixel_values": torch.empty(size, device="meta"), "labels": labels}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model(**task.inputs(batch))  # keeps every counted storage alive
     del output

@@ -28,10 +28,9 @@ MADE_FILE = ".hf-guided.json"  # in a finished folder: our files, and the entrie
 
 def save_task(task: Task, data_args: DataArguments, folder: str, is_finished: bool = True) -> None:
     """Saves the current model with its card; a finished one with its pictures and numbers."""
-    saved = task.pipeline()
+    saved, args = task.pipeline(), task.args
     saved.save_pretrained(folder)
     shown = task.report(Path(folder)) if is_finished else {}
-    facts = {**task.facts(), **shown.pop("facts", {})}
     write_model_card(
         folder,
         title=f"{task.title} {data_args.title}",
@@ -39,15 +38,16 @@ def save_task(task: Task, data_args: DataArguments, folder: str, is_finished: bo
         class_names=list((task.id2label or {}).values()),
         training={
             "images": describe_images((task.images, task.held_out)),
-            "steps": describe_steps(task.args, task.name),
-            **facts,
-            **describe_run(task.args),
+            "steps": describe_steps(args, task.name),
+            **task.facts(),
+            **(task.findings() if is_finished else {}),
+            **describe_run(args),
         },
         model_class=type(saved).__name__,
         guided=False,
-        repo_id=task.args.hub_model_id,
-        license=task.args.hub_license,
-        base_model=on_hub(getattr(task.args, "pretrained_model", None)),
+        repo_id=args.hub_model_id,
+        license=args.hub_license,
+        base_model=on_hub(getattr(args, "pretrained_model", None)),
         **describe_data(data_args),
         **shown,
     )
@@ -123,8 +123,7 @@ def save_folder(save: Callable[[str], Any], folder: Path) -> None:
         written = {name: _editable(name, config) for name, config in configs.items()}
         if folder.is_dir():
             record = read_entries(folder / MADE_FILE, {"files": [str]})
-            ours = {*made, *map(Path, record.get("files", ())), Path(MADE_FILE)}
-            keep_foreign_files(folder, partial, ours)
+            keep_foreign_files(folder, partial, {*made, *map(Path, record.get("files", ())), Path(MADE_FILE)})
             for name, config in configs.items():
                 now = _editable(name, read_entries(folder / name))
                 if now and (changed := changed_entries(name, record.get(name), now, written[name])):

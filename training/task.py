@@ -24,28 +24,18 @@ class Task(ABC):
     Args:
         args ([`LoopArguments`]): The flags of its kind.
         images (a pair of [`LabelledImages`]): Images to train on, and to validate on, if any.
-
-    Attributes:
-        name (`str`): The stage, for logs and folders.
-        title (`str`): Of the card, before the name of the data: `"Diffusion model of"`.
-        summary (`str`): Of the card: the kind of model in a few words.
-        folder (`str`): Name of the finished folder.
-        model (`nn.Module`): The model to train.
-        id2label (`dict[int, str]`, *optional*): Names of the classes; `None` for an unconditional model.
-        timestep_sampler ([`TimestepSampler`]): Draws the timesteps that batches are noised to; a single one for a model
-            without noise.
     """
 
-    name: str
-    title: str
-    summary: str
-    folder = "pipeline"
-    timestep_sampler = TimestepSampler(1)
+    name: str  # the stage, for logs and folders
+    title: str  # of the card, before the name of the data: "Diffusion model of"
+    summary: str  # of the card: the kind of model in a few words
+    folder = "pipeline"  # name of the finished folder
+    timestep_sampler = TimestepSampler(1)  # of the timesteps that batches are noised to; one for a model without noise
 
     def __init__(self, args: Any, images: Images):
         self.args = args
         self.images, self.held_out = images
-        self.id2label: dict[int, str] | None = self.images.id2label
+        self.id2label: dict[int, str] | None = self.images.id2label  # None for an unconditional model
         self.model = self.make_model()
 
     @abstractmethod
@@ -84,12 +74,12 @@ class Task(ABC):
         """Entries about the training for the card."""
         return {}
 
-    def report(self, folder: Path) -> dict[str, Any]:
-        """Writes pictures and numbers of the finished model into its folder; returns what its card shows of them.
+    def findings(self) -> dict[str, Any]:
+        """Entries about the finished model for the card."""
+        return {}
 
-        Returns:
-            `dict`: Arguments of [`write_model_card`]; `"facts"` are joined to those of the training.
-        """
+    def report(self, folder: Path) -> dict[str, Any]:
+        """Writes the finished model's pictures and numbers into its folder; returns what [`write_model_card`] takes."""
         self.preview(folder / "grid.png")
         return {}
 

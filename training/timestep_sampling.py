@@ -1,6 +1,7 @@
 """Sampling of the timesteps that a training batch is noised to."""
 
-import numpy as np
+import math
+
 import torch
 
 
@@ -35,35 +36,29 @@ class TimestepSampler:
 class LossSecondMomentSampler(TimestepSampler):
     """Draws a timestep in proportion to the root of its loss's second moment (arXiv 2102.09672, section 3.3).
 
-    Uniform until every timestep has been drawn `history` times. It suits the variational bound, whose terms differ by
-    orders of magnitude.
-
-    Args:
-        num_train_timesteps (`int`): As for [`TimestepSampler`].
-        history (`int`, defaults to 10): Number of last losses kept for each timestep.
-        uniform (`float`, defaults to 0.001): Share of uniform draws, so that every timestep is drawn.
+    Uniform until every timestep has been drawn `history` times, the number of its last losses that are kept. It suits
+    the variational bound, whose terms differ by orders of magnitude.
     """
 
     learns_from_losses = True
+    uniform = 0.001  # share of uniform draws, so that every timestep is drawn
 
-    def __init__(self, num_train_timesteps: int, history: int = 10, uniform: float = 0.001):
+    def __init__(self, num_train_timesteps: int, history: int = 10):
         super().__init__(num_train_timesteps)
-        self.uniform = uniform
+        self.history = history
         self.losses = torch.zeros(num_train_timesteps, history, dtype=torch.float64)
         self.counts = torch.zeros(num_train_timesteps, dtype=torch.int64)
 
     def probabilities(self) -> torch.Tensor:
-        history = self.losses.shape[1]
-        if self.counts.min() < history:
+        if self.counts.min() < self.history:
             return super().probabilities()
         weights = self.losses.square().mean(dim=1).sqrt()
         return (1 - self.uniform) * weights / weights.sum() + self.uniform / self.num_train_timesteps
 
     def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
-        history = self.losses.shape[1]
         for timestep, loss in zip(timesteps.tolist(), losses.double().tolist(), strict=True):
-            if np.isfinite(loss):
-                self.losses[timestep, self.counts[timestep] % history] = loss
+            if math.isfinite(loss):
+                self.losses[timestep, self.counts[timestep] % self.history] = loss
                 self.counts[timestep] += 1
 
     def state_dict(self) -> dict[str, torch.Tensor]:

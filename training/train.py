@@ -61,9 +61,7 @@ class ReportArguments(RunArguments, SamplingArguments):
         500, "Samples evaluated at each setting."
     )
     sampling_batch_size: PositiveInt = flag(250, "Samples made at once.")
-    guidance_scales: list[NonNegativeFloat] = flag(
-        [0.0, 1.0, 3.0, 10.0], "Scales at which the classifier alone guides."
-    )
+    guidance_scales: list[NonNegativeFloat] = flag([0.0, 1.0, 3.0, 10.0], "Scales of the classifier guiding alone.")
     conditional_scales: list[NonNegativeFloat] = flag([0.0, 1.0], "Scales with a class-conditional UNet.")
     default_scale: NonNegativeFloat = flag(3.0, "Scale that the pipeline saves as its default.")
 
@@ -151,9 +149,8 @@ def check_stages(stages: dict[str, Any]) -> None:
     report.check_steps(diffusion.num_train_timesteps)
     if diffusion.class_conditional and diffusion.label_dropout == 0 and report.guidance_scales:
         raise ValueError(
-            "The report's guidance_scales are for the classifier guiding alone, with the null label for the UNet; with "
-            "label_dropout 0 this UNet has no null label. Give --label_dropout 0.1, or a recipe whose report has "
-            "guidance_scales: []."
+            "With --label_dropout 0 the UNet has no null label, with which the report's guidance_scales sample; give "
+            "--label_dropout 0.1, or a recipe whose report has guidance_scales: []."
         )
 
 
@@ -171,11 +168,7 @@ def check_models(stages: dict[str, Any], images: LabelledImages) -> None:
 
 
 def make_report(
-    pipeline: ClassifierGuidedPipeline,
-    judge: Any,
-    images: Images,
-    args: ReportArguments,
-    output_dir: Path,
+    pipeline: ClassifierGuidedPipeline, judge: Any, images: Images, args: ReportArguments, output_dir: Path
 ) -> list[dict[str, Any]]:
     """Metrics of samples at every setting, by the evaluation classifier; held-out images show the best possible."""
     extractor = ModelFeatures(judge, "judge")

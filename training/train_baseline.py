@@ -28,14 +28,8 @@ import torch
 from torch import nn
 
 from hf_guided import FlowPipeline, GANPipeline, VAEPipeline
-from hf_guided.baselines import (
-    AdversarialPair,
-    BigGANDiscriminator,
-    BigGANGenerator,
-    ClassConditionalGlow,
-    ClassConditionalVAE,
-)
-from hf_guided.baselines.gan import hinge_losses
+from hf_guided.baselines import BigGANDiscriminator, BigGANGenerator, ClassConditionalGlow, ClassConditionalVAE
+from hf_guided.baselines.gan import AdversarialPair, hinge_losses
 from hf_guided.data import DataArguments
 from hf_guided.families import BASELINES
 from hf_guided.fields import Depth, Length, NonNegativeFloat, NonNegativeInt, PositiveFloat, Range, Share, Width, flag
@@ -59,12 +53,8 @@ class VAEArguments(LoopArguments):
     model_channels: Width = flag(64, "Base width.")
     channel_mult: Annotated[list[Depth], Length(1)] = flag([1, 2, 4], "Width of each level, as a multiple of the base.")
     num_res_blocks: Depth = flag(2, "Residual blocks per level.")
-    kl_weight: NonNegativeFloat = flag(
-        1.0, "Weight of the rate, KL(q(z|x) || p(z)), in the loss; 1 is the negative ELBO."
-    )
-    decoder_variance: PositiveFloat | None = flag(
-        None, "Variance of the decoder, for images in [-1, 1]. Default: learned."
-    )
+    kl_weight: NonNegativeFloat = flag(1.0, "Weight of the rate, KL(q(z|x) || p(z)); 1 is the negative ELBO.")
+    decoder_variance: PositiveFloat | None = flag(None, "Decoder's variance, for images in [-1, 1]. Default: learned.")
 
 
 @dataclass
@@ -77,9 +67,7 @@ class GANArguments(LoopArguments):
     model_channels: Width = flag(64, "Base width of the generator.")
     discriminator_channels: Width = flag(64, "Base width of the discriminator.")
     channel_mult: Annotated[list[Depth], Length(1)] = flag([1, 2, 4], "Width of each level, as a multiple of the base.")
-    translation: NonNegativeInt = flag(
-        0, "Largest random shift in pixels of the discriminator's images; helps with few images."
-    )
+    translation: NonNegativeInt = flag(0, "Largest shift in pixels of the discriminator's images; helps with few.")
 
 
 @dataclass
@@ -125,14 +113,6 @@ class BaselineTask(Task):
     def inputs(self, batch: Batch) -> dict[str, Any]:
         return {"sample": batch["pixel_values"], "class_labels": batch["labels"]}
 
-    def findings(self) -> dict[str, Any]:
-        """Entries about the finished model for its card."""
-        return {}
-
-    def report(self, folder: Path) -> dict[str, Any]:
-        super().report(folder)
-        return {"facts": self.findings()}
-
 
 class VAETask(BaselineTask):
     """The negative ELBO: distortion and rate."""
@@ -161,12 +141,9 @@ class FlowTask(BaselineTask):
     def losses(self, model: nn.Module, batch: Batch, timesteps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         return model(**self.inputs(batch)), {}
 
-    def findings(self) -> dict[str, Any]:
-        return {"largest error of an image taken to latents and back": self.inversion_error()}
-
     @torch.no_grad()
-    def inversion_error(self) -> float:
-        """Largest absolute error of held-out images encoded and decoded again, for values in [0, 1]."""
+    def findings(self) -> dict[str, Any]:
+        """The largest absolute error of held-out images encoded and decoded again, for values in [0, 1]."""
         images = self.held_out or self.images
         pixel_values, labels = examples(images, range(min(len(images), 64)))
         labels = labels.to(self.model.device)
@@ -176,7 +153,7 @@ class FlowTask(BaselineTask):
         error = (back - values).abs().max().item()
         if error > 1e-3:
             logger.warning(f"The flow has become hard to invert: images come back with an error of {error:.2g}.")
-        return error
+        return {"largest error of an image taken to latents and back": error}
 
 
 class GANTask(BaselineTask):
@@ -194,14 +171,12 @@ class GANTask(BaselineTask):
         return [spread(examples(self.images, of_class.tolist())[0]) for of_class in rows]
 
     def make_model(self) -> AdversarialPair:
-        side = min(self.images.resolution)
-        if self.args.translation >= side:
-            raise ValueError(
-                f"--translation {self.args.translation} shifts images of {side} pixels out of view; give less."
-            )
+        side, shift = min(self.images.resolution), self.args.translation
+        if shift >= side:
+            raise ValueError(f"--translation {shift} shifts images of {side} pixels out of view; give less.")
         generator = self.build(BigGANGenerator)
         discriminator = self.build(BigGANDiscriminator, model_channels=self.args.discriminator_channels)
-        return AdversarialPair(generator, discriminator, self.args.translation)
+        return AdversarialPair(generator, discriminator, shift)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [
@@ -228,8 +203,7 @@ class GANTask(BaselineTask):
 
     def validation_metrics(self) -> dict[str, float]:
         spreads = self.spreads()
-        collapsed = self.collapsed(spreads)
-        if collapsed:
+        if collapsed := self.collapsed(spreads):
             logger.warning(f"The GAN's {collapsed}.")
         return {"spread": sum(spreads) / len(spreads), "lowest_spread": min(spreads)}
 

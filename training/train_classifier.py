@@ -33,13 +33,7 @@ from hf_guided.evaluation.plots import classifier_curves
 from hf_guided.fields import flag
 from hf_guided.files import write_json
 from hf_guided.schedulers.scheduling_adm import model_timesteps
-from hf_guided.training.arguments import (
-    ArchitectureArguments,
-    LoopArguments,
-    ScheduleArguments,
-    parse_arguments,
-    run_script,
-)
+from hf_guided.training.arguments import LoopArguments, ModelArguments, parse_arguments, run_script
 from hf_guided.training.loop import train_and_save
 from hf_guided.training.saving import publish
 from hf_guided.training.task import Batch, Images, Task
@@ -49,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ClassifierArguments(LoopArguments, ScheduleArguments, ArchitectureArguments):
+class ClassifierArguments(LoopArguments, ModelArguments):
     """A classifier's flags."""
 
     pool: str = flag("attention", "Pooling head.", choices=("adaptive", "attention", "spatial", "spatial_v2"))

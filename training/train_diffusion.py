@@ -15,25 +15,18 @@ if __name__ == "__main__":  # before what takes seconds to import
     stop_at_once()
 
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
-from hf_guided.data import DataArguments, LabelledImages
+from hf_guided.data import LabelledImages
 from hf_guided.fields import PositiveInt, Share, flag
 from hf_guided.losses import LOSS_TYPES, diffusion_loss
 from hf_guided.schedulers.scheduling_adm import CHOICES, model_timesteps
-from hf_guided.training.arguments import (
-    ArchitectureArguments,
-    LoopArguments,
-    SamplingArguments,
-    ScheduleArguments,
-    parse_arguments,
-    run_script,
-)
+from hf_guided.training.arguments import LoopArguments, ModelArguments, SamplingArguments, parse_arguments, run_script
 from hf_guided.training.fine_tuning import Pretrained
 from hf_guided.training.loop import train_and_save
 from hf_guided.training.saving import publish
@@ -42,16 +35,14 @@ from hf_guided.training.timestep_sampling import LossSecondMomentSampler, Timest
 
 
 @dataclass
-class DiffusionArguments(LoopArguments, ScheduleArguments, SamplingArguments, ArchitectureArguments):
+class DiffusionArguments(LoopArguments, SamplingArguments, ModelArguments):
     """A diffusion model's flags."""
 
     num_heads_upsample: PositiveInt | None = flag(None, "Number of heads in the decoder, if it differs.")
     variance_type: str = flag("learned_range", "Variance of the reverse process.", choices=CHOICES["variance_type"])
     prediction_type: str = flag("epsilon", "What the UNet predicts.", choices=CHOICES["prediction_type"])
     loss_type: str = flag("hybrid", "Objective.", choices=LOSS_TYPES)
-    timestep_sampler: str = flag(
-        "uniform", "How timesteps are drawn (Improved DDPM, section 3.3).", choices=("uniform", "loss_second_moment")
-    )
+    timestep_sampler: str = flag("uniform", "How timesteps are drawn.", choices=("uniform", "loss_second_moment"))
     class_conditional: bool = flag(True, "Train a class-conditional UNet.")
     label_dropout: Share = flag(0.1, "Share of images that get the null label, for classifier-free guidance.")
     pretrained_model: str | None = flag(
@@ -113,26 +104,21 @@ class DiffusionTask(Task):
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         timesteps = torch.zeros(len(batch["pixel_values"]), device=batch["pixel_values"].device)
-        labels = {} if self.id2label is None else {"class_labels": batch["labels"]}
-        return {"sample": batch["pixel_values"], "timestep": timesteps, **labels}
+        return {"sample": batch["pixel_values"], "timestep": timesteps, **self.conditions(batch)}
 
     def pipeline(self, **more: Any) -> Any:
+        more |= {"id2label": self.id2label, "sampling_defaults": self.args.steps()}
         scheduler = ADMScheduler.from_config(self.scheduler.config, solver_order=2)
-        defaults = self.args.steps()
-        pipeline = self.pipeline_class(
-            self.model, scheduler, id2label=self.id2label, sampling_defaults=defaults, **more
-        )
+        pipeline = self.pipeline_class(self.model, scheduler, **more)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def facts(self) -> dict[str, Any]:
-        pretrained = self.args.pretrained_model
-        return {**({"fine-tuned from": pretrained} if pretrained else {}), "noise schedule": self.args.beta_schedule}
+        pretrained = {"fine-tuned from": self.args.pretrained_model} if self.args.pretrained_model else {}
+        return {**pretrained, "noise schedule": self.args.beta_schedule}
 
 
-def train_diffusion(data_args: DataArguments, args: DiffusionArguments, images: Images | None = None) -> Path:
-    """Trains a [`DiffusionTask`] and saves it as a pipeline, see [`train_and_save`]."""
-    return train_and_save(DiffusionTask, data_args, args, images)
+train_diffusion = partial(train_and_save, DiffusionTask)
 
 
 def unet_config(
@@ -154,7 +140,7 @@ def unet_config(
     }
     architecture = {"num_heads_upsample": args.num_heads_upsample, **args.architecture()}
     if args.pretrained_model is not None:
-        pretrained = Pretrained.find(args.pretrained_model)
+        pretrained = Pretrained(args.pretrained_model)
         pretrained.check(args.reverse_process(), is_upsampler=low_res_channels is not None)
         architecture = {**pretrained.architecture(images.resolution), "dropout": args.dropout}
     return {**architecture, **of_images}
@@ -165,7 +151,7 @@ def make_unet(args: DiffusionArguments, images: LabelledImages, low_res_channels
     config = unet_config(args, images, low_res_channels)
     if args.pretrained_model is None:
         return ADMUNet2DModel(**config)
-    return Pretrained.find(args.pretrained_model).unet(config, images.id2label)
+    return Pretrained(args.pretrained_model).unet(config, images.id2label)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before what takes seconds to import
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 
 from hf_guided import ADMUNet2DModel, ClassifierGuidedUpscalePipeline
-from hf_guided.data import DataArguments
 from hf_guided.fields import NonNegativeFloat, PositiveInt, flag
 from hf_guided.files import write_json
 from hf_guided.generation.grids import labelled_grid, save_png
@@ -34,7 +34,7 @@ from hf_guided.training.arguments import parse_arguments, run_script
 from hf_guided.training.cards import aligned
 from hf_guided.training.loop import train_and_save
 from hf_guided.training.saving import publish
-from hf_guided.training.task import Batch, Images, evenly, examples
+from hf_guided.training.task import Batch, evenly, examples
 from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, make_unet
 
 logger = logging.getLogger(__name__)
@@ -50,9 +50,7 @@ class UpscalerArguments(DiffusionArguments):
         None, "Side of the small images in pixels, of their height if they are not square. Default: a quarter."
     )
     low_res_noise: NonNegativeFloat = flag(
-        0.0,
-        "Gaussian conditioning augmentation (arXiv 2106.15282, section 4): noise with a standard deviation drawn "
-        "from 0 to this is added to each small image. Published upsamplers have none.",
+        0.0, "Largest standard deviation of noise on the small images (arXiv 2106.15282, section 4); 0 is published."
     )
 
 
@@ -74,9 +72,6 @@ class UpscalerTask(DiffusionTask):
             low_res = low_res + strength * torch.randn_like(low_res)
         return {**super().conditions(batch), "low_res": low_res}
 
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        return {**super().inputs(batch), "low_res": downsample(batch["pixel_values"], self.low_size)}
-
     def pipeline(self, **more: Any) -> ClassifierGuidedUpscalePipeline:
         return super().pipeline(low_res_size=self.low_size[0], **more)
 
@@ -91,26 +86,20 @@ class UpscalerTask(DiffusionTask):
         pipeline = self.pipeline()
         generator = torch.Generator().manual_seed(0)
 
-        def samples() -> torch.Tensor:
-            batches = [
-                pipeline(
-                    ((low_res[batch] + 1) / 2).clamp(0, 1),  # negative values would be read as another range
-                    None if self.id2label is None else labels[batch],
-                    generator=generator,
-                    output_type="latent",
-                    return_dict=False,
-                )[0].cpu()
-                for batch in torch.arange(len(original)).split(self.args.train_batch_size)
-            ]
-            return torch.cat(batches)
+        batches = torch.arange(len(original)).split(self.args.train_batch_size)
+
+        def sample(rows: torch.Tensor) -> torch.Tensor:
+            small = ((low_res[rows] + 1) / 2).clamp(0, 1)  # negative values would be read as another range
+            given = None if self.id2label is None else labels[rows]
+            return pipeline(small, given, generator=generator, output_type="latent", return_dict=False)[0].cpu()
 
         size = tuple(original.shape[-2:])
         with evaluating(self.model):
             columns = {
                 "nearest": F.interpolate(low_res, size, mode="nearest"),
                 "bicubic": F.interpolate(low_res, size, mode="bicubic", antialias=False).clamp(-1, 1),
-                "sample": samples(),
-                "another sample": samples(),
+                "sample": torch.cat([sample(rows) for rows in batches]),
+                "another sample": torch.cat([sample(rows) for rows in batches]),
                 "original": original,
             }
         shown = evenly(len(original), NUM_SHOWN)
@@ -132,13 +121,7 @@ class UpscalerTask(DiffusionTask):
         return {"results": [{"held-out images": name, **row} for name, row in report.items()]}
 
 
-def train_upscaler(data_args: DataArguments, args: UpscalerArguments, images: Images | None = None) -> Path:
-    """Trains an [`UpscalerTask`] and saves it as a pipeline with upsampled held-out images, see [`train_and_save`].
-
-    Raises:
-        `ValueError`: If the images cannot be downsampled to the low resolution evenly.
-    """
-    return train_and_save(UpscalerTask, data_args, args, images)
+train_upscaler = partial(train_and_save, UpscalerTask)
 
 
 def small_size(low_resolution: int | None, resolution: tuple[int, int]) -> tuple[int, int]:

@@ -20,9 +20,12 @@ class ToyTask(ClassifierTask):
     def facts(self):
         return {"colour": "green"}
 
+    def findings(self):
+        return {"finding": "none"}
+
     def report(self, folder):
         (folder / "note.txt").write_text("finished")
-        return {"facts": {"finding": "none"}, "results": [{"measured": 3}]}
+        return {"results": [{"measured": 3}]}
 
 
 def test_a_task_says_what_its_card_shows(photos, tmp_path):
