@@ -182,9 +182,8 @@ def find_warnings(generated: ImageSet, reference: ImageSet | FeatureSet, held_ou
             "the samples are balanced over the classes: FID and KID are lower than for randomly drawn classes (KID, "
             "which is unbiased for those, can be below 0)."
         )
-    for note in (*reference.notes, *(held_out.notes if held_out is not None else ())):
-        if note not in notes:  # held-out images are mostly of the same folder
-            notes.append(note)
+    # held-out images are mostly of the same folder
+    notes = list(dict.fromkeys([*notes, *reference.notes, *(held_out.notes if held_out is not None else ())]))
     if isinstance(reference, FeatureSet):
         return notes
     if generated.channels != reference.channels:

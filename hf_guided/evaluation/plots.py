@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,8 +78,8 @@ def sweep_curve(
     Lines are means over seeds; bands reach from the lowest to the highest.
 
     Args:
-        rows (`Sequence[Mapping]`): Rows with `num_inference_steps`, `guidance_scale`, `seed`, and `fid`, `precision`,
-            `recall` and optionally `accuracy`, followed by `/` and `features`.
+        rows (`Sequence[Mapping]`): Every setting with every seed: `num_inference_steps`, `guidance_scale`, `seed`, and
+            `fid`, `precision`, `recall` and optionally `accuracy`, followed by `/` and `features`.
         features (`str`): The features to draw.
         path (`str` or `os.PathLike`): The PNG file.
         chosen (`Mapping`, *optional*): The setting to mark.
@@ -87,12 +87,10 @@ def sweep_curve(
     steps = list(dict.fromkeys(row["num_inference_steps"] for row in rows))
     scales = sorted({row["guidance_scale"] for row in rows})
 
-    seeds_of: dict[tuple[int | None, float], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        seeds_of.setdefault((row["num_inference_steps"], row["guidance_scale"]), []).append(row)
-
-    def by_scale(summary: Callable[[list[float]], float], metric: str, count: int | None) -> list[float]:
-        return [summary([row[f"{metric}/{features}"] for row in seeds_of[count, scale]]) for scale in scales]
+    def by_scale(metric: str, count: int | None) -> np.ndarray:  # (scales, seeds)
+        of_count = [row for row in rows if row["num_inference_steps"] == count]
+        name = f"{metric}/{features}"
+        return np.array([[row[name] for row in of_count if row["guidance_scale"] == scale] for scale in scales])
 
     figure = empty_figure(12.5, 3.9)
     distance, quality, plane = figure.subplots(1, 3)
@@ -103,11 +101,10 @@ def sweep_curve(
         line = ("-", "--", ":", "-.")[i % 4]
         suffix = "" if count is None else f", {count} steps"
         for axes, metric in panels:
-            means, lows, highs = (by_scale(summary, metric, count) for summary in (np.mean, min, max))
-            color, label = _COLORS[metric], f"{METRICS[metric].title}{suffix}"
-            axes.plot(scales, means, line, marker="o", markersize=4, color=color, label=label)
-            axes.fill_between(scales, lows, highs, color=color, alpha=0.12, linewidth=0)
-        precision, recall = (by_scale(np.mean, metric, count) for metric in ("precision", "recall"))
+            values, color, label = by_scale(metric, count), _COLORS[metric], f"{METRICS[metric].title}{suffix}"
+            axes.plot(scales, values.mean(axis=1), line, marker="o", markersize=4, color=color, label=label)
+            axes.fill_between(scales, values.min(axis=1), values.max(axis=1), color=color, alpha=0.12, linewidth=0)
+        precision, recall = (by_scale(metric, count).mean(axis=1) for metric in ("precision", "recall"))
         plane.plot(recall, precision, line, marker="o", markersize=4, color=INK, label=suffix.removeprefix(", "))
         for scale, x, y in zip(scales, recall, precision, strict=True):
             plane.annotate(f"{scale:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize="x-small")
@@ -115,7 +112,7 @@ def sweep_curve(
         for axes in (distance, quality):
             axes.axvline(chosen["guidance_scale"], color=INK, linewidth=0.8, linestyle=":")
         at, count = scales.index(chosen["guidance_scale"]), chosen["num_inference_steps"]
-        x, y = (by_scale(np.mean, metric, count)[at] for metric in ("recall", "precision"))
+        x, y = (by_scale(metric, count)[at].mean() for metric in ("recall", "precision"))
         plane.plot([x], [y], "o", markersize=11, markerfacecolor="none", color="#cf222e", label="chosen")
 
     smallest = min((scale for scale in scales if scale > 0), default=1.0)

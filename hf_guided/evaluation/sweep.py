@@ -225,7 +225,13 @@ def run_sweep(settings: SweepSettings) -> SweepResult | None:
     path = Path(settings.output) / "sweep.json"
     _check_outputs(settings)
     state = join_processes()
-    pipeline = _open_pipeline(settings, state)
+    pipeline = load_pipeline(settings.model, state)
+    if not hasattr(pipeline, "set_sampling_defaults"):
+        raise ValueError(f"{settings.model} is a {type(pipeline).__name__}, which nothing guides; give a guided one.")
+    guidance_at(pipeline, settings.scales[0])  # refuses several kinds of guidance
+    for count in settings.steps:
+        if count is not None:
+            pipeline.set_timesteps(count, None, None)  # refuses what the schedule has not
     (extractor,) = load_extractors(settings.features, pipeline, state)
     reference = open_real(settings.reference, pipeline.sample_size, state, settings.labels, settings.num_images)
     labels = labels_to_sample(pipeline, settings.labels, default="all", num_images=settings.num_images)
@@ -233,17 +239,15 @@ def run_sweep(settings: SweepSettings) -> SweepResult | None:
         raise ValueError(f"{settings.model} has no classes, and a sweep is of guidance by classes.")
     notes = list(reference.notes)
     judged = expected_labels(SampledImages(pipeline, labels), extractor, notes)
-    models = [model for model in (pipeline.unet, pipeline.classifier) if model is not None]
     names = ("model", "reference", "num_images", "condition_unet", "batch_size")
-    record = {  # what the numbers depend on; the rest may differ when a sweep is resumed
+    record = without_credentials({  # what the numbers depend on; the rest may differ when a sweep is resumed
         **{name: getattr(settings, name) for name in names},
         "labels": settings.labels or ["all"],
         "seed": 0,
         "features": f"{extractor.name} {extractor.fingerprint}",
-        "weights": list(map(weights_digest, models)),
+        "weights": [weights_digest(model) for model in (pipeline.unet, pipeline.classifier) if model is not None],
         "images": from_main(reference.digest),
-    }
-    record = without_credentials(record)
+    })  # fmt: skip
     known = _rows_of(path, record)
     print_once(*(f"Note: {note}" for note in notes))
 
@@ -288,18 +292,6 @@ def _check_outputs(settings: SweepSettings) -> None:
     is_sweep = has_json(results[0], "settings", "rows")
     check_replaceable(results, lambda path: is_sweep, [settings.model, *sources])
     check_place(settings.output)
-
-
-def _open_pipeline(settings: SweepSettings, state: PartialState) -> Any:
-    """Loads a pipeline that is guided by one scale, and has the timesteps to sweep."""
-    pipeline = load_pipeline(settings.model, state)
-    if not hasattr(pipeline, "set_sampling_defaults"):
-        raise ValueError(f"{settings.model} is a {type(pipeline).__name__}, which nothing guides; give a guided one.")
-    guidance_at(pipeline, settings.scales[0])
-    for number in settings.steps:
-        if number is not None:
-            pipeline.set_timesteps(number, None, None)  # refuses what the schedule has not
-    return pipeline
 
 
 def _rows_of(path: Path, record: dict[str, Any]) -> list[Row]:
