@@ -19,6 +19,8 @@ from ..models.modes import evaluating
 from ..schedulers.scheduling_adm import ADMScheduler, model_timesteps
 from .classifier_findings import ClassifierInspection, NoiseLevel, label_entropy
 
+Batch = tuple[list[int], torch.Tensor, torch.Tensor]  # indices, images and labels
+
 NUM_LEVELS = 11
 NUM_BINS = 15  # of confidence, as in the experiments of arXiv 1706.04599
 
@@ -61,15 +63,16 @@ def inspect_classifier(
     if batch_size < 1 or max_images < 1:
         raise ValueError(f"batch_size and max_images must be 1 or more, got {batch_size} and {max_images}.")
 
-    shared = (classifier, scheduler, levels, seed, batch_size)
-    labels, outputs, num_values = _measure(held_out, *shared, max_images, with_gradient=True)
+    batches = _batches(held_out, batch_size, max_images)
+    labels, outputs, num_values = _measure(batches, classifier, levels, seed, with_gradient=True)
     if len(np.unique(labels)) == 1:
         raise ValueError("The held-out images are all of one class; give images of two or more.")
     num_train_images, train_accuracies = 0, [None] * len(levels)
     if train is not None:
-        train_labels, (train_predictions, *_), _ = _measure(train, *shared, len(labels), with_gradient=False)
+        batches = _batches(train, batch_size, len(labels))
+        train_labels, trained, _ = _measure(batches, classifier, levels, seed, with_gradient=False)
         num_train_images = len(train_labels)
-        train_accuracies = (train_predictions == train_labels).mean(axis=1).tolist()
+        train_accuracies = (trained[0] == train_labels).mean(axis=1).tolist()
 
     rows = []
     for i, timestep in enumerate(levels):
@@ -148,20 +151,13 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _measure(
-    images: Any,
-    classifier: PreTrainedModel,
-    scheduler: ADMScheduler,
-    levels: Sequence[int],
-    seed: int,
-    batch_size: int,
-    max_images: int,
-    with_gradient: bool,
+    batches: Iterator[Batch], classifier: PreTrainedModel, levels: list[int], seed: int, with_gradient: bool
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Labels `(n,)`, outputs of [`_classify`] at each level `(4, levels, n)`, and the number of values of an image."""
+    scheduler, device = noise_schedule(classifier), classifier.device
     labels, outputs = [], []
-    device = classifier.device
     with evaluating(classifier), frozen(classifier), torch.set_grad_enabled(with_gradient):
-        for indices, clean, of_batch in _batches(images, batch_size, max_images):
+        for indices, clean, of_batch in batches:
             _check(clean, of_batch, classifier)
             noises = [np.random.default_rng((seed, index)) for index in indices]
             noise = np.stack([rng.standard_normal(clean.shape[1:], dtype=np.float32) for rng in noises])
@@ -192,8 +188,7 @@ def _classify(
     return torch.stack([prediction.double(), best.double().exp(), -of_label.detach().double(), norm.double()]).cpu()
 
 
-def _batches(images: Any, batch_size: int, max_images: int) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Indices, images and labels of up to `max_images`."""
+def _batches(images: Any, batch_size: int, max_images: int) -> Iterator[Batch]:
     if isinstance(images, LabelledImages):
         _labels_of(images)
         images = images.plain()

@@ -42,8 +42,8 @@ def measure(
     """
     check_features(reference, generated.extractor, generated.fingerprint)
     compared = Compared(generated, reference, labels, distance_dtype)
-    values = {f"{metric.name}/{generated.extractor}": metric.of(compared) for metric in METRICS.values()}
-    return {name: value for name, value in values.items() if value is not None}
+    values = {name: metric.of(compared) for name, metric in METRICS.items()}
+    return {f"{name}/{generated.extractor}": value for name, value in values.items() if value is not None}
 
 
 @dataclass

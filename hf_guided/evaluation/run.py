@@ -98,19 +98,18 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation | None:
     output.mkdir(parents=True, exist_ok=True)
     with resumable():
         if isinstance(generated, SampledImages):
-            path, name = output / "samples.npz", without_credentials(settings.generated)
+            path = output / "samples.npz"
             options = {name: getattr(settings, name) for name in ("batch_size", "seed", "compile")}
             sample_to_file(pipeline, generated.sampled_labels, path, **options, **generated.arguments)
             PartialState().wait_for_everyone()
-            generated = ArrayImages(*read_samples(path), generated.id2label, name)
+            generated = ArrayImages(*read_samples(path), generated.id2label, without_credentials(settings.generated))
         seconds = {"sampling": time.monotonic() - started}
         options = {"interval": settings.interval, "distance_dtype": settings.distance_dtype, **settings.collecting()}
         result = evaluate(generated, reference, extractors, held_out=held_out, **options)
         seconds["measuring"] = time.monotonic() - started - sum(seconds.values())
         bits = None
         if settings.likelihood:
-            how = (settings.respacing, settings.batch_size, settings.seed)
-            bits = likelihood(pipeline, reference, bits_labels, *how)
+            bits = likelihood(pipeline, reference, bits_labels, settings.respacing, settings.batch_size, settings.seed)
             seconds["likelihood"] = time.monotonic() - started - sum(seconds.values())
         if settings.save_statistics:
             features = collect_features(reference, extractors[0], **settings.collecting())
@@ -194,12 +193,7 @@ def load_extractors(specs: Sequence[str], pipeline: Any, state: PartialState) ->
 
 
 def open_real(
-    spec: str,
-    size: tuple[int, int],
-    state: PartialState,
-    labels: Sequence[str] | None = None,
-    num_images: int | None = None,
-    seed: int = 0,
+    spec: str, size: tuple[int, int], state: PartialState, labels: Sequence[str] | None, num_images: int, seed: int = 0
 ) -> Any:
     """Images to measure against, brought to a size; a pipeline's samples; or statistics, of a file without images."""
     if is_pipeline(spec):
@@ -249,8 +243,8 @@ def run_inspection(
     check_replaceable([numbers], lambda path: is_marked and has_json(path, "findings", "rows"))
     classifier = load_classifier(model)
     noise_schedule(classifier)  # refuses one of clean images before any are loaded
-    shape = {"resolution": list(image_size(classifier.config)), "image_channels": classifier.config.in_channels}
-    train, held_out = load_labelled_images(DataArguments(**source_argument(data), **shape, **arguments), seed)
+    arguments |= {"resolution": list(image_size(classifier.config)), "image_channels": classifier.config.in_channels}
+    train, held_out = load_labelled_images(DataArguments(**source_argument(data), **arguments), seed)
     if held_out is None:
         raise ValueError(f"Nothing of {data} is held out; give a larger --held_out_fraction, or none.")
     train, held_out = (with_classes_of(classifier, images) for images in (train, held_out))
