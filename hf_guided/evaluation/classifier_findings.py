@@ -131,7 +131,7 @@ class ClassifierInspection:
 
     @property
     def faults(self) -> dict[str, str]:
-        """What is wrong, with its numbers and the fix, by names; not what an earlier fault makes meaningless."""
+        """What is wrong, by name, with its numbers and the fix; without what an earlier fault makes meaningless."""
         faults: dict[str, str] = {}
 
         def check(name: str, is_found: bool, **numbers: Any) -> bool:
