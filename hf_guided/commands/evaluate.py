@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Measures samples against real images, and writes a report with pictures."""
     from ..evaluation.run import EvaluationSettings, run_evaluation
     from ..processes import print_once
 

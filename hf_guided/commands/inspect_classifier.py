@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Measures a noisy classifier at each noise level: a picture, numbers, and what they mean."""
     from ..evaluation.run import run_inspection
     from ..processes import print_once
 

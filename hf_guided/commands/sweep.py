@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Measures samples at every scale, draws fidelity against diversity, and saves the scale to keep."""
     from ..evaluation.sweep import SweepSettings, parse_scales, run_sweep
     from ..processes import print_once
 
