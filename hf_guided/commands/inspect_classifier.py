@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures a noisy classifier at each noise level: a picture, numbers, and what they mean."""
-    from ..evaluation.run import InspectionSettings, run_inspection
+    from ..evaluation.run import run_inspection
     from ..processes import print_once
 
-    if (found := run_inspection(InspectionSettings(**vars(args)))) is not None:
+    if (found := run_inspection(**vars(args))) is not None:
         print_once(found, "", f"Saved {args.output} and its numbers as .json")

@@ -4,8 +4,8 @@ The code decides what is said; the words stand in `templates/`.
 """
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,14 +82,6 @@ class NoiseLevel:
         return self.confidence - self.accuracy
 
 
-class Check(NamedTuple):
-    """A check for a fault; the message says what is wrong, with its numbers and the fix, if it failed."""
-
-    name: str
-    failed: bool
-    message: str
-
-
 @dataclass(frozen=True)
 class ClassifierInspection:
     """The result of [`inspect_classifier`]; `str()` is a table and the findings."""
@@ -132,19 +124,20 @@ class ClassifierInspection:
         the noise than on the class. At the lower end 99 % are reached: the class is decided. `None` for a classifier
         that should not guide.
         """
-        if self.last_signal is None or any(check.failed and check.name in _PREVENT_GUIDANCE for check in self.checks):
+        if self.last_signal is None or self.faults.keys() & _PREVENT_GUIDANCE:
             return None
         low, high = (self._last_with(part * self.best.information) for part in (INFORMATION_BELOW, INFORMATION_ABOVE))
         return round(low), round(min(high, self.rows[self.last_signal].timestep))
 
     @property
-    def checks(self) -> list[Check]:
-        """The checks for faults, without those that an earlier fault makes meaningless."""
-        checks: list[Check] = []
+    def faults(self) -> dict[str, str]:
+        """What is wrong, by name, with its numbers and the fix; without what an earlier fault makes meaningless."""
+        faults: dict[str, str] = {}
 
-        def check(name: str, failed: bool, **numbers: Any) -> bool:
-            checks.append(Check(name, failed, getattr(_say, name)(self, **numbers) if failed else ""))
-            return failed
+        def check(name: str, is_found: bool, **numbers: Any) -> bool:
+            if is_found:
+                faults[name] = getattr(_say, name)(self, **numbers)
+            return is_found
 
         first, last = self.rows[0], self.rows[-1]
         per_class = self.num_training / len(self.class_names)
@@ -153,18 +146,18 @@ class ClassifierInspection:
 
         row = max(self.rows, key=lambda row: row.broken_images)
         if check("not_finite", row.broken_images > 0, row=row):
-            return checks
+            return faults
 
         row = max(self.rows, key=lambda row: row.overfitting)
         training_error = self.standard_error(row.train_accuracy or 0, self.num_train_images)
         error = math.hypot(self.standard_error(row.accuracy), training_error)
         check("overfitting", row.overfitting > max(MEMORISED_GAP, STANDARD_ERRORS * error), row=row)
 
-        predicted = self.confusion.sum(axis=0)
-        likeliest, share = self.class_names[int(predicted.argmax())], predicted.max() / self.num_images
-        if check("no_signal", self.last_signal is None, row=first, likeliest=likeliest, share=share):
-            return checks
-        assert self.last_signal is not None
+        if self.last_signal is None:
+            predicted = self.confusion.sum(axis=0)
+            likeliest, share = self.class_names[int(predicted.argmax())], predicted.max() / self.num_images
+            check("no_signal", True, row=first, likeliest=likeliest, share=share)
+            return faults
 
         is_little = self.best.information < LEAST_INFORMATION * self.label_entropy
         check("little_information", is_little, row=self.best)
@@ -184,12 +177,12 @@ class ClassifierInspection:
 
         row = self.rows[self.last_signal + 1] if is_noise else last
         check("early_loss_of_signal", is_noise and row.alpha_bar > IMAGE_OUTWEIGHS_NOISE, row=row)
-        return checks
+        return faults
 
     @property
     def findings(self) -> list[str]:
         """Sentences with their numbers: the faults, or that there are none; what is uncertain; where to guide."""
-        found = [check.message for check in self.checks if check.failed]
+        found = list(self.faults.values())
         if not found:
             found = [_say.no_faults(self, self.rows[0], max(row.calibration_error for row in self.rows))]
         counts = self.confusion.sum(axis=1)
@@ -210,10 +203,6 @@ class ClassifierInspection:
 
     def to_dict(self) -> dict[str, Any]:
         """For a JSON file. The confusion is a list of `[true class, predicted class, images]` without zeros."""
-
-        def or_none(value: Any) -> Any:  # JSON has no NaN
-            return None if isinstance(value, float) and not math.isfinite(value) else value
-
         return {
             "num_images": self.num_images,
             "num_train_images": self.num_train_images,
@@ -221,9 +210,12 @@ class ClassifierInspection:
             "label_entropy": self.label_entropy,
             "interval": self.interval and list(self.interval),
             "findings": self.findings,
-            "rows": [{name: or_none(value) for name, value in asdict(row).items()} for row in self.rows],
+            "rows": [  # JSON has no NaN
+                {name: value if value is None or math.isfinite(value) else None for name, value in vars(row).items()}
+                for row in self.rows
+            ],
             "class_names": self.class_names,
-            "confusion": [[*pair, int(self.confusion[tuple(pair)])] for pair in np.argwhere(self.confusion).tolist()],
+            "confusion": [[i, j, int(self.confusion[i, j])] for i, j in np.argwhere(self.confusion).tolist()],
         }
 
     def table(self) -> list[list[str]]:

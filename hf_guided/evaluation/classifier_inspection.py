@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from ..labels import match_classes
 from ..models.modes import evaluating
 from ..schedulers.scheduling_adm import ADMScheduler, model_timesteps
 from .classifier_findings import ClassifierInspection, NoiseLevel, label_entropy
+
+Batch = tuple[list[int], torch.Tensor, torch.Tensor]  # indices, images and labels
 
 NUM_LEVELS = 11
 NUM_BINS = 15  # of confidence, as in the experiments of arXiv 1706.04599
@@ -61,33 +63,58 @@ def inspect_classifier(
     if batch_size < 1 or max_images < 1:
         raise ValueError(f"batch_size and max_images must be 1 or more, got {batch_size} and {max_images}.")
 
-    shared = (classifier, scheduler, levels, seed, batch_size)
-    measured = _measure(held_out, *shared, max_images, with_gradient=True)
-    num_images = len(measured.labels)
-    trained = None if train is None else _measure(train, *shared, num_images, with_gradient=False)
-    if len(np.unique(measured.labels)) == 1:
+    batches = _batches(held_out, batch_size, max_images)
+    labels, outputs, num_values = _measure(batches, classifier, levels, seed, with_gradient=True)
+    if len(np.unique(labels)) == 1:
         raise ValueError("The held-out images are all of one class; give images of two or more.")
+    num_train_images, train_accuracies = 0, [None] * len(levels)
+    if train is not None:
+        batches = _batches(train, batch_size, len(labels))
+        train_labels, trained, _ = _measure(batches, classifier, levels, seed, with_gradient=False)
+        num_train_images = len(train_labels)
+        train_accuracies = (trained[0] == train_labels).mean(axis=1).tolist()
+
+    rows = []
+    for i, timestep in enumerate(levels):
+        alpha_bar = float(scheduler.alphas_cumprod[timestep])
+        predictions, *of_images = outputs[:, i]
+        whole = np.isfinite(of_images).all(axis=0)
+        confidence, cross_entropy, gradient_norm = (values[whole] for values in of_images)
+        is_right = predictions == labels
+        nats = _mean(cross_entropy)
+        norm = math.sqrt(_mean(gradient_norm**2))
+        rows.append(
+            NoiseLevel(
+                timestep=timestep,
+                alpha_bar=alpha_bar,
+                accuracy=_mean(is_right & whole),
+                train_accuracy=train_accuracies[i],
+                confidence=_mean(confidence),
+                calibration_error=expected_calibration_error(confidence, is_right[whole]),
+                cross_entropy=nats,
+                information=label_entropy(np.bincount(labels)) - nats,
+                gradient_norm=norm,
+                epsilon_shift=math.sqrt((1 - alpha_bar) / num_values) * norm,
+                broken_images=int((~whole).sum()),
+            )
+        )
     names = classifier.config.id2label
     confusion = np.zeros((len(names), len(names)), dtype=np.int64)
-    np.add.at(confusion, (measured.labels, measured.predictions[0]), 1)
+    np.add.at(confusion, (labels, outputs[0, 0].astype(int)), 1)
     return ClassifierInspection(
-        rows=[_noise_level(scheduler, timestep, i, measured, trained) for i, timestep in enumerate(levels)],
+        rows=rows,
         confusion=confusion,
         class_names=[str(names[label]) for label in range(len(names))],
-        num_images=num_images,
-        num_train_images=0 if trained is None else len(trained.labels),
+        num_images=len(labels),
+        num_train_images=num_train_images,
         num_held_out=len(held_out),
         num_training=0 if train is None else len(train),
-        num_values=measured.num_values,
+        num_values=num_values,
     )
 
 
 def noise_schedule(classifier: PreTrainedModel) -> ADMScheduler:
-    """The noise scheduler that a classifier was trained with.
-
-    Raises:
-        `ValueError`: If it is a classifier of clean images.
-    """
+    """The noise scheduler that a classifier was trained with; a `ValueError` for one of clean images."""
     model = getattr(classifier, "_orig_mod", classifier)  # of torch.compile
     if "timestep" not in inspect.signature(model.forward).parameters:
         raise ValueError(
@@ -99,11 +126,7 @@ def noise_schedule(classifier: PreTrainedModel) -> ADMScheduler:
 
 
 def with_classes_of(classifier: PreTrainedModel, images: LabelledImages) -> LabelledImages:
-    """The same images with the classifier's class ids, matched by the names of the classes.
-
-    Raises:
-        `ValueError`: For a class that the classifier does not know.
-    """
+    """The same images with the classifier's class ids, matched by name; a `ValueError` for a class that it lacks."""
     names = {int(label): name for label, name in classifier.config.id2label.items()}
     matched = match_classes(images.id2label, names, set(images.id2label), type(classifier).__name__)
     images = copy.copy(images)
@@ -115,111 +138,57 @@ def with_classes_of(classifier: PreTrainedModel, images: LabelledImages) -> Labe
 def expected_calibration_error(confidence: np.ndarray, is_right: np.ndarray, num_bins: int = NUM_BINS) -> float:
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, equations 2 and 3).
 
-    Args:
-        confidence (`np.ndarray` of shape `(n,)`): The probability of each predicted class.
-        is_right (`np.ndarray` of shape `(n,)`): Whether the prediction is correct.
-        num_bins (`int`, defaults to 15): Bins of equal width, open at their lower end.
-
-    Returns:
-        `float`: The mean over images of the absolute difference of accuracy and confidence in their bin.
+    It is the mean over images, `(n,)`, of the absolute difference of accuracy and confidence in their bin. The bins are
+    of equal width, open at their lower end.
     """
     bins = np.ceil(confidence * num_bins).astype(int)
     gaps = np.bincount(bins, weights=is_right - confidence, minlength=num_bins + 1)
     return float(np.abs(gaps).sum() / len(confidence)) if len(confidence) else math.nan
 
 
-class _Measured(NamedTuple):
-    """The label of each image, `(n,)`, and the classifier's outputs at each noise level, `(levels, n)`."""
-
-    labels: np.ndarray
-    predictions: np.ndarray
-    confidence: np.ndarray
-    cross_entropy: np.ndarray
-    gradient_norm: np.ndarray
-    num_values: int
-
-
-def _noise_level(
-    scheduler: ADMScheduler, timestep: int, i: int, measured: _Measured, trained: _Measured | None
-) -> NoiseLevel:
-    """The metrics of the i-th level."""
-
-    def mean(values: np.ndarray) -> float:
-        return float(values.mean()) if len(values) else math.nan
-
-    alpha_bar = float(scheduler.alphas_cumprod[timestep])
-    is_right = measured.predictions[i] == measured.labels
-    whole = np.isfinite(measured.cross_entropy[i]) & np.isfinite(measured.gradient_norm[i])
-    confidence = measured.confidence[i][whole]
-    cross_entropy = mean(measured.cross_entropy[i][whole])
-    gradient_norm = math.sqrt(mean(measured.gradient_norm[i][whole] ** 2))
-    return NoiseLevel(
-        timestep=timestep,
-        alpha_bar=alpha_bar,
-        accuracy=mean(is_right & whole),
-        train_accuracy=None if trained is None else mean(trained.predictions[i] == trained.labels),
-        confidence=mean(confidence),
-        calibration_error=expected_calibration_error(confidence, is_right[whole]),
-        cross_entropy=cross_entropy,
-        information=label_entropy(np.bincount(measured.labels)) - cross_entropy,
-        gradient_norm=gradient_norm,
-        epsilon_shift=math.sqrt((1 - alpha_bar) / measured.num_values) * gradient_norm,
-        broken_images=int((~whole).sum()),
-    )
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else math.nan
 
 
 def _measure(
-    images: Any,
-    classifier: PreTrainedModel,
-    scheduler: ADMScheduler,
-    levels: Sequence[int],
-    seed: int,
-    batch_size: int,
-    max_images: int,
-    with_gradient: bool,
-) -> _Measured:
+    batches: Iterator[Batch], classifier: PreTrainedModel, levels: list[int], seed: int, with_gradient: bool
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Labels `(n,)`, outputs of [`_classify`] at each level `(4, levels, n)`, and the number of values of an image."""
+    scheduler, device = noise_schedule(classifier), classifier.device
     labels, outputs = [], []
-    device = classifier.device
     with evaluating(classifier), frozen(classifier), torch.set_grad_enabled(with_gradient):
-        for indices, clean, of_batch in _batches(images, batch_size, max_images):
+        for indices, clean, of_batch in batches:
             _check(clean, of_batch, classifier)
             noises = [np.random.default_rng((seed, index)) for index in indices]
             noise = np.stack([rng.standard_normal(clean.shape[1:], dtype=np.float32) for rng in noises])
-            batch = clean.to(device, torch.float32), torch.from_numpy(noise).to(device), of_batch.to(device)
-            at_levels = [_classify(classifier, scheduler, *batch, level, with_gradient) for level in levels]
+            batch = clean.to(device, torch.float32), torch.from_numpy(noise).to(device)
+            at_levels = []
+            for level in levels:
+                timesteps = torch.full((len(clean),), level, device=device)
+                noisy = scheduler.add_noise(*batch, timesteps).requires_grad_(with_gradient)
+                given = model_timesteps(scheduler, timesteps)
+                at_levels.append(_classify(classifier, noisy, given, of_batch.to(device)))
             labels.append(of_batch)
             outputs.append(torch.stack(at_levels, dim=1))
-    predictions, confidence, cross_entropy, gradient_norm = torch.cat(outputs, dim=2).numpy()
-    return _Measured(
-        torch.cat(labels).numpy(), predictions.astype(int), confidence, cross_entropy, gradient_norm, clean[0].numel()
-    )
+    return torch.cat(labels).numpy(), torch.cat(outputs, dim=2).numpy(), clean[0].numel()
 
 
 def _classify(
-    classifier: PreTrainedModel,
-    scheduler: ADMScheduler,
-    clean: torch.Tensor,
-    noise: torch.Tensor,
-    labels: torch.Tensor,
-    timestep: int,
-    with_gradient: bool,
+    classifier: PreTrainedModel, noisy: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
     """Prediction, confidence, cross entropy and norm of the gradient of each image, `(4, batch)` in float64."""
-    timesteps = torch.full((len(clean),), timestep, device=clean.device)
-    noisy = scheduler.add_noise(clean, noise, timesteps).requires_grad_(with_gradient)
-    logits = classifier(noisy.to(classifier.dtype), model_timesteps(scheduler, timesteps)).logits.float()
+    logits = classifier(noisy.to(classifier.dtype), timesteps).logits.float()
     log_p = logits.log_softmax(dim=-1)  # in float32, as in guidance
     of_label = log_p.gather(1, labels[:, None])[:, 0]
     norm = torch.full_like(of_label, torch.nan)
-    if with_gradient:
+    if noisy.requires_grad:
         (gradient,) = torch.autograd.grad(of_label.sum(), noisy)
         norm = gradient.flatten(1).norm(dim=1)
     best, prediction = log_p.detach().max(dim=-1)
     return torch.stack([prediction.double(), best.double().exp(), -of_label.detach().double(), norm.double()]).cpu()
 
 
-def _batches(images: Any, batch_size: int, max_images: int) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Indices, images and labels of up to `max_images`."""
+def _batches(images: Any, batch_size: int, max_images: int) -> Iterator[Batch]:
     if isinstance(images, LabelledImages):
         _labels_of(images)
         images = images.plain()

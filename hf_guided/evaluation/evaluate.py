@@ -42,8 +42,8 @@ def measure(
     """
     check_features(reference, generated.extractor, generated.fingerprint)
     compared = Compared(generated, reference, labels, distance_dtype)
-    values = {f"{metric.name}/{generated.extractor}": metric.of(compared) for metric in METRICS.values()}
-    return {name: value for name, value in values.items() if value is not None}
+    values = {name: metric.of(compared) for name, metric in METRICS.items()}
+    return {f"{name}/{generated.extractor}": value for name, value in values.items() if value is not None}
 
 
 @dataclass
@@ -182,9 +182,8 @@ def find_warnings(generated: ImageSet, reference: ImageSet | FeatureSet, held_ou
             "the samples are balanced over the classes: FID and KID are lower than for randomly drawn classes (KID, "
             "which is unbiased for those, can be below 0)."
         )
-    for note in (*reference.notes, *(held_out.notes if held_out is not None else ())):
-        if note not in notes:  # held-out images are mostly of the same folder
-            notes.append(note)
+    # held-out images are mostly of the same folder
+    notes = list(dict.fromkeys([*notes, *reference.notes, *(held_out.notes if held_out is not None else ())]))
     if isinstance(reference, FeatureSet):
         return notes
     if generated.channels != reference.channels:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +20,8 @@ from ..schedulers.scheduling_adm import ADMScheduler, model_timesteps
 from .features.feature_sets import gather_to_main
 from .features.image_sets import ImageSet
 
-PER_TIMESTEP = ("vb", "mse", "xstart_mse")
 
-
-@dataclass
-class BitsPerDim:
+class BitsPerDim(NamedTuple):
     """The variational bound of a batch of images, in bits per dimension."""
 
     total_bpd: torch.Tensor  # (batch,): the bound on the negative log-likelihood
@@ -167,8 +164,7 @@ def likelihood(
                         f"damaged."
                     )
             else:
-                bits = bits_per_dim(pipeline.unet, pipeline.scheduler, pixels, labels, respacing)
-                parts = [getattr(bits, part) for part in ("total_bpd", "prior_bpd", *PER_TIMESTEP)]
+                parts = list(bits_per_dim(pipeline.unet, pipeline.scheduler, pixels, labels, respacing))
         measured.append([part.cpu().double() for part in parts])
     gathered = gather_to_main(measured)
     if gathered is None:

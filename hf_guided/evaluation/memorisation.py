@@ -69,10 +69,9 @@ def memorisation(generated: FeatureSet, train: FeatureSet, held_out: FeatureSet,
     samples, sample_indices = _kept(generated, "generated")
     real, real_indices = _kept(train, "training")
     ours, nearest = nearest_distances(samples, real)
-    theirs, _ = nearest_distances(_kept(held_out, "held-out")[0], real)
+    theirs = np.sort(nearest_distances(_kept(held_out, "held-out")[0], real)[0])
 
-    below = np.searchsorted(np.sort(theirs), ours, side="left")  # held-out distances that are smaller
-    not_above = np.searchsorted(np.sort(theirs), ours, side="right")
+    below, not_above = np.searchsorted(theirs, ours), np.searchsorted(theirs, ours, side="right")  # held-out distances
     n, m = len(ours), len(theirs)
     closer_share = float(1 - (below + not_above).mean() / (2 * m))
     deviation = math.sqrt((n + m + 1) / (12 * n * m))

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,13 +50,7 @@ def trade_off_curve(rows: Sequence[Mapping[str, Any]], features: str, path: str 
 
 
 def likelihood_curve(timesteps: Sequence[int], vb: Sequence[float], path: str | os.PathLike) -> None:
-    """Saves a PNG of the terms of the variational bound by timestep (figure 2 of arXiv 2102.09672).
-
-    Args:
-        timesteps (`Sequence[int]`): The timesteps.
-        vb (`Sequence[float]`): The term of the bound at each, in bits per dimension.
-        path (`str` or `os.PathLike`): The PNG file.
-    """
+    """Saves a PNG of the variational bound's terms, in bits per dimension, by timestep (arXiv 2102.09672, figure 2)."""
     figure = empty_figure(9, 3.8)
     terms, total = figure.subplots(1, 2)
     steps, bits = zip(*sorted(zip(timesteps, vb, strict=True)), strict=True)
@@ -75,24 +69,16 @@ def sweep_curve(
 ) -> None:
     """Saves a PNG of fidelity and diversity against the guidance scale, and against each other.
 
-    Lines are means over seeds; bands reach from the lowest to the highest.
-
-    Args:
-        rows (`Sequence[Mapping]`): Rows with `num_inference_steps`, `guidance_scale`, `seed`, and `fid`, `precision`,
-            `recall` and optionally `accuracy`, followed by `/` and `features`.
-        features (`str`): The features to draw.
-        path (`str` or `os.PathLike`): The PNG file.
-        chosen (`Mapping`, *optional*): The setting to mark.
+    Lines are means over seeds; bands reach from the lowest to the highest. `rows` are those of [`sweep`], every setting
+    with every seed; `chosen` is the one to mark.
     """
     steps = list(dict.fromkeys(row["num_inference_steps"] for row in rows))
     scales = sorted({row["guidance_scale"] for row in rows})
 
-    seeds_of: dict[tuple[int | None, float], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        seeds_of.setdefault((row["num_inference_steps"], row["guidance_scale"]), []).append(row)
-
-    def by_scale(summary: Callable[[list[float]], float], metric: str, count: int | None) -> list[float]:
-        return [summary([row[f"{metric}/{features}"] for row in seeds_of[count, scale]]) for scale in scales]
+    def by_scale(metric: str, count: int | None) -> np.ndarray:  # (scales, seeds)
+        of_count = [row for row in rows if row["num_inference_steps"] == count]
+        name = f"{metric}/{features}"
+        return np.array([[row[name] for row in of_count if row["guidance_scale"] == scale] for scale in scales])
 
     figure = empty_figure(12.5, 3.9)
     distance, quality, plane = figure.subplots(1, 3)
@@ -103,11 +89,10 @@ def sweep_curve(
         line = ("-", "--", ":", "-.")[i % 4]
         suffix = "" if count is None else f", {count} steps"
         for axes, metric in panels:
-            means, lows, highs = (by_scale(summary, metric, count) for summary in (np.mean, min, max))
-            color, label = _COLORS[metric], f"{METRICS[metric].title}{suffix}"
-            axes.plot(scales, means, line, marker="o", markersize=4, color=color, label=label)
-            axes.fill_between(scales, lows, highs, color=color, alpha=0.12, linewidth=0)
-        precision, recall = (by_scale(np.mean, metric, count) for metric in ("precision", "recall"))
+            values, color, label = by_scale(metric, count), _COLORS[metric], f"{METRICS[metric].title}{suffix}"
+            axes.plot(scales, values.mean(axis=1), line, marker="o", markersize=4, color=color, label=label)
+            axes.fill_between(scales, values.min(axis=1), values.max(axis=1), color=color, alpha=0.12, linewidth=0)
+        precision, recall = (by_scale(metric, count).mean(axis=1) for metric in ("precision", "recall"))
         plane.plot(recall, precision, line, marker="o", markersize=4, color=INK, label=suffix.removeprefix(", "))
         for scale, x, y in zip(scales, recall, precision, strict=True):
             plane.annotate(f"{scale:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize="x-small")
@@ -115,7 +100,7 @@ def sweep_curve(
         for axes in (distance, quality):
             axes.axvline(chosen["guidance_scale"], color=INK, linewidth=0.8, linestyle=":")
         at, count = scales.index(chosen["guidance_scale"]), chosen["num_inference_steps"]
-        x, y = (by_scale(np.mean, metric, count)[at] for metric in ("recall", "precision"))
+        x, y = (by_scale(metric, count)[at].mean() for metric in ("recall", "precision"))
         plane.plot([x], [y], "o", markersize=11, markerfacecolor="none", color="#cf222e", label="chosen")
 
     smallest = min((scale for scale in scales if scale > 0), default=1.0)
@@ -136,10 +121,7 @@ def classifier_curves(
 ) -> None:
     """Saves a PNG of a noisy-image classifier's metrics by noise level, and its confusion matrix at the lowest.
 
-    Args:
-        inspection ([`ClassifierInspection`]): The result of [`inspect_classifier`].
-        path (`str` or `os.PathLike`): The PNG file.
-        record (`Mapping`, *optional*): The settings that produced it, see [`read_record`].
+    `record` are the settings that produced it, for [`read_record`].
     """
     rows = inspection.rows
     figure = empty_figure(12, 8.6)
@@ -181,8 +163,7 @@ def _draw_confusion(axes: Any, inspection: ClassifierInspection) -> None:
     of_class = counts.sum(axis=1)
     axes.set_title(f"Confusion at timestep {inspection.rows[0].timestep}", loc="left", color=INK)
     if len(names) > _MAX_CONFUSION_CLASSES:
-        mistakes = [(i, j) for i, j in np.argwhere(counts).tolist() if i != j]
-        mistakes.sort(key=lambda mistake: -counts[mistake])
+        mistakes = sorted(((i, j) for i, j in np.argwhere(counts).tolist() if i != j), key=lambda pair: -counts[pair])
         worst = [
             f"{shortened(names[i])} classified as {shortened(names[j])}: {counts[i, j]} of {of_class[i]} images"
             for i, j in mistakes[:14]
@@ -199,8 +180,7 @@ def _draw_confusion(axes: Any, inspection: ClassifierInspection) -> None:
     rotated = {"rotation": 45, "ha": "right"} if max(map(len, short)) > 3 else {}
     axes.set_xticks(range(len(names)), short, fontsize="small", **rotated)
     axes.set_yticks(range(len(names)), short, fontsize="small")
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
+    axes.set(xlabel="predicted class", ylabel="true class")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
@@ -217,8 +197,7 @@ def empty_figure(width: float, height: float) -> Any:
 def finish_axes(axes: Any, title: str, xlabel: str = "", ylabel: str = "", color: str = INK, **legend: Any) -> None:
     """Titles, a light grid, and a legend with these arguments if there are any."""
     axes.set_title(title, loc="left", color=color)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if legend and axes.get_legend_handles_labels()[1]:

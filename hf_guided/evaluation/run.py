@@ -5,7 +5,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import AutoModelForImageClassification
 
 from ..credentials import without_credentials
 from ..data import DataArguments, load_labelled_images, source_argument
+from ..data.npz import read_samples
 from ..files import check_outside, check_parent, check_place, check_replaceable, has_json, write_json
 from ..generation.grids import save_png
 from ..generation.options import check_compile, labels_to_sample, pipeline_arguments
@@ -30,7 +31,7 @@ from .evaluate import Evaluation, check_independent, evaluate, find_warnings
 from .features import feature_sets
 from .features.extractors import FeatureExtractor, load_features
 from .features.feature_sets import FeatureSet, collect_features, is_saved
-from .features.image_sets import ImageSet, SampledImages, has_images, open_images
+from .features.image_sets import ArrayImages, ImageSet, SampledImages, has_images, open_images
 from .likelihood import likelihood, likelihood_labels
 from .memorisation import closest_pairs
 from .plots import classifier_curves, likelihood_curve
@@ -74,10 +75,6 @@ class EvaluationSettings(MeasuringSettings):
     temperature: float | None = None
     seed: int = 0  # of all samples together
 
-    def to_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
-        return {**asdict(self), "labels": self.labels or ["all"]}
-
 
 def run_evaluation(settings: EvaluationSettings) -> Evaluation | None:
     """Measures samples of a pipeline, or images, against real images, over all processes that run this.
@@ -101,15 +98,18 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation | None:
     output.mkdir(parents=True, exist_ok=True)
     with resumable():
         if isinstance(generated, SampledImages):
-            generated = _sample(settings, generated)
+            path = output / "samples.npz"
+            options = {name: getattr(settings, name) for name in ("batch_size", "seed", "compile")}
+            sample_to_file(pipeline, generated.sampled_labels, path, **options, **generated.arguments)
+            PartialState().wait_for_everyone()
+            generated = ArrayImages(*read_samples(path), generated.id2label, without_credentials(settings.generated))
         seconds = {"sampling": time.monotonic() - started}
         options = {"interval": settings.interval, "distance_dtype": settings.distance_dtype, **settings.collecting()}
         result = evaluate(generated, reference, extractors, held_out=held_out, **options)
         seconds["measuring"] = time.monotonic() - started - sum(seconds.values())
         bits = None
         if settings.likelihood:
-            how = (settings.respacing, settings.batch_size, settings.seed)
-            bits = likelihood(pipeline, reference, bits_labels, *how)
+            bits = likelihood(pipeline, reference, bits_labels, settings.respacing, settings.batch_size, settings.seed)
             seconds["likelihood"] = time.monotonic() - started - sum(seconds.values())
         if settings.save_statistics:
             features = collect_features(reference, extractors[0], **settings.collecting())
@@ -119,7 +119,8 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation | None:
         return None  # another process reports
     result.likelihood = bits
     rounded = {stage: round(value, 1) for stage, value in seconds.items()}
-    write_json({**result.to_dict(), "seconds": rounded, "settings": settings.to_dict()}, output / "report.json")
+    shown = {**vars(settings), "labels": settings.labels or ["all"]}
+    write_json({**result.to_dict(), "seconds": rounded, "settings": shown}, output / "report.json")
     for name, found in result.memorisation.items():
         save_png(closest_pairs(found, generated, reference), output / f"closest-pairs-{name}.png")
     if bits is not None and bits.timesteps:
@@ -175,17 +176,6 @@ def _open(settings: EvaluationSettings) -> tuple[Any, list[FeatureExtractor], Im
     return pipeline, extractors, generated, reference, held_out
 
 
-def _sample(settings: EvaluationSettings, asked: SampledImages) -> ImageSet:
-    """The pipeline's samples, drawn into a file by all processes, with the names that the file lacks."""
-    path = Path(settings.output) / "samples.npz"
-    options = {name: getattr(settings, name) for name in ("batch_size", "seed", "compile")}
-    sample_to_file(asked.pipeline, asked.sampled_labels, path, **options, **asked.arguments)
-    PartialState().wait_for_everyone()
-    samples = open_images(str(path))
-    samples.id2label, samples.name = asked.id2label, without_credentials(settings.generated)
-    return samples
-
-
 def paths_of(*specs: str | None) -> list[str]:
     """What images and features, given as `name:part` and `NAME=MODEL` too, may be as paths."""
     return [path for spec in specs if spec for path in (spec, spec.rpartition(":")[0], spec.partition("=")[2])]
@@ -203,12 +193,7 @@ def load_extractors(specs: Sequence[str], pipeline: Any, state: PartialState) ->
 
 
 def open_real(
-    spec: str,
-    size: tuple[int, int],
-    state: PartialState,
-    labels: Sequence[str] | None = None,
-    num_images: int | None = None,
-    seed: int = 0,
+    spec: str, size: tuple[int, int], state: PartialState, labels: Sequence[str] | None, num_images: int, seed: int = 0
 ) -> Any:
     """Images to measure against, brought to a size; a pipeline's samples; or statistics, of a file without images."""
     if is_pipeline(spec):
@@ -222,25 +207,26 @@ def open_real(
     return open_images(spec, size)
 
 
-@dataclass
-class InspectionSettings:
-    """What [`run_inspection`] measures, and on which images."""
-
-    model: str  # a classifier's or a pipeline's folder, or its name on the Hub
-    data: str  # a built-in dataset, a folder with one sub-folder of images per class, or a dataset of the Hub
-    output: str = "inspection.png"  # the numbers go beside it as `.json`
-    train_split: str = "train"  # as the classifier was trained, as the next four, see [`DataArguments`]
-    validation_split: str | None = None
-    held_out_fraction: float | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    num_images: int = 2000  # held-out images, at most
-    batch_size: int = 64  # images at once
-    seed: int = 0  # of the noise and of the split
-
-
-def run_inspection(settings: InspectionSettings) -> str | None:
+def run_inspection(
+    model: str,
+    data: str,
+    output: str = "inspection.png",
+    *,
+    num_images: int = 2000,
+    batch_size: int = 64,
+    seed: int = 0,
+    **arguments: Any,
+) -> str | None:
     """Measures a noisy classifier at each noise level, in the main process; writes a picture and numbers.
+
+    Args:
+        model (`str`): A classifier's or a pipeline's folder, or its name on the Hub.
+        data (`str`): A built-in dataset, a folder with one sub-folder of images per class, or a dataset of the Hub.
+        output (`str`, defaults to `"inspection.png"`): The picture; the numbers go beside it as `.json`.
+        num_images (`int`, defaults to 2000): Held-out images, at most.
+        batch_size (`int`, defaults to 64): Images at once.
+        seed (`int`, defaults to 0): Seed of the noise.
+        arguments: Those of [`DataArguments`] that the classifier was trained with: splits and columns.
 
     Returns:
         `str`: What it found; `None` in the other processes.
@@ -248,42 +234,32 @@ def run_inspection(settings: InspectionSettings) -> str | None:
     Raises:
         `ValueError`: For a classifier or images that cannot be opened or do not fit, or an output of another command.
     """
-    check_parent(settings.output, suffix=".png")
-    numbers = Path(settings.output).with_suffix(".json")
-    check_outside(settings.output, [settings.data])
+    check_parent(output, suffix=".png")
+    numbers = Path(output).with_suffix(".json")
+    check_outside(output, [data])
     record = {"command": "inspect-classifier"}  # training's have none
-    is_marked = read_record(settings.output) == record
-    check_replaceable([settings.output], lambda path: is_marked, [settings.model, settings.data])
+    is_marked = read_record(output) == record
+    check_replaceable([output], lambda path: is_marked, [model, data])
     check_replaceable([numbers], lambda path: is_marked and has_json(path, "findings", "rows"))
-    classifier = load_classifier(settings.model)
+    classifier = load_classifier(model)
     noise_schedule(classifier)  # refuses one of clean images before any are loaded
-    names = ("train_split", "validation_split", "held_out_fraction", "image_column", "label_column")
-    data = DataArguments(
-        **source_argument(settings.data),
-        **{name: getattr(settings, name) for name in names},
-        resolution=list(image_size(classifier.config)),
-        image_channels=classifier.config.in_channels,
-    )
-    train, held_out = load_labelled_images(data, seed=settings.seed)
+    arguments |= {"resolution": list(image_size(classifier.config)), "image_channels": classifier.config.in_channels}
+    train, held_out = load_labelled_images(DataArguments(**source_argument(data), **arguments), seed)
     if held_out is None:
-        raise ValueError(f"Nothing of {settings.data} is held out; give a larger --held_out_fraction, or none.")
+        raise ValueError(f"Nothing of {data} is held out; give a larger --held_out_fraction, or none.")
     train, held_out = (with_classes_of(classifier, images) for images in (train, held_out))
     state = join_processes()
     print_once(*(f"Note: {note}" for note in train.notes))
     if not state.is_main_process:
         return None
+    classifier = classifier.to(state.device)
     inspection = inspect_classifier(
-        classifier.to(state.device),
-        held_out,
-        train,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        max_images=settings.num_images,
+        classifier, held_out, train, seed=seed, batch_size=batch_size, max_images=num_images
     )
-    classifier_curves(inspection, settings.output, record)
+    classifier_curves(inspection, output, record)
     write_json(inspection.to_dict(), numbers)
     return (
-        f"{settings.model} on {inspection.num_images} held-out images of {train.name} (and "
+        f"{model} on {inspection.num_images} held-out images of {train.name} (and "
         f"{inspection.num_train_images} that it was trained on)\n\n{inspection}"
     )
 

@@ -34,54 +34,72 @@ _SETTING = ("num_inference_steps", "guidance_scale", "seed")
 _setting_of = itemgetter(*_SETTING)  # identifies a row
 
 
+@dataclass
+class SweepSettings(MeasuringSettings):
+    """What [`run_sweep`] measures and how, beside [`MeasuringSettings`]."""
+
+    model: str  # a guided pipeline's folder, or its name on the Hub
+    reference: str  # real images, or a file of statistics
+    output: str = "sweep"  # folder of the results
+    scales: Sequence[float] = (0, 1, 2, 5, 10)
+    steps: Sequence[int | None] = (None,)  # numbers of steps; None is the pipeline's default
+    # Each gives the same noise at every setting, so that differences that agree over seeds are not due to chance.
+    seeds: Sequence[int] = (0, 1, 2)
+    num_images: int = 1000  # samples at each setting
+    no_save: bool = False  # leave the pipeline's saved defaults as they are
+
+
+@dataclass
+class SweepResult:
+    """What [`run_sweep`] found; `str()` says it in sentences."""
+
+    rows: list[Row]  # of [`sweep`]
+    chosen: Row  # of [`choose_scale`], as the reason
+    reason: str
+    saved: str = ""  # what became of the choice, in a sentence
+
+    def __str__(self) -> str:
+        return "\n".join(filter(None, (self.reason, self.saved)))
+
+
 def sweep(
+    settings: SweepSettings,
     pipeline: Any,
     reference: FeatureSet | None,
     extractor: FeatureExtractor,
     labels: torch.Tensor,
-    *,
-    scales: Sequence[float],
-    steps: Sequence[int | None] = (None,),
-    seeds: Sequence[int] = (0, 1, 2),
     judged: np.ndarray | None = None,
-    batch_size: int = 64,
     done: Sequence[Row] = (),
     on_row: Callable[[list[Row]], None] | None = None,
-    **arguments: Any,
 ) -> list[Row]:
     """The metrics of samples at every scale and number of steps with every seed, computed by all processes.
 
     Args:
+        settings ([`SweepSettings`]): Scales, steps and seeds, and how to sample.
         pipeline ([`ClassifierGuidedPipeline`]): Makes the samples, with its saved guidance at other scales.
         reference ([`FeatureSet`]): Features of real images; only the main process needs them.
         extractor ([`FeatureExtractor`]): Computes the features; not the classifier that guides.
         labels (`torch.Tensor` of shape `(n,)`): The class of each sample, the same for every setting.
-        scales (`Sequence[float]`), steps (`Sequence[int]`, defaults to `(None,)`): Guidance scales, and numbers of
-            steps, where `None` is the pipeline's default.
-        seeds (`Sequence[int]`, defaults to `(0, 1, 2)`): Each gives the same noise at every setting, so that
-            differences that agree over seeds are not due to chance.
         judged (`np.ndarray` of shape `(n,)`, *optional*): The labels as class ids of the extractor, for accuracy.
-        batch_size (`int`, defaults to 64): Samples at once.
         done (`Sequence[dict]`, *optional*): Rows of an earlier call, which are not measured again.
         on_row (`Callable`, *optional*): Called with all rows after each new row, in the main process.
-        arguments: Passed to the pipeline.
 
     Returns:
         `list[dict]`: `num_inference_steps`, `guidance_scale`, `seed` and the metrics of [`measure`] by name.
     """
     rows = {_setting_of(row): row for row in done}
-    settings = [(count, scale, seed) for seed in seeds for count in steps for scale in scales]
-    missing = [setting for setting in settings if setting not in rows]
+    wanted = [(count, scale, seed) for seed in settings.seeds for count in settings.steps for scale in settings.scales]
+    missing = [setting for setting in wanted if setting not in rows]
     for setting in tqdm(missing, desc="sweep", unit="setting", disable=not PartialState().is_main_process):
         count, scale, seed = setting
-        options = {**guidance_at(pipeline, scale), "num_inference_steps": count, **arguments}
-        samples = SampledImages(pipeline, labels, seed, **options)
-        features = collect_features(samples, extractor, batch_size=batch_size)
+        options = {**guidance_at(pipeline, scale), "num_inference_steps": count}
+        samples = SampledImages(pipeline, labels, seed, condition_unet=settings.condition_unet, **options)
+        features = collect_features(samples, extractor, batch_size=settings.batch_size)
         if features is not None and reference is not None:
             rows[setting] = dict(zip(_SETTING, setting, strict=True)) | measure(features, reference, judged)
             if on_row is not None:
                 on_row(list(rows.values()))
-    return [rows[setting] for setting in settings if setting in rows]
+    return [rows[setting] for setting in wanted if setting in rows]
 
 
 def guidance_at(pipeline: Any, scale: float) -> dict[str, Any]:
@@ -183,33 +201,6 @@ def save_choice(folder: str | os.PathLike, chosen: Row) -> dict[str, Any]:
     return defaults
 
 
-@dataclass
-class SweepSettings(MeasuringSettings):
-    """What [`run_sweep`] measures and how, beside [`MeasuringSettings`]."""
-
-    model: str  # a guided pipeline's folder, or its name on the Hub
-    reference: str  # real images, or a file of statistics
-    output: str = "sweep"  # folder of the results
-    scales: Sequence[float] = (0, 1, 2, 5, 10)
-    steps: Sequence[int | None] = (None,)  # numbers of steps; None is the pipeline's default
-    seeds: Sequence[int] = (0, 1, 2)
-    num_images: int = 1000  # samples at each setting
-    no_save: bool = False  # leave the pipeline's saved defaults as they are
-
-
-@dataclass
-class SweepResult:
-    """What [`run_sweep`] found; `str()` says it in sentences."""
-
-    rows: list[Row]  # of [`sweep`]
-    chosen: Row  # of [`choose_scale`], as the reason
-    reason: str
-    saved: str = ""  # what became of the choice, in a sentence
-
-    def __str__(self) -> str:
-        return "\n".join(filter(None, (self.reason, self.saved)))
-
-
 def run_sweep(settings: SweepSettings) -> SweepResult | None:
     """Measures a pipeline at every scale, over all processes that run this, and saves the scale to keep.
 
@@ -222,10 +213,23 @@ def run_sweep(settings: SweepSettings) -> SweepResult | None:
     Raises:
         `ValueError`: For inputs that cannot be opened or swept, or an output of another command or other settings.
     """
-    path = Path(settings.output) / "sweep.json"
-    _check_outputs(settings)
+    if len(settings.features) > 1:
+        raise ValueError("One kind of features chooses the scale; give one to --features.")
+    output, sources = Path(settings.output), paths_of(settings.reference, *settings.features)
+    path, picture = output / "sweep.json", output / "sweep.png"
+    check_outside(output, sources)
+    is_sweep = has_json(path, "settings", "rows")
+    check_replaceable([path, picture], lambda path: is_sweep, [settings.model, *sources])
+    check_place(settings.output)
+
     state = join_processes()
-    pipeline = _open_pipeline(settings, state)
+    pipeline = load_pipeline(settings.model, state)
+    if not hasattr(pipeline, "set_sampling_defaults"):
+        raise ValueError(f"{settings.model} is a {type(pipeline).__name__}, which nothing guides; give a guided one.")
+    guidance_at(pipeline, settings.scales[0])  # refuses several kinds of guidance
+    for count in settings.steps:
+        if count is not None:
+            pipeline.set_timesteps(count, None, None)  # refuses what the schedule has not
     (extractor,) = load_extractors(settings.features, pipeline, state)
     reference = open_real(settings.reference, pipeline.sample_size, state, settings.labels, settings.num_images)
     labels = labels_to_sample(pipeline, settings.labels, default="all", num_images=settings.num_images)
@@ -233,17 +237,15 @@ def run_sweep(settings: SweepSettings) -> SweepResult | None:
         raise ValueError(f"{settings.model} has no classes, and a sweep is of guidance by classes.")
     notes = list(reference.notes)
     judged = expected_labels(SampledImages(pipeline, labels), extractor, notes)
-    models = [model for model in (pipeline.unet, pipeline.classifier) if model is not None]
     names = ("model", "reference", "num_images", "condition_unet", "batch_size")
-    record = {  # what the numbers depend on; the rest may differ when a sweep is resumed
+    record = without_credentials({  # what the numbers depend on; the rest may differ when a sweep is resumed
         **{name: getattr(settings, name) for name in names},
         "labels": settings.labels or ["all"],
         "seed": 0,
         "features": f"{extractor.name} {extractor.fingerprint}",
-        "weights": list(map(weights_digest, models)),
+        "weights": [weights_digest(model) for model in (pipeline.unet, pipeline.classifier) if model is not None],
         "images": from_main(reference.digest),
-    }
-    record = without_credentials(record)
+    })  # fmt: skip
     known = _rows_of(path, record)
     print_once(*(f"Note: {note}" for note in notes))
 
@@ -251,55 +253,19 @@ def run_sweep(settings: SweepSettings) -> SweepResult | None:
         known[:] = rows
         write_json({"settings": record, "rows": known}, path)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     if settings.compile:
         pipeline.compile()
         print_once(COMPILING)
     with resumable():
-        rows = sweep(
-            pipeline,
-            collect_features(reference, extractor, **settings.collecting()),
-            extractor,
-            labels,
-            scales=settings.scales,
-            steps=settings.steps,
-            seeds=settings.seeds,
-            judged=judged,
-            batch_size=settings.batch_size,
-            done=known,
-            on_row=keep,
-            condition_unet=settings.condition_unet,
-        )
+        real = collect_features(reference, extractor, **settings.collecting())
+        rows = sweep(settings, pipeline, real, extractor, labels, judged, known, keep)
     if not state.is_main_process:
         return None
     chosen, reason = choose_scale(rows, f"fid/{extractor.name}")
     write_json({"settings": record, "rows": known, "chosen": chosen, "reason": reason}, path)
-    sweep_curve(rows, extractor.name, path.with_suffix(".png"), chosen)
+    sweep_curve(rows, extractor.name, picture, chosen)
     return SweepResult(rows, chosen, reason, _save(settings, chosen))
-
-
-def _check_outputs(settings: SweepSettings) -> None:
-    """Refuses, before anything is loaded, outputs that cannot be written or are another's."""
-    if len(settings.features) > 1:
-        raise ValueError("One kind of features chooses the scale; give one to --features.")
-    output, sources = Path(settings.output), paths_of(settings.reference, *settings.features)
-    check_outside(output, sources)
-    results = [output / "sweep.json", output / "sweep.png"]
-    is_sweep = has_json(results[0], "settings", "rows")
-    check_replaceable(results, lambda path: is_sweep, [settings.model, *sources])
-    check_place(settings.output)
-
-
-def _open_pipeline(settings: SweepSettings, state: PartialState) -> Any:
-    """Loads a pipeline that is guided by one scale, and has the timesteps to sweep."""
-    pipeline = load_pipeline(settings.model, state)
-    if not hasattr(pipeline, "set_sampling_defaults"):
-        raise ValueError(f"{settings.model} is a {type(pipeline).__name__}, which nothing guides; give a guided one.")
-    guidance_at(pipeline, settings.scales[0])
-    for number in settings.steps:
-        if number is not None:
-            pipeline.set_timesteps(number, None, None)  # refuses what the schedule has not
-    return pipeline
 
 
 def _rows_of(path: Path, record: dict[str, Any]) -> list[Row]:

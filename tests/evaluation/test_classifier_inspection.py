@@ -249,6 +249,7 @@ def test_the_classifier_is_told_its_own_timesteps():
 
 def test_the_best_classifier_is_not_accused():
     inspection = inspect()
+    assert not inspection.faults
     for row in inspection.rows:
         assert row.calibration_error < 0.06
         assert row.confidence == pytest.approx(row.accuracy, abs=0.05)
@@ -365,12 +366,10 @@ def test_one_that_knows_clean_images_only():
     assert inspection.interval is None
 
 
-def test_findings_begin_with_the_failed_checks():
+def test_findings_begin_with_the_faults():
     inspection = inspect(knows_noise=False)
-    failed = [check for check in inspection.checks if check.failed]
-    assert "confident_on_noise" in {check.name for check in failed}
-    assert [check.message for check in failed] == inspection.findings[: len(failed)]
-    assert {check.message for check in inspection.checks if not check.failed} == {""}
+    assert inspection.faults["confident_on_noise"].startswith("Confident on pure noise")
+    assert list(inspection.faults.values()) == inspection.findings[: len(inspection.faults)]
 
 
 def test_one_that_loses_the_class_early():

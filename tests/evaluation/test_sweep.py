@@ -12,7 +12,7 @@ from hf_guided.evaluation.evaluate import measure
 from hf_guided.evaluation.features.feature_sets import collect_features
 from hf_guided.evaluation.features.image_sets import ArrayImages, SampledImages
 from hf_guided.evaluation.plots import sweep_curve
-from hf_guided.evaluation.sweep import choose_scale, guidance_at, parse_scales, save_choice, sweep
+from hf_guided.evaluation.sweep import SweepSettings, choose_scale, guidance_at, parse_scales, save_choice, sweep
 from hf_guided.guidance import ClassifierFreeGuidance, ClassifierGuidance
 
 
@@ -27,9 +27,9 @@ def pipe(tiny_unet, tiny_classifier):
 def test_rows_are_the_measurements_and_none_is_made_twice(pipe):
     reference = collect_features(ArrayImages(pixels(40, size=16)), Pixels())
     labels = torch.arange(12) % 5
-    arguments = {"scales": [0.0, 2.0], "steps": [2, 3], "seeds": [4, 7], "batch_size": 5}
+    asked = SweepSettings("model", "reference", scales=[0.0, 2.0], steps=[2, 3], seeds=[4, 7], batch_size=5)
     seen = []
-    rows = sweep(pipe, reference, Pixels(), labels, on_row=lambda rows: seen.append(list(rows)), **arguments)
+    rows = sweep(asked, pipe, reference, Pixels(), labels, on_row=lambda rows: seen.append(list(rows)))
     settings = [(row["num_inference_steps"], row["guidance_scale"], row["seed"]) for row in rows]
     assert settings == [(n, s, seed) for seed in (4, 7) for n in (2, 3) for s in (0.0, 2.0)]
     samples = SampledImages(pipe, labels, 7, guidance_scale=2.0, num_inference_steps=3)
@@ -39,8 +39,8 @@ def test_rows_are_the_measurements_and_none_is_made_twice(pipe):
     assert [len(rows) for rows in seen] == list(range(1, 9))
 
     again = []
-    arguments["scales"] = [0.0, 1.0, 2.0]
-    more = sweep(pipe, reference, Pixels(), labels, done=rows[:7], on_row=lambda rows: again.append(1), **arguments)
+    asked.scales = [0.0, 1.0, 2.0]
+    more = sweep(asked, pipe, reference, Pixels(), labels, done=rows[:7], on_row=lambda rows: again.append(1))
     assert len(again) == 5  # four of the new scale, and the one that was missing
     assert [row for row in more if row["guidance_scale"] != 1.0] == rows
 
