@@ -30,10 +30,7 @@ class WeightsError(ValueError, RuntimeError):
 
 
 class SavedConfigMixin:
-    """Mixin for configs of diffusers: refuses damaged files, and saves no local paths.
-
-    It comes before diffusers' own classes among the bases.
-    """
+    """Mixin for configs of diffusers, before its own classes: refuses damaged files, and saves no local paths."""
 
     config_name: str
 
@@ -105,9 +102,13 @@ def check_cover(
         mismatched: Tensors of another shape: name, shape in the weights, shape in the model.
 
     Raises:
-        [`WeightsError`]: If there are any, naming them.
+        [`WeightsError`]: Naming them.
     """
-    shapes = [f"{name} ({_size(given)} instead of {_size(wanted)})" for name, given, wanted in sorted(mismatched)]
+
+    def size(shape: Collection[int]) -> str:
+        return "x".join(map(str, shape)) or "a number"
+
+    shapes = [f"{name} ({size(given)} instead of {size(wanted)})" for name, given, wanted in sorted(mismatched)]
     parts = [
         f"{first_few(names, _MOST_NAMES)} {one if len(names) == 1 else several}"
         for names, one, several in (
@@ -119,25 +120,22 @@ def check_cover(
     ]
     if not parts:
         return
-    mend = "Config and weights belong to different models, or the file is incomplete: save or download the model again."
+    fix = "Config and weights belong to different models, or the file is incomplete: save or download the model again."
     prefixes = {name.partition(".")[0] for name in unexpected}
     if mismatched and not missing and not unexpected:
-        mend = (
-            "Config and weights belong to different models; ignore_mismatched_sizes=True reinitialises these tensors."
-        )
+        fix = "Config and weights belong to different models; ignore_mismatched_sizes=True reinitialises these tensors."
     elif len(prefixes) == 1 and {name.partition(".")[2] for name in unexpected} == set(missing):
-        mend = (
+        fix = (
             f"All names begin with '{prefixes.pop()}.', as a wrapper of the model (DistributedDataParallel, "
             f"torch.compile) saves them: save the model inside the wrapper."
         )
-    raise WeightsError(f"The weights of {source or 'the state dict'} do not fit the model: {'; '.join(parts)}. {mend}")
+    raise WeightsError(f"The weights of {source or 'the state dict'} do not fit the model: {'; '.join(parts)}. {fix}")
 
 
 def check_finite_vectors(source: str | os.PathLike | None, model: nn.Module) -> None:
-    """Refuses, by a [`WeightsError`], biases and scales that are not finite.
+    """Refuses, by a [`WeightsError`], biases and scales that are not finite: a ReLU may hide them.
 
-    They are a thousandth of the weights, and a ReLU may hide an infinite one. Other weights show in the model's output,
-    which is checked wherever it is used.
+    They are a thousandth of the weights. Others show in the model's output, which is checked wherever it is used.
     """
     broken = [
         name
@@ -218,8 +216,8 @@ def check_file(path: Path) -> None:
                 raise ValueError(f"{path.parent / name} is missing, which {path.name} lists: download it again.")
     elif path.suffix == ".safetensors":
         read_shapes(path)
-    elif path.suffix == ".bin" and (what := foreign_content(path)):
-        raise ValueError(f"{path} is {what}: save or download it again.")
+    elif path.suffix == ".bin" and foreign_content(path):
+        raise _damaged(path)
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
@@ -229,8 +227,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict) or not config:
-        what = foreign_content(path) or "damaged, it is not a JSON object of settings"
-        raise ValueError(f"{path} is {what}: save or download it again.")
+        raise _damaged(path, "it is not a JSON object of settings")
     return config
 
 
@@ -243,8 +240,7 @@ def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        what = foreign_content(path) or f"damaged or truncated ({error})"
-        raise ValueError(f"{path} is {what}: save or download it again.") from None
+        raise _damaged(path, str(error)) from None
 
 
 def foreign_content(path: str | os.PathLike) -> str:
@@ -260,6 +256,10 @@ def foreign_content(path: str | os.PathLike) -> str:
     return ""
 
 
+def _damaged(path: str | os.PathLike, reason: str = "") -> ValueError:
+    return ValueError(f"{path} is {foreign_content(path) or f'damaged ({reason})'}: save or download it again.")
+
+
 def weights_digest(model: torch.nn.Module, settings: str = "") -> str:
     """Hex SHA-256 of a model's class, of settings, and of the names, types, shapes and bytes of its weights."""
     digest = hashlib.sha256(json.dumps([type(model).__name__, settings]).encode())
@@ -267,7 +267,3 @@ def weights_digest(model: torch.nn.Module, settings: str = "") -> str:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _size(shape: Collection[int]) -> str:
-    return "x".join(map(str, shape)) or "a number"
