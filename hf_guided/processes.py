@@ -38,10 +38,7 @@ class StoppedError(KeyboardInterrupt):
 
 @contextmanager
 def user_command() -> Iterator[None]:
-    """Turns user errors into one sentence, and signals into their exit status, see the module's docstring.
-
-    Any other error is a bug of this package: it keeps its traceback and asks to be reported.
-    """
+    """Turns user errors into one sentence, and signals into their exit status; any other error is a bug to report."""
     requested: list[int] = []
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -72,9 +69,7 @@ def user_command() -> Iterator[None]:
         raise SystemExit(f"error: Not enough memory ({error or 'no more is free'}); ask for less at once.") from None
     except Exception:
         print(without_credentials(traceback.format_exc()), file=sys.stderr)
-        raise SystemExit(
-            "error: This is a bug of hf-guided. Please report it to the project, with the above."
-        ) from None
+        raise SystemExit("error: This is a bug of hf-guided. Please report it, with the above.") from None
     finally:
         leave_processes(is_done)
         for signum, handler in previous.items():
@@ -118,9 +113,10 @@ def join_processes() -> "PartialState":
 
     accelerator = torch.accelerator.current_accelerator()
     is_shared = int(os.environ.get("WORLD_SIZE", 1)) > 1 and (accelerator is None or accelerator.type == "mps")
-    # One may still work for hours when the others are done; heartbeats detect a dead one.
-    timeout = timedelta(days=7)
-    state = PartialState(cpu=is_shared or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timeout)
+    state = PartialState(
+        cpu=is_shared or parse_flag_from_env("ACCELERATE_USE_CPU"),
+        timeout=timedelta(days=7),  # one may work for hours when the others are done; heartbeats detect a dead one
+    )
     if state.device.type == "cpu":
         # With "cpu:0" weights would be copied, and in memory of another alignment the last bits differ.
         state.device = torch.device("cpu")
@@ -159,8 +155,8 @@ def leave_processes(is_done: bool = True) -> None:
 class Heartbeat:
     """Ends this process if another one of the run is dead: killed, suspended, or ended by an error.
 
-    Each process increments its own counter from a thread, and reads those of the others. Without it, a collective would
-    wait for a dead process for days, and no signal interrupts it.
+    Each process increments a counter from a thread, and reads those of the others: a collective would wait for a dead
+    one for days, and no signal interrupts it.
     """
 
     running: "Heartbeat | None" = None

@@ -65,7 +65,7 @@ def check_destination(
 
     Args:
         output (`str` or `os.PathLike`): The file or folder; for samples, a picture is put beside it.
-        command (`str`, *optional*): Of the plan, by which its outputs are told from samples.
+        command (`str`, *optional*): By which the records of its outputs are told from those of samples.
         inputs (`Iterable[str]`): Files that are read.
 
     Raises:
@@ -98,12 +98,7 @@ class Run:
     """An output and its finished batches, each a file of 8-bit pixels and nothing else.
 
     Args:
-        output (`str` or `os.PathLike`): By its ending `.npz`, `.parquet`, or without one a folder of PNGs, see
-            [`write_samples`]; or `.png`, the picture alone.
-        pipeline: Makes the images, of 1 or 3 channels.
-        labels (`torch.Tensor` of shape `(num_images,)`): Their classes, or [`NO_CLASS`] for each.
-        batch_size (`int`): Images at once, on which the last bits depend. Whole batches go to the processes in turn.
-        seed (`int`): Of all images together.
+        output, pipeline, labels, batch_size, seed: As of [`sample_to_file`].
         planned (`Mapping[str, Any]`): What else the images depend on, by name; those that are `None` are left out.
         draw (`Callable`, *optional*): Draws the picture that is put beside the output, or is it.
         verb (`str`, defaults to `"sampling"`): What the progress bar says.
@@ -129,9 +124,7 @@ class Run:
         if channels not in (1, 3):
             raise ValueError(f"Images of {channels} channels are no pictures; only the pipeline itself can make them.")
         if self.kind == ".png" and num_images > MAX_PICTURED:
-            raise ValueError(
-                f"{num_images} images are too many for one grid; give an --output of .npz, .parquet or a folder."
-            )
+            raise ValueError(f"{num_images} images are too many for one grid; make a .npz, a .parquet or a folder.")
         self.shape = (num_images, height, width, channels)
         self.image_bytes = math.prod(self.shape[1:])
         self.batch_size, self.num_batches = batch_size, math.ceil(num_images / batch_size)
@@ -162,7 +155,7 @@ class Run:
             `bool`: `True` if it was made, `False` if it was there already.
 
         Raises:
-            `ValueError`: If the output, or its parts exist with other settings, or the disk has too little space.
+            `ValueError`: If the output or its parts exist with other settings, or the disk has too little space.
             `FullDiskError`: If the disk is full; what is made is kept.
             `RuntimeError`: If another process has ended; what is made is kept.
         """
