@@ -81,10 +81,8 @@ def resumable(message: str = "Stopped; finished parts are kept. Rerun the same c
     """Adds how to resume to the message of a stopped command."""
     try:
         yield
-    except StoppedError as stop:
-        raise StoppedError(stop.signum, str(stop) or message) from None
-    except KeyboardInterrupt:
-        raise StoppedError(signal.SIGINT, message) from None
+    except KeyboardInterrupt as stop:
+        raise StoppedError(getattr(stop, "signum", signal.SIGINT), str(stop) or message) from None
 
 
 def print_once(*lines: str) -> None:
@@ -165,8 +163,8 @@ class Heartbeat:
         from torch.distributed import PrefixStore, TCPStore
 
         # Its own connection: that of the process group is locked while something waits on it.
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, timeout=timedelta(seconds=HEARTBEAT * MISSED_HEARTBEATS))
+        timeout = timedelta(seconds=HEARTBEAT * MISSED_HEARTBEATS)
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
         self.store = PrefixStore(f"hf-guided/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self.rank, self.peers = rank, [peer for peer in range(num_processes) if peer != rank]
         self.ended = threading.Event()

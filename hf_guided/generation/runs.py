@@ -39,7 +39,7 @@ from .grids import save_png
 from .samples import NO_CLASS, import_parquet, read_record, write_samples
 
 PLAN_FILE = "plan.json"
-_PLANNED = {"num_images", "size", "seed"}  # of every plan, by which a record is known as one
+_PLANNED = {"num_images": int, "size": str, "seed": int}  # of every plan, by which a record is known as one
 _CONTENT_OF = {"model": "model_files"}  # a folder may be moved, or its path spelled otherwise
 _HASHED = {"labels": "labels", "model_files": "model's files", "images": "small images"}
 MAX_PICTURED = 1000  # images in one grid
@@ -88,7 +88,7 @@ def check_destination(
         if name == path and not kind and name.is_dir() and not any(name.iterdir()):
             return True
         record = read_record(name) or {}
-        return record.keys() >= _PLANNED and record.get("command") == command
+        return record.keys() >= _PLANNED.keys() and record.get("command") == command
 
     beside = [_picture_path(path, kind)] if command is None and kind != ".png" else []
     check_replaceable([path, *beside], is_own, inputs)
@@ -232,9 +232,8 @@ class Run:
 
         plan_file, old = self.folder / PLAN_FILE, None
         if plan_file.is_file():
-            shape = {"num_images": int, "size": str, "seed": int, "batch_size": int}
             fix = f"remove the folder {self.folder} to start from scratch"
-            old = without_credentials(read_json(plan_file, shape, fix))
+            old = without_credentials(read_json(plan_file, _PLANNED, fix))
             if (changes := self._differences(old)) and any(self.folder.glob("*.raw")):
                 raise ValueError(
                     f"{self.folder} holds images with other settings: {changes}. Give the same flags to resume, or "

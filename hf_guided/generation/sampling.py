@@ -38,8 +38,7 @@ def sample_labels(which: str | Sequence[int], num_images: int, num_classes: int,
     Args:
         which (`str` or `Sequence[int]`): `"uniform"` draws classes, all equally likely, as the published scripts do;
             `"all"` takes all classes in turn; or ids, taken in turn.
-        num_images (`int`): How many.
-        num_classes (`int`): Classes that there are.
+        num_images, num_classes (`int`): How many there are.
         seed (`int`, defaults to 0): Seed of all images together, for `"uniform"`.
 
     Returns:
@@ -66,15 +65,10 @@ def sample_batches(
     """Makes images batch by batch; image i of a seed has the same noise, to the bit, for every batch size.
 
     Args:
-        pipeline: Makes the images.
-        labels (`torch.Tensor` of shape `(n,)`): The class of each image, or [`NO_CLASS`] for each.
-        batch_size (`int`): Images at once.
-        seed (`int`, defaults to 0): Seed of all images together.
+        pipeline, labels, batch_size, seed, compile, arguments: As of [`sample_to_file`].
         batches (`Iterable[int]`, *optional*): The batches to make, of which batch b begins with image b * batch_size;
             all, by default.
         images (a list or array of n images, *optional*): The small ones to upsample.
-        compile (`bool`, defaults to `False`): Compile the pipeline's models first.
-        arguments: Go to the pipeline.
 
     Yields:
         The index of a batch, and its images: uint8 of shape `(batch_size or fewer, channels, height, width)`, on the
