@@ -122,9 +122,8 @@ class Kind:
 def flag(default: Any, help: str, choices: Sequence[Any] | None = None, repr: bool = True) -> Any:
     """A dataclass field for a flag; `repr=False` keeps its value out of messages."""
     metadata = {"help": help} if choices is None else {"help": help, "choices": list(choices)}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata, repr=repr)
-    return field(default=default, metadata=metadata, repr=repr)
+    given: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**given, metadata=metadata, repr=repr)
 
 
 @dataclass

@@ -120,22 +120,22 @@ def match_classes(
             )
         return {label: label for label in wanted}
 
-    def match(label: int) -> int | None:
+    matched, unmatched = {}, []
+    for label in sorted(wanted):
         name = our_names.get(label, "")
-        if their_names.get(label) == name:
-            return label
-        candidates = [other for other in their_names if caseless(their_names[other]) == caseless(name)]
-        candidates = candidates or [other for other in their_names if spellings(their_names[other]) & spellings(name)]
-        return candidates[0] if len(candidates) == 1 else None
-
-    matched = {label: match(label) for label in sorted(wanted)}
-    unmatched = [*dict.fromkeys(repr(our_names.get(label, str(label))) for label in matched if matched[label] is None)]
+        found = [label] if their_names.get(label) == name else []
+        found = found or [other for other in their_names if caseless(their_names[other]) == caseless(name)]
+        found = found or [other for other in their_names if spellings(their_names[other]) & spellings(name)]
+        if len(found) == 1:
+            matched[label] = found[0]
+        else:
+            unmatched.append(repr(our_names.get(label, str(label))))
     if unmatched:
         raise ValueError(
-            f"The classifier {classifier} has no class named {first_few(unmatched)}, or several; rename them in its "
-            f"config.id2label, or take a classifier of the same classes."
+            f"The classifier {classifier} has no class named {first_few(list(dict.fromkeys(unmatched)))}, or several; "
+            f"rename them in its config.id2label, or take a classifier of the same classes."
         )
-    return {label: match for label, match in matched.items() if match is not None}
+    return matched
 
 
 def _id_of_word(word: str, id2label: Mapping[int, str], num_classes: int) -> int:
