@@ -22,8 +22,6 @@ _MOST_NAMES = 5  # in one message
 # Errors that loading raises for damaged files
 _DAMAGED = (SafetensorError, UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError)
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 
 class WeightsError(ValueError, RuntimeError):
     """Weights do not fit a model; a `ValueError`, and a `RuntimeError` as torch raises."""
@@ -60,31 +58,23 @@ class WholeModelMixin(SavedConfigMixin, ModelMixin):
 
     @classmethod
     def _load_pretrained_model(
-        cls,
-        model: nn.Module,
-        state_dict: Mapping[str, torch.Tensor] | None,
-        resolved_model_file: list[str],
-        pretrained_model_name_or_path: str | os.PathLike,
-        *args: Any,
-        **kwargs: Any,
+        cls, model: nn.Module, state_dict: Any, files: list[str], source: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> Any:
         if kwargs.get("hf_quantizer") is None:  # a quantizer has names and shapes of its own
             if state_dict is not None:
-                given: Shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+                given = _shapes(state_dict)
             else:  # shards: their index may list tensors that they lack
-                given = {name: shape for file in resolved_model_file for name, shape in read_shapes(file).items()}
-            expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+                given = {name: shape for file in files for name, shape in read_shapes(file).items()}
+            expected = _shapes(model.state_dict())
             mismatched = [
                 (name, given[name], shape)
                 for name, shape in expected.items()
                 if name in given and given[name] != shape and not kwargs.get("ignore_mismatched_sizes")
             ]
             missing, unexpected = expected.keys() - given.keys(), given.keys() - expected.keys()
-            check_cover(pretrained_model_name_or_path, missing, unexpected, mismatched)
-        loaded = super()._load_pretrained_model(
-            model, state_dict, resolved_model_file, pretrained_model_name_or_path, *args, **kwargs
-        )
-        check_finite_vectors(pretrained_model_name_or_path, model)
+            check_cover(source, missing, unexpected, mismatched)
+        loaded = super()._load_pretrained_model(model, state_dict, files, source, *args, **kwargs)
+        check_finite_vectors(source, model)
         return loaded
 
 
@@ -234,13 +224,16 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
 def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in a file of weights; of `.safetensors`, only the header is read."""
     if Path(path).suffix != ".safetensors":
-        tensors = torch.load(path, map_location="meta", weights_only=True)
-        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return _shapes(torch.load(path, map_location="meta", weights_only=True))
     try:
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise _damaged(path, str(error)) from None
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def foreign_content(path: str | os.PathLike) -> str:

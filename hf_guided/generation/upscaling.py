@@ -57,17 +57,12 @@ def upscale_to_file(
     Args:
         pipeline ([`ClassifierGuidedUpscalePipeline`]): Makes the large images, of 1 or 3 channels.
         images (`np.ndarray` of shape `(n, height, width, channels)`, or a list of PIL images): The small images.
-        labels: Their classes by id or name, one for all or one for each; `None` for an unconditional UNet. Those of an
-            `.npz` file may be given to that too, and are left out.
-        output (`str` or `os.PathLike`): As of [`sample_to_file`]; a `.png` shows each small image beside its large one.
-        batch_size, seed, arguments: As of [`sample_to_file`].
-
-    Returns:
-        `bool`: `True` if it was made, `False` if it was there already.
+        labels: Their classes by id or name, one for all or one for each; an unconditional UNet takes none, and those of
+            an `.npz` file are left out.
+        output: A `.png` shows each small image beside its large one.
 
     Raises:
         `ValueError`: For labels or images that the pipeline does not take.
-        `ValueError`, `FullDiskError`, `RuntimeError`: As [`Run.make`]; what is made is kept.
     """
     pipeline.prepare_low_res(images if isinstance(images, list) else images[:1])  # refuses another size
     ids = _class_ids(pipeline, labels, len(images))
