@@ -1,6 +1,7 @@
 """Allowed settings of models and schedulers: one rule for each name, in whichever class."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -82,14 +83,11 @@ def check_names(id2label: Any, num_classes: int | None, whole: bool = False) -> 
         raise ValueError(f"id2label={spelled(id2label)} is not a mapping; {wanted}.")
     ids = set()
     for label, name in id2label.items():
-        text = str(label)
-        if isinstance(label, bool) or not (text.isascii() and text.isdecimal() and len(text) < 10) or int(text) in ids:
-            raise ValueError(
-                f"id2label has the id {spelled(label)}, which is not a whole number or is repeated; {wanted}."
-            )
+        if not re.fullmatch("[0-9]{1,9}", str(label)) or int(label) in ids:
+            raise ValueError(f"id2label has the id {spelled(label)}, no whole number or a repeated one; {wanted}.")
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"id2label names class {label} {spelled(name)}, which is not a string; {wanted}.")
-        ids.add(int(text))
+        ids.add(int(label))
     if num_classes is not None and ids and max(ids) >= num_classes:
         raise ValueError(f"id2label has the id {max(ids)}; the ids of {num_classes} classes end at {num_classes - 1}.")
     if whole and ids != set(range(len(ids))):
