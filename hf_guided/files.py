@@ -203,9 +203,8 @@ def check_replaceable(
     read = [Path(path) for path in inputs if path is not None and os.path.exists(path)]
     written: dict[str, Path] = {}
     for path in map(Path, outputs):
-        if other := written.get(real := os.path.realpath(path)):
+        if (other := written.setdefault(os.path.realpath(path), path)) is not path:
             raise ValueError(f"{other} and {path} are the same file, but two outputs; give another name.")
-        written[real] = path
         if any(path.exists() and path.samefile(source) for source in read):
             raise ValueError(f"{path} is read by this command and would be overwritten; give another output.")
         if os.path.lexists(path) and not is_own(path):
