@@ -94,11 +94,11 @@ class Kind:
 
     def __str__(self) -> str:
         """What is allowed, in words."""
-        nouns = {bool: "true or false", int: "whole number", float: "finite number", str: "non-empty text"}
-        rules = [str(rule) for rule in self.rules]
+        nouns = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a non-empty text"}
         if self.entries is None:
-            return " ".join([*([] if self.base is bool else ["a"]), nouns[self.base], *rules])
-        return ", each ".join([" ".join([*rules, f"{nouns[self.entries.base]}s"]), *map(str, self.entries.rules)])
+            return " ".join([nouns[self.base], *map(str, self.rules)])
+        plural = f"{nouns[self.entries.base].removeprefix('a ')}s"
+        return ", each ".join([" ".join([*map(str, self.rules), plural]), *map(str, self.entries.rules)])
 
     def hint(self, value: Any) -> str:
         """A hint for a value that YAML reads as another type."""

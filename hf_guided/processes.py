@@ -189,8 +189,7 @@ class Heartbeat:
             last = beats
             if dead := [peer for peer in self.peers if missed[peer] >= MISSED_HEARTBEATS]:
                 seconds = HEARTBEAT * MISSED_HEARTBEATS
-                limit = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
-                why = f"Process {dead[0]} of this run has sent no heartbeat for {limit}"
+                why = f"Process {dead[0]} of this run has sent no heartbeat for {seconds:g} seconds"
                 break
         if not self.ended.wait(HEARTBEAT):  # a main thread that notices it itself ends cleanly
             print(f"error: {why}. Rerun the same command to resume.", file=sys.stderr, flush=True)

@@ -90,8 +90,7 @@ def check_destination(
         record = read_record(name) or {}
         return record.keys() >= _PLANNED.keys() and record.get("command") == command
 
-    beside = [_picture_path(path, kind)] if command is None and kind != ".png" else []
-    check_replaceable([path, *beside], is_own, inputs)
+    check_replaceable(dict.fromkeys([path, _picture_path(path, kind, command) or path]), is_own, inputs)
 
 
 class Run:
@@ -100,7 +99,7 @@ class Run:
     Args:
         output, pipeline, labels, batch_size, seed: As of [`sample_to_file`].
         planned (`Mapping[str, Any]`): What else the images depend on, by name; those that are `None` are left out.
-        draw (`Callable`, *optional*): Draws the picture that is put beside the output, or is it.
+        draw (`Callable`): Draws the picture that is put beside samples, or is the output.
         verb (`str`, defaults to `"sampling"`): What the progress bar says.
 
     Raises:
@@ -115,11 +114,13 @@ class Run:
         batch_size: int,
         seed: int,
         planned: Mapping[str, Any],
-        draw: "Callable[[Run], Image.Image] | None" = None,
+        draw: "Callable[[Run], Image.Image]",
         verb: str = "sampling",
     ):
-        check_destination(output, command=planned.get("command"))
+        command = planned.get("command")
+        check_destination(output, command=command)
         self.path, self.kind, self.folder = Path(output), kind_of(output), _parts_folder(Path(output))
+        self.picture = _picture_path(self.path, self.kind, command)
         (height, width), channels, num_images = pipeline.sample_size, pipeline.image_channels, len(labels)
         if channels not in (1, 3):
             raise ValueError(f"Images of {channels} channels are no pictures; only the pipeline itself can make them.")
@@ -307,8 +308,8 @@ class Run:
                 pass  # the picture alone
         else:
             write_samples(whole, batches, self.shape, self.labels, id2label=self.id2label, record=self.plan)
-        if self.draw is not None:
-            save_png(self.draw(self), _picture_path(self.path, self.kind), record=self.plan)
+        if self.picture is not None:
+            save_png(self.draw(self), self.picture, record=self.plan)
         if self.kind != ".png":
             os.replace(whole, self.path)
         remove_folder(self.folder)
@@ -318,8 +319,10 @@ def _parts_folder(path: Path) -> Path:
     return path.with_name(f"{path.name}.parts")
 
 
-def _picture_path(path: Path, kind: str) -> Path:
-    """The picture beside a file or folder; of a picture, itself."""
+def _picture_path(path: Path, kind: str, command: str | None) -> Path | None:
+    """The picture beside a file or folder of samples; of a picture, itself; `None` for outputs of other commands."""
+    if command is not None and kind != ".png":
+        return None
     return path.with_suffix(".png") if kind else path.with_name(f"{path.name}.png")
 
 

@@ -14,7 +14,7 @@ from ..data.images import open_image
 from ..data.npz import read_samples
 from ..models.images import BAD_IMAGE_ERRORS
 from .grids import labelled_grid
-from .runs import Run, kind_of
+from .runs import Run
 from .samples import NO_CLASS, to_picture
 from .sampling import sample_batches
 
@@ -76,8 +76,7 @@ def upscale_to_file(
         return labelled_grid(pictures, names, cell_size=max(pipeline.sample_size))
 
     planned = {"command": COMMAND, "images": _digest(pipeline, images), **arguments}
-    drawn = draw if kind_of(output) == ".png" else None
-    run = Run(output, pipeline, ids, batch_size, seed, planned, drawn, verb="upscaling")
+    run = Run(output, pipeline, ids, batch_size, seed, planned, draw, verb="upscaling")
     return run.make(partial(sample_batches, pipeline, ids, batch_size, seed, images=images, **arguments))
 
 
