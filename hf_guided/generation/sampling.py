@@ -135,6 +135,7 @@ def sample_to_file(
 def _grid(run: Run) -> Image.Image:
     """All samples, a row for each class in the order of the labels; beside a file, ten of each of the first ten."""
     is_all = run.kind == ".png"
+    rows: list[Any]
     if run.labels is None:
         indices = range(run.shape[0] if is_all else min(run.shape[0], _GRID_ROWS * _GRID_COLUMNS))
         rows = [indices[start : start + _GRID_COLUMNS] for start in range(0, len(indices), _GRID_COLUMNS)]
