@@ -1,19 +1,18 @@
-"""Dataclasses whose fields are flags: a field declares its type and range, and one function checks them all."""
+"""Types and ranges of settings, declared by annotations; dataclasses whose fields are flags, which they check."""
 
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from os import PathLike, fspath
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from . import settings
-
 
 @dataclass(frozen=True)
 class Range:
-    """Allowed numbers of a field: `Annotated[float, Range(at_least=0, below=1)]`."""
+    """Allowed numbers: `Annotated[float, Range(at_least=0, below=1)]`."""
 
     at_least: float = -math.inf
     above: float = -math.inf
@@ -39,29 +38,92 @@ class Length:
         return self.at_least <= len(value) <= self.at_most
 
     def __str__(self) -> str:
-        return f"{self.at_least} or {self.at_most if math.isfinite(self.at_most) else 'more'}"
+        if self.at_least == self.at_most:
+            return str(self.at_least)
+        if self.at_most == math.inf:
+            return f"{self.at_least} or more"
+        return f"{self.at_least} {'or' if self.at_most == self.at_least + 1 else 'to'} {self.at_most}"
 
 
-MOST_COUNT = 10**9  # upper bound of all counts: more has no use, and overflows
+# More than these is of no use, or a damaged file, and would exhaust the memory
+MOST_COUNT = 10**9
 
 PositiveInt = Annotated[int, Range(at_least=1, at_most=MOST_COUNT)]
 NonNegativeInt = Annotated[int, Range(at_least=0, at_most=MOST_COUNT)]
-Width = Annotated[int, Range(at_least=1, at_most=settings.MOST_SIZE)]  # channels, or pixels of a side
-Depth = Annotated[int, Range(at_least=1, at_most=settings.MOST_LAYERS)]  # layers of one kind
-Factor = Annotated[float, Range(above=0, at_most=settings.MOST_FACTOR)]  # of a width
+Width = Annotated[int, Range(at_least=1, at_most=65_536)]  # channels, or pixels of a side
+Depth = Annotated[int, Range(at_least=1, at_most=1000)]  # layers of one kind
+Factor = Annotated[float, Range(above=0, at_most=1024)]  # of a width
 PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeFloat = Annotated[float, Range(at_least=0)]
 Share = Annotated[float, Range(at_least=0, below=1)]
 
-_NOUNS = {bool: "true or false", int: "whole number", float: "finite number", str: "non-empty text"}
+
+@dataclass(frozen=True)
+class Kind:
+    """An annotation, taken apart: of a truth value, a number, a text, or a list of these."""
+
+    base: Any  # without `Annotated` and `| None`
+    rules: tuple[Any, ...] = ()
+    is_optional: bool = False
+    entries: "Kind | None" = None  # of a list
+
+    @classmethod
+    def of(cls, hint: Any) -> "Kind":
+        """The kind of an annotation."""
+        if NoneType in get_args(hint):
+            (inner,) = (part for part in get_args(hint) if part is not NoneType)
+            return replace(cls.of(inner), is_optional=True)
+        base, *rules = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        return cls(base, tuple(rules), entries=cls.of(*get_args(base)) if get_origin(base) is list else None)
+
+    def fits(self, value: Any) -> bool:
+        """Whether it is a value of this kind; numbers may be numpy's."""
+        if value is None:
+            return self.is_optional
+        if self.entries is not None:
+            fits = isinstance(value, list | tuple) and all(map(self.entries.fits, value))
+        elif self.base is str:
+            fits = isinstance(value, str) and value.strip() != ""
+        elif self.base is bool:
+            fits = isinstance(value, bool)
+        else:
+            fits = isinstance(value, Integral if self.base is int else Real) and not isinstance(value, bool)
+            if fits and self.base is float:  # neither nan nor infinite, nor an integer that overflows
+                fits = abs(value if isinstance(value, int) else float(value)) <= sys.float_info.max
+        return fits and all(value in rule for rule in self.rules)
+
+    def __str__(self) -> str:
+        """What is allowed, in words."""
+        nouns = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a non-empty text"}
+        if self.entries is None:
+            return " ".join([nouns[self.base], *map(str, self.rules)])
+        plural = f"{nouns[self.entries.base].removeprefix('a ')}s"
+        return ", each ".join([" ".join([*map(str, self.rules), plural]), *map(str, self.entries.rules)])
+
+    def hint(self, value: Any) -> str:
+        """A hint for a value that YAML reads as another type."""
+        if self.entries is not None:
+            if not isinstance(value, list | tuple):
+                return ", as a list in square brackets"
+            return "".join({self.entries.hint(entry) for entry in value})
+        if isinstance(value, str) == (self.base is str):
+            return ""
+        return ", in quotes" if self.base is str else ", without quotes"
+
+    def shown(self, value: Any) -> str:
+        """A value as a message shows it, of at most 80 characters."""
+        if isinstance(value, list | tuple) and value:
+            text = " ".join(map((self.entries or self).shown, value))
+        else:
+            text = repr(value) if isinstance(value, str) and (self.base is not str or not value.strip()) else str(value)
+        return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def flag(default: Any, help: str, choices: Sequence[Any] | None = None, repr: bool = True) -> Any:
     """A dataclass field for a flag; `repr=False` keeps its value out of messages."""
     metadata = {"help": help} if choices is None else {"help": help, "choices": list(choices)}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata, repr=repr)
-    return field(default=default, metadata=metadata, repr=repr)
+    given: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**given, metadata=metadata, repr=repr)
 
 
 @dataclass
@@ -92,64 +154,9 @@ def check_values(owner: type, values: Mapping[str, Any], spell: Callable[[str, s
     for f in fields(owner):
         if f.name not in values:
             continue
-        value, choices, kind = values[f.name], f.metadata.get("choices"), _Kind.of(hints[f.name])
+        value, choices, kind = values[f.name], f.metadata.get("choices"), Kind.of(hints[f.name])
         if kind.fits(value) and (choices is None or value is None or value in choices):
             continue
         expected = f"one of {', '.join(map(str, choices))}" if choices else kind
         shown = kind.shown(value) if f.repr else "..."
         raise ValueError(f"{spell(f.name, shown)} is not allowed; give {expected}{kind.hint(value)}.")
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """An annotation of a field, taken apart."""
-
-    base: Any  # without `Annotated` and `| None`
-    rules: tuple[Any, ...] = ()
-    is_optional: bool = False
-    entries: "_Kind | None" = None  # of a list
-
-    @classmethod
-    def of(cls, hint: Any) -> "_Kind":
-        if NoneType in get_args(hint):
-            (inner,) = (part for part in get_args(hint) if part is not NoneType)
-            return replace(cls.of(inner), is_optional=True)
-        base, *rules = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        return cls(base, tuple(rules), entries=cls.of(*get_args(base)) if get_origin(base) is list else None)
-
-    def fits(self, value: Any) -> bool:
-        if value is None:
-            return self.is_optional
-        if self.entries is not None:
-            fits = isinstance(value, list | tuple) and all(map(self.entries.fits, value))
-        elif self.base is str:
-            fits = isinstance(value, str) and value.strip() != ""
-        elif self.base is bool:
-            fits = isinstance(value, bool)
-        else:
-            fits = isinstance(value, int if self.base is int else int | float) and not isinstance(value, bool)
-            fits = fits and (self.base is int or abs(value) <= sys.float_info.max)  # neither nan nor infinite
-        return fits and all(value in rule for rule in self.rules)
-
-    def __str__(self) -> str:
-        rules = [str(rule) for rule in self.rules]
-        if self.entries is None:
-            return " ".join([*([] if self.base is bool else ["a"]), _NOUNS[self.base], *rules])
-        return ", each ".join([" ".join([*rules, f"{_NOUNS[self.entries.base]}s"]), *map(str, self.entries.rules)])
-
-    def hint(self, value: Any) -> str:
-        """A hint for a value that YAML reads as another type."""
-        if self.entries is not None:
-            if not isinstance(value, list | tuple):
-                return ", as a list in square brackets"
-            return "".join({self.entries.hint(entry) for entry in value})
-        if isinstance(value, str) == (self.base is str):
-            return ""
-        return ", in quotes" if self.base is str else ", without quotes"
-
-    def shown(self, value: Any) -> str:
-        if isinstance(value, list | tuple) and value:
-            text = " ".join(map((self.entries or self).shown, value))
-        else:
-            text = repr(value) if isinstance(value, str) and (self.base is not str or not value.strip()) else str(value)
-        return text if len(text) <= 80 else f"{text[:77]}..."

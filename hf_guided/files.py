@@ -32,29 +32,23 @@ class FullDiskError(RuntimeError):
 
 
 def full_disk(error: BaseException) -> str | None:
-    """`"full"` or `"read-only"` if the cause of an error is such a disk; `None` for other errors.
-
-    Libraries hide it: in errors of their own, or as the cause or context of another error.
-    """
+    """`"full"` or `"read-only"` if such a disk caused an error, be it hidden in another one; else `None`."""
     reasons = {errno.ENOSPC: "full", errno.EDQUOT: "full", errno.EFBIG: "full", errno.EROFS: "read-only"}
     current: BaseException | None = error
     while current is not None:
-        if isinstance(current, OSError):
-            if current.errno in reasons:
-                return reasons[current.errno]
-        elif _TORCH_SAVE.search(str(current)):  # torch gives no errno
+        in_rust = re.search(r"\(os error (\d+)\)", str(current))  # as safetensors says it
+        number = current.errno if isinstance(current, OSError) else int(in_rust[1]) if in_rust else None
+        if number in reasons:
+            return reasons[number]
+        if _TORCH_SAVE.search(str(current)):  # torch gives no errno
             return "full"
-        else:
-            for number, reason in reasons.items():  # safetensors and other libraries in Rust
-                if f"(os error {number})" in str(current):
-                    return reason
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     return None
 
 
 @contextmanager
 def naming_full_disk(path: str | os.PathLike | None = None) -> Iterator[None]:
-    """Turns errors of a full or read-only disk into a `FullDiskError` that names `path`, or the error's file."""
+    """Turns errors of a full or read-only disk into a [`FullDiskError`] that names `path`, or the error's file."""
     try:
         yield
     except FullDiskError:
@@ -71,7 +65,7 @@ def naming_full_disk(path: str | os.PathLike | None = None) -> Iterator[None]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name may be that of a repository on the Hub: `user/name` or `name`, and nothing here."""
+    """Whether it may name a repository on the Hub: `user/name` or `name`, and no file or folder here."""
     return re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII) is not None and not os.path.exists(name)
 
 
@@ -79,13 +73,7 @@ def is_hub_id(name: str) -> bool:
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path next to a file or folder; renamed to it at the end, removed after an error.
 
-    Temporary files that killed processes left in the same folder are removed too. A full disk is a `FullDiskError`.
-
-    Examples:
-        ```py
-        with replacing("grid.png") as temporary:
-            image.save(temporary, format="PNG")
-        ```
+    What killed processes left in the same folder is removed too. A full disk is a [`FullDiskError`].
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}.tmp")
@@ -120,8 +108,8 @@ def read_json(path: str | os.PathLike, shape: Any = dict, fix: str = "remove it"
 
     Args:
         path (`str` or `os.PathLike`): The file.
-        shape (`Any`, defaults to `dict`): The expected content: a type; `[shape]` for a list; or a dict from
-            required keys to their shapes, where a type as key stands for all keys.
+        shape (`Any`, defaults to `dict`): Of the content: a type; `[shape]` of a list; or a dict from required keys to
+            their shapes, where a type as key stands for all keys.
         fix (`str`, defaults to `"remove it"`): What to do if it is damaged, for the message.
 
     Raises:
@@ -142,9 +130,7 @@ def _has_shape(content: Any, shape: Any) -> bool:
         return isinstance(content, list) and all(_has_shape(item, shape[0]) for item in content)
     if not isinstance(shape, dict):
         return isinstance(content, shape)
-    if not isinstance(content, dict):
-        return False
-    return all(
+    return isinstance(content, dict) and all(
         all(_has_shape(value, inner) for value in content.values())
         if isinstance(key, type)
         else key in content and _has_shape(content[key], inner)
@@ -156,8 +142,8 @@ def _has_shape(content: Any, shape: Any) -> bool:
 def replacing_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """An empty temporary folder; replaces the folder at the end, removed after an error.
 
-    The old folder is renamed before the new one takes its name, and deleted last: at any time one of them is complete,
-    and [`recover_folder`] finds it. A full disk is a `FullDiskError`.
+    The old folder is renamed before, and deleted after: at any time one of them is complete, and [`recover_folder`]
+    finds it. A full disk is a [`FullDiskError`].
     """
     folder = recover_folder(folder)
     partial, old = partial_name(folder), _beside(folder, "old")
@@ -212,17 +198,13 @@ def check_replaceable(
 ) -> None:
     """Refuses outputs that are the same, or that would overwrite an input or a foreign file.
 
-    Args:
-        outputs (`Iterable[str]`): The files that will be written.
-        is_own (`Callable`): Whether an existing file was made by this command and may be replaced.
-        inputs (`Iterable[str]`): What the command reads; `None` and names that are not files (Hub ids) are ignored.
+    `is_own` says whether an existing file was made by this command. Inputs that are `None` or no files are ignored.
     """
     read = [Path(path) for path in inputs if path is not None and os.path.exists(path)]
     written: dict[str, Path] = {}
     for path in map(Path, outputs):
-        if other := written.get(real := os.path.realpath(path)):
+        if (other := written.setdefault(os.path.realpath(path), path)) is not path:
             raise ValueError(f"{other} and {path} are the same file, but two outputs; give another name.")
-        written[real] = path
         if any(path.exists() and path.samefile(source) for source in read):
             raise ValueError(f"{path} is read by this command and would be overwritten; give another output.")
         if os.path.lexists(path) and not is_own(path):
@@ -238,10 +220,7 @@ def check_kind(paths: Iterable[str | os.PathLike], is_folder: bool) -> None:
 
 
 def check_outside(output: str | os.PathLike, folders: Iterable[str | os.PathLike | None]) -> None:
-    """Refuses an output that is, or lies in, a folder that the command reads: it would become part of the input.
-
-    `None` and names that are not folders are ignored.
-    """
+    """Refuses an output in a folder that the command reads, or that folder; what is `None` or no folder is ignored."""
     place = Path(os.path.realpath(output))
     places = [path for path in (place, *place.parents) if path.exists()]
     for folder in folders:
@@ -263,10 +242,7 @@ def check_place(folder: str | os.PathLike, flag: str = "--output") -> Path:
 
 
 def check_parent(path: str | os.PathLike, flag: str = "--output", suffix: str = "") -> None:
-    """Refuses an output file of another ending than `suffix`, or whose folder does not exist or is not writable.
-
-    Only output folders are made with their parents, see [`check_place`].
-    """
+    """Refuses an output file of another ending than `suffix`, or whose folder does not exist or is not writable."""
     if not os.fspath(path).endswith(suffix):
         raise ValueError(f"{flag} {path} must end in {suffix}.")
     folder = Path(path).absolute().parent
@@ -283,10 +259,8 @@ def _check_writable(folder: Path, what: str) -> None:
 def differing(old: Mapping[str, Any], new: Mapping[str, Any], content_of: Mapping[str, str]) -> list[str]:
     """Names of the settings in which two records differ; files are compared by content, not by name.
 
-    Args:
-        old (`Mapping`), new (`Mapping`): The records.
-        content_of (`Mapping[str, str]`): For a setting that names a file, the entry with the hash of its content. If
-            both records have it (older versions may not), only the hashes are compared.
+    `content_of` gives, for a setting that names a file, the entry with the hash of its content. Where both records have
+    it (older versions may not), only the hashes are compared.
     """
     hashed = {entry for entry in content_of.values() if None not in (old.get(entry), new.get(entry))}
     equal = {entry for entry in hashed if old[entry] == new[entry]}
@@ -304,12 +278,9 @@ _locks: set[int] = set()  # descriptors of folders that this process has locked
 
 @contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
-    """Locks a folder against other processes. The lock ends with the process, and leaves no file.
+    """Locks a folder against other processes, without a file; a `ValueError` if another one has locked it.
 
     Where folders cannot be locked (Windows, some network disks), it does nothing.
-
-    Raises:
-        `ValueError`: If another process has locked it.
     """
     if fcntl is None:
         yield

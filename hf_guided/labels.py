@@ -1,7 +1,4 @@
-"""Class names: resolving, suggesting, matching between models, making unique.
-
-Names are compared in Unicode's composed form (NFC): "é" is one letter in every encoding.
-"""
+"""Class names: resolving, suggesting, matching between models, making unique."""
 
 import difflib
 import unicodedata
@@ -17,6 +14,7 @@ from .settings import whole_number
 
 
 def composed(name: str) -> str:
+    """A name in Unicode's composed form, in which "é" is one letter, for comparison."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -33,8 +31,8 @@ def spellings(name: str) -> set[str]:
 def resolve_labels(class_labels: Any, id2label: Mapping[int, str], num_classes: int) -> list[int]:
     """Class ids from ids or names, one or several.
 
-    A string that is a class name means that class. Other strings of digits are ids, unless numbers are both names and
-    ids of different classes: then a number that is not a name is refused as ambiguous.
+    A string that is a class name means that class. Other strings of digits are ids, unless numbers are the names of
+    classes with other ids: then a number that is no name is refused as ambiguous.
 
     Args:
         class_labels (`int`, `str`, a list, array or tensor of them): Integers of any type are ids.
@@ -117,31 +115,31 @@ def match_classes(
     if not our_names or not their_names or our_names == their_names:
         if len(ours) != len(theirs):
             raise ValueError(
-                f"The classifier has {len(theirs)} classes and the UNet {len(ours)}, and "
-                f"they have no names to match them by; give both an id2label, or take models of the same classes."
+                f"The classifier has {len(theirs)} classes and the UNet {len(ours)}, without names to match them by; "
+                f"give both an id2label, or take models of the same classes."
             )
         return {label: label for label in wanted}
 
-    def match(label: int) -> int | None:
+    matched, unmatched = {}, []
+    for label in sorted(wanted):
         name = our_names.get(label, "")
-        if their_names.get(label) == name:
-            return label
-        candidates = [other for other in their_names if caseless(their_names[other]) == caseless(name)]
-        candidates = candidates or [other for other in their_names if spellings(their_names[other]) & spellings(name)]
-        return candidates[0] if len(candidates) == 1 else None
-
-    matched = {label: match(label) for label in sorted(wanted)}
-    unmatched = [*dict.fromkeys(repr(our_names.get(label, str(label))) for label in matched if matched[label] is None)]
+        found = [label] if their_names.get(label) == name else []
+        found = found or [other for other in their_names if caseless(their_names[other]) == caseless(name)]
+        found = found or [other for other in their_names if spellings(their_names[other]) & spellings(name)]
+        if len(found) == 1:
+            matched[label] = found[0]
+        else:
+            unmatched.append(repr(our_names.get(label, str(label))))
     if unmatched:
         raise ValueError(
-            f"The classifier {classifier} has no class named {first_few(unmatched)}, or several; rename them in its "
-            f"config.id2label, or take a classifier of the same classes."
+            f"The classifier {classifier} has no class named {first_few(list(dict.fromkeys(unmatched)))}, or several; "
+            f"rename them in its config.id2label, or take a classifier of the same classes."
         )
-    return {label: match for label, match in matched.items() if match is not None}
+    return matched
 
 
 def _id_of_word(word: str, id2label: Mapping[int, str], num_classes: int) -> int:
-    """The id of a class by its name, or by a string of digits, which may still be out of range."""
+    """The id of a class by its name or a string of digits; it may be out of range."""
     if not (word.isascii() and word.isdecimal()) or _ids_of_name(word, id2label):
         return id_of_name(word, id2label)
     for label, name in id2label.items():
@@ -155,7 +153,6 @@ def _id_of_word(word: str, id2label: Mapping[int, str], num_classes: int) -> int
 
 
 def _ids_of_name(name: str, id2label: Mapping[int, str]) -> list[int]:
-    """The ids of all classes that match a name."""
     for spell in (composed, lambda name: composed(name).strip(), caseless):
         if ids := [label for label, other in id2label.items() if spell(other) == spell(name)]:
             return ids

@@ -22,18 +22,13 @@ _MOST_NAMES = 5  # in one message
 # Errors that loading raises for damaged files
 _DAMAGED = (SafetensorError, UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError)
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 
 class WeightsError(ValueError, RuntimeError):
     """Weights do not fit a model; a `ValueError`, and a `RuntimeError` as torch raises."""
 
 
 class SavedConfigMixin:
-    """Mixin for configs of diffusers: refuses damaged files, and saves no local paths.
-
-    It comes before diffusers' own classes among the bases.
-    """
+    """Mixin for configs of diffusers, before its own classes: refuses damaged files, and saves no local paths."""
 
     config_name: str
 
@@ -63,31 +58,23 @@ class WholeModelMixin(SavedConfigMixin, ModelMixin):
 
     @classmethod
     def _load_pretrained_model(
-        cls,
-        model: nn.Module,
-        state_dict: Mapping[str, torch.Tensor] | None,
-        resolved_model_file: list[str],
-        pretrained_model_name_or_path: str | os.PathLike,
-        *args: Any,
-        **kwargs: Any,
+        cls, model: nn.Module, state_dict: Any, files: list[str], source: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> Any:
         if kwargs.get("hf_quantizer") is None:  # a quantizer has names and shapes of its own
             if state_dict is not None:
-                given: Shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+                given = _shapes(state_dict)
             else:  # shards: their index may list tensors that they lack
-                given = {name: shape for file in resolved_model_file for name, shape in read_shapes(file).items()}
-            expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+                given = {name: shape for file in files for name, shape in read_shapes(file).items()}
+            expected = _shapes(model.state_dict())
             mismatched = [
                 (name, given[name], shape)
                 for name, shape in expected.items()
                 if name in given and given[name] != shape and not kwargs.get("ignore_mismatched_sizes")
             ]
             missing, unexpected = expected.keys() - given.keys(), given.keys() - expected.keys()
-            check_cover(pretrained_model_name_or_path, missing, unexpected, mismatched)
-        loaded = super()._load_pretrained_model(
-            model, state_dict, resolved_model_file, pretrained_model_name_or_path, *args, **kwargs
-        )
-        check_finite_vectors(pretrained_model_name_or_path, model)
+            check_cover(source, missing, unexpected, mismatched)
+        loaded = super()._load_pretrained_model(model, state_dict, files, source, *args, **kwargs)
+        check_finite_vectors(source, model)
         return loaded
 
 
@@ -105,9 +92,13 @@ def check_cover(
         mismatched: Tensors of another shape: name, shape in the weights, shape in the model.
 
     Raises:
-        [`WeightsError`]: If there are any, naming them.
+        [`WeightsError`]: Naming them.
     """
-    shapes = [f"{name} ({_size(given)} instead of {_size(wanted)})" for name, given, wanted in sorted(mismatched)]
+
+    def size(shape: Collection[int]) -> str:
+        return "x".join(map(str, shape)) or "a number"
+
+    shapes = [f"{name} ({size(given)} instead of {size(wanted)})" for name, given, wanted in sorted(mismatched)]
     parts = [
         f"{first_few(names, _MOST_NAMES)} {one if len(names) == 1 else several}"
         for names, one, several in (
@@ -119,25 +110,22 @@ def check_cover(
     ]
     if not parts:
         return
-    mend = "Config and weights belong to different models, or the file is incomplete: save or download the model again."
+    fix = "Config and weights belong to different models, or the file is incomplete: save or download the model again."
     prefixes = {name.partition(".")[0] for name in unexpected}
     if mismatched and not missing and not unexpected:
-        mend = (
-            "Config and weights belong to different models; ignore_mismatched_sizes=True reinitialises these tensors."
-        )
+        fix = "Config and weights belong to different models; ignore_mismatched_sizes=True reinitialises these tensors."
     elif len(prefixes) == 1 and {name.partition(".")[2] for name in unexpected} == set(missing):
-        mend = (
+        fix = (
             f"All names begin with '{prefixes.pop()}.', as a wrapper of the model (DistributedDataParallel, "
             f"torch.compile) saves them: save the model inside the wrapper."
         )
-    raise WeightsError(f"The weights of {source or 'the state dict'} do not fit the model: {'; '.join(parts)}. {mend}")
+    raise WeightsError(f"The weights of {source or 'the state dict'} do not fit the model: {'; '.join(parts)}. {fix}")
 
 
 def check_finite_vectors(source: str | os.PathLike | None, model: nn.Module) -> None:
-    """Refuses, by a [`WeightsError`], biases and scales that are not finite.
+    """Refuses, by a [`WeightsError`], biases and scales that are not finite: a ReLU may hide them.
 
-    They are a thousandth of the weights, and a ReLU may hide an infinite one. Other weights show in the model's output,
-    which is checked wherever it is used.
+    They are a thousandth of the weights. Others show in the model's output, which is checked wherever it is used.
     """
     broken = [
         name
@@ -218,8 +206,8 @@ def check_file(path: Path) -> None:
                 raise ValueError(f"{path.parent / name} is missing, which {path.name} lists: download it again.")
     elif path.suffix == ".safetensors":
         read_shapes(path)
-    elif path.suffix == ".bin" and (what := foreign_content(path)):
-        raise ValueError(f"{path} is {what}: save or download it again.")
+    elif path.suffix == ".bin" and foreign_content(path):
+        raise _damaged(path)
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
@@ -229,22 +217,23 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict) or not config:
-        what = foreign_content(path) or "damaged, it is not a JSON object of settings"
-        raise ValueError(f"{path} is {what}: save or download it again.")
+        raise _damaged(path, "it is not a JSON object of settings")
     return config
 
 
 def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in a file of weights; of `.safetensors`, only the header is read."""
     if Path(path).suffix != ".safetensors":
-        tensors = torch.load(path, map_location="meta", weights_only=True)
-        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return _shapes(torch.load(path, map_location="meta", weights_only=True))
     try:
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        what = foreign_content(path) or f"damaged or truncated ({error})"
-        raise ValueError(f"{path} is {what}: save or download it again.") from None
+        raise _damaged(path, str(error)) from None
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def foreign_content(path: str | os.PathLike) -> str:
@@ -260,6 +249,10 @@ def foreign_content(path: str | os.PathLike) -> str:
     return ""
 
 
+def _damaged(path: str | os.PathLike, reason: str = "") -> ValueError:
+    return ValueError(f"{path} is {foreign_content(path) or f'damaged ({reason})'}: save or download it again.")
+
+
 def weights_digest(model: torch.nn.Module, settings: str = "") -> str:
     """Hex SHA-256 of a model's class, of settings, and of the names, types, shapes and bytes of its weights."""
     digest = hashlib.sha256(json.dumps([type(model).__name__, settings]).encode())
@@ -267,7 +260,3 @@ def weights_digest(model: torch.nn.Module, settings: str = "") -> str:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _size(shape: Collection[int]) -> str:
-    return "x".join(map(str, shape)) or "a number"

@@ -38,10 +38,7 @@ class StoppedError(KeyboardInterrupt):
 
 @contextmanager
 def user_command() -> Iterator[None]:
-    """Turns user errors into one sentence, and signals into their exit status, see the module's docstring.
-
-    Any other error is a bug of this package: it keeps its traceback and asks to be reported.
-    """
+    """Turns user errors into one sentence, and signals into their exit status; any other error is a bug to report."""
     requested: list[int] = []
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -72,9 +69,7 @@ def user_command() -> Iterator[None]:
         raise SystemExit(f"error: Not enough memory ({error or 'no more is free'}); ask for less at once.") from None
     except Exception:
         print(without_credentials(traceback.format_exc()), file=sys.stderr)
-        raise SystemExit(
-            "error: This is a bug of hf-guided. Please report it to the project, with the above."
-        ) from None
+        raise SystemExit("error: This is a bug of hf-guided. Please report it, with the above.") from None
     finally:
         leave_processes(is_done)
         for signum, handler in previous.items():
@@ -86,10 +81,8 @@ def resumable(message: str = "Stopped; finished parts are kept. Rerun the same c
     """Adds how to resume to the message of a stopped command."""
     try:
         yield
-    except StoppedError as stop:
-        raise StoppedError(stop.signum, str(stop) or message) from None
-    except KeyboardInterrupt:
-        raise StoppedError(signal.SIGINT, message) from None
+    except KeyboardInterrupt as stop:
+        raise StoppedError(getattr(stop, "signum", signal.SIGINT), str(stop) or message) from None
 
 
 def print_once(*lines: str) -> None:
@@ -118,9 +111,10 @@ def join_processes() -> "PartialState":
 
     accelerator = torch.accelerator.current_accelerator()
     is_shared = int(os.environ.get("WORLD_SIZE", 1)) > 1 and (accelerator is None or accelerator.type == "mps")
-    # One may still work for hours when the others are done; heartbeats detect a dead one.
-    timeout = timedelta(days=7)
-    state = PartialState(cpu=is_shared or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timeout)
+    state = PartialState(
+        cpu=is_shared or parse_flag_from_env("ACCELERATE_USE_CPU"),
+        timeout=timedelta(days=7),  # one may work for hours when the others are done; heartbeats detect a dead one
+    )
     if state.device.type == "cpu":
         # With "cpu:0" weights would be copied, and in memory of another alignment the last bits differ.
         state.device = torch.device("cpu")
@@ -159,8 +153,8 @@ def leave_processes(is_done: bool = True) -> None:
 class Heartbeat:
     """Ends this process if another one of the run is dead: killed, suspended, or ended by an error.
 
-    Each process increments its own counter from a thread, and reads those of the others. Without it, a collective would
-    wait for a dead process for days, and no signal interrupts it.
+    Each process increments a counter from a thread, and reads those of the others: a collective would wait for a dead
+    one for days, and no signal interrupts it.
     """
 
     running: "Heartbeat | None" = None
@@ -169,8 +163,8 @@ class Heartbeat:
         from torch.distributed import PrefixStore, TCPStore
 
         # Its own connection: that of the process group is locked while something waits on it.
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, timeout=timedelta(seconds=HEARTBEAT * MISSED_HEARTBEATS))
+        timeout = timedelta(seconds=HEARTBEAT * MISSED_HEARTBEATS)
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
         self.store = PrefixStore(f"hf-guided/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self.rank, self.peers = rank, [peer for peer in range(num_processes) if peer != rank]
         self.ended = threading.Event()
@@ -195,8 +189,7 @@ class Heartbeat:
             last = beats
             if dead := [peer for peer in self.peers if missed[peer] >= MISSED_HEARTBEATS]:
                 seconds = HEARTBEAT * MISSED_HEARTBEATS
-                limit = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
-                why = f"Process {dead[0]} of this run has sent no heartbeat for {limit}"
+                why = f"Process {dead[0]} of this run has sent no heartbeat for {seconds:g} seconds"
                 break
         if not self.ended.wait(HEARTBEAT):  # a main thread that notices it itself ends cleanly
             print(f"error: {why}. Rerun the same command to resume.", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from torch import nn
 from ..data import LabelledImages
 from ..evaluation.features.image_sets import SampledImages
 from ..generation.grids import labelled_grid, save_png
+from ..generation.samples import NO_CLASS
 from ..models.modes import evaluating
 from .timestep_sampling import TimestepSampler
 
@@ -65,9 +66,9 @@ class Task(ABC):
     def preview(self, path: Path) -> None:
         """Writes a grid of samples of the current model: eight of each of the first ten classes."""
         names = ["samples"] if self.id2label is None else list(self.id2label.values())[:10]
-        labels = 8 if self.id2label is None else torch.arange(len(names)).repeat_interleave(8)
+        classes = torch.tensor([NO_CLASS]) if self.id2label is None else torch.arange(len(names))
         with evaluating(self.model):
-            samples = SampledImages(self.pipeline(), labels)
+            samples = SampledImages(self.pipeline(), classes.repeat_interleave(8))
             save_png(labelled_grid(samples.pictures(self.args.train_batch_size), names), path)
 
     def facts(self) -> dict[str, Any]:

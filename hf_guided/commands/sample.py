@@ -50,5 +50,4 @@ def run(args: argparse.Namespace) -> None:
         settings = {name: getattr(args, name) for name in ("batch_size", "seed", "compile")}
         options = {name: getattr(args, name) for name in (*STEPS, *LATENTS, "condition_unet")}
         is_new = sample_to_file(pipe, labels, args.output, **settings, **pipeline_arguments(pipe, **options))
-    num_images = labels if isinstance(labels, int) else len(labels)
-    print_once(saved_message(f"{num_images} samples", args.output, is_new))
+    print_once(saved_message(f"{len(labels)} samples", args.output, is_new))

@@ -233,7 +233,7 @@ def run_sweep(settings: SweepSettings) -> SweepResult | None:
     (extractor,) = load_extractors(settings.features, pipeline, state)
     reference = open_real(settings.reference, pipeline.sample_size, state, settings.labels, settings.num_images)
     labels = labels_to_sample(pipeline, settings.labels, default="all", num_images=settings.num_images)
-    if isinstance(labels, int):
+    if pipeline.num_classes is None:
         raise ValueError(f"{settings.model} has no classes, and a sweep is of guidance by classes.")
     notes = list(reference.notes)
     judged = expected_labels(SampledImages(pipeline, labels), extractor, notes)

@@ -16,26 +16,19 @@ _MAX_NAME_LENGTH = 28  # characters; ImageNet names several synonyms
 
 
 def labelled_grid(
-    images: Sequence[Image.Image],
-    row_names: Sequence[str],
-    *,
-    title: str | None = None,
-    cell_size: int | None = None,
+    images: Sequence[Image.Image], row_names: Sequence[str], *, title: str | None = None, cell_size: int | None = None
 ) -> Image.Image:
     """An image grid, RGB on white, with one row per class, labelled with the class name on the left.
 
     Args:
-        images (`Sequence[PIL.Image.Image]`): The same number of images per row, row by row, as a pipeline
-            returns them for `class_labels=row_names` with `num_images_per_label`.
+        images (`Sequence[PIL.Image.Image]`): Row by row, the same number in each.
         row_names (`Sequence[str]`): The class of each row.
         title (`str`, *optional*): A line above the grid.
         cell_size (`int`, *optional*): Longer side of an image in the grid, in pixels. The default is the smallest
             whole multiple of the images' own size that is at least 56, so that pixels stay sharp squares.
     """
     if len(row_names) == 0 or len(images) == 0 or len(images) % len(row_names) != 0:
-        raise ValueError(
-            f"Each row of a grid needs the same number of images; got {len(images)} for {len(row_names)} rows."
-        )
+        raise ValueError(f"Each row of a grid has equally many images; got {len(images)} for {len(row_names)} rows.")
     columns = len(images) // len(row_names)
 
     longer_side = max(images[0].size)

@@ -8,6 +8,7 @@ import torch
 
 from ..families import family_of
 from ..processes import print_once
+from .samples import NO_CLASS
 from .sampling import sample_labels
 
 
@@ -19,8 +20,8 @@ def labels_to_sample(
     num_images: int | None = None,
     num_images_per_label: int | None = None,
     seed: int = 0,
-) -> torch.Tensor | int:
-    """The class of each image to sample, or the number of images of an unconditional pipeline.
+) -> torch.Tensor:
+    """The class of each image to sample, `(n,)`; [`NO_CLASS`] for each of an unconditional pipeline.
 
     Args:
         pipeline ([`ClassConditionalPipeline`]): Makes the images.
@@ -36,14 +37,13 @@ def labels_to_sample(
     if pipeline.num_classes is None:
         if labels is not None:
             raise ValueError("--labels were given, but this pipeline has no classes; leave them out.")
-        return num_images or per_label
+        return torch.tensor(NO_CLASS).expand(num_images or per_label)
     which: Any = default
-    if labels is not None and list(labels) in (["uniform"], ["all"]):
-        which = labels[0]
-        if which in pipeline.id2label.values():
+    if labels is not None:
+        is_word = list(labels) in (["uniform"], ["all"])
+        which = labels[0] if is_word else class_ids(pipeline, labels)
+        if is_word and which in pipeline.id2label.values():
             raise ValueError(f"--labels {which} might mean the class of that name too; give the ids of classes.")
-    elif labels is not None:
-        which = class_ids(pipeline, labels)
     if which == "uniform" and num_images is None:
         raise ValueError("Say how many samples to draw of all classes together: --num_images 50000.")
     count = num_images or per_label * (pipeline.num_classes if which == "all" else len(which))

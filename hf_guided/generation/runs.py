@@ -36,10 +36,10 @@ from ..files import (
 )
 from ..processes import from_main
 from .grids import save_png
-from .samples import import_parquet, read_record, write_samples
+from .samples import NO_CLASS, import_parquet, read_record, write_samples
 
 PLAN_FILE = "plan.json"
-_PLANNED = {"num_images", "size", "seed"}  # of every plan, by which a record is known as one
+_PLANNED = {"num_images": int, "size": str, "seed": int}  # of every plan, by which a record is known as one
 _CONTENT_OF = {"model": "model_files"}  # a folder may be moved, or its path spelled otherwise
 _HASHED = {"labels": "labels", "model_files": "model's files", "images": "small images"}
 MAX_PICTURED = 1000  # images in one grid
@@ -65,7 +65,7 @@ def check_destination(
 
     Args:
         output (`str` or `os.PathLike`): The file or folder; for samples, a picture is put beside it.
-        command (`str`, *optional*): Of the plan, by which its outputs are told from samples.
+        command (`str`, *optional*): By which the records of its outputs are told from those of samples.
         inputs (`Iterable[str]`): Files that are read.
 
     Raises:
@@ -79,61 +79,58 @@ def check_destination(
     if kind == ".parquet":
         import_parquet()
     parts = _parts_folder(path)
-    if os.path.lexists(parts) and not (parts.is_dir() and _may_hold_parts(parts)):
-        raise ValueError(f"{parts} was not made by this command; remove it, or give another --output.")
+    if os.path.lexists(parts):
+        is_begun = parts.is_dir() and all(left.suffix == ".tmp" for left in parts.iterdir())  # by a killed process
+        if not is_begun and not (parts / PLAN_FILE).is_file():
+            raise ValueError(f"{parts} was not made by this command; remove it, or give another --output.")
 
     def is_own(name: Path) -> bool:
+        if name == path and not kind and name.is_dir() and not any(name.iterdir()):
+            return True
         record = read_record(name) or {}
-        is_empty_folder = name == path and not kind and name.is_dir() and not any(name.iterdir())
-        return is_empty_folder or (record.keys() >= _PLANNED and record.get("command") == command)
+        return record.keys() >= _PLANNED.keys() and record.get("command") == command
 
-    beside = [_picture_path(path, kind)] if command is None and kind != ".png" else []
-    check_replaceable([path, *beside], is_own, inputs)
+    check_replaceable(dict.fromkeys([path, _picture_path(path, kind, command) or path]), is_own, inputs)
 
 
 class Run:
     """An output and its finished batches, each a file of 8-bit pixels and nothing else.
 
     Args:
-        output (`str` or `os.PathLike`): By its ending `.npz`, `.parquet`, or without one a folder of PNGs, see
-            [`write_samples`]; or `.png`, the picture alone.
-        pipeline: Makes the images, of 1 or 3 channels.
-        num_images (`int`): Images in all.
-        labels (`torch.Tensor` of shape `(num_images,)`, *optional*): Their classes.
-        batch_size (`int`): Images at once, on which the last bits depend. Whole batches go to the processes in turn.
-        seed (`int`): Of all images together.
+        output, pipeline, labels, batch_size, seed: As of [`sample_to_file`].
         planned (`Mapping[str, Any]`): What else the images depend on, by name; those that are `None` are left out.
-        draw (`Callable`, *optional*): Draws the picture that is put beside the output, or is it.
+        draw (`Callable`): Draws the picture that is put beside samples, or is the output.
         verb (`str`, defaults to `"sampling"`): What the progress bar says.
 
     Raises:
-        `ValueError`: For images that the output cannot hold.
+        `ValueError`: For an output that [`check_destination`] refuses, or images that it cannot hold.
     """
 
     def __init__(
         self,
         output: str | os.PathLike,
         pipeline: Any,
-        num_images: int,
-        labels: torch.Tensor | None,
+        labels: torch.Tensor,
         batch_size: int,
         seed: int,
         planned: Mapping[str, Any],
-        draw: "Callable[[Run], Image.Image] | None" = None,
+        draw: "Callable[[Run], Image.Image]",
         verb: str = "sampling",
     ):
+        command = planned.get("command")
+        check_destination(output, command=command)
         self.path, self.kind, self.folder = Path(output), kind_of(output), _parts_folder(Path(output))
-        (height, width), channels = pipeline.sample_size, pipeline.image_channels
+        self.picture = _picture_path(self.path, self.kind, command)
+        (height, width), channels, num_images = pipeline.sample_size, pipeline.image_channels, len(labels)
         if channels not in (1, 3):
             raise ValueError(f"Images of {channels} channels are no pictures; only the pipeline itself can make them.")
         if self.kind == ".png" and num_images > MAX_PICTURED:
-            raise ValueError(
-                f"{num_images} images are too many for one grid; give an --output of .npz, .parquet or a folder."
-            )
+            raise ValueError(f"{num_images} images are too many for one grid; make a .npz, a .parquet or a folder.")
         self.shape = (num_images, height, width, channels)
         self.image_bytes = math.prod(self.shape[1:])
         self.batch_size, self.num_batches = batch_size, math.ceil(num_images / batch_size)
-        self.labels, self.id2label, self.draw, self.verb = labels, pipeline.id2label, draw, verb
+        self.labels = None if labels[0] == NO_CLASS else labels.numpy()
+        self.id2label, self.draw, self.verb = pipeline.id2label, draw, verb
 
         model = getattr(pipeline, "name_or_path", None)
         model = None if model is None else str(model)
@@ -142,25 +139,24 @@ class Run:
             "model_files": None if model is None else _stamp(model),
             "num_images": num_images,
             "size": f"{height}x{width}x{channels}",
-            "labels": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
+            "labels": None if self.labels is None else hashlib.sha256(self.labels.tobytes()).hexdigest(),
             "seed": seed,
             "batch_size": batch_size,
             **{name: value for name, value in planned.items() if value is not None},
         }
         self.plan: dict[str, Any] = without_credentials(json.loads(json.dumps(plan, default=repr)))
 
-    def make(self, make_batches: Callable[[list[int]], Batches]) -> bool:
+    def make(self, make_batches: Callable[..., Batches]) -> bool:
         """Makes the output, by all processes: the same to the byte for any number of processes, resumed or not.
 
         Args:
-            make_batches (`Callable`): Is given indices of batches, of which batch b begins with image b * batch_size;
-                yields each with its images, uint8 of shape `(n, channels, height, width)`, on the CPU.
+            make_batches (`Callable`): Yields the `batches` of some indices, as [`sample_batches`].
 
         Returns:
             `bool`: `True` if it was made, `False` if it was there already.
 
         Raises:
-            `ValueError`: If the output, or its parts exist with other settings, or the disk has too little space.
+            `ValueError`: If the output or its parts exist with other settings, or the disk has too little space.
             `FullDiskError`: If the disk is full; what is made is kept.
             `RuntimeError`: If another process has ended; what is made is kept.
         """
@@ -168,7 +164,7 @@ class Run:
         missing = from_main(self._missing)
         if missing is None:
             return False
-        batches = make_batches(missing[state.process_index :: state.num_processes])
+        batches = make_batches(batches=missing[state.process_index :: state.num_processes])
         try:
             if state.is_main_process:
                 self._put_together(self._every_batch(batches))
@@ -198,11 +194,11 @@ class Run:
         """Images of a batch."""
         return min(self.batch_size, self.shape[0] - batch * self.batch_size)
 
-    def _finished(self) -> list[int]:
+    def _finished(self) -> set[int]:
         """The batches that are there, whole."""
         bytes_of = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)}
         batches = range(self.num_batches)
-        return [b for b in batches if bytes_of.get(self._part(b).name) == self._size(b) * self.image_bytes]
+        return {b for b in batches if bytes_of.get(self._part(b).name) == self._size(b) * self.image_bytes}
 
     def _num_finished(self) -> int:
         return sum(map(self._size, self._finished()))
@@ -237,17 +233,16 @@ class Run:
 
         plan_file, old = self.folder / PLAN_FILE, None
         if plan_file.is_file():
-            shape = {"num_images": int, "size": str, "seed": int, "batch_size": int}
             fix = f"remove the folder {self.folder} to start from scratch"
-            old = without_credentials(read_json(plan_file, shape, fix))
+            old = without_credentials(read_json(plan_file, _PLANNED, fix))
             if (changes := self._differences(old)) and any(self.folder.glob("*.raw")):
                 raise ValueError(
                     f"{self.folder} holds images with other settings: {changes}. Give the same flags to resume, or "
                     f"remove the folder to start from scratch."
                 )
-        finished = set()
+        finished: set[int] = set()
         if self.folder.is_dir():
-            finished.update(self._finished())
+            finished = self._finished()
             for left in set(self.folder.iterdir()) - {plan_file, *map(self._part, finished)}:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()  # what a kill cut off
         missing = [batch for batch in range(self.num_batches) if batch not in finished]
@@ -275,7 +270,7 @@ class Run:
     def _every_batch(self, own: Batches) -> Iterator[np.ndarray]:
         """All batches in order `(n, height, width, channels)`, each as soon as it is there. Until then makes and keeps
         the main process's `own`, waits for those of the others, and shows how far all of them are."""
-        finished = set(self._finished())
+        finished = self._finished()
         with tqdm(total=self.shape[0], initial=self._num_finished(), desc=self.verb, unit="image") as bar:
             longest, looked, last_news = 0.0, 0.0, time.monotonic()
             for batch in range(self.num_batches):
@@ -312,10 +307,9 @@ class Run:
             for _ in batches:
                 pass  # the picture alone
         else:
-            ids = None if self.labels is None else self.labels.numpy().astype(np.int64)
-            write_samples(whole, batches, self.shape, ids, id2label=self.id2label, record=self.plan)
-        if self.draw is not None:
-            save_png(self.draw(self), _picture_path(self.path, self.kind), record=self.plan)
+            write_samples(whole, batches, self.shape, self.labels, id2label=self.id2label, record=self.plan)
+        if self.picture is not None:
+            save_png(self.draw(self), self.picture, record=self.plan)
         if self.kind != ".png":
             os.replace(whole, self.path)
         remove_folder(self.folder)
@@ -325,13 +319,10 @@ def _parts_folder(path: Path) -> Path:
     return path.with_name(f"{path.name}.parts")
 
 
-def _may_hold_parts(folder: Path) -> bool:
-    """Whether a folder is one of batches, or empty but for what a kill left: all in it may be removed."""
-    return (folder / PLAN_FILE).is_file() or all(path.suffix == ".tmp" for path in folder.iterdir())
-
-
-def _picture_path(path: Path, kind: str) -> Path:
-    """The picture beside a file or folder; of a picture, itself."""
+def _picture_path(path: Path, kind: str, command: str | None) -> Path | None:
+    """The picture beside a file or folder of samples; of a picture, itself; `None` for outputs of other commands."""
+    if command is not None and kind != ".png":
+        return None
     return path.with_suffix(".png") if kind else path.with_name(f"{path.name}.png")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,17 +21,10 @@ from ..files import replacing
 from ..labels import unique_names
 from ..models.images import open_file
 
+NO_CLASS = -1  # the label of each image, where there are no classes
 RECORD_KEY = "hf_guided"
 _RECORD_FILE = ".hf_guided.json"  # hidden, so that load_dataset skips it
 _ROW_GROUP = 100  # rows per row group, as datasets writes images
-
-
-class _Samples(NamedTuple):
-    batches: Iterable[np.ndarray]
-    shape: tuple[int, ...]
-    labels: np.ndarray | None
-    names: list[str]  # of classes; empty without labels
-    record: str | None
 
 
 def write_samples(
@@ -57,13 +50,18 @@ def write_samples(
         record (`Mapping`, *optional*): The settings that produced the samples, which [`read_record`] returns.
     """
     path = Path(path)
-    names = []
+    ids, names = None, []
     if labels is not None:
-        named = id2label or {}
-        names = unique_names([named.get(i, str(i)) for i in range(max([*named, *labels.tolist()]) + 1)])
-    write = {".npz": _write_npz, ".parquet": _write_parquet}.get(path.suffix, _write_folder)
+        named, ids = id2label or {}, labels.tolist()
+        names = unique_names([named.get(i, str(i)) for i in range(max([*named, *ids]) + 1)])
+    text = "" if record is None else json.dumps(record)
     with replacing(path) as temporary:
-        write(temporary, _Samples(batches, shape, labels, names, None if record is None else json.dumps(record)))
+        if path.suffix == ".npz":
+            _write_npz(temporary, batches, shape, labels, text)
+        elif path.suffix == ".parquet":
+            _write_parquet(temporary, _pngs(batches), ids, names, text)
+        else:
+            _write_folder(temporary, _pngs(batches), shape[0], ids, names, text)
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -92,7 +90,9 @@ def to_picture(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
-def _write_npz(path: Path, samples: _Samples) -> None:
+def _write_npz(
+    path: Path, batches: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray | None, record: str
+) -> None:
     with zipfile.ZipFile(path, "w") as archive:
 
         def add(name: str, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str, comment: str = "") -> None:
@@ -104,45 +104,43 @@ def _write_npz(path: Path, samples: _Samples) -> None:
                 for part in parts:
                     stream.write(part.astype(dtype, copy=False).tobytes())
 
-        add("arr_0", samples.batches, samples.shape, "|u1", samples.record or "")
-        if samples.labels is not None:
-            add("arr_1", [samples.labels], samples.labels.shape, "<i8")
+        add("arr_0", batches, shape, "|u1", record)
+        if labels is not None:
+            add("arr_1", [labels], labels.shape, "<i8")
 
 
-def _write_parquet(path: Path, samples: _Samples) -> None:
+def _write_parquet(path: Path, pngs: Iterator[bytes], ids: list[int] | None, names: list[str], record: str) -> None:
     parquet = import_parquet()
     import pyarrow
     from datasets import ClassLabel, Features
     from datasets import Image as ImageFeature
 
-    labels, names = samples.labels, samples.names
-    features = Features({"image": ImageFeature(), **({} if labels is None else {"label": ClassLabel(names=names)})})
+    features = Features({"image": ImageFeature(), **({} if ids is None else {"label": ClassLabel(names=names)})})
     schema = features.arrow_schema
-    if samples.record is not None:
-        schema = schema.with_metadata({**schema.metadata, RECORD_KEY: samples.record})
-    start, every_png = 0, _pngs(samples.batches)
+    if record:
+        schema = schema.with_metadata({**schema.metadata, RECORD_KEY: record})
     with open(path, "wb") as file, parquet.ParquetWriter(file, schema) as writer:
-        while pngs := list(islice(every_png, _ROW_GROUP)):
-            columns: dict[str, Any] = {"image": [{"bytes": png, "path": None} for png in pngs]}
-            if labels is not None:
-                columns["label"] = labels[start : start + len(pngs)].tolist()
+        start = 0
+        while images := [{"bytes": png, "path": None} for png in islice(pngs, _ROW_GROUP)]:
+            columns = {"image": images, **({} if ids is None else {"label": ids[start : start + len(images)]})}
             writer.write_table(pyarrow.table(columns, schema=schema))
-            start += len(pngs)
+            start += len(images)
 
 
-def _write_folder(folder: Path, samples: _Samples) -> None:
+def _write_folder(
+    folder: Path, pngs: Iterator[bytes], num_images: int, ids: list[int] | None, names: list[str], record: str
+) -> None:
     folder.mkdir()
-    digits = max(6, len(str(samples.shape[0] - 1)))
+    digits = max(6, len(str(num_images - 1)))
     with open(folder / "metadata.jsonl", "w", encoding="utf-8") as metadata:
-        for i, png in enumerate(_pngs(samples.batches)):
+        for i, png in enumerate(pngs):
             line: dict[str, Any] = {"file_name": f"{i:0{digits}d}.png"}
             (folder / line["file_name"]).write_bytes(png)
-            if samples.labels is not None:
-                label = int(samples.labels[i])
-                line |= {"label": samples.names[label], "class_id": label}
+            if ids is not None:
+                line |= {"label": names[ids[i]], "class_id": ids[i]}
             metadata.write(json.dumps(line, ensure_ascii=False) + "\n")
-    if samples.record is not None:
-        (folder / _RECORD_FILE).write_text(samples.record + "\n")
+    if record:
+        (folder / _RECORD_FILE).write_text(record + "\n")
 
 
 def _pngs(batches: Iterable[np.ndarray]) -> Iterator[bytes]:

@@ -2,8 +2,9 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from PIL import Image
 
 from ..processes import print_once
 from .grids import labelled_grid
-from .runs import Batches, Run, check_destination, kind_of
-from .samples import to_picture
+from .runs import Batches, Run
+from .samples import NO_CLASS, to_picture
 
 COMPILING = "Compiling: the first batch takes a minute or more longer, the next runs find it in the cache."
 _GRID_ROWS = _GRID_COLUMNS = 10  # of the picture beside a file
@@ -37,8 +38,7 @@ def sample_labels(which: str | Sequence[int], num_images: int, num_classes: int,
     Args:
         which (`str` or `Sequence[int]`): `"uniform"` draws classes, all equally likely, as the published scripts do;
             `"all"` takes all classes in turn; or ids, taken in turn.
-        num_images (`int`): How many.
-        num_classes (`int`): Classes that there are.
+        num_images, num_classes (`int`): How many there are.
         seed (`int`, defaults to 0): Seed of all images together, for `"uniform"`.
 
     Returns:
@@ -51,59 +51,44 @@ def sample_labels(which: str | Sequence[int], num_images: int, num_classes: int,
     return ids[torch.arange(num_images) % len(ids)]
 
 
-def make_batches(
+def sample_batches(
     pipeline: Any,
-    inputs_of: Callable[[slice], dict[str, Any]],
-    num_images: int,
+    labels: torch.Tensor,
     batch_size: int,
-    seed: int,
+    seed: int = 0,
+    *,
     batches: Iterable[int] | None = None,
+    images: Sequence[Any] | np.ndarray | None = None,
+    compile: bool = False,
     **arguments: Any,
 ) -> Batches:
     """Makes images batch by batch; image i of a seed has the same noise, to the bit, for every batch size.
 
     Args:
-        pipeline: Makes the images.
-        inputs_of (`Callable`): The pipeline's arguments that say which images a slice of them is.
-        num_images (`int`): Images in all.
-        batch_size (`int`): Images at once.
-        seed (`int`): Seed of all images together.
+        pipeline, labels, batch_size, seed, compile, arguments: As of [`sample_to_file`].
         batches (`Iterable[int]`, *optional*): The batches to make, of which batch b begins with image b * batch_size;
             all, by default.
-        arguments: Go to the pipeline.
+        images (a list or array of n images, *optional*): The small ones to upsample.
 
     Yields:
         The index of a batch, and its images: uint8 of shape `(batch_size or fewer, channels, height, width)`, on the
         CPU.
     """
-    for batch in range(math.ceil(num_images / batch_size)) if batches is None else batches:
-        part = slice(batch * batch_size, min((batch + 1) * batch_size, num_images))
+    if compile:
+        pipeline.compile()
+        print_once(COMPILING)
+    for batch in range(math.ceil(len(labels) / batch_size)) if batches is None else batches:
+        part = slice(batch * batch_size, (batch + 1) * batch_size)
+        ids = labels[part]
+        inputs: dict[str, Any] = {} if images is None else {"image": images[part]}
+        if ids[0] != NO_CLASS:
+            inputs["class_labels"] = ids
+        elif images is None:
+            inputs["num_images_per_label"] = len(ids)
         options = {"generator": generator_at(seed, part.start), "output_type": "latent", "return_dict": False}
-        with compiled_if(part.stop - part.start == batch_size):
-            samples = pipeline(**inputs_of(part), **options, **arguments)[0]
+        with compiled_if(len(ids) == batch_size):
+            samples = pipeline(**inputs, **options, **arguments)[0]
         yield batch, to_8_bit(samples).cpu()
-
-
-def sample_batches(
-    pipeline: Any,
-    labels: torch.Tensor | int,
-    batch_size: int,
-    seed: int = 0,
-    *,
-    batches: Iterable[int] | None = None,
-    **arguments: Any,
-) -> Batches:
-    """Samples by [`make_batches`]; `labels` of shape `(n,)` are the class of each image, or so many images without."""
-
-    def inputs_of(part: slice) -> dict[str, Any]:
-        return (
-            {"num_images_per_label": part.stop - part.start}
-            if isinstance(labels, int)
-            else {"class_labels": labels[part]}
-        )
-
-    num_images = labels if isinstance(labels, int) else len(labels)
-    return make_batches(pipeline, inputs_of, num_images, batch_size, seed, batches, **arguments)
 
 
 def compiled_if(is_full: bool) -> AbstractContextManager:
@@ -113,7 +98,7 @@ def compiled_if(is_full: bool) -> AbstractContextManager:
 
 def sample_to_file(
     pipeline: Any,
-    labels: torch.Tensor | int,
+    labels: torch.Tensor,
     output: str | os.PathLike,
     *,
     batch_size: int = 64,
@@ -128,7 +113,7 @@ def sample_to_file(
 
     Args:
         pipeline ([`ClassifierGuidedPipeline`] or one called like it): Makes the images, of 1 or 3 channels.
-        labels (`torch.Tensor` of shape `(n,)`, or `int`): The class of each image; or so many images without a class.
+        labels (`torch.Tensor` of shape `(n,)`): The class of each image, or [`NO_CLASS`] for each.
         output (`str` or `os.PathLike`): By its ending `.npz` as published, `.parquet`, or without one a folder of PNGs,
             see [`write_samples`]; or `.png`, a picture of all images, a row for each class.
         batch_size (`int`, defaults to 64): Images at once. Whole batches go to the processes in turn.
@@ -143,32 +128,22 @@ def sample_to_file(
     Raises:
         `ValueError`, `FullDiskError`, `RuntimeError`: As [`Run.make`]; what is made is kept.
     """
-    check_destination(output)
-    everything = kind_of(output) == ".png"
-    ids, num_images = (None, labels) if isinstance(labels, int) else (labels, len(labels))
-
-    def make(batches: list[int]) -> Batches:
-        if compile:
-            pipeline.compile()
-            print_once(COMPILING)
-        return sample_batches(pipeline, labels, batch_size, seed, batches=batches, **arguments)
-
-    planned = {**arguments, "compile": compile or None}
-    run = Run(output, pipeline, num_images, ids, batch_size, seed, planned, lambda run: _grid(run, everything))
-    return run.make(make)
+    run = Run(output, pipeline, labels, batch_size, seed, {**arguments, "compile": compile or None}, _grid)
+    return run.make(partial(sample_batches, pipeline, labels, batch_size, seed, compile=compile, **arguments))
 
 
-def _grid(run: Run, everything: bool) -> Image.Image:
-    """All samples, a row for each class in the order of the labels; or ten of each of the first ten classes."""
+def _grid(run: Run) -> Image.Image:
+    """All samples, a row for each class in the order of the labels; beside a file, ten of each of the first ten."""
+    is_all = run.kind == ".png"
+    rows: list[Any]
     if run.labels is None:
-        shown = torch.arange(run.shape[0] if everything else min(run.shape[0], _GRID_ROWS * _GRID_COLUMNS))
-        rows = [row.tolist() for row in shown.split(_GRID_COLUMNS)]
+        indices = range(run.shape[0] if is_all else min(run.shape[0], _GRID_ROWS * _GRID_COLUMNS))
+        rows = [indices[start : start + _GRID_COLUMNS] for start in range(0, len(indices), _GRID_COLUMNS)]
         names = ["samples", *[""] * (len(rows) - 1)]
     else:
-        ids = run.labels.tolist()
-        classes = list(dict.fromkeys(ids)) if everything else sorted(set(ids))[:_GRID_ROWS]
-        most = None if everything else _GRID_COLUMNS
-        rows = [(run.labels == label).nonzero()[:most, 0].tolist() for label in classes]
+        classes = list(dict.fromkeys(run.labels.tolist()))
+        classes = classes if is_all else sorted(classes)[:_GRID_ROWS]
+        rows = [np.flatnonzero(run.labels == label)[: None if is_all else _GRID_COLUMNS] for label in classes]
         names = [run.id2label.get(label, str(label)) for label in classes]
     columns = max(map(len, rows))
     blank = np.full(run.shape[1:], 255, np.uint8)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from ..data.images import open_image
 from ..data.npz import read_samples
 from ..models.images import BAD_IMAGE_ERRORS
 from .grids import labelled_grid
-from .runs import Batches, Run, check_destination, kind_of
-from .samples import to_picture
-from .sampling import make_batches
+from .runs import Run
+from .samples import NO_CLASS, to_picture
+from .sampling import sample_batches
 
 COMMAND = "upscale"  # by which the records of its outputs are told from those of samples
 
@@ -56,43 +57,31 @@ def upscale_to_file(
     Args:
         pipeline ([`ClassifierGuidedUpscalePipeline`]): Makes the large images, of 1 or 3 channels.
         images (`np.ndarray` of shape `(n, height, width, channels)`, or a list of PIL images): The small images.
-        labels: Their classes by id or name, one for all or one for each; `None` for an unconditional UNet. Those of an
-            `.npz` file may be given to that too, and are left out.
-        output (`str` or `os.PathLike`): As of [`sample_to_file`]; a `.png` shows each small image beside its large one.
-        batch_size, seed, arguments: As of [`sample_to_file`].
-
-    Returns:
-        `bool`: `True` if it was made, `False` if it was there already.
+        labels: Their classes by id or name, one for all or one for each; an unconditional UNet takes none, and those of
+            an `.npz` file are left out.
+        output: A `.png` shows each small image beside its large one.
 
     Raises:
         `ValueError`: For labels or images that the pipeline does not take.
-        `ValueError`, `FullDiskError`, `RuntimeError`: As [`Run.make`]; what is made is kept.
     """
-    check_destination(output, command=COMMAND)
     pipeline.prepare_low_res(images if isinstance(images, list) else images[:1])  # refuses another size
     ids = _class_ids(pipeline, labels, len(images))
-
-    def inputs_of(part: slice) -> dict[str, Any]:
-        return {"image": images[part], "class_labels": None if ids is None else ids[part]}
-
-    def make(batches: list[int]) -> Batches:
-        return make_batches(pipeline, inputs_of, len(images), batch_size, seed, batches, **arguments)
 
     def draw(run: Run) -> Image.Image:
         small = ((pipeline.prepare_low_res(images) + 1) * 127.5).round().to(torch.uint8)  # bytes come back to the bit
         pictures = []
         for index, image in enumerate(small.permute(0, 2, 3, 1).cpu().numpy()):
             pictures += [to_picture(image), to_picture(run.read_image(index))]
-        names = [""] * len(images) if ids is None else [pipeline.id2label.get(i, str(i)) for i in ids.tolist()]
+        names = ["" if i == NO_CLASS else pipeline.id2label.get(i, str(i)) for i in ids.tolist()]
         return labelled_grid(pictures, names, cell_size=max(pipeline.sample_size))
 
     planned = {"command": COMMAND, "images": _digest(pipeline, images), **arguments}
-    drawn = draw if kind_of(output) == ".png" else None
-    return Run(output, pipeline, len(images), ids, batch_size, seed, planned, drawn, verb="upscaling").make(make)
+    run = Run(output, pipeline, ids, batch_size, seed, planned, draw, verb="upscaling")
+    return run.make(partial(sample_batches, pipeline, ids, batch_size, seed, images=images, **arguments))
 
 
-def _class_ids(pipeline: Any, labels: Any, num_images: int) -> torch.Tensor | None:
-    """The class id of each image, `(num_images,)`; `None` if it has no classes, or none are given and none needed."""
+def _class_ids(pipeline: Any, labels: Any, num_images: int) -> torch.Tensor:
+    """The class id of each image, `(num_images,)`; [`NO_CLASS`] if there are no classes, or none given and needed."""
     if labels is not None and pipeline.num_classes is not None:
         ids = pipeline.resolve_labels(labels).cpu()
         if len(ids) not in (1, num_images):
@@ -101,7 +90,7 @@ def _class_ids(pipeline: Any, labels: Any, num_images: int) -> torch.Tensor | No
     config = pipeline.unet.config
     if config.num_class_embeds is not None and not config.null_class_label:
         raise ValueError("This upsampler is class-conditional: add --labels, one for all images or one for each.")
-    return None
+    return torch.tensor(NO_CLASS).expand(num_images)
 
 
 def _digest(pipeline: Any, images: SmallImages) -> str:

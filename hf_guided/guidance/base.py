@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..settings import is_list, is_number, is_whole
+from ..settings import is_number, is_whole
 
 # A [`ClassifierGuidedPipeline`] or one like it: guidance uses only the names of its components.
 Pipeline = Any
@@ -78,7 +78,8 @@ class Guidance:
         for value in scale.values() if isinstance(scale, Mapping) else [] if callable(scale) else [scale]:
             if not (is_number(value) and value >= 0):
                 raise ValueError(f"The scale of {name} must be a finite number from 0 up; got {value!r}.")
-        if interval is not None and (not is_list(interval, is_number, 2, 2) or not interval[0] <= interval[1]):
+        is_pair = isinstance(interval, list | tuple) and len(interval) == 2 and all(map(is_number, interval))
+        if interval is not None and not (is_pair and interval[0] <= interval[1]):
             raise ValueError(
                 f"interval={interval!r} of {name} is not a pair: give the lowest timestep first, then the highest."
             )

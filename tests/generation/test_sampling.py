@@ -22,9 +22,9 @@ from PIL import Image
 from hf_guided import ADMScheduler, ClassifierGuidedPipeline
 from hf_guided.cli import main
 from hf_guided.data.npz import read_samples
-from hf_guided.generation.samples import read_record
+from hf_guided.generation.runs import check_destination
+from hf_guided.generation.samples import NO_CLASS, read_record
 from hf_guided.generation.sampling import (
-    check_destination,
     generator_at,
     sample_batches,
     sample_labels,
@@ -132,7 +132,7 @@ def test_one_batch_is_the_pipelines_own(pipe, tiny_unet):
     unconditional.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(7)
     expected = unconditional(num_images_per_label=3, respacing="2", generator=generator, output_type="latent").images
-    [(_, images)] = sample_batches(unconditional, 3, 4, 7, respacing="2")
+    [(_, images)] = sample_batches(unconditional, torch.tensor(NO_CLASS).expand(3), 4, 7, respacing="2")
     assert torch.equal(images, to_8_bit(expected))
 
 
@@ -366,7 +366,7 @@ def test_bad_names_are_refused_before_the_work(saved, tmp_path):
     with pytest.raises(ValueError, match=r"mine\.npz\.parts was not made by this command"):
         sample_to_file(saved, torch.zeros(2).long(), tmp_path / "mine.npz")
     with pytest.raises(ValueError, match=r"need up to 1.*e\+05 GB on the disk .* GB are free; make room"):
-        sample_to_file(saved, 10**12, tmp_path / "huge.npz", batch_size=10**10)
+        sample_to_file(saved, torch.tensor(NO_CLASS).expand(10**12), tmp_path / "huge.npz", batch_size=10**10)
     assert {path.name for path in tmp_path.iterdir()} == {"text.npz", "folder", "empty", "cat.png", "mine.npz.parts"}
 
 

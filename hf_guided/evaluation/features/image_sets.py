@@ -18,7 +18,7 @@ from ...credentials import without_credentials
 from ...data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images, source_argument
 from ...data.images import open_record, stored_bytes
 from ...data.npz import open_npz, read_samples
-from ...generation.samples import to_picture
+from ...generation.samples import NO_CLASS, to_picture
 from ...generation.sampling import sample_batches
 from ...loading import weights_digest
 from ...messages import printable
@@ -152,19 +152,19 @@ class SampledImages(ImageSet):
 
     Args:
         pipeline ([`ClassifierGuidedPipeline`] or one called like it): Generates them.
-        labels (`torch.Tensor` of shape `(n,)`, or `int`): The class of each, or the number of samples without a class.
+        labels (`torch.Tensor` of shape `(n,)`): The class of each, or [`NO_CLASS`] for each.
         seed (`int`, defaults to 0): Seed of all samples together.
         arguments: Passed to the pipeline.
     """
 
-    def __init__(self, pipeline: Any, labels: torch.Tensor | int, seed: int = 0, **arguments: Any):
+    def __init__(self, pipeline: Any, labels: torch.Tensor, seed: int = 0, **arguments: Any):
         self.pipeline, self.sampled_labels, self.seed, self.arguments = pipeline, labels, seed, arguments
         self.name, self.notes, self.id2label = "the samples", [], dict(pipeline.id2label)
-        self.labels = None if isinstance(labels, int) else labels.numpy()
+        self.labels = None if labels[0] == NO_CLASS else labels.numpy()
         self.size, self.channels = pipeline.sample_size, pipeline.image_channels
 
     def __len__(self) -> int:
-        return self.sampled_labels if isinstance(self.sampled_labels, int) else len(self.sampled_labels)
+        return len(self.sampled_labels)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return next(self.batches([[index]]))[0]
@@ -178,7 +178,7 @@ class SampledImages(ImageSet):
             yield from (images for _, images in made)
 
     def contents(self) -> Iterator[bytes]:
-        labels = len(self) if isinstance(self.sampled_labels, int) else self.sampled_labels.tolist()
+        labels = len(self) if self.labels is None else self.labels.tolist()
         arguments = {**(self.pipeline.config.get("sampling_defaults") or {}), **self.arguments}
         components = self.pipeline.components
         scheduler = components["scheduler"].config if "scheduler" in components else ""
