@@ -9,7 +9,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
-from ..guidance.base import NotFiniteError, broken_images
+from ..guidance.monitor import NotFiniteError, broken_images
 from ..labels import id_of_name, resolve_labels
 from ..loading import SavedConfigMixin, check_loaded, naming_damage
 from ..settings import check_names, whole_number
@@ -140,7 +140,7 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         """Checks that images `(batch, channels, height, width)` are finite; clipping would hide it.
 
         Raises:
-            [`~guidance.base.NotFiniteError`]: Naming the images of the batch.
+            [`~guidance.monitor.NotFiniteError`]: Naming the images of the batch.
         """
         broken = broken_images(sample).nonzero()[:, 0].tolist()
         if broken:

@@ -19,9 +19,9 @@ from transformers import CLIPModel, CLIPProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..guidance import ClassifierGuidance, Guidance, guidance_from_dict
-from ..guidance.base import GradientGuidance, broken_images
+from ..guidance.base import GradientGuidance
 from ..guidance.guider import Guider
-from ..guidance.monitor import SamplingCost
+from ..guidance.monitor import SamplingCost, broken_images
 from ..models.classifier_adm import ADMForImageClassification  # noqa: F401
 
 # Imported to register these classes with diffusers, since a saved pipeline may name them.

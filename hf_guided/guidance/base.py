@@ -31,10 +31,6 @@ def is_decimal(text: Any) -> bool:
 KINDS: dict[str, type["Guidance"]] = {}
 
 
-class NotFiniteError(RuntimeError):
-    """A model's output or a gradient holds NaN or infinity."""
-
-
 @dataclass(eq=False, repr=False)
 class Guidance:
     r"""Base of all kinds of guidance. They compose in a list, in any order.
@@ -243,9 +239,3 @@ def frozen(*models: nn.Module | None) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-def broken_images(images: torch.Tensor) -> torch.Tensor:
-    """Which images of a batch have NaN or infinite values, booleans of shape `(batch,)`."""
-    # A sum is finite if all of its terms are, and takes a hundredth of the time of an elementwise check.
-    return ~images.flatten(1).sum(dim=1, dtype=torch.promote_types(images.dtype, torch.float32)).isfinite()

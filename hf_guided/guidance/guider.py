@@ -8,8 +8,8 @@ import torch
 
 from ..schedulers.diffusers_compat import alpha_bar_at
 from ..schedulers.gaussian_diffusion import original_of
-from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, broken_images, frozen
-from .monitor import Monitor
+from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, frozen
+from .monitor import Monitor, broken_images
 
 
 @dataclass(eq=False)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .base import NotFiniteError, broken_images
-
 _UNET = "unet"
 # Outputs and gradients between two checks that they are finite; each check waits for an accelerator
 _CHECK_EVERY = 32
+
+
+class NotFiniteError(RuntimeError):
+    """A model's output or a gradient holds NaN or infinity."""
 
 
 @dataclass
@@ -99,3 +101,9 @@ class Monitor:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def broken_images(images: torch.Tensor) -> torch.Tensor:
+    """Which images of a batch have NaN or infinite values, booleans of shape `(batch,)`."""
+    # A sum is finite if all of its terms are, and takes a hundredth of the time of an elementwise check.
+    return ~images.flatten(1).sum(dim=1, dtype=torch.promote_types(images.dtype, torch.float32)).isfinite()

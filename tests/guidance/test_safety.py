@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from guidance_helpers import GRADIENTS, KINDS, batches_seen, darkness, make, sample, seeded, steps_of
 
 from hf_guided.guidance import ClassifierFreeGuidance, ClassifierGuidance, DenoisedClassifierGuidance, LossGuidance
-from hf_guided.guidance.base import broken_images
-from hf_guided.guidance.monitor import Monitor
+from hf_guided.guidance.monitor import Monitor, broken_images
 
 LABELS = [2, 0, 4, 1, 3]
 MODELS = ("unet", "classifier", "guide_unet", "clean_classifier", "clip_model")
