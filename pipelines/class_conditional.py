@@ -22,15 +22,25 @@ Labels = int | str | Sequence[int | str] | np.ndarray | torch.Tensor
 class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
     """Base class of pipelines that sample images of given classes.
 
-    A subclass registers its components and `id2label`, and names in `main_component` the one that makes the images. Its
-    config has their size, channels and classes.
+    A subclass names in `main_component` the one that makes the images. Its config has their size, channels and classes.
+
+    Args:
+        id2label (`dict[int, str]`, *optional*): Class names, saved in the config.
+        components: Registered by name, as by [`register_modules`].
+
+    Raises:
+        `ValueError`: For class names that are not a mapping from the ids of the model's classes to texts.
     """
 
     main_component: str
 
-    def __init__(self) -> None:
+    def __init__(self, id2label: Any = None, **components: Any):
         super().__init__()
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self.register_modules(**components)
+        if id2label is not None:
+            check_names(id2label, self.main_config.get("num_class_embeds"))
+        self.register_to_config(id2label=id2label)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
@@ -43,24 +53,10 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def register_modules(self, **components: Any) -> None:
-        """Registers the components, as [`~diffusers.DiffusionPipeline.register_modules`] does.
-
-        Raises:
-            `ValueError`: For a component whose weights were not all loaded.
-        """
+        """Registers the components; one whose weights were not all loaded is a `ValueError`."""
         for name, component in components.items():
             check_loaded(name, component)
         super().register_modules(**components)
-
-    def register_names(self, id2label: Any) -> None:
-        """Saves the class names in the config.
-
-        Raises:
-            `ValueError`: If they are not a mapping from the ids of the model's classes to texts.
-        """
-        if id2label is not None:
-            check_names(id2label, self.main_config.get("num_class_embeds"))
-        self.register_to_config(id2label=id2label)
 
     @property
     def main_config(self) -> Any:

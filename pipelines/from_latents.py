@@ -11,7 +11,7 @@ from .class_conditional import ClassConditionalPipeline, Labels, check_latents, 
 
 
 class LatentPipeline(ClassConditionalPipeline):
-    """Base class of pipelines that decode latent vectors; a subclass says how long they are, and `decode`s them.
+    """Base class of pipelines that decode latent vectors; a subclass `decode`s them.
 
     One that can tell how likely an image is sets `no_likelihood` to `None`, `likelihood_kind` to `"bound"` or
     `"exact"`, and has a method `bits_per_dim`, as [`VAEPipeline`].
@@ -22,7 +22,7 @@ class LatentPipeline(ClassConditionalPipeline):
     @property
     def latent_length(self) -> int:
         """Numbers of a latent vector."""
-        raise NotImplementedError
+        return self.main_config.latent_dim
 
     def decode(self, latents: torch.Tensor, labels: torch.Tensor, *args: Any, **trade_off: Any) -> torch.Tensor:
         """Images `(batch, channels, height, width)` in [-1, 1] of latents `(batch, latent_length)`."""

@@ -23,9 +23,7 @@ class FlowPipeline(LatentPipeline):
     likelihood_kind = "exact"
 
     def __init__(self, flow: ModelMixin, id2label: dict | None = None):
-        super().__init__()
-        self.register_modules(flow=flow)
-        self.register_names(id2label)
+        super().__init__(id2label, flow=flow)
 
     @property
     def latent_length(self) -> int:

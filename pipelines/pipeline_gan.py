@@ -22,14 +22,7 @@ class GANPipeline(LatentPipeline):
     no_likelihood = "a GAN learns to draw samples and never says how likely an image is"
 
     def __init__(self, generator: ModelMixin, id2label: dict | None = None):
-        super().__init__()
-        self.register_modules(generator=generator)
-        self.register_names(id2label)
-
-    @property
-    def latent_length(self) -> int:
-        """Numbers of a latent vector."""
-        return self.generator.config.latent_dim
+        super().__init__(id2label, generator=generator)
 
     def decode(self, latents: torch.Tensor, labels: torch.Tensor, truncation: float | None = None) -> torch.Tensor:
         """The generator's images.

@@ -23,14 +23,7 @@ class VAEPipeline(LatentPipeline):
     likelihood_kind = "bound"
 
     def __init__(self, vae: ModelMixin, id2label: dict | None = None):
-        super().__init__()
-        self.register_modules(vae=vae)
-        self.register_names(id2label)
-
-    @property
-    def latent_length(self) -> int:
-        """Numbers of a latent vector."""
-        return self.vae.config.latent_dim
+        super().__init__(id2label, vae=vae)
 
     def decode(self, latents: torch.Tensor, labels: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
         """The decoder's mean.
