@@ -40,12 +40,8 @@ def pipeline_class(model: str, token: str | None = None) -> Any:
         `OSError`: If there is no such pipeline.
         `ValueError`: If its `model_index.json` is damaged.
     """
-    folder = Path(model)
-    path = (
-        folder / "model_index.json"
-        if folder.exists()
-        else Path(hf_hub_download(model, "model_index.json", token=token))
-    )
+    index = "model_index.json"
+    path = Path(model, index) if Path(model).exists() else hf_hub_download(model, index, token=token)
     name: Any = read_config(path).get("_class_name")
     name = name[-1] if isinstance(name, list) else name  # a repository that carries its code names its module too
     is_baseline = name in [family.pipeline for family in BASELINES.values()]
@@ -88,10 +84,9 @@ def load_pipeline(model: str, state: "PartialState", kind: Any = None) -> Any:
     Raises:
         `ValueError`: If there is no such pipeline, or it is damaged.
     """
-    if kind is None and is_pipeline(model):
-        kind = pipeline_class(model)
-    kind = kind or hf_guided.ClassifierGuidedPipeline  # whose loading says what is missing
+    if kind is None:  # loading a guided pipeline says what is missing
+        kind = pipeline_class(model) if is_pipeline(model) else hf_guided.ClassifierGuidedPipeline
     pipeline = load_saved(kind, model).to(state.device)
-    bar = {"desc": "batch", "position": 1, "leave": False}
-    pipeline.set_progress_bar_config(**bar, disable=None if state.is_main_process else True)
+    disable = None if state.is_main_process else True
+    pipeline.set_progress_bar_config(desc="batch", position=1, leave=False, disable=disable)
     return pipeline

@@ -12,6 +12,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from ..guidance.monitor import NotFiniteError, broken_images
 from ..labels import id_of_name, resolve_labels
 from ..loading import SavedConfigMixin, check_loaded, naming_damage
+from ..messages import first_few
 from ..settings import check_names, whole_number
 
 MOST_IMAGES = 65_536  # of one label in a batch
@@ -138,12 +139,11 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         Raises:
             [`~guidance.monitor.NotFiniteError`]: Naming the images of the batch.
         """
-        broken = broken_images(sample).nonzero()[:, 0].tolist()
-        if broken:
+        if broken := broken_images(sample).nonzero()[:, 0].tolist():
             raise NotFiniteError(
-                f"Images {', '.join(map(str, broken[:5]))}{' …' if len(broken) > 5 else ''} of the batch are not "
-                f"finite: the weights of the model have infinite values or NaN, or it overflowed. Load the pipeline in "
-                f"float32 or bfloat16; if that does not help, its training diverged or its file is damaged."
+                f"Images {first_few(list(map(str, broken)), 5)} of the batch are not finite: the weights of the model "
+                f"have infinite values or NaN, or it overflowed. Load the pipeline in float32 or bfloat16; if that "
+                f"does not help, its training diverged or its file is damaged."
             )
 
     def finish(self, sample: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
@@ -167,8 +167,6 @@ def check_latents(latents: Any) -> None:
 def check_num_images(num_images_per_label: Any) -> int:
     """Images per label as an `int`; refuses less than 1, and more than a batch can hold."""
     number = whole_number("num_images_per_label", num_images_per_label)
-    if number < 1:
-        raise ValueError(f"num_images_per_label={number} makes no images; give 1 or more.")
-    if number > MOST_IMAGES:
-        raise ValueError(f"num_images_per_label={number} are too many for one batch; give {MOST_IMAGES} or fewer.")
+    if not 1 <= number <= MOST_IMAGES:
+        raise ValueError(f"num_images_per_label={number} is not allowed; give a number from 1 to {MOST_IMAGES}.")
     return number

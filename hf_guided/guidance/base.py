@@ -126,8 +126,7 @@ class Guidance:
             `ValueError`: If it holds a function.
         """
         numbers: dict[str, Any] = {"kind": type(self).__name__}
-        for name, parameter in inspect.signature(type(self)).parameters.items():
-            value = getattr(self, name)
+        for name, value in self.given().items():
             if hasattr(value, "to_dict"):
                 value = value.to_dict()
             elif isinstance(value, Mapping):
@@ -137,14 +136,16 @@ class Guidance:
                     f"{type(self).__name__} holds a function ({name}), which cannot be saved with a pipeline; pass it "
                     f"as guidance= at each call instead."
                 )
-            if value != parameter.default:
-                numbers[name] = list(value) if isinstance(value, tuple) else value
+            numbers[name] = list(value) if isinstance(value, tuple) else value
         return numbers
 
     def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.given().items())})"
+
+    def given(self) -> dict[str, Any]:
+        """Its arguments that are not the default."""
         parameters = inspect.signature(type(self)).parameters.items()
-        given = [f"{name}={value!r}" for name, p in parameters if (value := getattr(self, name)) != p.default]
-        return f"{type(self).__name__}({', '.join(given)})"
+        return {name: value for name, p in parameters if (value := getattr(self, name)) != p.default}
 
 
 class PredictionGuidance(Guidance):

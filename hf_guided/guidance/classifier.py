@@ -33,10 +33,7 @@ class ClassifierGuidance(GradientGuidance, source="arXiv 2105.05233, equations 8
 
     def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
         """Raises `ValueError` without labels, or for a classifier that does not fit images or noise schedule."""
-        if pipeline.classifier is None:
-            raise ValueError(
-                "Guidance needs a classifier, and this pipeline has none; load one, or set the scale to 0."
-            )
+        check_classifier(pipeline, pipeline.classifier)
         super().check(pipeline, labels, condition_unet)
         config = pipeline.classifier.config
         model = getattr(pipeline.classifier, "_orig_mod", pipeline.classifier)  # of torch.compile
@@ -46,7 +43,6 @@ class ClassifierGuidance(GradientGuidance, source="arXiv 2105.05233, equations 8
                 f"guidance=DenoisedClassifierGuidance(...), or take a classifier trained on noisy images, such as "
                 f"ADMForImageClassification (see training/train_classifier.py)."
             )
-        check_channels(pipeline, pipeline.classifier)
         betas = check_betas(config.trained_betas, config.beta_schedule, config.num_train_timesteps)
         alphas_cumprod = torch.from_numpy(1 - betas).cumprod(0)
         theirs = pipeline.scheduler.alphas_cumprod.cpu().double()
@@ -63,8 +59,7 @@ class ClassifierGuidance(GradientGuidance, source="arXiv 2105.05233, equations 8
 
     def objective(self, pipeline: Pipeline, labels: torch.Tensor | None) -> Objective:
         classifier = pipeline.classifier
-        assert classifier is not None  # as checked
-        assert labels is not None
+        assert labels is not None  # as checked
         targets = match_labels(pipeline, classifier, labels)
 
         def log_probability(images: torch.Tensor, timestep: float, rows: torch.Tensor) -> torch.Tensor:
@@ -76,8 +71,10 @@ class ClassifierGuidance(GradientGuidance, source="arXiv 2105.05233, equations 8
         return Objective("classifier", classifier, log_probability)
 
 
-def check_channels(pipeline: Pipeline, classifier: PreTrainedModel) -> None:
-    """Refuses a classifier for images with another number of channels."""
+def check_classifier(pipeline: Pipeline, classifier: PreTrainedModel | None) -> None:
+    """Refuses a missing classifier, and one for images with another number of channels."""
+    if classifier is None:
+        raise ValueError("Guidance needs a classifier, and this pipeline has none; load one, or set the scale to 0.")
     channels = getattr(classifier.config, "in_channels", getattr(classifier.config, "num_channels", None))
     if channels not in (None, pipeline.unet.config.in_channels):
         raise ValueError(

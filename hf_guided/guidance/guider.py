@@ -8,6 +8,7 @@ import torch
 
 from ..schedulers.diffusers_compat import alpha_bar_at
 from ..schedulers.gaussian_diffusion import original_of
+from ..settings import whole_number
 from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, frozen
 from .monitor import Monitor, broken_images
 
@@ -18,13 +19,8 @@ class _Gradient:
 
     kind: GradientGuidance
     objective: Objective
-    steps: int = 0  # at which it acted
+    steps: int = 0  # at which it has acted
     parts: list[torch.Tensor] = field(default_factory=list)  # the gradient, of each part of the batch
-
-    def takes_turn(self) -> bool:
-        """Whether the gradient is computed at this step where it acts; counts these steps."""
-        self.steps += 1
-        return (self.steps - 1) % self.kind.every == 0
 
 
 class Guider:
@@ -54,6 +50,10 @@ class Guider:
         nonfinite_gradient: str = "raise",
         timed: bool = False,
     ):
+        if gradient_batch_size is not None and whole_number("gradient_batch_size", gradient_batch_size) < 1:
+            raise ValueError(f"gradient_batch_size={gradient_batch_size} is too small; give 1 or more.")
+        if nonfinite_gradient not in ("raise", "skip"):
+            raise ValueError(f"nonfinite_gradient={nonfinite_gradient!r} is not one of 'raise', 'skip'.")
         self.pipeline = pipeline
         self.gradient_batch_size = gradient_batch_size
         self.monitor = Monitor(skip_gradients=nonfinite_gradient == "skip", timed=timed)
@@ -78,7 +78,9 @@ class Guider:
         self.step, self.timestep = step, timestep
         self.acting_predictions = [kind for kind in self.prediction_kinds if kind.acts_at(timestep)]
         self.acting_gradients = [gradient for gradient in self.gradients if gradient.kind.acts_at(timestep)]
-        self.due = [gradient for gradient in self.acting_gradients if gradient.takes_turn()]
+        self.due = [gradient for gradient in self.acting_gradients if gradient.steps % gradient.kind.every == 0]
+        for gradient in self.acting_gradients:
+            gradient.steps += 1
         for gradient in self.due:
             gradient.parts.clear()
         self.through_unet = any(gradient.kind.through_unet for gradient in self.due)

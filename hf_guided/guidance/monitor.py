@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..messages import first_few
+
 _UNET = "unet"
 # Outputs and gradients between two checks that they are finite; each check waits for an accelerator
 _CHECK_EVERY = 32
@@ -69,8 +71,8 @@ class Monitor:
         for flags, (_, name, timestep, step) in zip(
             torch.stack([flags for flags, *_ in pending]).tolist(), pending, strict=True
         ):
-            broken = [image for image, is_broken in enumerate(flags) if is_broken]
-            images = f"image{'s' * (len(broken) > 1)} {', '.join(map(str, broken[:5]))}{' …' * (len(broken) > 5)}"
+            broken = [str(image) for image, is_broken in enumerate(flags) if is_broken]
+            images = f"image{'s' * (len(broken) > 1)} {first_few(broken, 5)}"
             where = f"at step {step} (timestep {timestep:g}) for {images} of the batch"
             if broken and name == _UNET:  # clipping would turn it into a valid image
                 guides = "guide_unet" in self.cost.calls
