@@ -30,15 +30,14 @@ def is_pipeline(name: str) -> bool:
 
 
 def pipeline_class(model: str, token: str | None = None) -> Any:
-    """The pipeline class that `model_index.json` names, if it is of another family than diffusion; else a guided one.
+    """The class of a saved pipeline, if it is of another family than diffusion; else the guided one.
 
     Args:
         model (`str`): A folder, or a name on the Hub.
         token (`str`, *optional*): Token to read it with. Default: the saved login.
 
     Raises:
-        `OSError`: If there is no such pipeline.
-        `ValueError`: If its `model_index.json` is damaged.
+        `OSError`: If there is no such pipeline; a `ValueError`, if its `model_index.json` is damaged.
     """
     index = "model_index.json"
     path = Path(model, index) if Path(model).exists() else hf_hub_download(model, index, token=token)
@@ -51,13 +50,8 @@ def pipeline_class(model: str, token: str | None = None) -> Any:
 def load_saved(kind: Any, model: str, **arguments: Any) -> Any:
     """A pipeline or model of a folder or of the Hub, loaded without the progress bars of its parts.
 
-    Args:
-        kind: Its class, or an Auto class.
-        model (`str`): A folder, or a name on the Hub.
-        arguments: Go to `from_pretrained`.
-
-    Raises:
-        `ValueError`: If there is no such model, or it is damaged.
+    `kind` is its class, or an Auto class, whose `from_pretrained` takes the arguments. If there is no such model, or it
+    is damaged, it is a `ValueError`.
     """
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -73,16 +67,9 @@ def load_saved(kind: Any, model: str, **arguments: Any) -> Any:
 
 
 def load_pipeline(model: str, state: "PartialState", kind: Any = None) -> Any:
-    """A pipeline on this process's device; the progress bar of its steps is the main process's alone, below that of the
-    images.
+    """A pipeline on this process's device, of a class that is found in its files by default; errors as [`load_saved`].
 
-    Args:
-        model (`str`): A folder, or a name on the Hub.
-        state ([`~accelerate.PartialState`]): Of this process.
-        kind (`type`, *optional*): The pipeline's class; found in its files, by default.
-
-    Raises:
-        `ValueError`: If there is no such pipeline, or it is damaged.
+    The progress bar of its steps is the main process's alone, below that of the images.
     """
     if kind is None:  # loading a guided pipeline says what is missing
         kind = pipeline_class(model) if is_pipeline(model) else hf_guided.ClassifierGuidedPipeline

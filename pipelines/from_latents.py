@@ -7,7 +7,8 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..settings import is_number
-from .class_conditional import ClassConditionalPipeline, Labels, check_latents, check_num_images
+from .class_conditional import ClassConditionalPipeline, Labels
+from .inputs import check_latents, check_num_images
 
 
 class LatentPipeline(ClassConditionalPipeline):
@@ -97,8 +98,8 @@ class LatentPipeline(ClassConditionalPipeline):
 
 def resolve_temperature(temperature: float | None) -> float:
     """The standard deviation of the latents; 1 if none is given."""
-    if temperature is not None and not (is_number(temperature) and temperature >= 0):
-        raise ValueError(
-            f"temperature={temperature!r} is not allowed; give a finite number from 0 (the most typical image) up."
-        )
-    return 1.0 if temperature is None else temperature
+    if temperature is None:
+        return 1.0
+    if not (is_number(temperature) and temperature >= 0):
+        raise ValueError(f"temperature={temperature!r} is not allowed; give a finite number from 0 up.")
+    return temperature

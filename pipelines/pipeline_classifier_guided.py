@@ -28,13 +28,10 @@ from ..models.classifier_adm import ADMForImageClassification  # noqa: F401
 from ..models.unet_adm import ADMUNet2DModel  # noqa: F401
 from ..schedulers.diffusers_compat import check_solver, set_solver_timesteps, solver_step
 from ..schedulers.repaint import RePaint, jump_positions
-from ..schedulers.schedules import check_timesteps, respacing_counts
 from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler, model_timesteps  # noqa: F401
-from ..settings import is_number, whole_number
-from .class_conditional import ClassConditionalPipeline, Labels, check_latents
-from .inputs import Images, images_to_tensor, match_batch
-
-STEPS = ("num_inference_steps", "respacing", "timesteps")  # arguments of a call, of which one is given
+from ..settings import is_number
+from .class_conditional import ClassConditionalPipeline, Labels
+from .inputs import STEPS, Images, check_eta, check_latents, check_one_kind, check_steps, images_to_tensor, match_batch
 
 
 @dataclass
@@ -82,6 +79,9 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         "clip_processor",
     ]
     _callback_tensor_inputs = ["latents", "model_output", "gradient"]
+    # Of the current or last call, as callbacks of diffusers expect
+    num_timesteps: int
+    guidance_scale: Any  # of classifier guidance; `None` without it
 
     def __init__(
         self,
@@ -138,16 +138,6 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         """Whether the scheduler is an [`ADMScheduler`], this package's or one of a repository with its own code."""
         return getattr(self.scheduler, "takes_gradient", False)
 
-    @property
-    def num_timesteps(self) -> int:
-        """Number of steps of the current or last call, as callbacks of diffusers expect."""
-        return self._num_timesteps
-
-    @property
-    def guidance_scale(self) -> Any:
-        """Scale of classifier guidance in the current or last call; `None` without it."""
-        return self._guidance_scale
-
     def set_sampling_defaults(self, **defaults: Any) -> None:
         """Replaces the saved defaults of the call.
 
@@ -161,7 +151,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         unknown = set(defaults) - {*STEPS, "guidance_scale", "guidance", "eta"}
         if unknown:
             raise ValueError(f"sampling_defaults does not support {', '.join(sorted(unknown))}.")
-        check_one_guidance(defaults.get("guidance"), defaults.get("guidance_scale"))
+        check_one_kind(defaults.get("guidance"), defaults.get("guidance_scale"))
         check_steps(sys.maxsize, **{name: defaults.get(name) for name in STEPS})  # the scheduler may be exchanged later
         if defaults.get("guidance_scale") is not None:
             ClassifierGuidance(defaults["guidance_scale"])
@@ -189,9 +179,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         options = {"dynamic": False, **options}
         if self._execution_device.type == "cpu":
             if not any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++"])):
-                raise ValueError(
-                    "Compiling for the CPU needs a C++ compiler: install g++ or clang++, or do not compile."
-                )
+                raise ValueError("Compiling for the CPU needs a C++ compiler: install g++ or clang++.")
             if options.keys().isdisjoint(("backend", "mode", "options")):
                 options["options"] = {"layout_optimization": False}
         for model in (self.unet, self.guide_unet, self.classifier):
@@ -323,7 +311,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             repaint = RePaint(self.scheduler, original, mask)
         schedule = loop_timesteps.tolist()  # one transfer to the host, not one per step
         following = [*schedule[1:], None]
-        self._num_timesteps = len(schedule)
+        self.num_timesteps = len(schedule)
         shape = (len(schedule), *latents.shape)
         if variance_noise is not None and not (torch.is_tensor(variance_noise) and variance_noise.shape == shape):
             raise ValueError(
@@ -441,9 +429,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """The images to edit in [-1, 1], the mask of pixels to inpaint, and the small images of an upsampler."""
         if self.unet.config.get("low_res_channels") is not None:
-            raise ValueError(
-                "This UNet is an upsampler: load it with ClassifierGuidedUpscalePipeline, or use hf-guided upscale."
-            )
+            raise ValueError("This UNet is an upsampler: take ClassifierGuidedUpscalePipeline, or hf-guided upscale.")
         if image is None:
             if strength is not None or mask_image is not None:
                 raise ValueError("strength and mask_image need an image: give image= too.")
@@ -460,10 +446,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         if mask_image is None:
             return original, None, None
         if not self.has_adm_scheduler:
-            raise ValueError(
-                f"mask_image needs a scheduler that can jump back to earlier timesteps, ADMScheduler; "
-                f"{type(self.scheduler).__name__} cannot."
-            )
+            raise ValueError(f"mask_image needs an ADMScheduler; {type(self.scheduler).__name__} cannot jump back.")
         try:
             mask = images_to_tensor(mask_image, 1).to(self._execution_device) > 0
         except ValueError as error:
@@ -511,7 +494,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         condition_unet: bool,
     ) -> list[Guidance]:
         """The kinds of guidance, without those of a neutral scale; checked against the components and labels."""
-        check_one_guidance(guidance, guidance_scale)
+        check_one_kind(guidance, guidance_scale)
         if guidance_scale is not None:
             guidance = ClassifierGuidance(guidance_scale)
         elif guidance is None and (saved := self.default("guidance", None)) is not None:
@@ -526,7 +509,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 raise ValueError(f"guidance takes objects of hf_guided.guidance, one or a list; got {kind!r}.")
         kinds = [kind for kind in kinds if not kind.is_neutral]
         self.check_guidance(kinds, labels, condition_unet)
-        self._guidance_scale = next((kind.scale for kind in kinds if isinstance(kind, ClassifierGuidance)), None)
+        self.guidance_scale = next((kind.scale for kind in kinds if isinstance(kind, ClassifierGuidance)), None)
         return kinds
 
     def check_guidance(self, kinds: list[Guidance], labels: torch.Tensor | None, condition_unet: bool) -> None:
@@ -541,12 +524,10 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
 
     def resolve_eta(self, eta: float | None) -> float:
         """DDIM's share of noise: as given, or the saved default."""
-        if eta is None:
-            return self.default("eta", 0.0)  # which only a scheduler with eta is given
         check_eta(eta)
         if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"{type(self.scheduler).__name__} does not support eta; leave it out, or take DDIM.")
-        return eta
+        return self.default("eta", 0.0) if eta is None else eta
 
     def check_inputs(
         self,
@@ -560,9 +541,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         config = self.unet.config
         self.check_output_type(output_type)
         if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(
-                f"callback_on_step_end={callback_on_step_end!r} is not a function; leave it out, or give one."
-            )
+            raise ValueError(f"callback_on_step_end={callback_on_step_end!r} is not a function; give one, or none.")
         names = callback_on_step_end_tensor_inputs
         if not isinstance(names, list | tuple) or any(name not in self._callback_tensor_inputs for name in names):
             raise ValueError(
@@ -571,15 +550,9 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             )
         if config.num_class_embeds is not None and not config.get("null_class_label", False):
             if labels is None:
-                raise ValueError(
-                    f"This UNet has no null label, so class_labels must be given: ids from 0 to "
-                    f"{config.num_class_embeds - 1}, or names."
-                )
+                raise ValueError("This UNet has no null label, so class_labels must be given, ids or names.")
             if not condition_unet:
-                raise ValueError(
-                    "condition_unet=False needs a UNet with a null label (null_class_label=True), trained with label "
-                    "dropout; this one is always class-conditional."
-                )
+                raise ValueError("condition_unet=False needs a UNet with a null label, trained with label dropout.")
 
     def set_timesteps(
         self, num_inference_steps: int | None, respacing: str | None, timesteps: Sequence[int] | None
@@ -612,33 +585,3 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 f"({batch_size}, {channels}, height, width)."
             )
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
-
-
-def check_steps(total: int, **steps: Any) -> dict[str, Any]:
-    """The one of `STEPS` that is not `None`, by name; refuses several, and steps outside `total` timesteps."""
-    given = {name: value for name, value in steps.items() if value is not None}
-    if len(given) > 1:
-        raise ValueError(f"Give only one of num_inference_steps, respacing and timesteps; got {', '.join(given)}.")
-    if "num_inference_steps" in given:
-        steps = given["num_inference_steps"] = whole_number("num_inference_steps", given["num_inference_steps"])
-        if not 1 <= steps <= total:
-            raise ValueError(
-                f"num_inference_steps={steps} does not lie between 1 and {total}, the number of timesteps."
-            )
-    if "respacing" in given:
-        respacing_counts(given["respacing"])
-    if "timesteps" in given:
-        given["timesteps"] = check_timesteps(given["timesteps"], total)
-    return given
-
-
-def check_one_guidance(guidance: Any, guidance_scale: float | None) -> None:
-    """Refuses guidance together with guidance_scale, in a call or among its defaults."""
-    if guidance is not None and guidance_scale is not None:
-        raise ValueError("Give guidance_scale or guidance, not both: the former is short for ClassifierGuidance.")
-
-
-def check_eta(eta: Any) -> None:
-    """Refuses an eta outside [0, 1]."""
-    if eta is not None and not (is_number(eta) and 0 <= eta <= 1):
-        raise ValueError(f"eta={eta!r} is not allowed; it is DDIM's share of noise, a number from 0 to 1.")

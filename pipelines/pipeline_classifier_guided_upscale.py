@@ -59,10 +59,7 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         )
         self.register_to_config(low_res_size=low_res_size)
         if unet.config.get("low_res_channels") is None:
-            raise ValueError(
-                "This UNet is not an upsampler (its low_res_channels is None): load it with ClassifierGuidedPipeline, "
-                "or use hf-guided sample."
-            )
+            raise ValueError("This UNet is not an upsampler: take ClassifierGuidedPipeline, or hf-guided sample.")
 
     def __call__(  # type: ignore[override]
         self,

@@ -40,10 +40,8 @@ class FlowPipeline(LatentPipeline):
     ) -> torch.Tensor:
         """The negative log-likelihood of the dequantised images, exact, in bits per dimension, `(batch,)`.
 
-        Args: as of [`VAEPipeline.bits_per_dim`]; the generator draws the dequantisation noise.
-
-        Raises:
-            `ValueError`: In half precision.
+        Args: as of [`VAEPipeline.bits_per_dim`]; the generator draws the dequantisation noise. Half precision is a
+        `ValueError`.
         """
         if self.flow.dtype in (torch.float16, torch.bfloat16):
             raise ValueError("The likelihood needs more than half precision; load the pipeline in float32.")

@@ -75,9 +75,7 @@ class Guidance:
             if not (is_number(value) and value >= 0):
                 raise ValueError(f"The scale of {name} must be a finite number from 0 up; got {value!r}.")
         if interval is not None and (not is_list(interval, is_number, 2, 2) or not interval[0] <= interval[1]):
-            raise ValueError(
-                f"interval={interval!r} of {name} is not a pair: give the lowest timestep first, then the highest."
-            )
+            raise ValueError(f"interval={interval!r} of {name} is not a pair, the lowest timestep first.")
         self.scale = scale
         self.interval = None if interval is None else (interval[0], interval[1])
 
@@ -115,9 +113,8 @@ class Guidance:
     def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
         """Raises `ValueError`, before the first step, if it cannot work with these components and labels."""
         if self.needs_labels and labels is None:
-            raise ValueError(
-                f"{type(self).__name__} needs class_labels; give them, or set the scale to {self.neutral_scale:g}."
-            )
+            name = type(self).__name__
+            raise ValueError(f"{name} needs class_labels; give them, or set the scale to {self.neutral_scale:g}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Its kind and arguments, as saved in a pipeline's `sampling_defaults`; [`guidance_from_dict`] reads them.
@@ -167,15 +164,12 @@ class PredictionGuidance(Guidance):
 class Objective:
     """The log-probability whose gradient guides, for the components and labels of one call.
 
-    Attributes:
-        component (`str`): The component that is called, for the cost.
-        model (`nn.Module`, *optional*): The component itself; its parameters are frozen.
-        log_probability (`Callable`): Takes images `(n, channels, height, width)` in float32, the timestep of the
-            training schedule, and a tensor of their indices in the batch; returns `(n,)` in nats, or the sum.
+    It takes images `(n, channels, height, width)` in float32, the timestep of the training schedule, and a tensor of
+    their indices in the batch; it returns `(n,)` in nats, or the sum.
     """
 
-    component: str
-    model: nn.Module | None
+    component: str  # that is called, for the cost
+    model: nn.Module | None  # the component itself; its parameters are frozen
     log_probability: Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
 
 
@@ -202,9 +196,7 @@ class GradientGuidance(Guidance, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_whole(self.every, 10**9):
-            raise ValueError(
-                f"every={self.every} of {type(self).__name__} must be a whole number from 1 up; 1 is every step."
-            )
+            raise ValueError(f"every={self.every} of {type(self).__name__} must be a whole number from 1 up.")
 
     @abstractmethod
     def objective(self, pipeline: Pipeline, labels: torch.Tensor | None) -> Objective:

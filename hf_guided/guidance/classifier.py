@@ -40,8 +40,7 @@ class ClassifierGuidance(GradientGuidance, source="arXiv 2105.05233, equations 8
         if "timestep" not in inspect.signature(model.forward).parameters:
             raise ValueError(
                 f"{type(model).__name__} takes no timestep: it is for clean images. Guide with "
-                f"guidance=DenoisedClassifierGuidance(...), or take a classifier trained on noisy images, such as "
-                f"ADMForImageClassification (see training/train_classifier.py)."
+                f"guidance=DenoisedClassifierGuidance(...), or train a classifier with training/train_classifier.py."
             )
         betas = check_betas(config.trained_betas, config.beta_schedule, config.num_train_timesteps)
         alphas_cumprod = torch.from_numpy(1 - betas).cumprod(0)
@@ -77,7 +76,5 @@ def check_classifier(pipeline: Pipeline, classifier: PreTrainedModel | None) -> 
         raise ValueError("Guidance needs a classifier, and this pipeline has none; load one, or set the scale to 0.")
     channels = getattr(classifier.config, "in_channels", getattr(classifier.config, "num_channels", None))
     if channels not in (None, pipeline.unet.config.in_channels):
-        raise ValueError(
-            f"The classifier takes images of {channels} channels and the UNet of {pipeline.unet.config.in_channels}; "
-            f"they must be trained on the same images."
-        )
+        ours = pipeline.unet.config.in_channels
+        raise ValueError(f"The classifier takes images of {channels} channels and the UNet of {ours}; they must match.")

@@ -36,9 +36,6 @@ class Guider:
         gradient_batch_size (`int`, *optional*): Images for which a gradient is computed at once; all, by default.
         nonfinite_gradient (`str`): `"raise"` or `"skip"`.
         timed (`bool`): Measure seconds, which synchronises with the GPU.
-
-    Attributes:
-        acting_predictions (`list[PredictionGuidance]`): The kinds that change the prediction at the current timestep.
     """
 
     def __init__(
@@ -46,9 +43,9 @@ class Guider:
         pipeline: Pipeline,
         kinds: Sequence[Guidance],
         labels: torch.Tensor | None,
-        gradient_batch_size: int | None = None,
-        nonfinite_gradient: str = "raise",
-        timed: bool = False,
+        gradient_batch_size: int | None,
+        nonfinite_gradient: str,
+        timed: bool,
     ):
         if gradient_batch_size is not None and whole_number("gradient_batch_size", gradient_batch_size) < 1:
             raise ValueError(f"gradient_batch_size={gradient_batch_size} is too small; give 1 or more.")
@@ -65,15 +62,10 @@ class Guider:
         ]
 
     def begin_step(self, step: int, timestep: float, sample: torch.Tensor) -> list[torch.Tensor]:
-        """The parts of the batch for which the UNet is called: one, but for gradients through it in smaller parts.
+        """Indices of the images of each part of the batch for which the UNet is called at a step.
 
-        Args:
-            step (`int`): Index of the step.
-            timestep (`float`): Of the training schedule.
-            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t.
-
-        Returns:
-            `list[torch.Tensor]`: Indices of the images of each part.
+        It is one part, but for gradients through the UNet in smaller ones. `timestep` is of the training schedule, and
+        `sample` is x_t.
         """
         self.step, self.timestep = step, timestep
         self.acting_predictions = [kind for kind in self.prediction_kinds if kind.acts_at(timestep)]
@@ -94,12 +86,9 @@ class Guider:
             yield sample.detach().float().requires_grad_(self.through_unet)
 
     def add_gradient(self, sample: torch.Tensor, model_output: torch.Tensor, rows: torch.Tensor) -> None:
-        """Computes the gradients of a part of the batch that are due at this step.
+        """Computes the gradients that are due at this step, of the images of a part of the batch.
 
-        Args:
-            sample (`torch.Tensor` of shape `(n, channels, height, width)`): x_t, as `differentiable` gave it.
-            model_output (`torch.Tensor`): The UNet's output for it.
-            rows (`torch.Tensor` of shape `(n,)`): Indices of these images in the batch.
+        `sample` is x_t as `differentiable` gave it, `model_output` the UNet's for it, `rows` the images' indices.
         """
         if any(gradient.kind.denoised for gradient in self.due):
             with torch.set_grad_enabled(self.through_unet):
@@ -140,10 +129,8 @@ class Guider:
                 leaf = images[part].detach().requires_grad_()
                 log_p = objective.log_probability(leaf, self.timestep, rows[part]).sum()
                 if not log_p.requires_grad:
-                    raise ValueError(
-                        f"The loss of {type(gradient.kind).__name__} has no gradient: compute it from the images with "
-                        f"torch."
-                    )
+                    name = type(gradient.kind).__name__
+                    raise ValueError(f"The loss of {name} has no gradient: compute it from the images with torch.")
                 # Loss scaling: small gradients would underflow in half precision.
                 headroom = 2.0**10 if getattr(objective.model, "dtype", None) == torch.float16 else 1.0
                 gradients.append(torch.autograd.grad(log_p * headroom, leaf)[0] / headroom)
