@@ -28,7 +28,7 @@ def match_batch(num_images_per_label: int, *parts: torch.Tensor | None) -> tuple
     count = max((len(part) for part in given), default=1)
     if any(len(part) not in (1, count) for part in given):
         numbers = ", ".join(str(len(part)) for part in given)
-        raise ValueError(f"class_labels, images and masks do not match ({numbers} were given): give as many of each.")
+        raise ValueError(f"class_labels, images and masks do not match ({numbers} were given): give as many, or one.")
     matched = (
         None if part is None else part.expand(count, *part.shape[1:]).repeat_interleave(num_images_per_label, dim=0)
         for part in parts
@@ -67,7 +67,9 @@ def images_to_tensor(images: Images, channels: int) -> torch.Tensor:
     batch = batch.float()
     low, high = batch.min().item(), batch.max().item()
     if low < -2 or -0.1 < low < 0 or not high <= 2:  # samples may overshoot a little; the last also holds for NaN
-        raise ValueError(f"The images have values from {low:g} to {high:g}; give 8-bit integers, or floats in [-1, 1].")
+        raise ValueError(
+            f"The images have values from {low:g} to {high:g}; give 8-bit integers, or floats in [0, 1] or [-1, 1]."
+        )
     return (batch if low < 0 else 2 * batch - 1).clamp(-1, 1)
 
 
@@ -86,9 +88,11 @@ def _planes(values: Any) -> torch.Tensor:
 
 def check_latents(latents: Any) -> None:
     """Refuses latents that are not a floating-point tensor."""
-    if latents is not None and not torch.is_tensor(latents):
+    if latents is None:
+        return
+    if not torch.is_tensor(latents):
         raise ValueError(f"latents is a {type(latents).__name__}; give a torch.Tensor, torch.from_numpy makes one.")
-    if latents is not None and not latents.is_floating_point():
+    if not latents.is_floating_point():
         raise ValueError(f"latents are of {latents.dtype}; give normal noise in a floating-point type.")
 
 
@@ -106,9 +110,9 @@ def check_steps(total: int, **steps: Any) -> dict[str, Any]:
     if len(given) > 1:
         raise ValueError(f"Give only one of num_inference_steps, respacing and timesteps; got {', '.join(given)}.")
     if "num_inference_steps" in given:
-        steps = given["num_inference_steps"] = whole_number("num_inference_steps", given["num_inference_steps"])
-        if not 1 <= steps <= total:
-            raise ValueError(f"num_inference_steps={steps} does not lie between 1 and {total}, all timesteps.")
+        number = given["num_inference_steps"] = whole_number("num_inference_steps", given["num_inference_steps"])
+        if not 1 <= number <= total:
+            raise ValueError(f"num_inference_steps={number} does not lie between 1 and {total}, all timesteps.")
     if "respacing" in given:
         respacing_counts(given["respacing"])
     if "timesteps" in given:

@@ -76,10 +76,10 @@ class BigGANGenerator(WholeModelMixin, ConfigMixin):
         The running statistics of training are of earlier weights, and a moving average of weights has none (BigGAN,
         appendix B: standing statistics).
         """
-        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain average of all batches
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+                module.momentum = None  # the plain average of all batches
         self.train()
         generator = torch.Generator().manual_seed(seed)
         for _ in range(num_batches):
