@@ -75,7 +75,9 @@ class Guidance:
             if not (is_number(value) and value >= 0):
                 raise ValueError(f"The scale of {name} must be a finite number from 0 up; got {value!r}.")
         if interval is not None and (not is_list(interval, is_number, 2, 2) or not interval[0] <= interval[1]):
-            raise ValueError(f"interval={interval!r} of {name} is not a pair, the lowest timestep first.")
+            raise ValueError(
+                f"interval={interval!r} of {name} is not a pair: give the lowest timestep first, then the highest."
+            )
         self.scale = scale
         self.interval = None if interval is None else (interval[0], interval[1])
 

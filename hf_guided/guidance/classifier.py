@@ -45,15 +45,14 @@ class ClassifierGuidance(GradientGuidance, source="arXiv 2105.05233, equations 8
         betas = check_betas(config.trained_betas, config.beta_schedule, config.num_train_timesteps)
         alphas_cumprod = torch.from_numpy(1 - betas).cumprod(0)
         theirs = pipeline.scheduler.alphas_cumprod.cpu().double()
-        same_scale = config.num_train_timesteps == 1000 or config.rescale_timesteps == pipeline.scheduler.config.get(
-            "rescale_timesteps", False
-        )
+        rescales = pipeline.scheduler.config.get("rescale_timesteps", False)
+        same_scale = config.num_train_timesteps == 1000 or config.rescale_timesteps == rescales
         same_betas = theirs.shape == alphas_cumprod.shape and torch.allclose(theirs, alphas_cumprod, atol=1e-4)
         if not (same_betas and same_scale):
             raise ValueError(
                 f"The classifier was trained on another noise schedule ({config.beta_schedule!r}, "
                 f"{config.num_train_timesteps} timesteps, rescale_timesteps={config.rescale_timesteps}) than the "
-                f"scheduler's, so it would misread the noise; use the schedule that both were trained on."
+                f"scheduler's; use the schedule that both were trained on."
             )
 
     def objective(self, pipeline: Pipeline, labels: torch.Tensor | None) -> Objective:
