@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 import hf_guided
 
-from ..families import BASELINES
+from ..families import family_of
 from ..files import is_hub_id
 from ..loading import naming_damage, read_config
 
@@ -30,7 +30,7 @@ def is_pipeline(name: str) -> bool:
 
 
 def pipeline_class(model: str, token: str | None = None) -> Any:
-    """The class of a saved pipeline, if it is of another family than diffusion; else the guided one.
+    """The pipeline class of a saved pipeline's family.
 
     Args:
         model (`str`): A folder, or a name on the Hub.
@@ -43,8 +43,7 @@ def pipeline_class(model: str, token: str | None = None) -> Any:
     path = Path(model, index) if Path(model).exists() else hf_hub_download(model, index, token=token)
     name: Any = read_config(path).get("_class_name")
     name = name[-1] if isinstance(name, list) else name  # a repository that carries its code names its module too
-    is_baseline = name in [family.pipeline for family in BASELINES.values()]
-    return getattr(hf_guided, name) if is_baseline else hf_guided.ClassifierGuidedPipeline
+    return getattr(hf_guided, family_of(name).pipeline)
 
 
 def load_saved(kind: Any, model: str, **arguments: Any) -> Any:
