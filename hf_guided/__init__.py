@@ -18,8 +18,8 @@ _MODULE_OF = {
     "ADMScheduler": "schedulers.scheduling_adm",
     "ClassifierGuidedPipeline": "pipelines.pipeline_classifier_guided",
     "ClassifierGuidedUpscalePipeline": "pipelines.pipeline_classifier_guided_upscale",
-    **{model: f"baselines.{family.name}" for family in BASELINES.values() for model in family.models},
-    **{family.pipeline: f"pipelines.pipeline_{family.name}" for family in BASELINES.values()},
+    **{model: f"baselines.{name}" for name, family in BASELINES.items() for model in family.models},
+    **{family.pipeline: f"pipelines.pipeline_{name}" for name, family in BASELINES.items()},
 }
 
 __all__ = [*_MODULE_OF, "__version__"]

@@ -10,7 +10,6 @@ from typing import NamedTuple
 class Family(NamedTuple):
     """A family of generative models."""
 
-    name: str  # in commands, recipes and reports
     title: str  # in tables and plots
     noun: str  # what one of its models is called in a sentence
     pipeline: str  # the class that samples
@@ -24,7 +23,6 @@ class Family(NamedTuple):
 
 
 DIFFUSION = Family(
-    name="diffusion",
     title="Diffusion",
     noun="diffusion model",
     pipeline="ClassifierGuidedPipeline",
@@ -35,52 +33,44 @@ DIFFUSION = Family(
     trade_off="guidance_scale",
 )
 
-# What diffusion is compared with.
-BASELINES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        Family(
-            name="vae",
-            title="VAE",
-            noun="VAE",
-            pipeline="VAEPipeline",
-            models=("ClassConditionalVAE",),
-            component="vae",
-            paper="[Auto-Encoding Variational Bayes](https://arxiv.org/abs/1312.6114)",
-            tag="vae",
-            trade_off="temperature",
-        ),
-        Family(
-            name="gan",
-            title="GAN",
-            noun="GAN",
-            pipeline="GANPipeline",
-            models=("BigGANGenerator", "BigGANDiscriminator"),
-            component="generator",
-            paper="[Large Scale GAN Training](https://arxiv.org/abs/1809.11096)",
-            tag="gan",
-            trade_off="truncation",
-            curve=(0.5, 1.0, 2.0),
-        ),
-        Family(
-            name="flow",
-            title="Flow",
-            noun="normalizing flow",
-            pipeline="FlowPipeline",
-            models=("ClassConditionalGlow",),
-            component="flow",
-            paper="[Glow](https://arxiv.org/abs/1807.03039)",
-            tag="normalizing-flow",
-            trade_off="temperature",
-            requirements=("normflows",),
-        ),
-    )
+# What diffusion is compared with, by name in commands, recipes and reports.
+BASELINES = {
+    "vae": Family(
+        title="VAE",
+        noun="VAE",
+        pipeline="VAEPipeline",
+        models=("ClassConditionalVAE",),
+        component="vae",
+        paper="[Auto-Encoding Variational Bayes](https://arxiv.org/abs/1312.6114)",
+        tag="vae",
+        trade_off="temperature",
+    ),
+    "gan": Family(
+        title="GAN",
+        noun="GAN",
+        pipeline="GANPipeline",
+        models=("BigGANGenerator", "BigGANDiscriminator"),
+        component="generator",
+        paper="[Large Scale GAN Training](https://arxiv.org/abs/1809.11096)",
+        tag="gan",
+        trade_off="truncation",
+        curve=(0.5, 1.0, 2.0),
+    ),
+    "flow": Family(
+        title="Flow",
+        noun="normalizing flow",
+        pipeline="FlowPipeline",
+        models=("ClassConditionalGlow",),
+        component="flow",
+        paper="[Glow](https://arxiv.org/abs/1807.03039)",
+        tag="normalizing-flow",
+        trade_off="temperature",
+        requirements=("normflows",),
+    ),
 }
 
 
 def family_of(class_name: str) -> Family:
     """The family of a pipeline or model by the name of its class; diffusion, if no other claims it."""
-    for family in BASELINES.values():
-        if class_name in (family.pipeline, *family.models):
-            return family
-    return DIFFUSION
+    families = (family for family in BASELINES.values() if class_name in (family.pipeline, *family.models))
+    return next(families, DIFFUSION)

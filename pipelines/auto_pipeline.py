@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 import hf_guided
 
-from ..families import BASELINES
+from ..families import family_of
 from ..files import is_hub_id
 from ..loading import naming_damage, read_config
 
@@ -30,38 +30,27 @@ def is_pipeline(name: str) -> bool:
 
 
 def pipeline_class(model: str, token: str | None = None) -> Any:
-    """The pipeline class that `model_index.json` names, if it is of another family than diffusion; else a guided one.
+    """The pipeline class of a saved pipeline's family.
 
     Args:
         model (`str`): A folder, or a name on the Hub.
         token (`str`, *optional*): Token to read it with. Default: the saved login.
 
     Raises:
-        `OSError`: If there is no such pipeline.
-        `ValueError`: If its `model_index.json` is damaged.
+        `OSError`: If there is no such pipeline; a `ValueError`, if its `model_index.json` is damaged.
     """
-    folder = Path(model)
-    path = (
-        folder / "model_index.json"
-        if folder.exists()
-        else Path(hf_hub_download(model, "model_index.json", token=token))
-    )
+    index = "model_index.json"
+    path = Path(model, index) if Path(model).exists() else hf_hub_download(model, index, token=token)
     name: Any = read_config(path).get("_class_name")
     name = name[-1] if isinstance(name, list) else name  # a repository that carries its code names its module too
-    is_baseline = name in [family.pipeline for family in BASELINES.values()]
-    return getattr(hf_guided, name) if is_baseline else hf_guided.ClassifierGuidedPipeline
+    return getattr(hf_guided, family_of(name).pipeline)
 
 
 def load_saved(kind: Any, model: str, **arguments: Any) -> Any:
     """A pipeline or model of a folder or of the Hub, loaded without the progress bars of its parts.
 
-    Args:
-        kind: Its class, or an Auto class.
-        model (`str`): A folder, or a name on the Hub.
-        arguments: Go to `from_pretrained`.
-
-    Raises:
-        `ValueError`: If there is no such model, or it is damaged.
+    `kind` is its class, or an Auto class, whose `from_pretrained` takes the arguments. If there is no such model, or it
+    is damaged, it is a `ValueError`.
     """
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -77,21 +66,13 @@ def load_saved(kind: Any, model: str, **arguments: Any) -> Any:
 
 
 def load_pipeline(model: str, state: "PartialState", kind: Any = None) -> Any:
-    """A pipeline on this process's device; the progress bar of its steps is the main process's alone, below that of the
-    images.
+    """A pipeline on this process's device, of a class that is found in its files by default; errors as [`load_saved`].
 
-    Args:
-        model (`str`): A folder, or a name on the Hub.
-        state ([`~accelerate.PartialState`]): Of this process.
-        kind (`type`, *optional*): The pipeline's class; found in its files, by default.
-
-    Raises:
-        `ValueError`: If there is no such pipeline, or it is damaged.
+    The progress bar of its steps is the main process's alone, below that of the images.
     """
-    if kind is None and is_pipeline(model):
-        kind = pipeline_class(model)
-    kind = kind or hf_guided.ClassifierGuidedPipeline  # whose loading says what is missing
+    if kind is None:  # loading a guided pipeline says what is missing
+        kind = pipeline_class(model) if is_pipeline(model) else hf_guided.ClassifierGuidedPipeline
     pipeline = load_saved(kind, model).to(state.device)
-    bar = {"desc": "batch", "position": 1, "leave": False}
-    pipeline.set_progress_bar_config(**bar, disable=None if state.is_main_process else True)
+    disable = None if state.is_main_process else True
+    pipeline.set_progress_bar_config(desc="batch", position=1, leave=False, disable=disable)
     return pipeline

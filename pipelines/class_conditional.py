@@ -9,12 +9,11 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
-from ..guidance.base import NotFiniteError, broken_images
+from ..guidance.monitor import NotFiniteError, broken_images
 from ..labels import id_of_name, resolve_labels
 from ..loading import SavedConfigMixin, check_loaded, naming_damage
-from ..settings import check_names, whole_number
-
-MOST_IMAGES = 65_536  # of one label in a batch
+from ..messages import first_few
+from ..settings import check_names
 
 Labels = int | str | Sequence[int | str] | np.ndarray | torch.Tensor
 
@@ -22,45 +21,40 @@ Labels = int | str | Sequence[int | str] | np.ndarray | torch.Tensor
 class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
     """Base class of pipelines that sample images of given classes.
 
-    A subclass registers its components and `id2label`, and names in `main_component` the one that makes the images. Its
-    config has their size, channels and classes.
+    A subclass names in `main_component` the one that makes the images. Its config has their size, channels and classes.
+
+    Args:
+        id2label (`dict[int, str]`, *optional*): Class names, saved in the config.
+        components: Registered by name, as by [`register_modules`].
+
+    Raises:
+        `ValueError`: For class names that are not a mapping from the ids of the model's classes to texts.
     """
 
     main_component: str
 
-    def __init__(self) -> None:
+    def __init__(self, id2label: Any = None, **components: Any):
         super().__init__()
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self.register_modules(**components)
+        if id2label is not None:
+            check_names(id2label, self.main_config.get("num_class_embeds"))
+        self.register_to_config(id2label=id2label)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """Loads a saved pipeline, as [`~diffusers.DiffusionPipeline.from_pretrained`] does.
 
-        Raises:
-            `ValueError`: If a file is damaged, or weights do not cover their model, naming the file or the tensors.
+        A damaged file, or weights that do not cover their model, are a `ValueError` that names the file or the tensors.
         """
         with naming_damage(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def register_modules(self, **components: Any) -> None:
-        """Registers the components, as [`~diffusers.DiffusionPipeline.register_modules`] does.
-
-        Raises:
-            `ValueError`: For a component whose weights were not all loaded.
-        """
+        """Registers the components; one whose weights were not all loaded is a `ValueError`."""
         for name, component in components.items():
             check_loaded(name, component)
         super().register_modules(**components)
-
-    def register_names(self, id2label: Any) -> None:
-        """Saves the class names in the config.
-
-        Raises:
-            `ValueError`: If they are not a mapping from the ids of the model's classes to texts.
-        """
-        if id2label is not None:
-            check_names(id2label, self.main_config.get("num_class_embeds"))
-        self.register_to_config(id2label=id2label)
 
     @property
     def main_config(self) -> Any:
@@ -93,10 +87,7 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         if class_labels is None:
             return None
         if self.num_classes is None:
-            raise ValueError(
-                "class_labels were given, but this pipeline has no classes: its model is unconditional and it has no "
-                "classifier. Leave them out, or load a classifier."
-            )
+            raise ValueError("This pipeline has no classes: leave class_labels out, or load a classifier.")
         ids = resolve_labels(class_labels, self.id2label, self.num_classes)
         return torch.tensor(ids, device=self._execution_device)
 
@@ -109,9 +100,7 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} is not one of 'pil', 'np', 'pt', 'latent'.")
         if output_type == "pil" and self.image_channels not in (1, 3):
-            raise ValueError(
-                f"Images of {self.image_channels} channels cannot be PIL images; choose output_type='np' or 'pt'."
-            )
+            raise ValueError(f"Images of {self.image_channels} channels cannot be PIL images; choose 'np' or 'pt'.")
 
     def prepare_generators(
         self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int
@@ -126,9 +115,7 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
             raise ValueError(f"{len(given)} generators were given for {batch_size} images; give one per image.")
         for one in given:
             if one is not None and not isinstance(one, torch.Generator):
-                raise ValueError(
-                    f"generator is a {type(one).__name__}; give torch.Generator().manual_seed(0), or a list of them."
-                )
+                raise ValueError(f"generator is a {type(one).__name__}; give a torch.Generator, or a list of them.")
         # one by one: a generator on a GPU draws other numbers when it draws several at once
         seeds = [
             torch.randint(2**63 - 1, (), generator=one, device="cpu" if one is None else one.device).item()
@@ -137,17 +124,12 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def check_finite(self, sample: torch.Tensor) -> None:
-        """Checks that images `(batch, channels, height, width)` are finite; clipping would hide it.
-
-        Raises:
-            [`~guidance.base.NotFiniteError`]: Naming the images of the batch.
-        """
-        broken = broken_images(sample).nonzero()[:, 0].tolist()
-        if broken:
+        """Refuses images `(batch, channels, height, width)` that are not finite, which clipping would hide."""
+        if broken := broken_images(sample).nonzero()[:, 0].tolist():
             raise NotFiniteError(
-                f"Images {', '.join(map(str, broken[:5]))}{' …' if len(broken) > 5 else ''} of the batch are not "
-                f"finite: the weights of the model have infinite values or NaN, or it overflowed. Load the pipeline in "
-                f"float32 or bfloat16; if that does not help, its training diverged or its file is damaged."
+                f"Images {first_few(list(map(str, broken)), 5)} of the batch are not finite: the weights of the model "
+                f"have infinite values or NaN, or it overflowed. Load the pipeline in float32 or bfloat16; if that "
+                f"does not help, its training diverged or its file is damaged."
             )
 
     def finish(self, sample: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
@@ -158,21 +140,3 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
             images = self.image_processor.postprocess(sample, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-def check_latents(latents: Any) -> None:
-    """Refuses latents that are not a floating-point tensor."""
-    if latents is not None and not torch.is_tensor(latents):
-        raise ValueError(f"latents is a {type(latents).__name__}; give a torch.Tensor, torch.from_numpy makes one.")
-    if latents is not None and not latents.is_floating_point():
-        raise ValueError(f"latents are of {latents.dtype}; give normal noise in a floating-point type.")
-
-
-def check_num_images(num_images_per_label: Any) -> int:
-    """Images per label as an `int`; refuses less than 1, and more than a batch can hold."""
-    number = whole_number("num_images_per_label", num_images_per_label)
-    if number < 1:
-        raise ValueError(f"num_images_per_label={number} makes no images; give 1 or more.")
-    if number > MOST_IMAGES:
-        raise ValueError(f"num_images_per_label={number} are too many for one batch; give {MOST_IMAGES} or fewer.")
-    return number

@@ -7,11 +7,12 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..settings import is_number
-from .class_conditional import ClassConditionalPipeline, Labels, check_latents, check_num_images
+from .class_conditional import ClassConditionalPipeline, Labels
+from .inputs import check_latents, check_num_images
 
 
 class LatentPipeline(ClassConditionalPipeline):
-    """Base class of pipelines that decode latent vectors; a subclass says how long they are, and `decode`s them.
+    """Base class of pipelines that decode latent vectors; a subclass `decode`s them.
 
     One that can tell how likely an image is sets `no_likelihood` to `None`, `likelihood_kind` to `"bound"` or
     `"exact"`, and has a method `bits_per_dim`, as [`VAEPipeline`].
@@ -22,7 +23,7 @@ class LatentPipeline(ClassConditionalPipeline):
     @property
     def latent_length(self) -> int:
         """Numbers of a latent vector."""
-        raise NotImplementedError
+        return self.main_config.latent_dim
 
     def decode(self, latents: torch.Tensor, labels: torch.Tensor, *args: Any, **trade_off: Any) -> torch.Tensor:
         """Images `(batch, channels, height, width)` in [-1, 1] of latents `(batch, latent_length)`."""
@@ -97,8 +98,8 @@ class LatentPipeline(ClassConditionalPipeline):
 
 def resolve_temperature(temperature: float | None) -> float:
     """The standard deviation of the latents; 1 if none is given."""
-    if temperature is not None and not (is_number(temperature) and temperature >= 0):
-        raise ValueError(
-            f"temperature={temperature!r} is not allowed; give a finite number from 0 (the most typical image) up."
-        )
-    return 1.0 if temperature is None else temperature
+    if temperature is None:
+        return 1.0
+    if not (is_number(temperature) and temperature >= 0):
+        raise ValueError(f"temperature={temperature!r} is not allowed; give a finite number from 0 up.")
+    return temperature

@@ -19,22 +19,19 @@ from transformers import CLIPModel, CLIPProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..guidance import ClassifierGuidance, Guidance, guidance_from_dict
-from ..guidance.base import GradientGuidance, broken_images
+from ..guidance.base import GradientGuidance
 from ..guidance.guider import Guider
-from ..guidance.monitor import SamplingCost
+from ..guidance.monitor import SamplingCost, broken_images
 from ..models.classifier_adm import ADMForImageClassification  # noqa: F401
 
 # Imported to register these classes with diffusers, since a saved pipeline may name them.
 from ..models.unet_adm import ADMUNet2DModel  # noqa: F401
 from ..schedulers.diffusers_compat import check_solver, set_solver_timesteps, solver_step
 from ..schedulers.repaint import RePaint, jump_positions
-from ..schedulers.schedules import check_timesteps, respacing_counts
 from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler, model_timesteps  # noqa: F401
-from ..settings import is_number, whole_number
-from .class_conditional import ClassConditionalPipeline, Labels, check_latents
-from .inputs import Images, images_to_tensor, match_batch
-
-STEPS = ("num_inference_steps", "respacing", "timesteps")  # arguments of a call, of which one is given
+from ..settings import is_number
+from .class_conditional import ClassConditionalPipeline, Labels
+from .inputs import STEPS, Images, check_eta, check_latents, check_one_kind, check_steps, images_to_tensor, match_batch
 
 
 @dataclass
@@ -82,6 +79,9 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         "clip_processor",
     ]
     _callback_tensor_inputs = ["latents", "model_output", "gradient"]
+    # Of the current or last call, as callbacks of diffusers expect
+    num_timesteps: int
+    guidance_scale: Any  # of classifier guidance; `None` without it
 
     def __init__(
         self,
@@ -96,8 +96,8 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         clip_model: CLIPModel | None = None,
         clip_processor: CLIPProcessor | None = None,
     ):
-        super().__init__()
-        self.register_modules(
+        super().__init__(
+            id2label,
             unet=unet,
             scheduler=scheduler,
             classifier=classifier,
@@ -107,7 +107,6 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             clip_model=clip_model,
             clip_processor=clip_processor,
         )
-        self.register_names(id2label)
         if not isinstance(sampling_defaults, Mapping | None):
             raise ValueError(f"sampling_defaults={sampling_defaults!r} is not a mapping from names to values.")
         self.set_sampling_defaults(**(sampling_defaults or {}))
@@ -139,16 +138,6 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         """Whether the scheduler is an [`ADMScheduler`], this package's or one of a repository with its own code."""
         return getattr(self.scheduler, "takes_gradient", False)
 
-    @property
-    def num_timesteps(self) -> int:
-        """Number of steps of the current or last call, as callbacks of diffusers expect."""
-        return self._num_timesteps
-
-    @property
-    def guidance_scale(self) -> Any:
-        """Scale of classifier guidance in the current or last call; `None` without it."""
-        return self._guidance_scale
-
     def set_sampling_defaults(self, **defaults: Any) -> None:
         """Replaces the saved defaults of the call.
 
@@ -162,12 +151,11 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         unknown = set(defaults) - {*STEPS, "guidance_scale", "guidance", "eta"}
         if unknown:
             raise ValueError(f"sampling_defaults does not support {', '.join(sorted(unknown))}.")
-        check_one_guidance(defaults.get("guidance"), defaults.get("guidance_scale"))
+        check_one_kind(defaults.get("guidance"), defaults.get("guidance_scale"))
         check_steps(sys.maxsize, **{name: defaults.get(name) for name in STEPS})  # the scheduler may be exchanged later
         if defaults.get("guidance_scale") is not None:
             ClassifierGuidance(defaults["guidance_scale"])
-        if defaults.get("eta") is not None:
-            check_eta(defaults["eta"])
+        check_eta(defaults.get("eta"))
         if (kinds := defaults.get("guidance")) is not None:
             kinds = kinds if isinstance(kinds, list | tuple) else [kinds]
             kinds = [kind if isinstance(kind, Guidance) else guidance_from_dict(kind) for kind in kinds]
@@ -191,9 +179,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         options = {"dynamic": False, **options}
         if self._execution_device.type == "cpu":
             if not any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++"])):
-                raise ValueError(
-                    "Compiling for the CPU needs a C++ compiler: install g++ or clang++, or do not compile."
-                )
+                raise ValueError("Compiling for the CPU needs a C++ compiler: install g++ or clang++.")
             if options.keys().isdisjoint(("backend", "mode", "options")):
                 options["options"] = {"layout_optimization": False}
         for model in (self.unet, self.guide_unet, self.classifier):
@@ -299,17 +285,16 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             ```
         """
         # 1. Arguments
-        if self.unet.config.get("low_res_channels") is not None:
-            raise ValueError(
-                "This UNet is an upsampler: load it with ClassifierGuidedUpscalePipeline, or use hf-guided upscale."
-            )
-        original, mask = self.prepare_edit(image, mask_image, strength, latents)
-        batch_size, labels, original, mask = match_batch(
-            num_images_per_label, self.resolve_labels(class_labels), original, mask
+        original, mask, low_res = self.prepare_images(image, mask_image, strength, latents)
+        batch_size, labels, original, mask, low_res = match_batch(
+            num_images_per_label, self.resolve_labels(class_labels), original, mask, low_res
         )
         self.check_inputs(labels, condition_unet, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         kinds = self.resolve_guidance(guidance, guidance_scale, labels, condition_unet)
         eta = self.resolve_eta(eta)
+        conditions = {} if low_res is None else {"low_res": low_res}
+        if labels is not None and condition_unet and self.unet.config.num_class_embeds is not None:
+            conditions["class_labels"] = labels
 
         # 2. Timesteps and noise
         self.set_timesteps(num_inference_steps, respacing, timesteps)
@@ -320,56 +305,25 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             if strength is None:
                 strength = 0.8 if mask is None else 1.0
             loop_timesteps, latents = self.start_from(original, latents, strength)
-        if original is not None and mask is not None:
+        if mask is not None:
             jump_length = max(1, round(len(loop_timesteps) / 25)) if jump_length is None else jump_length
             loop_timesteps = loop_timesteps[jump_positions(len(loop_timesteps), jump_length, jump_n_sample)]
             repaint = RePaint(self.scheduler, original, mask)
+        schedule = loop_timesteps.tolist()  # one transfer to the host, not one per step
+        following = [*schedule[1:], None]
+        self.num_timesteps = len(schedule)
+        shape = (len(schedule), *latents.shape)
+        if variance_noise is not None and not (torch.is_tensor(variance_noise) and variance_noise.shape == shape):
+            raise ValueError(
+                f"variance_noise is a {type(variance_noise).__name__} of shape "
+                f"{tuple(getattr(variance_noise, 'shape', ()))}; {len(schedule)} steps of this batch need {shape}."
+            )
+        kinds = self.acting_guidance(kinds, schedule, guidance is None and guidance_scale is None)
+        guider = Guider(self, kinds, labels, gradient_batch_size, nonfinite_gradient, timed=return_cost)
 
         # 3. noise -> (UNet -> guidance -> scheduler step) x N -> image
-        is_default = guidance is None and guidance_scale is None
-        guider = self.prepare_guider(
-            kinds, is_default, labels, loop_timesteps, gradient_batch_size, nonfinite_gradient, return_cost
-        )
-        latents = self.denoise(
-            latents,
-            loop_timesteps,
-            self.unet_conditions(labels if condition_unet else None),
-            guider,
-            eta,
-            generators,
-            variance_noise,
-            repaint,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-        return self.finish(latents, output_type, return_dict, guider.monitor.cost if return_cost else None)
-
-    def denoise(
-        self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditions: dict[str, torch.Tensor],
-        guider: Guider,
-        eta: float,
-        generators: list[torch.Generator],
-        variance_noise: torch.Tensor | None = None,
-        repaint: RePaint | None = None,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> torch.Tensor:
-        """The denoising loop: (UNet -> guidance -> scheduler step) at each timestep; returns x_0."""
-        if variance_noise is not None and not torch.is_tensor(variance_noise):
-            raise ValueError(f"variance_noise is a {type(variance_noise).__name__}; give a torch.Tensor.")
-        if variance_noise is not None and variance_noise.shape != (len(timesteps), *latents.shape):
-            raise ValueError(
-                f"variance_noise has shape {tuple(variance_noise.shape)}; {len(timesteps)} steps of this batch need "
-                f"{(len(timesteps), *latents.shape)}."
-            )
-        schedule = timesteps.tolist()  # one transfer to the host, not one per step
-        following = [*schedule[1:], None]
-        self._num_timesteps = len(schedule)
         previous = None
-        for i, t in enumerate(self.progress_bar(timesteps)):
+        for i, t in enumerate(self.progress_bar(loop_timesteps)):
             model_input = self.scheduler.scale_model_input(latents, t)
             parts = []
             for rows in guider.begin_step(i, schedule[i], latents):
@@ -400,10 +354,9 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 previous = None  # the known pixels have changed
 
             if callback_on_step_end is not None:
-                callback_kwargs = {}
-                for name in callback_on_step_end_tensor_inputs:
-                    callback_kwargs[name] = locals()[name]
-                returned = callback_on_step_end(self, i, t, callback_kwargs)
+                tensors = {"latents": latents, "model_output": model_output, "gradient": gradient}
+                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                returned = callback_on_step_end(self, i, t, tensors)
                 if not isinstance(returned, dict | None):
                     raise ValueError(
                         f"callback_on_step_end returned a {type(returned).__name__}; return a dict such as "
@@ -413,7 +366,13 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 previous = previous if replaced is latents else None
                 latents = replaced
         guider.monitor.check()
-        return latents
+
+        # 4. Images
+        (images,) = self.finish(latents, output_type, return_dict=False)
+        cost = guider.monitor.cost if return_cost else None
+        if return_dict:
+            return GuidedPipelineOutput(images=images, cost=cost)
+        return (images, cost) if return_cost else (images,)
 
     def predict(
         self,
@@ -454,30 +413,8 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         ]
         return torch.cat([sum(differences, start=prediction), variance], dim=1)
 
-    def finish(
-        self, sample: torch.Tensor, output_type: str, return_dict: bool, cost: SamplingCost | None = None
-    ) -> GuidedPipelineOutput | tuple:
-        """The images in the requested output type, and their cost."""
-        (images,) = super().finish(sample, output_type, return_dict=False)
-        if return_dict:
-            return GuidedPipelineOutput(images=images, cost=cost)
-        return (images,) if cost is None else (images, cost)
-
-    def prepare_guider(
-        self,
-        kinds: list[Guidance],
-        is_default: bool,
-        labels: torch.Tensor | None,
-        timesteps: torch.Tensor,
-        gradient_batch_size: int | None,
-        nonfinite_gradient: str,
-        return_cost: bool,
-    ) -> Guider:
-        """The guider of this call; kinds that are no saved default must act at some of its timesteps."""
-        if torch.is_inference_mode_enabled() and any(isinstance(kind, GradientGuidance) for kind in kinds):
-            raise ValueError("Gradients cannot be taken under torch.inference_mode(); call the pipeline without it.")
-        self._guidance_scale = next((kind.scale for kind in kinds if isinstance(kind, ClassifierGuidance)), None)
-        schedule = timesteps.tolist()
+    def acting_guidance(self, kinds: list[Guidance], schedule: list[float], is_default: bool) -> list[Guidance]:
+        """The kinds that act at some of the timesteps of a call; all must, unless they are the saved default."""
         acting = [kind for kind in kinds if sum(kind.acts_at(t) for t in schedule)]  # checks the scale at all of them
         for kind in kinds:
             if not is_default and kind not in acting:
@@ -485,24 +422,18 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                     f"{kind!r} acts at none of the {len(schedule)} timesteps of this call, from {schedule[0]:g} to "
                     f"{schedule[-1]:g}; give another interval, more steps, or a higher strength."
                 )
-        if gradient_batch_size is not None and whole_number("gradient_batch_size", gradient_batch_size) < 1:
-            raise ValueError(f"gradient_batch_size={gradient_batch_size} is too small; give 1 or more.")
-        if nonfinite_gradient not in ("raise", "skip"):
-            raise ValueError(f"nonfinite_gradient={nonfinite_gradient!r} is not one of 'raise', 'skip'.")
-        return Guider(self, acting, labels, gradient_batch_size, nonfinite_gradient, timed=return_cost)
+        return acting
 
-    def unet_conditions(self, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Inputs of the UNet besides sample and timestep: the labels, if it is class-conditional."""
-        return {} if labels is None or self.unet.config.num_class_embeds is None else {"class_labels": labels}
-
-    def prepare_edit(
+    def prepare_images(
         self, image: Images | None, mask_image: Images | None, strength: float | None, latents: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The images to edit in [-1, 1], of the size that is sampled, and the mask of pixels to inpaint."""
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """The images to edit in [-1, 1], the mask of pixels to inpaint, and the small images of an upsampler."""
+        if self.unet.config.get("low_res_channels") is not None:
+            raise ValueError("This UNet is an upsampler: take ClassifierGuidedUpscalePipeline, or hf-guided upscale.")
         if image is None:
             if strength is not None or mask_image is not None:
                 raise ValueError("strength and mask_image need an image: give image= too.")
-            return None, None
+            return None, None, None
         if not hasattr(self.scheduler, "add_noise"):
             raise ValueError(f"{type(self.scheduler).__name__} cannot start from an image; take another scheduler.")
         original = images_to_tensor(image, self.unet.config.in_channels).to(self._execution_device)
@@ -513,12 +444,9 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 f"resize or crop it first."
             )
         if mask_image is None:
-            return original, None
+            return original, None, None
         if not self.has_adm_scheduler:
-            raise ValueError(
-                f"mask_image needs a scheduler that can jump back to earlier timesteps, ADMScheduler; "
-                f"{type(self.scheduler).__name__} cannot."
-            )
+            raise ValueError(f"mask_image needs an ADMScheduler; {type(self.scheduler).__name__} cannot jump back.")
         try:
             mask = images_to_tensor(mask_image, 1).to(self._execution_device) > 0
         except ValueError as error:
@@ -527,7 +455,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             raise ValueError(
                 f"The mask has {mask.shape[-2]}x{mask.shape[-1]} pixels and the image {height}x{width}; resize it."
             )
-        return original, mask
+        return original, mask, None
 
     def start_from(
         self, original: torch.Tensor, noise: torch.Tensor, strength: float
@@ -566,7 +494,7 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         condition_unet: bool,
     ) -> list[Guidance]:
         """The kinds of guidance, without those of a neutral scale; checked against the components and labels."""
-        check_one_guidance(guidance, guidance_scale)
+        check_one_kind(guidance, guidance_scale)
         if guidance_scale is not None:
             guidance = ClassifierGuidance(guidance_scale)
         elif guidance is None and (saved := self.default("guidance", None)) is not None:
@@ -581,24 +509,25 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 raise ValueError(f"guidance takes objects of hf_guided.guidance, one or a list; got {kind!r}.")
         kinds = [kind for kind in kinds if not kind.is_neutral]
         self.check_guidance(kinds, labels, condition_unet)
+        self.guidance_scale = next((kind.scale for kind in kinds if isinstance(kind, ClassifierGuidance)), None)
         return kinds
 
     def check_guidance(self, kinds: list[Guidance], labels: torch.Tensor | None, condition_unet: bool) -> None:
         """Raises `ValueError` for kinds that cannot work with the components, the scheduler and the labels."""
+        takes_gradient = any(isinstance(kind, GradientGuidance) for kind in kinds)
+        if takes_gradient and torch.is_inference_mode_enabled():
+            raise ValueError("Gradients cannot be taken under torch.inference_mode(); call the pipeline without it.")
         if not self.has_adm_scheduler:
-            check_solver(self.scheduler, shifted=any(isinstance(kind, GradientGuidance) for kind in kinds))
+            check_solver(self.scheduler, shifted=takes_gradient)
         for kind in kinds:
             kind.check(self, labels, condition_unet)
 
     def resolve_eta(self, eta: float | None) -> float:
-        """DDIM's share of noise: as given, or the saved default if the scheduler supports it."""
-        takes_eta = "eta" in inspect.signature(self.scheduler.step).parameters
-        if eta is not None:
-            check_eta(eta)
-        if eta and not takes_eta:
+        """DDIM's share of noise: as given, or the saved default."""
+        check_eta(eta)
+        if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"{type(self.scheduler).__name__} does not support eta; leave it out, or take DDIM.")
-        saved = self.default("eta", 0.0) if takes_eta else 0.0
-        return saved if eta is None else eta
+        return self.default("eta", 0.0) if eta is None else eta
 
     def check_inputs(
         self,
@@ -612,37 +541,25 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         config = self.unet.config
         self.check_output_type(output_type)
         if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"callback_on_step_end={callback_on_step_end!r} is not a function; give one, or none.")
+        names = callback_on_step_end_tensor_inputs
+        if not isinstance(names, list | tuple) or any(name not in self._callback_tensor_inputs for name in names):
             raise ValueError(
-                f"callback_on_step_end={callback_on_step_end!r} is not a function; leave it out, or give one."
-            )
-        if not isinstance(callback_on_step_end_tensor_inputs, list | tuple):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs!r} is not a list of names, "
-                f"such as ['latents']."
-            )
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs {sorted(unknown)} are not among {self._callback_tensor_inputs}."
+                f"callback_on_step_end_tensor_inputs={names!r} is not a list of names among "
+                f"{', '.join(self._callback_tensor_inputs)}."
             )
         if config.num_class_embeds is not None and not config.get("null_class_label", False):
             if labels is None:
-                raise ValueError(
-                    f"This UNet has no null label, so class_labels must be given: ids from 0 to "
-                    f"{config.num_class_embeds - 1}, or names."
-                )
+                raise ValueError("This UNet has no null label, so class_labels must be given, ids or names.")
             if not condition_unet:
-                raise ValueError(
-                    "condition_unet=False needs a UNet with a null label (null_class_label=True), trained with label "
-                    "dropout; this one is always class-conditional."
-                )
+                raise ValueError("condition_unet=False needs a UNet with a null label, trained with label dropout.")
 
     def set_timesteps(
         self, num_inference_steps: int | None, respacing: str | None, timesteps: Sequence[int] | None
     ) -> None:
         """Sets the scheduler's timesteps from the given argument, or from the saved default."""
         total = self.scheduler.config.num_train_timesteps
-        given = check_steps(total, num_inference_steps, respacing, timesteps)
+        given = check_steps(total, num_inference_steps=num_inference_steps, respacing=respacing, timesteps=timesteps)
         is_default = not given
         if is_default:
             given = check_steps(total, **{name: self.default(name, None) for name in STEPS})
@@ -668,36 +585,3 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 f"({batch_size}, {channels}, height, width)."
             )
         return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
-
-
-def check_steps(
-    total: int, num_inference_steps: int | None, respacing: str | None, timesteps: Sequence[int] | None
-) -> dict[str, Any]:
-    """The one of the three arguments that is given, by name; refuses several, and steps outside `total` timesteps."""
-    given: dict[str, Any] = dict(zip(STEPS, (num_inference_steps, respacing, timesteps), strict=True))
-    given = {name: value for name, value in given.items() if value is not None}
-    if len(given) > 1:
-        raise ValueError(f"Give only one of num_inference_steps, respacing and timesteps; got {', '.join(given)}.")
-    if "num_inference_steps" in given:
-        steps = given["num_inference_steps"] = whole_number("num_inference_steps", num_inference_steps)
-        if not 1 <= steps <= total:
-            raise ValueError(
-                f"num_inference_steps={steps} does not lie between 1 and {total}, the number of timesteps."
-            )
-    if "respacing" in given:
-        respacing_counts(respacing)
-    if "timesteps" in given:
-        given["timesteps"] = check_timesteps(timesteps, total)
-    return given
-
-
-def check_one_guidance(guidance: Any, guidance_scale: float | None) -> None:
-    """Refuses guidance together with guidance_scale, in a call or among its defaults."""
-    if guidance is not None and guidance_scale is not None:
-        raise ValueError("Give guidance_scale or guidance, not both: the former is short for ClassifierGuidance.")
-
-
-def check_eta(eta: Any) -> None:
-    """Refuses an eta outside [0, 1]."""
-    if not (is_number(eta) and 0 <= eta <= 1):
-        raise ValueError(f"eta={eta!r} is not allowed; it is DDIM's share of noise, a number from 0 to 1.")

@@ -1,7 +1,6 @@
 """Large images from small ones by diffusion: the second stage of a cascade (ADM-U, arXiv 2105.05233, section 5.2)."""
 
 import os
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +10,8 @@ from transformers import CLIPModel, CLIPProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.npz import read_samples
-from ..guidance import Guidance
 from .class_conditional import Labels
-from .inputs import Images, images_to_tensor, match_batch
+from .inputs import Images, images_to_tensor
 from .pipeline_classifier_guided import ClassifierGuidedPipeline, GuidedPipelineOutput
 
 
@@ -61,35 +59,15 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
         )
         self.register_to_config(low_res_size=low_res_size)
         if unet.config.get("low_res_channels") is None:
-            raise ValueError(
-                "This UNet is not an upsampler (its low_res_channels is None): load it with ClassifierGuidedPipeline, "
-                "or use hf-guided sample."
-            )
+            raise ValueError("This UNet is not an upsampler: take ClassifierGuidedPipeline, or hf-guided sample.")
 
-    @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
         image: Images | str | os.PathLike,
         class_labels: Labels | None = None,
         num_images_per_label: int = 1,
         num_inference_steps: int | None = None,
-        *,
-        respacing: str | None = None,
-        timesteps: Sequence[int] | None = None,
-        guidance_scale: float | None = None,
-        guidance: Guidance | Sequence[Guidance] | None = None,
-        condition_unet: bool = True,
-        eta: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        variance_noise: torch.Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        gradient_batch_size: int | None = None,
-        nonfinite_gradient: str = "raise",
-        return_cost: bool = False,
+        **options: Any,
     ) -> GuidedPipelineOutput | tuple:
         r"""Samples images: noise -> (UNet given the small image -> guidance -> scheduler step) x N -> large image.
 
@@ -100,7 +78,7 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
             class_labels (`int`, `str`, a list, array or tensor of them, *optional*): Their classes by id or name; one
                 for all images, or one for each.
             num_images_per_label (`int`, defaults to 1): Large images of each small one, consecutive in the batch.
-            num_inference_steps and the following: As for [`ClassifierGuidedPipeline`].
+            num_inference_steps, options: As for [`ClassifierGuidedPipeline.__call__`], except those of editing.
 
         Returns:
             [`GuidedPipelineOutput`]: `.images`, of the UNet's `sample_size`, and `.cost` if asked.
@@ -118,41 +96,17 @@ class ClassifierGuidedUpscalePipeline(ClassifierGuidedPipeline):
             >>> image = upscale(base(207, output_type="pt").images, 207).images[0]
             ```
         """
-        # 1. Arguments
+        if of_editing := options.keys() & {"strength", "mask_image", "jump_length", "jump_n_sample"}:
+            raise TypeError(f"{', '.join(sorted(of_editing))}: an upsampler does not edit images; leave them out.")
         if isinstance(image, str | os.PathLike):
             image, labels_of_file = read_samples(image)
             if class_labels is None and labels_of_file is not None and self.num_classes is not None:
                 class_labels = labels_of_file.tolist()
-        batch_size, labels, low_res = match_batch(
-            num_images_per_label, self.resolve_labels(class_labels), self.prepare_low_res(image)
-        )
-        self.check_inputs(labels, condition_unet, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        kinds = self.resolve_guidance(guidance, guidance_scale, labels, condition_unet)
-        eta = self.resolve_eta(eta)
+        return super().__call__(class_labels, num_images_per_label, num_inference_steps, image=image, **options)
 
-        # 2. Timesteps and noise
-        self.set_timesteps(num_inference_steps, respacing, timesteps)
-        generators = self.prepare_generators(generator, batch_size)
-        latents = self.prepare_latents(latents, batch_size, generators)
-
-        # 3. noise -> (UNet conditioned on the small image -> guidance -> scheduler step) x N -> large image
-        loop_timesteps = self.scheduler.timesteps
-        is_default = guidance is None and guidance_scale is None
-        guider = self.prepare_guider(
-            kinds, is_default, labels, loop_timesteps, gradient_batch_size, nonfinite_gradient, return_cost
-        )
-        latents = self.denoise(
-            latents,
-            loop_timesteps,
-            {**self.unet_conditions(labels if condition_unet else None), "low_res": low_res},
-            guider,
-            eta,
-            generators,
-            variance_noise,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
-        return self.finish(latents, output_type, return_dict, guider.monitor.cost if return_cost else None)
+    def prepare_images(self, image: Any, *editing: Any) -> tuple[None, None, torch.Tensor]:
+        """The small images, and nothing to edit."""
+        return None, None, self.prepare_low_res(image)
 
     def prepare_low_res(self, image: Images) -> torch.Tensor:
         """The small images in [-1, 1], `(batch, low_res_channels, height, width)`."""

@@ -23,9 +23,7 @@ class FlowPipeline(LatentPipeline):
     likelihood_kind = "exact"
 
     def __init__(self, flow: ModelMixin, id2label: dict | None = None):
-        super().__init__()
-        self.register_modules(flow=flow)
-        self.register_names(id2label)
+        super().__init__(id2label, flow=flow)
 
     @property
     def latent_length(self) -> int:
@@ -42,10 +40,8 @@ class FlowPipeline(LatentPipeline):
     ) -> torch.Tensor:
         """The negative log-likelihood of the dequantised images, exact, in bits per dimension, `(batch,)`.
 
-        Args: as of [`VAEPipeline.bits_per_dim`]; the generator draws the dequantisation noise.
-
-        Raises:
-            `ValueError`: In half precision.
+        Args: as of [`VAEPipeline.bits_per_dim`]; the generator draws the dequantisation noise. Half precision is a
+        `ValueError`.
         """
         if self.flow.dtype in (torch.float16, torch.bfloat16):
             raise ValueError("The likelihood needs more than half precision; load the pipeline in float32.")

@@ -22,26 +22,14 @@ class GANPipeline(LatentPipeline):
     no_likelihood = "a GAN learns to draw samples and never says how likely an image is"
 
     def __init__(self, generator: ModelMixin, id2label: dict | None = None):
-        super().__init__()
-        self.register_modules(generator=generator)
-        self.register_names(id2label)
-
-    @property
-    def latent_length(self) -> int:
-        """Numbers of a latent vector."""
-        return self.generator.config.latent_dim
+        super().__init__(id2label, generator=generator)
 
     def decode(self, latents: torch.Tensor, labels: torch.Tensor, truncation: float | None = None) -> torch.Tensor:
-        """The generator's images.
+        """The generator's images of standard normal latents `(batch, latent_length)` and class ids `(batch,)`.
 
         Args:
-            latents (`torch.Tensor` of shape `(batch, latent_length)`): Standard normal.
-            labels (`torch.Tensor` of shape `(batch,)`): Class ids.
             truncation (`float`, *optional*): The latents become truncated normal, between minus and plus this: the
-                lower, the more typical and the less varied the images (BigGAN, section 3.1).
-
-        Raises:
-            `ValueError`: For a truncation that is not positive.
+                lower, the more typical and the less varied the images (BigGAN, section 3.1). It must be positive.
         """
         latents = latents if truncation is None else truncate(latents, truncation)
         return self.generator(latents, labels).sample
@@ -51,13 +39,6 @@ def truncate(latents: torch.Tensor, threshold: float) -> torch.Tensor:
     """Truncated normal numbers between minus and plus a threshold, a monotonic function of standard normal ones.
 
     So samples at different thresholds share their noise, as they do at different guidance scales.
-
-    Args:
-        latents (`torch.Tensor`): Standard normal.
-        threshold (`float`): Positive.
-
-    Raises:
-        `ValueError`: If it is not.
     """
     if not (is_number(threshold) and threshold > 0):
         raise ValueError(f"truncation={threshold!r} leaves no latents; give a positive threshold, or None.")

@@ -23,26 +23,14 @@ class VAEPipeline(LatentPipeline):
     likelihood_kind = "bound"
 
     def __init__(self, vae: ModelMixin, id2label: dict | None = None):
-        super().__init__()
-        self.register_modules(vae=vae)
-        self.register_names(id2label)
-
-    @property
-    def latent_length(self) -> int:
-        """Numbers of a latent vector."""
-        return self.vae.config.latent_dim
+        super().__init__(id2label, vae=vae)
 
     def decode(self, latents: torch.Tensor, labels: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
-        """The decoder's mean.
+        """The decoder's mean for standard normal latents `(batch, latent_length)` and class ids `(batch,)`.
 
         Args:
-            latents (`torch.Tensor` of shape `(batch, latent_length)`): Standard normal.
-            labels (`torch.Tensor` of shape `(batch,)`): Class ids.
-            temperature (`float`, *optional*): Standard deviation that the latents are given, by default 1: below,
-                images are more typical and less varied.
-
-        Raises:
-            `ValueError`: For a negative temperature.
+            temperature (`float`, *optional*): Standard deviation that the latents are given, 0 or more, by default 1:
+                below, images are more typical and less varied.
         """
         return self.vae.decode(resolve_temperature(temperature) * latents, labels).sample
 
@@ -58,10 +46,7 @@ class VAEPipeline(LatentPipeline):
             generator (`torch.Generator`, *optional*): Draws from the posterior.
 
         Returns:
-            `torch.Tensor` of shape `(batch,)`
-
-        Raises:
-            `RuntimeError`: If the decoder's images are not finite.
+            `torch.Tensor` of shape `(batch,)`; a `RuntimeError`, if the decoder's images are not finite.
         """
         labels = self.labels_of_images(class_labels, len(images))
         output = self.vae(images.to(self.vae.dtype), labels, generator)

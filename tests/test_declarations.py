@@ -101,7 +101,7 @@ class ToyPipeline(LatentPipeline):
 @pytest.fixture
 def toy_family(monkeypatch):
     family = Family(
-        "toy", "Toy", "toy model", "ToyPipeline", ("ToyModel",), "model", "[no paper](x)", "toy-tag", "glee", (1.0, 2.0)
+        "Toy", "toy model", "ToyPipeline", ("ToyModel",), "model", "[no paper](x)", "toy-tag", "glee", (1.0, 2.0)
     )
     monkeypatch.setitem(BASELINES, "toy", family)
     for name, module, cls in (

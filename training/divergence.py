@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..guidance.base import NotFiniteError
+from ..guidance.monitor import NotFiniteError
 
 DIVERGED = 1e6  # times its first value: a loss from which no training comes back
 

@@ -70,12 +70,9 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
     ) -> torch.Tensor:
         r"""Bits per dimension of shape `(batch,)`, exact for the dequantised images (arXiv 1511.01844, section 3.1).
 
-        Averaged over noise of one step of the 8-bit scale, it is an upper bound for the 8-bit images.
-
-        Args:
-            sample (`torch.Tensor` of shape `(batch, image_channels, height, width)`): Images in [-1, 1].
-            class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
-            noise (`torch.Tensor` of `sample`'s shape, *optional*): See [`dequantize`].
+        Averaged over noise of one step of the 8-bit scale, it is an upper bound for the 8-bit images. `sample` holds
+        images `(batch, image_channels, height, width)` in [-1, 1], `class_labels` ids `(batch,)`; for the noise, of
+        `sample`'s shape, see [`dequantize`].
         """
         latents, log_det = self.encode(self.dequantize(sample, noise), class_labels)
         dimensions = sample[0].numel()
@@ -93,14 +90,10 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
         return ((sample + 1) * 127.5 + width / 2 + noise) / (255 + width)
 
     def encode(self, values: torch.Tensor, class_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The latents of dequantised images; those of the model's own images are standard normal.
+        """Latents `(batch, image_channels * height * width)`, and the logarithmic Jacobian determinant `(batch,)`.
 
-        Args:
-            values (`torch.Tensor` of shape `(batch, image_channels, height, width)`): From [`dequantize`].
-            class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
-
-        Returns:
-            Latents `(batch, image_channels * height * width)`, and the logarithmic Jacobian determinant `(batch,)`.
+        `values` `(batch, image_channels, height, width)` are from [`dequantize`]; those of the model's own images have
+        standard normal latents. `class_labels` `(batch,)` are ids.
         """
         embedding = self.class_embedding(class_labels)
         hidden, log_det = self.logit.inverse(values)
@@ -119,15 +112,9 @@ class ClassConditionalGlow(WholeModelMixin, ConfigMixin):
         return torch.cat(latents, dim=1), log_det
 
     def decode(self, latents: torch.Tensor, class_labels: torch.Tensor) -> DecoderOutput:
-        """Images from latents, the inverse of [`encode`].
+        """The inverse of [`encode`]: images `(batch, image_channels, height, width)` in [-1, 1] from its latents.
 
-        Args:
-            latents (`torch.Tensor` of shape `(batch, image_channels * height * width)`): Standard normal.
-            class_labels (`torch.Tensor` of shape `(batch,)`): Class ids.
-
-        Returns:
-            `DecoderOutput`: `.sample` of shape `(batch, image_channels, height, width)` in [-1, 1], half a step of the
-            8-bit scale higher, so that truncation to 8 bits rounds.
+        They are half a step of the 8-bit scale higher, so that truncation to 8 bits rounds.
         """
         embedding = self.class_embedding(class_labels)
         parts = latents.split([math.prod(base.shape) for _, base in self._levels()], dim=1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.utils import BaseOutput
 from torch import nn
 from torch.func import functional_call
@@ -17,13 +18,6 @@ from ..loading import WholeModelMixin
 from ..registration import register_with_diffusers
 from ..settings import check_settings
 from .sizes import bottom_size
-
-
-@dataclass
-class GeneratorOutput(BaseOutput):
-    """Images in [-1, 1], of shape `(batch, image_channels, height, width)`."""
-
-    sample: torch.Tensor
 
 
 @register_with_diffusers
@@ -64,8 +58,8 @@ class BigGANGenerator(WholeModelMixin, ConfigMixin):
 
     def forward(
         self, latents: torch.Tensor, class_labels: torch.Tensor, return_dict: bool = True
-    ) -> GeneratorOutput | tuple[torch.Tensor]:
-        """The images of standard normal latents `(batch, latent_dim)` and class ids `(batch,)`."""
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """The images in [-1, 1] of standard normal latents `(batch, latent_dim)` and class ids `(batch,)`."""
         conditions = torch.cat([latents, self.class_embedding(class_labels)], dim=1)
         hidden = self.from_latents(latents).unflatten(1, self.bottom_shape)
         for block in self.up_blocks:
@@ -73,7 +67,7 @@ class BigGANGenerator(WholeModelMixin, ConfigMixin):
         hidden = self.conv_out(F.relu(self.norm_out(hidden)))
         # Infinite values become NaN: tanh would turn them into a valid image.
         sample = torch.tanh(hidden).where(hidden.isfinite(), torch.nan)
-        return GeneratorOutput(sample=sample) if return_dict else (sample,)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     @torch.no_grad()
     def set_standing_statistics(self, num_batches: int = 16, batch_size: int = 128, seed: int = 0) -> None:
@@ -82,10 +76,10 @@ class BigGANGenerator(WholeModelMixin, ConfigMixin):
         The running statistics of training are of earlier weights, and a moving average of weights has none (BigGAN,
         appendix B: standing statistics).
         """
-        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain average of all batches
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+                module.momentum = None  # the plain average of all batches
         self.train()
         generator = torch.Generator().manual_seed(seed)
         for _ in range(num_batches):

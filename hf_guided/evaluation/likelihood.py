@@ -9,8 +9,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..generation.sampling import compiled_if
-from ..guidance.base import broken_images
-from ..guidance.monitor import Monitor
+from ..guidance.monitor import Monitor, broken_images
 from ..labels import match_classes, resolve_labels
 from ..losses import mean_over_pixels, normal_kl, variational_bound_term
 from ..models.modes import evaluating

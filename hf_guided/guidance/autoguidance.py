@@ -27,18 +27,12 @@ class AutoGuidance(PredictionGuidance, source="arXiv 2406.02507, equation 3"):
     def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
         super().check(pipeline, labels, condition_unet)
         if pipeline.guide_unet is None:
-            raise ValueError(
-                "AutoGuidance needs a second, weaker UNet, and this pipeline has none: load it with guide_unet=, or "
-                "set the scale to 1."
-            )
+            raise ValueError("AutoGuidance needs a second, weaker UNet: give guide_unet=, or set the scale to 1.")
         ours, theirs = pipeline.unet.config, pipeline.guide_unet.config
         for name in ("in_channels", "num_class_embeds", "low_res_channels"):
             one, other = ours.get(name), theirs.get(name)
             if one != other and not (name == "num_class_embeds" and other is None):
-                raise ValueError(
-                    f"The guide_unet's {name} is {other} and the UNet's {one}; autoguidance compares models of the "
-                    f"same images and classes."
-                )
+                raise ValueError(f"The guide_unet's {name} is {other} and the UNet's {one}; they must be the same.")
         unconditional = labels is None or not condition_unet
         if unconditional and theirs.num_class_embeds is not None and not theirs.get("null_class_label", False):
             raise ValueError(

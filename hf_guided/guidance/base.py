@@ -31,10 +31,6 @@ def is_decimal(text: Any) -> bool:
 KINDS: dict[str, type["Guidance"]] = {}
 
 
-class NotFiniteError(RuntimeError):
-    """A model's output or a gradient holds NaN or infinity."""
-
-
 @dataclass(eq=False, repr=False)
 class Guidance:
     r"""Base of all kinds of guidance. They compose in a list, in any order.
@@ -120,9 +116,8 @@ class Guidance:
     def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
         """Raises `ValueError`, before the first step, if it cannot work with these components and labels."""
         if self.needs_labels and labels is None:
-            raise ValueError(
-                f"{type(self).__name__} needs class_labels; give them, or set the scale to {self.neutral_scale:g}."
-            )
+            name = type(self).__name__
+            raise ValueError(f"{name} needs class_labels; give them, or set the scale to {self.neutral_scale:g}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Its kind and arguments, as saved in a pipeline's `sampling_defaults`; [`guidance_from_dict`] reads them.
@@ -131,8 +126,7 @@ class Guidance:
             `ValueError`: If it holds a function.
         """
         numbers: dict[str, Any] = {"kind": type(self).__name__}
-        for name, parameter in inspect.signature(type(self)).parameters.items():
-            value = getattr(self, name)
+        for name, value in self.given().items():
             if hasattr(value, "to_dict"):
                 value = value.to_dict()
             elif isinstance(value, Mapping):
@@ -142,14 +136,16 @@ class Guidance:
                     f"{type(self).__name__} holds a function ({name}), which cannot be saved with a pipeline; pass it "
                     f"as guidance= at each call instead."
                 )
-            if value != parameter.default:
-                numbers[name] = list(value) if isinstance(value, tuple) else value
+            numbers[name] = list(value) if isinstance(value, tuple) else value
         return numbers
 
     def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.given().items())})"
+
+    def given(self) -> dict[str, Any]:
+        """Its arguments that are not the default."""
         parameters = inspect.signature(type(self)).parameters.items()
-        given = [f"{name}={value!r}" for name, p in parameters if (value := getattr(self, name)) != p.default]
-        return f"{type(self).__name__}({', '.join(given)})"
+        return {name: value for name, p in parameters if (value := getattr(self, name)) != p.default}
 
 
 class PredictionGuidance(Guidance):
@@ -171,15 +167,12 @@ class PredictionGuidance(Guidance):
 class Objective:
     """The log-probability whose gradient guides, for the components and labels of one call.
 
-    Attributes:
-        component (`str`): The component that is called, for the cost.
-        model (`nn.Module`, *optional*): The component itself; its parameters are frozen.
-        log_probability (`Callable`): Takes images `(n, channels, height, width)` in float32, the timestep of the
-            training schedule, and a tensor of their indices in the batch; returns `(n,)` in nats, or the sum.
+    It takes images `(n, channels, height, width)` in float32, the timestep of the training schedule, and a tensor of
+    their indices in the batch; it returns `(n,)` in nats, or the sum.
     """
 
-    component: str
-    model: nn.Module | None
+    component: str  # that is called, for the cost
+    model: nn.Module | None  # the component itself; its parameters are frozen
     log_probability: Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
 
 
@@ -206,9 +199,7 @@ class GradientGuidance(Guidance, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_whole(self.every, 10**9):
-            raise ValueError(
-                f"every={self.every} of {type(self).__name__} must be a whole number from 1 up; 1 is every step."
-            )
+            raise ValueError(f"every={self.every} of {type(self).__name__} must be a whole number from 1 up.")
 
     @abstractmethod
     def objective(self, pipeline: Pipeline, labels: torch.Tensor | None) -> Objective:
@@ -244,9 +235,3 @@ def frozen(*models: nn.Module | None) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-def broken_images(images: torch.Tensor) -> torch.Tensor:
-    """Which images of a batch have NaN or infinite values, booleans of shape `(batch,)`."""
-    # A sum is finite if all of its terms are, and takes a hundredth of the time of an elementwise check.
-    return ~images.flatten(1).sum(dim=1, dtype=torch.promote_types(images.dtype, torch.float32)).isfinite()

@@ -33,38 +33,31 @@ class ClassifierGuidance(GradientGuidance, source="arXiv 2105.05233, equations 8
 
     def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
         """Raises `ValueError` without labels, or for a classifier that does not fit images or noise schedule."""
-        if pipeline.classifier is None:
-            raise ValueError(
-                "Guidance needs a classifier, and this pipeline has none; load one, or set the scale to 0."
-            )
+        check_classifier(pipeline, pipeline.classifier)
         super().check(pipeline, labels, condition_unet)
         config = pipeline.classifier.config
         model = getattr(pipeline.classifier, "_orig_mod", pipeline.classifier)  # of torch.compile
         if "timestep" not in inspect.signature(model.forward).parameters:
             raise ValueError(
                 f"{type(model).__name__} takes no timestep: it is for clean images. Guide with "
-                f"guidance=DenoisedClassifierGuidance(...), or take a classifier trained on noisy images, such as "
-                f"ADMForImageClassification (see training/train_classifier.py)."
+                f"guidance=DenoisedClassifierGuidance(...), or train a classifier with training/train_classifier.py."
             )
-        check_channels(pipeline, pipeline.classifier)
         betas = check_betas(config.trained_betas, config.beta_schedule, config.num_train_timesteps)
         alphas_cumprod = torch.from_numpy(1 - betas).cumprod(0)
         theirs = pipeline.scheduler.alphas_cumprod.cpu().double()
-        same_scale = config.num_train_timesteps == 1000 or config.rescale_timesteps == pipeline.scheduler.config.get(
-            "rescale_timesteps", False
-        )
+        rescales = pipeline.scheduler.config.get("rescale_timesteps", False)
+        same_scale = config.num_train_timesteps == 1000 or config.rescale_timesteps == rescales
         same_betas = theirs.shape == alphas_cumprod.shape and torch.allclose(theirs, alphas_cumprod, atol=1e-4)
         if not (same_betas and same_scale):
             raise ValueError(
                 f"The classifier was trained on another noise schedule ({config.beta_schedule!r}, "
                 f"{config.num_train_timesteps} timesteps, rescale_timesteps={config.rescale_timesteps}) than the "
-                f"scheduler's, so it would misread the noise; use the schedule that both were trained on."
+                f"scheduler's; use the schedule that both were trained on."
             )
 
     def objective(self, pipeline: Pipeline, labels: torch.Tensor | None) -> Objective:
         classifier = pipeline.classifier
-        assert classifier is not None  # as checked
-        assert labels is not None
+        assert labels is not None  # as checked
         targets = match_labels(pipeline, classifier, labels)
 
         def log_probability(images: torch.Tensor, timestep: float, rows: torch.Tensor) -> torch.Tensor:
@@ -76,11 +69,11 @@ class ClassifierGuidance(GradientGuidance, source="arXiv 2105.05233, equations 8
         return Objective("classifier", classifier, log_probability)
 
 
-def check_channels(pipeline: Pipeline, classifier: PreTrainedModel) -> None:
-    """Refuses a classifier for images with another number of channels."""
+def check_classifier(pipeline: Pipeline, classifier: PreTrainedModel | None) -> None:
+    """Refuses a missing classifier, and one for images with another number of channels."""
+    if classifier is None:
+        raise ValueError("Guidance needs a classifier, and this pipeline has none; load one, or set the scale to 0.")
     channels = getattr(classifier.config, "in_channels", getattr(classifier.config, "num_channels", None))
     if channels not in (None, pipeline.unet.config.in_channels):
-        raise ValueError(
-            f"The classifier takes images of {channels} channels and the UNet of {pipeline.unet.config.in_channels}; "
-            f"they must be trained on the same images."
-        )
+        ours = pipeline.unet.config.in_channels
+        raise ValueError(f"The classifier takes images of {channels} channels and the UNet of {ours}; they must match.")

@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from ..labels import match_labels
 from ..settings import is_number
 from .base import DenoisedGuidance, Objective, Pipeline, Scale
-from .classifier import check_channels
+from .classifier import check_classifier
 from .entropy_scaling import EntropyScaling, as_entropy_scaling
 from .preprocessing import preprocessing
 
@@ -51,26 +50,18 @@ class DenoisedClassifierGuidance(DenoisedGuidance, source="arXiv 2310.11311, sec
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("joint_temperature", "softplus_beta"):
-            value = getattr(self, name)
-            is_off = name == "softplus_beta" and value is None
-            if not is_off and (value is None or not is_number(value) or value <= 0):
-                raise ValueError(f"{name}={value!r} of DenoisedClassifierGuidance must be a finite number above 0.")
-        for name in ("marginal_temperature", "sine"):
-            value = getattr(self, name)
-            if not (is_number(value) and value >= 0):
-                raise ValueError(f"{name}={value!r} of DenoisedClassifierGuidance must be a finite number from 0 up.")
+        for name in ("joint_temperature", "softplus_beta", "marginal_temperature", "sine"):
+            value, may_be_0 = getattr(self, name), name in ("marginal_temperature", "sine")
+            if name == "softplus_beta" and value is None:
+                continue
+            if not is_number(value) or value < 0 or (value == 0 and not may_be_0):
+                bound = "from 0 up" if may_be_0 else "above 0"
+                raise ValueError(f"{name}={value!r} of DenoisedClassifierGuidance must be a finite number {bound}.")
         self.entropy_scaling = as_entropy_scaling(self.entropy_scaling)
 
     def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
-        classifier = pipeline.clean_classifier or pipeline.classifier
-        if classifier is None:
-            raise ValueError(
-                "DenoisedClassifierGuidance needs a classifier, and this pipeline has none; load one, or set the scale "
-                "to 0."
-            )
+        check_classifier(pipeline, pipeline.clean_classifier or pipeline.classifier)
         super().check(pipeline, labels, condition_unet)
-        check_channels(pipeline, classifier)
 
     def objective(self, pipeline: Pipeline, labels: torch.Tensor | None) -> Objective:
         component = "classifier" if pipeline.clean_classifier is None else "clean_classifier"
@@ -95,13 +86,9 @@ class DenoisedClassifierGuidance(DenoisedGuidance, source="arXiv 2310.11311, sec
 @contextmanager
 def smoothed(model: nn.Module, beta: float | None) -> Iterator[None]:
     """Replaces every `nn.ReLU` by a softplus, by giving it softplus(x), which is positive already."""
-    hooks = []
-    for module in model.modules():
-        if beta is not None and isinstance(module, nn.ReLU):
-            soften = partial(F.softplus, beta=beta)
-            hooks.append(module.register_forward_pre_hook(lambda _, inputs, soften=soften: soften(inputs[0])))
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if beta is not None and isinstance(module, nn.ReLU):
+                hook = module.register_forward_pre_hook(lambda _, inputs: F.softplus(inputs[0], beta=beta))
+                hooks.enter_context(hook)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

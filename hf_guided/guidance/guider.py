@@ -8,8 +8,9 @@ import torch
 
 from ..schedulers.diffusers_compat import alpha_bar_at
 from ..schedulers.gaussian_diffusion import original_of
-from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, broken_images, frozen
-from .monitor import Monitor
+from ..settings import whole_number
+from .base import GradientGuidance, Guidance, Objective, Pipeline, PredictionGuidance, frozen
+from .monitor import Monitor, broken_images
 
 
 @dataclass(eq=False)
@@ -18,13 +19,8 @@ class _Gradient:
 
     kind: GradientGuidance
     objective: Objective
-    steps: int = 0  # at which it acted
+    steps: int = 0  # at which it has acted
     parts: list[torch.Tensor] = field(default_factory=list)  # the gradient, of each part of the batch
-
-    def takes_turn(self) -> bool:
-        """Whether the gradient is computed at this step where it acts; counts these steps."""
-        self.steps += 1
-        return (self.steps - 1) % self.kind.every == 0
 
 
 class Guider:
@@ -40,9 +36,6 @@ class Guider:
         gradient_batch_size (`int`, *optional*): Images for which a gradient is computed at once; all, by default.
         nonfinite_gradient (`str`): `"raise"` or `"skip"`.
         timed (`bool`): Measure seconds, which synchronises with the GPU.
-
-    Attributes:
-        acting_predictions (`list[PredictionGuidance]`): The kinds that change the prediction at the current timestep.
     """
 
     def __init__(
@@ -50,10 +43,14 @@ class Guider:
         pipeline: Pipeline,
         kinds: Sequence[Guidance],
         labels: torch.Tensor | None,
-        gradient_batch_size: int | None = None,
-        nonfinite_gradient: str = "raise",
-        timed: bool = False,
+        gradient_batch_size: int | None,
+        nonfinite_gradient: str,
+        timed: bool,
     ):
+        if gradient_batch_size is not None and whole_number("gradient_batch_size", gradient_batch_size) < 1:
+            raise ValueError(f"gradient_batch_size={gradient_batch_size} is too small; give 1 or more.")
+        if nonfinite_gradient not in ("raise", "skip"):
+            raise ValueError(f"nonfinite_gradient={nonfinite_gradient!r} is not one of 'raise', 'skip'.")
         self.pipeline = pipeline
         self.gradient_batch_size = gradient_batch_size
         self.monitor = Monitor(skip_gradients=nonfinite_gradient == "skip", timed=timed)
@@ -65,20 +62,17 @@ class Guider:
         ]
 
     def begin_step(self, step: int, timestep: float, sample: torch.Tensor) -> list[torch.Tensor]:
-        """The parts of the batch for which the UNet is called: one, but for gradients through it in smaller parts.
+        """Indices of the images of each part of the batch for which the UNet is called at a step.
 
-        Args:
-            step (`int`): Index of the step.
-            timestep (`float`): Of the training schedule.
-            sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t.
-
-        Returns:
-            `list[torch.Tensor]`: Indices of the images of each part.
+        It is one part, but for gradients through the UNet in smaller ones. `timestep` is of the training schedule, and
+        `sample` is x_t.
         """
         self.step, self.timestep = step, timestep
         self.acting_predictions = [kind for kind in self.prediction_kinds if kind.acts_at(timestep)]
         self.acting_gradients = [gradient for gradient in self.gradients if gradient.kind.acts_at(timestep)]
-        self.due = [gradient for gradient in self.acting_gradients if gradient.takes_turn()]
+        self.due = [gradient for gradient in self.acting_gradients if gradient.steps % gradient.kind.every == 0]
+        for gradient in self.acting_gradients:
+            gradient.steps += 1
         for gradient in self.due:
             gradient.parts.clear()
         self.through_unet = any(gradient.kind.through_unet for gradient in self.due)
@@ -92,12 +86,9 @@ class Guider:
             yield sample.detach().float().requires_grad_(self.through_unet)
 
     def add_gradient(self, sample: torch.Tensor, model_output: torch.Tensor, rows: torch.Tensor) -> None:
-        """Computes the gradients of a part of the batch that are due at this step.
+        """Computes the gradients that are due at this step, of the images of a part of the batch.
 
-        Args:
-            sample (`torch.Tensor` of shape `(n, channels, height, width)`): x_t, as `differentiable` gave it.
-            model_output (`torch.Tensor`): The UNet's output for it.
-            rows (`torch.Tensor` of shape `(n,)`): Indices of these images in the batch.
+        `sample` is x_t as `differentiable` gave it, `model_output` the UNet's for it, `rows` the images' indices.
         """
         if any(gradient.kind.denoised for gradient in self.due):
             with torch.set_grad_enabled(self.through_unet):
@@ -138,10 +129,8 @@ class Guider:
                 leaf = images[part].detach().requires_grad_()
                 log_p = objective.log_probability(leaf, self.timestep, rows[part]).sum()
                 if not log_p.requires_grad:
-                    raise ValueError(
-                        f"The loss of {type(gradient.kind).__name__} has no gradient: compute it from the images with "
-                        f"torch."
-                    )
+                    name = type(gradient.kind).__name__
+                    raise ValueError(f"The loss of {name} has no gradient: compute it from the images with torch.")
                 # Loss scaling: small gradients would underflow in half precision.
                 headroom = 2.0**10 if getattr(objective.model, "dtype", None) == torch.float16 else 1.0
                 gradients.append(torch.autograd.grad(log_p * headroom, leaf)[0] / headroom)

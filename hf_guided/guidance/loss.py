@@ -47,10 +47,8 @@ class LossGuidance(DenoisedGuidance):
             loss = self.fn(images, rows=rows) if takes_rows else self.fn(images)
             if not torch.is_tensor(loss) or loss.shape not in ((), (len(images),)):
                 got = f"the shape {tuple(loss.shape)}" if torch.is_tensor(loss) else repr(loss)
-                raise ValueError(
-                    f"The function of LossGuidance returned {got}; return a tensor, one loss for each of the "
-                    f"{len(images)} images, or their sum."
-                )
+                wanted = f"one loss for each of the {len(images)} images, or their sum"
+                raise ValueError(f"The function of LossGuidance returned {got}; return a tensor, {wanted}.")
             return -loss
 
         return Objective("loss", None, log_probability)

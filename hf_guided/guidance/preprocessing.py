@@ -32,10 +32,8 @@ def preprocessing(processor: Any | None) -> Callable[[torch.Tensor], torch.Tenso
     divisor = torch.tensor(processor.image_std if processor.do_normalize else 1.0).expand(channels).view(shape)
     factor = 255 * processor.rescale_factor if processor.do_rescale else 255.0
     crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
-    if processor.do_resize and int(processor.resample) not in RESAMPLING:
-        raise ValueError(f"{type(processor).__name__} resizes with resample={processor.resample}; take 0, 2 or 3.")
     if processor.do_resize:
-        resizing(processor, 1, 1)
+        resizing(processor, 1, 1)  # refuses what it does not know
 
     def prepare(images: torch.Tensor) -> torch.Tensor:
         images = (images + 1) / 2
@@ -68,6 +66,8 @@ def resizing(processor: Any, height: int, width: int) -> tuple[Iterable[tuple[Si
     """Sizes in pixels of the resizing steps of a processor, each with PIL's filter number, and of the centre crop after
     them."""
     size, resample = dict(processor.size), int(processor.resample)
+    if resample not in RESAMPLING:
+        raise ValueError(f"{type(processor).__name__} resizes with resample={resample}; take 0, 2 or 3.")
     if size.get("height") and size.get("width"):
         target = (size["height"], size["width"])
         if hasattr(processor, "resizing_steps"):  # ADMImageProcessor, or a copy of it in a repository with its own code

@@ -339,9 +339,9 @@ def test_guidance_that_cannot_work_is_refused_before_the_first_step(pipe):
         ({"output_type": "jpeg"}, "output_type"),
         ({"eta": 0.5}, "belongs to 'ddim'"),
         ({"latents": torch.zeros(2, 1, 8, 8)}, "latents have shape"),
-        ({"variance_noise": torch.zeros(4, 1, 1, 8, 8)}, "variance_noise has shape"),
+        ({"variance_noise": torch.zeros(4, 1, 1, 8, 8)}, "variance_noise is a Tensor of shape"),
         ({"generator": [torch.Generator(), torch.Generator()]}, "one per image"),
-        ({"num_images_per_label": 0}, "makes no images"),
+        ({"num_images_per_label": 0}, "num_images_per_label=0 is not allowed"),
         ({"callback_on_step_end_tensor_inputs": ["labels"]}, "callback_on_step_end_tensor_inputs"),
     ],
 )

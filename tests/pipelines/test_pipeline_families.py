@@ -79,7 +79,7 @@ def test_mistakes_are_told_in_a_sentence(pipe):
         ([0, 3, -1], {}, r"\[3, -1\] are not among the ids of the 3 classes, 0 to 2"),
         ([], {}, r"class_labels \[\] are not among the ids"),
         (None, {}, "is class-conditional: give class_labels, ids or names"),
-        (1, {"num_images_per_label": 0}, "num_images_per_label=0 makes no images"),
+        (1, {"num_images_per_label": 0}, "num_images_per_label=0 is not allowed"),
         (1, {"output_type": "jpg"}, "output_type='jpg' is not one of 'pil', 'np', 'pt', 'latent'"),
         ([0, 1], {"generator": [seeded()]}, "1 generators were given for 2 images"),
         ([0, 1], {"latents": torch.zeros(2, 1)}, r"latents have shape \(2, 1\); these images need \(2, (6|96)\)"),
