@@ -139,10 +139,9 @@ def same_content(one: Path, other: Path) -> bool:
 
 @contextmanager
 def in_new_folders(path: Path) -> Iterator[None]:
-    """Creates the parent folders of a path; after an error removes those it created, if they are empty."""
+    """After an error, removes the parent folders of a path that did not exist before, if they are empty."""
     made = [parent for parent in path.parents if not parent.exists()]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         for parent in made:
