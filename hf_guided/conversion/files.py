@@ -38,11 +38,12 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], b
         raise ValueError(f"There is no file {path}.")
     if what := foreign_content(path):
         raise ValueError(f"{path} is {what}, not a checkpoint: download it again.")
+    size = f"{path.stat().st_size:,} bytes"
     with path.open("rb") as file:
         start = file.read(4)
     mapped = start == b"PK\x03\x04"
     if mapped and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} ends too early ({_size(path)}): download it again.")
+        raise ValueError(f"{path} ends too early ({size}): download it again.")
     if not mapped and start[:1] != b"\x80":  # the first byte of a pickle
         raise ValueError(f"{path} is not a PyTorch checkpoint; give the .pt file that the published code saved.")
     try:
@@ -57,7 +58,7 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], b
     except MemoryError:
         raise
     except Exception:  # an incomplete pickle can raise any error
-        raise ValueError(f"{path} is damaged or ends too early ({_size(path)}): download it again.") from None
+        raise ValueError(f"{path} is damaged or ends too early ({size}): download it again.") from None
     return _check_state_dict(loaded, path), mapped and _has_this_byte_order(path)
 
 
@@ -89,10 +90,6 @@ def _has_this_byte_order(path: Path) -> bool:
     except zipfile.BadZipFile:  # saved without checksums
         return False
     return all(order.decode() == sys.byteorder for order in orders)
-
-
-def _size(path: Path) -> str:
-    return f"{path.stat().st_size:,} bytes"
 
 
 def one_by_one(

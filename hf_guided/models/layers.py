@@ -130,9 +130,7 @@ class ADMAttention(nn.Module, AttentionModuleMixin):
         self.heads = count_heads(channels, num_heads, head_dim)
         self.use_bias = True
         self.group_norm = nn.GroupNorm(NORM_GROUPS, channels)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = ZeroLinear(channels, channels)
         self.processor: Callable = processor or self._default_processor_cls()
 
@@ -165,9 +163,7 @@ class ADMAttentionPool(nn.Module):
         super().__init__()
         self.heads = count_heads(channels, num_heads, head_dim)
         self.position_embedding = nn.Parameter(torch.empty(num_tokens + 1, channels))
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.Linear(channels, out_features)
         self.processor = processor or ADMAttnProcessor()
         self.reset_parameters()
@@ -264,14 +260,9 @@ def layer_makers(config: Any, processor: Callable | None = None) -> tuple[Callab
     return resnet, attention, resampler
 
 
-def make_encoder(
-    config: Any, resnet: Callable, attention: Callable, resampler: Callable
-) -> tuple[nn.ModuleList, ADMMidBlock, list[int]]:
-    """The encoder that the UNet and the classifier share, of [`layer_makers`].
-
-    Returns:
-        The down blocks, the middle block, and the channels of every skip connection, first to last.
-    """
+def make_encoder(config: Any, processor: Callable | None = None) -> tuple[nn.ModuleList, ADMMidBlock, list[int]]:
+    """The encoder of the UNet and the classifier: down blocks, middle block, and channels of all skip connections."""
+    resnet, attention, resampler = layer_makers(config, processor)
     widths = level_widths(config.model_channels, config.channel_mult)
     has_attention = level_attention(config.sample_size, len(widths), config.attention_resolutions)
     down_blocks = nn.ModuleList()

@@ -103,15 +103,8 @@ class GaussianDiffusion:
         key = (sample.device, compute_dtype(sample))
         if key not in self._on_device:
             self._on_device[key] = self._tables.to(*key)
-        if not torch.is_tensor(timestep):
-            timestep = torch.tensor(timestep)
-        if timestep.device.type == "cpu":
-            self._check(timestep)
-        columns = self._on_device[key][:, timestep.to(sample.device).reshape(-1)]
-        return tuple(columns[self._rows[name]].view(-1, *[1] * (sample.ndim - 1)) for name in names)
-
-    def _check(self, timestep: torch.Tensor) -> None:
-        if (
+        timestep = torch.as_tensor(timestep)
+        if timestep.device.type == "cpu" and (
             timestep.is_floating_point()
             or not ((timestep >= 0) & (timestep < self._tables.shape[1])).all()
             or self._tables[0, timestep].isnan().any()
@@ -120,6 +113,8 @@ class GaussianDiffusion:
                 f"timestep {timestep.flatten().tolist()} is not among the {len(self.timesteps)} timesteps of the "
                 f"schedule ({self.timesteps[0]} … {self.timesteps[-1]}); call set_timesteps for others."
             )
+        columns = self._on_device[key][:, timestep.to(sample.device).reshape(-1)]
+        return tuple(columns[self._rows[name]].view(-1, *[1] * (sample.ndim - 1)) for name in names)
 
     def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timestep: Timestep) -> torch.Tensor:
         """A sample of `q(x_t | x_0)` with given noise (eq. 4)."""

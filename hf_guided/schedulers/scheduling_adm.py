@@ -92,8 +92,8 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         rescale_timesteps: bool = False,
         solver_order: int = 1,
     ):
-        if trained_betas is not None:
-            trained_betas = plain_betas(trained_betas)
+        if hasattr(trained_betas, "tolist"):  # an array or a tensor
+            trained_betas = trained_betas.tolist()
             self.register_to_config(trained_betas=trained_betas)
         check_settings(type(self), self.config)
         for name, choices in CHOICES.items():
@@ -101,13 +101,13 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
                 raise ValueError(f"{name}={given!r} is not one of {', '.join(map(repr, choices))}.")
         if trained_betas is not None and num_train_timesteps == 1000:  # the default
             num_train_timesteps = len(trained_betas)
-            self.register_to_config(num_train_timesteps=num_train_timesteps)
         betas = check_betas(trained_betas, beta_schedule, num_train_timesteps)
         # These names mean something else in schedulers of diffusers, which keep their own defaults and carry ours only
         # for the conversion back.
         private = [*SAMPLER, *["rescale_timesteps"] * (not rescale_timesteps)]
         sampler = {name: self.config[name] for name in SAMPLER}
-        self.register_to_config(trained_betas=betas.tolist(), _adm_sampler=sampler, _use_default_values=private)
+        schedule = {"num_train_timesteps": num_train_timesteps, "trained_betas": betas.tolist()}
+        self.register_to_config(**schedule, _adm_sampler=sampler, _use_default_values=private)
 
         alphas_cumprod = np.cumprod(1 - betas)
         self.betas = torch.from_numpy(betas).float()
@@ -304,12 +304,6 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
     @classmethod
     def _get_compatibles(cls) -> list[type]:
         return [cls, *super()._get_compatibles()]
-
-
-def plain_betas(trained_betas: Any) -> Any:
-    """Betas in an array, a tensor or a tuple as a list; other values unchanged."""
-    values = trained_betas.tolist() if hasattr(trained_betas, "tolist") else trained_betas
-    return list(values) if isinstance(values, tuple) else values
 
 
 def check_betas(trained_betas: Sequence[float] | None, beta_schedule: str, num_train_timesteps: int) -> np.ndarray:
