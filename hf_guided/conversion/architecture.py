@@ -1,7 +1,7 @@
 """The architecture of a published checkpoint, inferred from the names and shapes of its state dict.
 
-They determine the kind of model, its widths, levels, blocks, attention levels and classes. They do not determine the
-number of attention heads, the order of the rows of its projections, the image size or the noise schedule.
+They do not determine the number of attention heads, the order of the rows of its projections, the image size or the
+noise schedule.
 """
 
 import math
@@ -16,16 +16,10 @@ _POSITIONS = "out.2.positional_embedding"
 
 @dataclass(frozen=True)
 class Architecture:
-    """The architecture that the tensors of a checkpoint determine.
+    """The architecture that the tensors of a checkpoint determine."""
 
-    Attributes:
-        kind (`str`): `"unet"`, `"upsampler"` or `"classifier"`.
-        config (`dict`): The arguments of the published constructor that they determine; `image_size` is among them only
-            for a classifier that pools by attention.
-    """
-
-    kind: str
-    config: dict[str, Any]
+    kind: str  # "unet", "upsampler" or "classifier"
+    config: dict[str, Any]  # arguments of the published constructor; `image_size` only for pooling by attention
 
     @property
     def image_channels(self) -> int:

@@ -57,7 +57,7 @@ def export_checkpoint(
     for path, flag in ((output, "--output"), (classifier, "--classifier")):
         if path is not None:
             check_parent(path, flag)
-            if os.path.lexists(path) and not _is_export(path):
+            if os.path.lexists(path) and not zipfile.is_zipfile(path):
                 raise ValueError(_TAKEN.format(path))
     folder = _find(source, token)
     record = read_config(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
@@ -95,14 +95,6 @@ def export_checkpoint(
             log(line)
     if len(models) > len(exports):
         log(f"The classifier of {source} was not exported; rerun with --classifier classifier.pt for both files.")
-
-
-def _is_export(path: str | os.PathLike) -> bool:
-    """Whether a file may be an earlier export, an archive of torch."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/data.pkl") for name in archive.namelist())
 
 
 def _find(source: str | os.PathLike, token: str | None) -> Path:

@@ -117,11 +117,8 @@ def release_pages(tensors: Iterable[torch.Tensor]) -> None:
     for tensor in tensors:
         storage = tensor.untyped_storage()
         before = storage.data_ptr() % mmap.PAGESIZE
-        madvise(
-            ctypes.c_void_p(storage.data_ptr() - before),
-            ctypes.c_size_t(storage.nbytes() + before),
-            mmap.MADV_DONTNEED,
-        )
+        start, length = ctypes.c_void_p(storage.data_ptr() - before), ctypes.c_size_t(storage.nbytes() + before)
+        madvise(start, length, mmap.MADV_DONTNEED)
 
 
 def same_content(one: Path, other: Path) -> bool:
@@ -150,11 +147,7 @@ def in_new_folders(path: Path) -> Iterator[None]:
 def write_safetensors(
     path: Path, shapes: Mapping[str, torch.Size], tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
 ) -> None:
-    """Writes tensors in any order into one safetensors file; `shapes` gives the names and shapes of all.
-
-    Raises:
-        `ValueError`: If a weight is not finite in `dtype`.
-    """
+    """Writes tensors in any order into one safetensors file; one that is not finite in `dtype` is a `ValueError`."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():

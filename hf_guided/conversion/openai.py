@@ -194,18 +194,12 @@ def published_shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class PublishedTensor:
-    """A tensor of the published code, and the parameters that it is here.
+    """A tensor of the published code, and the parameters that it is here."""
 
-    Attributes:
-        name (`str`), shape (`tuple[int, ...]`): The published ones; our linear layers are 1x1 convolutions there.
-        parameters (`Mapping[str, torch.Tensor]`): Ours by name: one, or those of query, key and value.
-        heads (`int`): Groups in which rows of query, key and value take turns; 1 is the new attention order.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    parameters: Mapping[str, torch.Tensor]
-    heads: int = 1
+    name: str  # the published one
+    shape: tuple[int, ...]  # the published one: our linear layers are 1x1 convolutions there
+    parameters: Mapping[str, torch.Tensor]  # ours by name: one, or those of query, key and value
+    heads: int = 1  # groups in which rows of query, key and value take turns; 1 is the new attention order
 
     def to_ours(self, tensor: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
         """Our names and tensors, of the published tensor."""

@@ -298,11 +298,7 @@ def level_attention(
 
 
 def count_heads(channels: int, num_heads: int | None, head_dim: int | None) -> int:
-    """Number of attention heads: fixed, or from their width (64 if neither is given; section 3, table 2).
-
-    Raises:
-        `ValueError`: If both are given, or the channels do not divide evenly.
-    """
+    """Number of attention heads: fixed, or from their width (64 if neither is given; section 3, table 2)."""
     if num_heads is not None and head_dim is not None:
         raise ValueError(
             f"num_heads={num_heads} and attention_head_dim={head_dim} contradict each other; give a fixed number of "

@@ -13,15 +13,7 @@ from torch import nn
 from ..loading import WholeModelMixin
 from ..registration import register_with_diffusers
 from ..settings import check_settings
-from .layers import (
-    ADMUpBlock,
-    check_sides,
-    expand_timestep,
-    layer_makers,
-    level_attention,
-    level_widths,
-    make_encoder,
-)
+from .layers import ADMUpBlock, check_sides, expand_timestep, layer_makers, level_attention, level_widths, make_encoder
 from .ops import Conv2d, GroupNormSiLU, ZeroConv2d
 
 

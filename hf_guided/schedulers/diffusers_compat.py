@@ -37,14 +37,9 @@ SPACINGS = ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas")
 
 
 def check_solver(scheduler: SchedulerMixin, shifted: bool) -> None:
-    """Refuses a scheduler, not an [`ADMScheduler`], that would misinterpret the prediction.
+    """Refuses a scheduler of diffusers or a third party that would misinterpret the prediction, by a `ValueError`.
 
-    Args:
-        scheduler (`SchedulerMixin`): Of diffusers or of a third party.
-        shifted (`bool`): Whether gradients will correct the prediction.
-
-    Raises:
-        `ValueError`: Naming what to take instead.
+    `shifted` says whether gradients will correct the prediction.
     """
     name, config = type(scheduler).__name__, scheduler.config
     prediction_type = config.get("prediction_type", "epsilon")
@@ -158,16 +153,10 @@ def correct_prediction(
 def set_solver_timesteps(
     scheduler: SchedulerMixin, given: dict[str, Any], device: torch.device, is_default: bool
 ) -> None:
-    """Sets the timesteps of a scheduler of diffusers, and checks them.
+    """Sets the timesteps of a scheduler of diffusers; those that it cannot take are a `ValueError`.
 
-    Args:
-        scheduler (`SchedulerMixin`): Other than [`ADMScheduler`].
-        given (`dict`): One of `num_inference_steps`, `respacing` and `timesteps`; or none of them, which is 50 steps.
-        device (`torch.device`): Of the timesteps.
-        is_default (`bool`): Take as many steps instead, where the scheduler chooses its own timesteps.
-
-    Raises:
-        `ValueError`: If the scheduler cannot take them.
+    `given` has one of `num_inference_steps`, `respacing` and `timesteps`, or nothing, which is 50 steps. If that
+    `is_default`, a scheduler that chooses its own timesteps takes as many of them.
     """
     name, total = type(scheduler).__name__, scheduler.config.num_train_timesteps
     given = dict(given)
@@ -204,16 +193,13 @@ def solver_step(
     """The next sample of a scheduler of diffusers; a gradient shifts epsilon (arXiv 2105.05233, Algorithm 2).
 
     Args:
-        scheduler (`SchedulerMixin`): Other than [`ADMScheduler`].
-        model_output (`torch.Tensor`): The UNet's; these schedulers take no learned variance.
+        model_output (`torch.Tensor`): The UNet's; a learned variance is not used.
         timestep (`torch.Tensor`): The current timestep; `timestep_value`: the same on the host.
         sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t; `model_input`: the same, scaled for
             the UNet.
         gradient (`torch.Tensor` like `sample`, *optional*): The scaled gradient of log p.
-        options: `eta`, `generator` or `variance_noise`, passed on if the scheduler takes them.
-
-    Raises:
-        `ValueError`: If it does not take `variance_noise`.
+        options: `eta`, `generator` or `variance_noise`, passed on if the scheduler takes them; another
+            `variance_noise` is a `ValueError`.
     """
     prediction, config = model_output[:, : sample.shape[1]], scheduler.config
     clip_sample = config.get("clip_sample", False)

@@ -35,18 +35,12 @@ def original_of(prediction: torch.Tensor, sample: torch.Tensor, alpha_bar: float
 
 @dataclass
 class Gaussian:
-    """A diagonal Gaussian over images, and the clean image that it was computed from.
-
-    Attributes:
-        mean, variance, log_variance (`torch.Tensor`): Broadcastable to `(batch, channels, height, width)`.
-            `log_variance` is clipped where the variance is 0, at the first timestep.
-        pred_original_sample (`torch.Tensor`): The (predicted) clean image.
-    """
+    """A diagonal Gaussian over images; tensors are broadcastable to `(batch, channels, height, width)`."""
 
     mean: torch.Tensor
     variance: torch.Tensor
-    log_variance: torch.Tensor
-    pred_original_sample: torch.Tensor
+    log_variance: torch.Tensor  # clipped where the variance is 0, at the first timestep
+    pred_original_sample: torch.Tensor  # the (predicted) clean image that it was computed from
 
 
 class GaussianDiffusion:
