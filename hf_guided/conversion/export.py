@@ -105,15 +105,11 @@ def _find(source: str | os.PathLike, token: str | None) -> Path:
         raise ValueError(f"There is no folder {source}.")
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], token=token))
-    except RepositoryNotFoundError:
-        raise ValueError(
-            f"There is no folder {source}, and {source} was not found on the Hub with this token: check the name, or "
-            f"log in with `hf auth login`."
-        ) from None
     except (HTTPError, OSError) as error:
-        raise ValueError(
-            f"There is no folder {source}, and it could not be downloaded from the Hub: {first_line(error)}"
-        ) from error
+        why = f"could not be downloaded from the Hub: {first_line(error)}"
+        if isinstance(error, RepositoryNotFoundError):
+            why = "was not found on the Hub with this token: check the name, or log in with `hf auth login`."
+        raise ValueError(f"There is no folder {source}, and {source} {why}") from error
 
 
 def _load_parts(folder: Path) -> dict[str, Any]:

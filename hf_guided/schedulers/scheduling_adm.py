@@ -35,16 +35,10 @@ SAMPLER = ("algorithm_type", "variance_type", "solver_order")
 
 @dataclass
 class ADMSchedulerOutput(BaseOutput):
-    """Output of a step.
+    """Images of shape `(batch, channels, height, width)` in the dtype of the sample given."""
 
-    Args:
-        prev_sample (`torch.Tensor` of shape `(batch, channels, height, width)`): The sample one step less noisy, in
-            the dtype of the sample given.
-        pred_original_sample (`torch.Tensor` of the same shape): The predicted clean image; with DDIM, as guided.
-    """
-
-    prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor
+    prev_sample: torch.Tensor  # one step less noisy
+    pred_original_sample: torch.Tensor  # the predicted clean image; with DDIM, as guided
 
 
 @register_with_diffusers
@@ -327,9 +321,7 @@ def check_betas(trained_betas: Sequence[float] | None, beta_schedule: str, num_t
 def model_timesteps(scheduler: SchedulerMixin, timesteps: torch.Tensor) -> torch.Tensor:
     """Timesteps as a model takes them: scaled to [0, 1000) if it was trained that way (`rescale_timesteps`).
 
-    Args:
-        scheduler (`SchedulerMixin`): An [`ADMScheduler`], or one of diffusers made from its config.
-        timesteps (`torch.Tensor`): Timesteps of the training schedule, of any shape.
+    The scheduler is an [`ADMScheduler`], or one of diffusers made from its config.
     """
     if scheduler.config.get("rescale_timesteps", False):
         return timesteps * (1000.0 / scheduler.config.num_train_timesteps)
