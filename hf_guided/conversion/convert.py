@@ -140,10 +140,8 @@ def convert_checkpoint(
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     if (name is None) == (flags is None):
-        raise ValueError(
-            f"A checkpoint is described by the name of a published one, or by --flags with its $MODEL_FLAGS and "
-            f"$DIFFUSION_FLAGS; {'both were given' if name else 'neither was given'}."
-        )
+        count = "both were given" if name else "neither was given"
+        raise ValueError(f'Give a published name, or --flags "$MODEL_FLAGS $DIFFUSION_FLAGS"; {count}.')
     published = None if name is None else find_published(name)
     if published is not None and classifier is not None and published.classifier is None:
         raise ValueError(f"{name} has no published classifier for guidance; leave out --classifier.")
@@ -152,9 +150,7 @@ def convert_checkpoint(
     main = _open(checkpoint, name, given, log)
     alone = main.architecture.kind == "classifier"
     if alone and classifier is not None:
-        raise ValueError(
-            f"{checkpoint} is a classifier itself; give the UNet as --checkpoint and the classifier as --classifier."
-        )
+        raise ValueError(f"{checkpoint} is a classifier itself; give it as --classifier, the UNet as --checkpoint.")
     guide = main if alone else None
     parts = {} if alone else {"unet": _describe_unet(main, classifier is not None, log)}
     if classifier is not None:
@@ -204,9 +200,7 @@ def _open(path: str | os.PathLike, name: str | None, flags: Mapping[str, Any], l
         architecture = infer_architecture(shapes, flags.get("image_size", flags.get("large_size")), depth)
         if name is not None:
             if architecture.kind != (kind := kind_of(name)):
-                raise ValueError(
-                    f"{name} is {_ARTICLES[kind]}, but the tensors are those of {_ARTICLES[architecture.kind]}."
-                )
+                raise ValueError(f"{name} is {_ARTICLES[kind]}, the tensors those of {_ARTICLES[architecture.kind]}.")
             if architecture.image_channels != 3:
                 raise ValueError(f"Its images have 3 channels, but the tensors have {architecture.image_channels}.")
             if architecture.num_classes not in (None, IMAGENET_CLASSES):

@@ -77,10 +77,7 @@ def export_checkpoint(
         if new_order and part == "unet" and "large_size" not in flags:
             flags["use_new_attention_order"] = True
         elif new_order:
-            notes.append(
-                "The published scripts have no flag for this model's attention order; set use_new_attention_order=True "
-                "in them."
-            )
+            notes.append("No published flag sets its attention order; set use_new_attention_order=True in the scripts.")
         report = [f'  {"MODEL" if part == "unet" else "CLASSIFIER"}_FLAGS="{spell_flags(flags)}"']
         report += [f"  Note: {note}" for note in notes]
         exports.append((Path(path), to_openai_state_dict(parts[part], new_order), report))
@@ -120,10 +117,7 @@ def _load_parts(folder: Path) -> dict[str, Any]:
                 index = read_config(folder / "model_index.json")
                 kinds = {name: entry[1] for name, entry in index.items() if isinstance(entry, list)}
                 if kinds.get("unet") != "ADMUNet2DModel":
-                    raise ValueError(
-                        f"The UNet of {folder} is a {kinds.get('unet')}; only an ADMUNet2DModel can be exported to the "
-                        f"published code."
-                    )
+                    raise ValueError(f"The UNet of {folder} is a {kinds.get('unet')}; give one with an ADMUNet2DModel.")
                 saved = {name: kind for name, kind in PARTS.items() if kinds.get(name) == kind.__name__}
                 return {"index": index, **{name: kind.from_pretrained(folder / name) for name, kind in saved.items()}}
             config = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -236,9 +230,7 @@ def _shared_flags(config: Any, kind: str, notes: list[str]) -> dict[str, Any]:
     if not isinstance(size, int):
         if size[0] != size[1]:
             if getattr(config, "pool", None) == "attention":
-                raise ValueError(
-                    f"The published classifier has attention pooling for square images only; these are {list(size)}."
-                )
+                raise ValueError(f"The published code has attention pooling for square images only, not {list(size)}.")
             notes.append(f"The published scripts sample square images; this model's are {size[0]}x{size[1]}.")
         size = size[0]
     widths = tuple(config.channel_mult)

@@ -50,10 +50,8 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], b
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise ValueError(
-                f"{path} holds more than tensors (code or objects that would have to be run), so it was not loaded; "
-                f"give the state dict that the published code saved."
-            ) from None
+            what = "more than tensors (code or objects), so it was not loaded"
+            raise ValueError(f"{path} holds {what}; give the state dict that the published code saved.") from None
         raise ValueError(f"{path} is damaged: download it again.") from None
     except MemoryError:
         raise

@@ -182,9 +182,7 @@ def unet_config(flags: Flags, architecture: Architecture) -> dict[str, Any]:
         if flags.get("image_size", size) != size:
             raise ValueError(f"--image_size {flags['image_size']} and --large_size {size} contradict each other.")
     elif "large_size" in flags:
-        raise ValueError(
-            f"--large_size {flags['large_size']} is a flag of upsamplers, but the tensors take no low-resolution image."
-        )
+        raise ValueError(f"--large_size {flags['large_size']} is a flag of upsamplers, and this is none.")
     _agree(flags, "class_cond", architecture.num_classes is not None)
     _agree(flags, "learn_sigma", architecture.learns_sigma)
     config = _common_config(flags, architecture, size_flag, prefix="")
@@ -316,10 +314,7 @@ def _divides(name: str, divisor: int, widths: set[int]) -> None:
 
 def _required(flags: Flags, name: str, default: str) -> Any:
     if name not in flags:
-        raise ValueError(
-            f"--{name} is missing, and the tensors do not determine it; add its value from training (the published "
-            f"scripts' default is --{name} {default})."
-        )
+        raise ValueError(f"--{name} is missing; add the one of training (the scripts' default is --{name} {default}).")
     return flags[name]
 
 

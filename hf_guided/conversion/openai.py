@@ -165,15 +165,10 @@ def check_tensors(model: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
             raise ValueError(f"The checkpoint has no tensor {name}, so the checkpoint belongs to another config.")
         given = tuple(state_dict[name].shape)
         if any(a != b for a, b in zip_longest(given, shape, fillvalue=1)):  # a 1x1 convolution may be a linear layer
-            raise ValueError(
-                f"The tensor {name} has shape {given} where the config expects {shape}; the checkpoint belongs to "
-                f"another config."
-            )
+            raise ValueError(f"{name} has shape {given}, not {shape}: the checkpoint belongs to another config.")
     if unknown := state_dict.keys() - expected.keys():
-        raise ValueError(
-            f"The checkpoint holds {len(unknown)} tensors that are not in the config, such as {min(unknown)}; the "
-            f"checkpoint belongs to another config."
-        )
+        several = f"{len(unknown)} tensors that are not in the config, such as {min(unknown)}"
+        raise ValueError(f"The checkpoint holds {several}: the checkpoint belongs to another config.")
 
 
 def converted_tensors(

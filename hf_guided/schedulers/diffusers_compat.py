@@ -64,8 +64,7 @@ def check_solver(scheduler: SchedulerMixin, shifted: bool) -> None:
     if reads_it and str(config.get("variance_type")).startswith("learned"):
         raise ValueError(
             f"{name} has variance_type={config.variance_type!r}: no scheduler of diffusers reads a learned variance "
-            f"correctly for every number of channels and steps. Make it with "
-            f"from_config(…, variance_type='fixed_small'), or take an ADMScheduler."
+            f"correctly. Make it with from_config(…, variance_type='fixed_small'), or take an ADMScheduler."
         )
     if scheduler.alphas_cumprod[-1] == 0 and (shifted or prediction_type == "epsilon"):
         raise ValueError(
@@ -109,8 +108,7 @@ def warn_of_overshoot(scheduler: SchedulerMixin) -> None:
         widest = growth.argmax().item()
         logger.warning(
             f"{type(scheduler).__name__} goes from sigma={sigmas[widest]:.4g} to {sigmas[widest + 1]:.4g} in one step "
-            f"and will overshoot: take more steps, make it with timestep_spacing='leading', or take another scheduler, "
-            f"such as DPMSolverMultistepScheduler."
+            f"and will overshoot: take more steps, timestep_spacing='leading', or a DPMSolverMultistepScheduler."
         )
 
 
@@ -165,9 +163,7 @@ def set_solver_timesteps(
     spaced = any(scheduler.config.get(f"use_{how}", False) for how in SPACINGS)
     if "timesteps" in given and (spaced or "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters):
         if not is_default:
-            raise ValueError(
-                f"{name} chooses its own timesteps; give num_inference_steps instead of respacing or timesteps."
-            )
+            raise ValueError(f"{name} chooses its own timesteps; give num_inference_steps alone.")
         given = {"num_inference_steps": len(given["timesteps"])}
     ((argument, value),) = (given or {"num_inference_steps": min(50, total)}).items()
     try:

@@ -64,10 +64,7 @@ class GaussianDiffusion:
         self.betas = betas = 1 - alpha_bar / alpha_bar_prev
         posterior_variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)  # eq. 7
         # 0 at the first timestep, whose logarithm is therefore taken from the second
-        clipped_variance = posterior_variance.copy()
-        clipped_variance[0] = posterior_variance[1] if len(betas) > 1 else betas[0]
-        large_variance = betas.copy()
-        large_variance[0] = clipped_variance[0]
+        first_variance = posterior_variance[1] if len(betas) > 1 else betas[0]
         half_log_snr = np.log(alpha_bar / (1 - alpha_bar)) / 2  # DPM-Solver's lambda (arXiv 2206.00927)
         tables = {
             "alpha_bar": alpha_bar,
@@ -77,8 +74,8 @@ class GaussianDiffusion:
             "posterior_original_coef": betas * np.sqrt(alpha_bar_prev) / (1 - alpha_bar),
             "posterior_sample_coef": (1 - alpha_bar_prev) * np.sqrt(1 - betas) / (1 - alpha_bar),
             "posterior_variance": posterior_variance,
-            "posterior_log_variance": np.log(clipped_variance),
-            "large_variance": large_variance,
+            "posterior_log_variance": np.log(np.append(first_variance, posterior_variance[1:])),
+            "large_variance": np.append(first_variance, betas[1:]),
             "log_beta": np.log(betas),
             "is_noisy": np.arange(len(betas)) > 0,  # the last step of sampling adds no noise
             "half_log_snr": half_log_snr,
@@ -162,13 +159,11 @@ class GaussianDiffusion:
         if model_output.shape[1] != expected:
             raise ValueError(
                 f"The model's output has {model_output.shape[1]} channels where variance_type={self.variance_type!r} "
-                f"and a sample of {channels} channels need {expected}; the scheduler's variance_type must be the one "
-                f"that the model was trained with ('learned_range' doubles the channels)."
+                f"needs {expected}; give the scheduler the variance_type that the model was trained with."
             )
         if expected == channels:
             return model_output, None
-        prediction, variance_output = model_output.split(channels, dim=1)
-        return prediction, variance_output
+        return model_output.split(channels, dim=1)
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -27,9 +27,7 @@ def jump_positions(num_steps: int, jump_length: int, jump_n_sample: int) -> list
     if jump_length < 1 or jump_n_sample < 1:
         raise ValueError(f"jump_length={jump_length} and jump_n_sample={jump_n_sample} must be 1 or more.")
     if jump_n_sample * num_steps > MOST_STEPS:
-        raise ValueError(
-            f"jump_n_sample={jump_n_sample} makes more than {MOST_STEPS:,} of {num_steps} steps; give less."
-        )
+        raise ValueError(f"jump_n_sample={jump_n_sample} makes over {MOST_STEPS:,} of {num_steps} steps; give less.")
     jumps_left = dict.fromkeys(range(0, num_steps - jump_length, jump_length), jump_n_sample - 1)
     positions: list[int] = []
     left = num_steps - 1  # steps that remain after the current one
