@@ -47,7 +47,7 @@ _ARTICLES = {"unet": "a UNet", "upsampler": "an upsampler", "classifier": "a cla
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint file; the last fields, once its flags are validated. Nothing is written before all are."""
+    """An opened checkpoint file, and the model that it describes once its flags are validated."""
 
     path: Path
     name: str | None  # of the published checkpoint
@@ -211,7 +211,7 @@ def _open(path: str | os.PathLike, name: str | None, flags: Mapping[str, Any], l
 
 
 def _describe_unet(checkpoint: Checkpoint, guided: bool, log: Log) -> Checkpoint:
-    """With the model that the flags and the tensors describe, and its scheduler."""
+    """The checkpoint with the model that its flags and tensors describe, and the scheduler."""
     flags, architecture = checkpoint.flags, checkpoint.architecture
     with _naming(checkpoint.path, checkpoint.name):
         improved = checkpoint.name is None and not guided and is_improved_diffusion(flags, architecture)
@@ -245,7 +245,7 @@ def _describe_unet(checkpoint: Checkpoint, guided: bool, log: Log) -> Checkpoint
 
 
 def _describe_classifier(checkpoint: Checkpoint, id2label: dict[int, str] | None, alone: bool, log: Log) -> Checkpoint:
-    """With the model that the flags and the tensors describe."""
+    """The checkpoint with the classifier that its flags and tensors describe."""
     with _naming(checkpoint.path, checkpoint.name):
         try:
             config = classifier_config(checkpoint.flags, checkpoint.architecture, alone)
