@@ -78,7 +78,8 @@ def export_checkpoint(
             flags["use_new_attention_order"] = True
         elif new_order:
             notes.append("No published flag sets its attention order; set use_new_attention_order=True in the scripts.")
-        report = [f'  {"MODEL" if part == "unet" else "CLASSIFIER"}_FLAGS="{spell_flags(flags)}"']
+        kind = "MODEL" if part == "unet" else "CLASSIFIER"
+        report = [f"Wrote {path}, which the published code loads with", f'  {kind}_FLAGS="{spell_flags(flags)}"']
         report += [f"  Note: {note}" for note in notes]
         exports.append((Path(path), to_openai_state_dict(parts[part], new_order), report))
     with ExitStack() as stack:  # at its end either all files are written, or a rerun can continue
@@ -87,8 +88,8 @@ def export_checkpoint(
             _save(state_dict, temporary)
             if path.exists() and not same_content(temporary, path):
                 raise ValueError(_TAKEN.format(path))
-    for path, _, report in exports:
-        for line in [f"Wrote {path}, which the published code loads with", *report]:
+    for *_, report in exports:
+        for line in report:
             log(line)
     if len(models) > len(exports):
         log(f"The classifier of {source} was not exported; rerun with --classifier classifier.pt for both files.")

@@ -300,28 +300,19 @@ def level_attention(
 def count_heads(channels: int, num_heads: int | None, head_dim: int | None) -> int:
     """Number of attention heads: fixed, or from their width (64 if neither is given; section 3, table 2)."""
     if num_heads is not None and head_dim is not None:
-        raise ValueError(
-            f"num_heads={num_heads} and attention_head_dim={head_dim} contradict each other; give a fixed number of "
-            f"heads or a fixed width of a head, and leave the other None."
-        )
+        raise ValueError(f"num_heads={num_heads} and attention_head_dim={head_dim} contradict each other; give one.")
     head_dim = head_dim or 64
     if channels % (num_heads or head_dim):
         heads = f"attention heads of width {head_dim}" if num_heads is None else f"{num_heads} attention heads"
-        raise ValueError(
-            f"{channels} channels do not divide into {heads}; choose an attention_head_dim or a num_heads that divides "
-            f"every width with attention."
-        )
+        raise ValueError(f"{channels} channels do not divide into {heads}; change num_heads or attention_head_dim.")
     return num_heads or channels // head_dim
 
 
 def check_sides(height: int, width: int, num_levels: int) -> None:
     """Refuses images whose height or width cannot be halved at every level."""
-    divisor = 2 ** (num_levels - 1)
-    if height % divisor or width % divisor:
-        raise ValueError(
-            f"Images of {height}x{width} cannot be halved {num_levels - 1} times; with {num_levels} levels in "
-            f"channel_mult both sides must be multiples of {divisor}."
-        )
+    times = num_levels - 1
+    if height % 2**times or width % 2**times:
+        raise ValueError(f"Images of {height}x{width} cannot be halved {times} times; take multiples of {2**times}.")
 
 
 def expand_timestep(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
