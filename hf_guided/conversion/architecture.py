@@ -34,15 +34,10 @@ class Architecture:
         return self.config["out_channels"] if self.kind == "classifier" else self.config["num_classes"]
 
     @property
-    def widths(self) -> list[int]:
-        """Channels of each level, from the full resolution down."""
-        return [int(mult * self.config["model_channels"]) for mult in self.config["channel_mult"]]
-
-    @property
     def attended_widths(self) -> set[int]:
         """Channels that attention layers split into heads."""
-        levels = {factor.bit_length() - 1 for factor in self.config["attention_resolutions"]}
-        return {self.widths[level] for level in levels} | {self.widths[-1]}
+        widths = [int(mult * self.config["model_channels"]) for mult in self.config["channel_mult"]]
+        return {widths[-1], *(widths[factor.bit_length() - 1] for factor in self.config["attention_resolutions"])}
 
 
 def infer_architecture(
