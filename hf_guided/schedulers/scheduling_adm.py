@@ -86,7 +86,7 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         rescale_timesteps: bool = False,
         solver_order: int = 1,
     ):
-        if hasattr(trained_betas, "tolist"):  # an array or a tensor
+        if trained_betas is not None and hasattr(trained_betas, "tolist"):  # an array or a tensor
             trained_betas = trained_betas.tolist()
             self.register_to_config(trained_betas=trained_betas)
         check_settings(type(self), self.config)
