@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     if args.push_to_hub:
         if not args.hub_model_id:
             raise ValueError("--push_to_hub needs --hub_model_id user/name to know where.")
-        from ..hub.push import prepare_push
+        from ..hub.push import prepare_push, push_folder
 
         args.hub_model_id = prepare_push(args.hub_model_id, **access)
 
@@ -62,6 +62,4 @@ def run(args: argparse.Namespace) -> None:
         repo_id=args.hub_model_id,
     )
     if args.push_to_hub:
-        from ..hub import push_folder
-
         print(without_credentials(push_folder(args.output, args.hub_model_id, **access)))

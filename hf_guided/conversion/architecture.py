@@ -1,7 +1,7 @@
 """The architecture of a published checkpoint, inferred from the names and shapes of its state dict.
 
-They determine the kind of model, its widths, levels, blocks, attention levels and classes. They do not determine the
-number of attention heads, the order of the rows of its projections, the image size or the noise schedule.
+They do not determine the number of attention heads, the order of the rows of its projections, the image size or the
+noise schedule.
 """
 
 import math
@@ -11,20 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 Shapes = Mapping[str, Sequence[int]]
+_POSITIONS = "out.2.positional_embedding"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The architecture that the tensors of a checkpoint determine.
+    """The architecture that the tensors of a checkpoint determine."""
 
-    Attributes:
-        kind (`str`): `"unet"`, `"upsampler"` or `"classifier"`.
-        config (`dict`): The arguments of the published constructor that they determine; `image_size` is among them only
-            for a classifier that pools by attention.
-    """
-
-    kind: str
-    config: dict[str, Any]
+    kind: str  # "unet", "upsampler" or "classifier"
+    config: dict[str, Any]  # arguments of the published constructor; `image_size` only for pooling by attention
 
     @property
     def image_channels(self) -> int:
@@ -39,15 +34,10 @@ class Architecture:
         return self.config["out_channels"] if self.kind == "classifier" else self.config["num_classes"]
 
     @property
-    def widths(self) -> list[int]:
-        """Channels of each level, from the full resolution down."""
-        return [int(mult * self.config["model_channels"]) for mult in self.config["channel_mult"]]
-
-    @property
     def attended_widths(self) -> set[int]:
         """Channels that attention layers split into heads."""
-        levels = {factor.bit_length() - 1 for factor in self.config["attention_resolutions"]}
-        return {self.widths[level] for level in levels} | {self.widths[-1]}
+        widths = [int(mult * self.config["model_channels"]) for mult in self.config["channel_mult"]]
+        return {widths[-1], *(widths[factor.bit_length() - 1] for factor in self.config["attention_resolutions"])}
 
 
 def infer_architecture(
@@ -65,21 +55,20 @@ def infer_architecture(
     numbers = {int(match[1]) for name in shapes if (match := re.match(r"input_blocks\.(\d+)\.", name))}
     model_channels = _size(shapes, "time_embed.0.weight", 1)
     in_channels = _size(shapes, "input_blocks.0.0.weight", 1)
-    _size(shapes, "input_blocks.1.0.out_layers.3.weight", 0)
     total = max(numbers) + 1
     if total > 2 * len(numbers):
         raise ValueError("The numbers of the input_blocks have gaps that no published model has.")
 
     is_unet = any(name.startswith("output_blocks.") for name in shapes)
-    convolutions = [i for i in sorted(numbers) if f"input_blocks.{i}.0.op.weight" in shapes]
-    gaps = sorted(set(range(total)) - numbers)  # layers without weights: pooling instead of a convolution
+    gaps = set(range(total)) - numbers  # layers without weights: pooling instead of a convolution
+    halving = gaps | {i for i in numbers if f"input_blocks.{i}.0.op.weight" in shapes}
     resblock_updown = False
-    if convolutions or gaps:
-        num_res_blocks = min(convolutions + gaps) - 1
+    if halving:
+        num_res_blocks = min(halving) - 1
     elif is_unet:
         # A residual block that halves the image has no mark, but one that doubles it is a level's second or third.
-        mark = re.compile(r"output_blocks\.(\d+)\.([12])\.in_layers\.0\.weight$")
-        ups = [int(match[1]) for name in shapes if (match := mark.match(name))]
+        mark = r"output_blocks\.(\d+)\.[12]\.in_layers\.0\.weight$"
+        ups = [int(match[1]) for name in shapes if (match := re.match(mark, name))]
         resblock_updown = bool(ups)
         num_res_blocks = min(ups) if ups else total - 1
     else:
@@ -88,16 +77,14 @@ def infer_architecture(
     if num_res_blocks < 1 or total % (num_res_blocks + 1):
         raise ValueError(f"{total} input_blocks are not levels of {num_res_blocks} residual blocks each.")
 
-    widths, attention_resolutions = [], []
-    for level, first in enumerate(range(1, total, num_res_blocks + 1)):
-        widths.append(_size(shapes, f"input_blocks.{first}.0.out_layers.3.weight", 0))
-        if f"input_blocks.{first}.1.qkv.weight" in shapes:
-            attention_resolutions.append(2**level)
+    firsts = range(1, total, num_res_blocks + 1)  # block of each level
+    widths = [_size(shapes, f"input_blocks.{first}.0.out_layers.3.weight", 0) for first in firsts]
+    attends = [f"input_blocks.{first}.1.qkv.weight" in shapes for first in firsts]
     config: dict[str, Any] = {
         "in_channels": in_channels,
         "model_channels": model_channels,
         "num_res_blocks": num_res_blocks,
-        "attention_resolutions": attention_resolutions,
+        "attention_resolutions": [2**level for level, attended in enumerate(attends) if attended],
         "channel_mult": tuple(_multiple(width, model_channels) for width in widths),
         "conv_resample": not gaps,
         "resblock_updown": resblock_updown,
@@ -110,9 +97,7 @@ def infer_architecture(
     # Images are grey or coloured; with a learned variance the output has twice their channels.
     image_channels = {1: 1, 2: 1, 3: 3, 6: 3}.get(out_channels, in_channels)
     if not {in_channels, out_channels} <= {image_channels, 2 * image_channels}:
-        raise ValueError(
-            f"A model that takes {in_channels} channels and returns {out_channels} is not one of the published kinds."
-        )
+        raise ValueError(f"No published model takes {in_channels} channels and returns {out_channels}.")
     config |= {
         "in_channels": image_channels,
         "out_channels": out_channels,
@@ -148,14 +133,9 @@ def _encoder_depth(shapes: Shapes, total: int, image_size: int | None, wanted: i
     if wanted in fitting:
         return wanted
     if len(fitting) > 1:
-        raise ValueError(
-            f"The classifier's tensors fit {' or '.join(map(str, fitting))} residual blocks per level; give "
-            f"--classifier_depth."
-        )
+        several = " or ".join(map(str, fitting))
+        raise ValueError(f"The classifier's tensors fit {several} residual blocks per level; give --classifier_depth.")
     return fitting[0]
-
-
-_POSITIONS = "out.2.positional_embedding"
 
 
 def _head(shapes: Shapes, num_levels: int) -> dict[str, Any]:
@@ -164,9 +144,7 @@ def _head(shapes: Shapes, num_levels: int) -> dict[str, Any]:
         tokens = _size(shapes, _POSITIONS, 1) - 1
         side = math.isqrt(tokens)
         if side**2 != tokens:
-            raise ValueError(
-                f"{_POSITIONS} has {tokens} pixels, which is not a square number as in published classifiers."
-            )
+            raise ValueError(f"{_POSITIONS} has {tokens} pixels, not a square number as in published classifiers.")
         num_classes = _size(shapes, "out.2.c_proj.weight", 0)
         return {"pool": "attention", "out_channels": num_classes, "image_size": side * 2 ** (num_levels - 1)}
     if len(shapes.get("out.0.weight", ())) == 1:

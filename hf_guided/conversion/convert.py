@@ -6,15 +6,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.resources import files
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from ..files import recover_folder, replacing_folder
+from ..files import check_place, recover_folder, replacing_folder
 from ..guidance import ClassifierGuidance
 from ..hub import write_model_card
 from ..hub.markdown import code_span
@@ -26,8 +25,8 @@ from ..schedulers.scheduling_adm import FEW_STEPS, ADMScheduler
 from .architecture import Architecture, infer_architecture
 from .files import in_new_folders, one_by_one, read_checkpoint, same_content, write_safetensors
 from .flags import (
-    add_improved_defaults,
     classifier_config,
+    improved_defaults,
     is_guided_diffusion,
     is_improved_diffusion,
     parse_flags,
@@ -42,38 +41,25 @@ PIPELINES = {"unet": ClassifierGuidedPipeline, "upsampler": ClassifierGuidedUpsc
 RECORD_FILE = "openai_flags.json"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 IMAGENET_CLASSES = 1000
-TAKEN = "{} exists already and is not empty; choose another --output, or remove it."
 Log = Callable[[str], Any]
 _ARTICLES = {"unet": "a UNet", "upsampler": "an upsampler", "classifier": "a classifier"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint file."""
+    """An opened checkpoint file, and the model that it describes once its flags are validated."""
 
     path: Path
     name: str | None  # of the published checkpoint
-    flags: Mapping[str, Any]  # as given
+    flags: Mapping[str, Any]  # as given, then with defaults
     state_dict: Mapping[str, torch.Tensor]  # read from disk on use
     mapped: bool  # into memory
     architecture: Architecture  # which the tensors determine
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint that was validated; nothing is written before all of them are."""
-
-    checkpoint: Checkpoint
-    flags: Mapping[str, Any]  # with defaults
-    model: Any  # [`ADMUNet2DModel`] or [`ADMForImageClassification`] on the meta device: names and shapes, no weights
-    new_order: bool  # of the rows of query, key and value
+    model: Any = None  # [`ADMUNet2DModel`] or [`ADMForImageClassification`] on the meta device: no weights
+    new_order: bool = False  # of the rows of query, key and value
     scheduler: ADMScheduler | None = None  # of a UNet or an upsampler
 
-    @property
-    def architecture(self) -> Architecture:
-        return self.checkpoint.architecture
-
-    def save(self, folder: Path, dtype: torch.dtype) -> None:
+    def save(self, folder: Path, dtype: str) -> None:
         """Writes the config and, tensor by tensor, the weights."""
         if isinstance(self.model, ADMUNet2DModel):
             self.model.save_config(folder)
@@ -87,21 +73,22 @@ class Source:
                 logging.enable_progress_bar()
             file = folder / "model.safetensors"
         shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-        state_dict = self.checkpoint.state_dict
-        tensors = converted_tensors(self.model, state_dict, self.new_order)
-        with _naming(self.checkpoint.path):
-            write_safetensors(file, shapes, one_by_one(tensors, state_dict, self.checkpoint.mapped), dtype)
-        if dtype != torch.float32:  # also under its variant's name, for `variant=`
-            variant = next(name for name in DTYPES if DTYPES[name] == dtype)
+        tensors = converted_tensors(self.model, self.state_dict, self.new_order)
+        with _naming(self.path):
+            write_safetensors(file, shapes, one_by_one(tensors, self.state_dict, self.mapped), DTYPES[dtype])
+        if dtype != "fp32":  # also under its variant's name, for `variant=`
+            variant = file.with_suffix(f".{dtype}.safetensors")
             try:
-                os.link(file, file.with_suffix(f".{variant}.safetensors"))
+                os.link(file, variant)
             except OSError:  # a file system without links
-                shutil.copyfile(file, file.with_suffix(f".{variant}.safetensors"))
+                shutil.copyfile(file, variant)
 
     def record(self) -> dict[str, Any]:
         """What an export needs besides the weights, without local paths."""
-        flags = {**self.flags, "use_new_attention_order": self.new_order}
-        return {"checkpoint": self.checkpoint.name, "flags": spell_flags(flags)}
+        return {
+            "checkpoint": self.name,
+            "flags": spell_flags({**self.flags, "use_new_attention_order": self.new_order}),
+        }
 
 
 def convert_checkpoint(
@@ -144,83 +131,54 @@ def convert_checkpoint(
     """
     start = time.perf_counter()
     output = Path(output)
-    exists = _check_output(output, Path(checkpoint))
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-    sources, published, id2label = _open_sources(checkpoint, name, flags, classifier, labels, log)
-    if published is not None and published.float32_only and dtype != "fp32":
-        log(f"{name}: its published samples were computed in float32; in {dtype} they may differ or fail.")
-
-    record = json.dumps({part: source.record() for part, source in sources.items()}, indent=2) + "\n"
-    if exists and (output / RECORD_FILE).read_bytes() != record.encode():
-        raise ValueError(TAKEN.format(output))
-
-    log(f"Writing {output}")
-    with in_new_folders(output), replacing_folder(output) as folder:
-        if "unet" in sources:
-            _save_pipeline(sources, id2label, folder, DTYPES[dtype])
-        else:
-            sources["classifier"].save(folder, DTYPES[dtype])
-        (folder / RECORD_FILE).write_text(record)
-        _write_card(folder, list(sources.values()), published, id2label, dtype, output.name, repo_id)
-        if exists and not same_content(folder, output):
-            raise ValueError(TAKEN.format(output))
-    seconds = time.perf_counter() - start
-    log(f"{output} already exists, made by the same command" if exists else f"Wrote {output} in {seconds:.1f} s")
-    return output
-
-
-def _check_output(output: Path, checkpoint: Path) -> bool:
-    """Whether a folder holds what may be an earlier result; raises if it holds something else or is not writable."""
-    home = next(parent for parent in output.absolute().parents if parent.exists())
-    if not home.is_dir() or not os.access(home, os.W_OK):
-        raise ValueError(f"--output {output} cannot be written, because {home} is not writable; choose another folder.")
+    taken = f"{output} exists already and is not empty; choose another --output, or remove it."
+    check_place(output.absolute().parent)
     recover_folder(output)
     exists = os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir()))
-    if exists and not ((output / RECORD_FILE).is_file() and checkpoint.is_file()):
-        raise ValueError(TAKEN.format(output))
-    return exists
-
-
-def _open_sources(
-    checkpoint: str | os.PathLike,
-    name: str | None,
-    flags: str | None,
-    classifier: str | os.PathLike | None,
-    labels: str | os.PathLike | None,
-    log: Log,
-) -> tuple[dict[str, Source], Published | None, dict[int, str] | None]:
-    """The validated checkpoints in the order of the pipeline's parts, the published one, and the class names."""
+    if exists and not ((output / RECORD_FILE).is_file() and Path(checkpoint).is_file()):
+        raise ValueError(taken)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     if (name is None) == (flags is None):
-        raise ValueError(
-            f"A checkpoint is described by the name of a published one, or by --flags with its $MODEL_FLAGS and "
-            f"$DIFFUSION_FLAGS; {'both were given' if name else 'neither was given'}."
-        )
+        count = "both were given" if name else "neither was given"
+        raise ValueError(f'Give a published name, or --flags "$MODEL_FLAGS $DIFFUSION_FLAGS"; {count}.')
     published = None if name is None else find_published(name)
     if published is not None and classifier is not None and published.classifier is None:
         raise ValueError(f"{name} has no published classifier for guidance; leave out --classifier.")
 
-    said = parse_flags(flags or "")
-    main = _open(checkpoint, name, said, log)
+    given = parse_flags(flags or "")
+    main = _open(checkpoint, name, given, log)
     alone = main.architecture.kind == "classifier"
     if alone and classifier is not None:
-        raise ValueError(
-            f"{checkpoint} is a classifier itself; give the UNet as --checkpoint and the classifier as --classifier."
-        )
+        raise ValueError(f"{checkpoint} is a classifier itself; give it as --classifier, the UNet as --checkpoint.")
     guide = main if alone else None
-    sources: dict[str, Source] = {}
-    if not alone:
-        sources["unet"] = _describe_unet(main, classifier is not None, log)
+    parts = {} if alone else {"unet": _describe_unet(main, classifier is not None, log)}
     if classifier is not None:
-        guide = _open(classifier, None if published is None else published.classifier, said, log)
+        guide = _open(classifier, None if published is None else published.classifier, given, log)
         _check_pair(main, guide)
-    num_classes = main.architecture.num_classes
-    if num_classes is None and guide is not None:
-        num_classes = guide.architecture.num_classes
-    id2label = _read_labels(labels, num_classes, name, log)
+    id2label = _read_labels(labels, (guide or main).architecture.num_classes, name, log)
     if guide is not None:
-        sources["classifier"] = _describe_classifier(guide, id2label, alone, log)
-    return sources, published, id2label
+        parts["classifier"] = _describe_classifier(guide, id2label, alone, log)
+    if published is not None and published.float32_only and dtype != "fp32":
+        log(f"{name}: its published samples were computed in float32; in {dtype} they may differ or fail.")
+
+    record = json.dumps({part: source.record() for part, source in parts.items()}, indent=2) + "\n"
+    if exists and (output / RECORD_FILE).read_bytes() != record.encode():
+        raise ValueError(taken)
+
+    log(f"Writing {output}")
+    with in_new_folders(output), replacing_folder(output) as folder:
+        if alone:
+            parts["classifier"].save(folder, dtype)
+        else:
+            _save_pipeline(parts, id2label, folder, dtype)
+        (folder / RECORD_FILE).write_text(record)
+        _write_card(folder, list(parts.values()), published, id2label, dtype, output.name, repo_id)
+        if exists and not same_content(folder, output):
+            raise ValueError(taken)
+    seconds = time.perf_counter() - start
+    log(f"{output} already exists, made by the same command" if exists else f"Wrote {output} in {seconds:.1f} s")
+    return output
 
 
 @contextmanager
@@ -229,8 +187,7 @@ def _naming(path: str | os.PathLike, name: str | None = None) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        about = f"{path}" if name is None else f"{path} is not {name}"
-        raise ValueError(f"{about}: {error}") from None
+        raise ValueError(f"{path}{'' if name is None else f' is not {name}'}: {error}") from None
 
 
 def _open(path: str | os.PathLike, name: str | None, flags: Mapping[str, Any], log: Log) -> Checkpoint:
@@ -242,11 +199,8 @@ def _open(path: str | os.PathLike, name: str | None, flags: Mapping[str, Any], l
         depth = flags.get("classifier_depth", flags.get("num_res_blocks"))
         architecture = infer_architecture(shapes, flags.get("image_size", flags.get("large_size")), depth)
         if name is not None:
-            kind = kind_of(name)
-            if architecture.kind != kind:
-                raise ValueError(
-                    f"{name} is {_ARTICLES[kind]}, but the tensors are those of {_ARTICLES[architecture.kind]}."
-                )
+            if architecture.kind != (kind := kind_of(name)):
+                raise ValueError(f"{name} is {_ARTICLES[kind]}, the tensors those of {_ARTICLES[architecture.kind]}.")
             if architecture.image_channels != 3:
                 raise ValueError(f"Its images have 3 channels, but the tensors have {architecture.image_channels}.")
             if architecture.num_classes not in (None, IMAGENET_CLASSES):
@@ -256,18 +210,18 @@ def _open(path: str | os.PathLike, name: str | None, flags: Mapping[str, Any], l
     return Checkpoint(Path(path), name, flags, state_dict, mapped, architecture)
 
 
-def _describe_unet(checkpoint: Checkpoint, guided: bool, log: Log) -> Source:
-    """The model that the flags and the tensors describe, on the meta device, and its scheduler."""
+def _describe_unet(checkpoint: Checkpoint, guided: bool, log: Log) -> Checkpoint:
+    """The checkpoint with the model that its flags and tensors describe, and the scheduler."""
     flags, architecture = checkpoint.flags, checkpoint.architecture
     with _naming(checkpoint.path, checkpoint.name):
-        if checkpoint.name is None and not guided and is_improved_diffusion(flags, architecture):
-            flags, assumed = add_improved_defaults(flags, architecture)
-            if assumed:
-                other = " (guided-diffusion's: --rescale_timesteps False)" if "rescale_timesteps" in assumed else ""
-                log(
-                    f"Nothing here is specific to guided-diffusion, so that improved-diffusion's defaults are used: "
-                    f"{spell_flags(assumed)}. If the model was trained with other values, add them{other}."
-                )
+        improved = checkpoint.name is None and not guided and is_improved_diffusion(flags, architecture)
+        if improved and (assumed := improved_defaults(flags, architecture)):
+            flags = {**flags, **assumed}
+            other = " (guided-diffusion's: --rescale_timesteps False)" if "rescale_timesteps" in assumed else ""
+            log(
+                f"Nothing here is specific to guided-diffusion, so that improved-diffusion's defaults are used: "
+                f"{spell_flags(assumed)}. If the model was trained with other values, add them{other}."
+            )
         config = unet_config(flags, architecture)
         scheduler = ADMScheduler(**scheduler_arguments(flags, architecture.learns_sigma), solver_order=2)
         if flags["diffusion_steps"] != 1000 and "rescale_timesteps" not in flags:
@@ -286,18 +240,19 @@ def _describe_unet(checkpoint: Checkpoint, guided: bool, log: Log) -> Source:
             ClassifierGuidance(flags["classifier_scale"])
         model = make_unet(config, architecture.kind == "upsampler")
         check_tensors(model, checkpoint.state_dict)
-    return Source(checkpoint, flags, model, config["use_new_attention_order"], scheduler)
+    new_order = config["use_new_attention_order"]
+    return replace(checkpoint, flags=flags, model=model, new_order=new_order, scheduler=scheduler)
 
 
-def _describe_classifier(checkpoint: Checkpoint, id2label: dict[int, str] | None, alone: bool, log: Log) -> Source:
-    """The classifier that the flags and the tensors describe, on the meta device."""
+def _describe_classifier(checkpoint: Checkpoint, id2label: dict[int, str] | None, alone: bool, log: Log) -> Checkpoint:
+    """The checkpoint with the classifier that its flags and tensors describe."""
     with _naming(checkpoint.path, checkpoint.name):
         try:
             config = classifier_config(checkpoint.flags, checkpoint.architecture, alone)
         except ValueError as error:
             described = checkpoint.name or any(name.startswith("classifier_") for name in checkpoint.flags)
-            fix = "Its tensors are a classifier's: give it as --classifier with its UNet, or add $CLASSIFIER_FLAGS."
-            raise ValueError(f"{error} {'' if described else fix}".strip()) from None
+            fix = " Its tensors are a classifier's: give it as --classifier with its UNet, or add $CLASSIFIER_FLAGS."
+            raise ValueError(f"{error}{'' if described else fix}") from None
         heads = "num_heads" if "num_heads" in config else "num_head_channels"
         is_given = alone or f"classifier_{heads}" in checkpoint.flags
         if not is_given and (heads, config[heads]) != ("num_head_channels", 64):
@@ -308,7 +263,7 @@ def _describe_classifier(checkpoint: Checkpoint, id2label: dict[int, str] | None
         names = id2label or {}
         model = make_classifier({**config, "id2label": names, "label2id": {name: id for id, name in names.items()}})
         check_tensors(model, checkpoint.state_dict)
-    return Source(checkpoint, checkpoint.flags, model, config["use_new_attention_order"])
+    return replace(checkpoint, model=model, new_order=config["use_new_attention_order"])
 
 
 def _check_pair(unet: Checkpoint, classifier: Checkpoint) -> None:
@@ -342,8 +297,7 @@ def _read_labels(
     elif num_classes is None:
         return None
     elif num_classes == IMAGENET_CLASSES:
-        text = (files("hf_guided.conversion") / "imagenet_labels.txt").read_text(encoding="utf-8")
-        names = text.splitlines()
+        names = Path(__file__).with_name("imagenet_labels.txt").read_text(encoding="utf-8").splitlines()
         if name is None:
             log("The 1,000 classes get ImageNet's names; --labels names.txt gives them others.")
     else:
@@ -351,13 +305,11 @@ def _read_labels(
     return dict(enumerate(names))
 
 
-def _save_pipeline(
-    sources: Mapping[str, Source], id2label: dict[int, str] | None, folder: Path, dtype: torch.dtype
-) -> None:
+def _save_pipeline(parts: Mapping[str, Checkpoint], id2label: dict[int, str] | None, folder: Path, dtype: str) -> None:
     """Saves the pipeline as `save_pretrained` does, with the weights converted from the checkpoints one by one."""
-    unet, classifier = sources["unet"], sources.get("classifier")
+    unet, classifier = parts["unet"], parts.get("classifier")
     defaults = {"num_inference_steps": max(1, min(FEW_STEPS, unet.flags["diffusion_steps"] - 1))}
-    if unet.checkpoint.name is None and "timestep_respacing" in unet.flags:  # the user's, not of a published name
+    if unet.name is None and "timestep_respacing" in unet.flags:  # the user's, not of a published name
         defaults = {"respacing": unet.flags["timestep_respacing"]}
     if classifier is not None and "classifier_scale" in unet.flags:
         defaults["guidance_scale"] = unet.flags["classifier_scale"]
@@ -372,13 +324,13 @@ def _save_pipeline(
     )
     pipeline.save_config(folder)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
-    for part, source in sources.items():
+    for part, source in parts.items():
         source.save(folder / part, dtype)
 
 
 def _write_card(
     folder: Path,
-    sources: Sequence[Source],
+    sources: Sequence[Checkpoint],
     published: Published | None,
     id2label: dict[int, str] | None,
     dtype: str,
@@ -396,7 +348,7 @@ def _write_card(
     }[kind]
     origin = "converted with `hf-guided`\nfrom the format of OpenAI's guided-diffusion"
     if published is not None:
-        names = " and ".join(code_span(str(source.checkpoint.name)) for source in sources)
+        names = " and ".join(code_span(str(source.name)) for source in sources)
         link = "[guided-diffusion](https://github.com/openai/guided-diffusion)"
         origin = f"converted with `hf-guided`\nfrom OpenAI's {names} of {link}, trained on {published.data}"
     write_model_card(

@@ -4,6 +4,7 @@ import os
 import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -56,53 +57,42 @@ def export_checkpoint(
     for path, flag in ((output, "--output"), (classifier, "--classifier")):
         if path is not None:
             check_parent(path, flag)
-            if os.path.lexists(path) and not _is_export(path):
+            if os.path.lexists(path) and not zipfile.is_zipfile(path):
                 raise ValueError(_TAKEN.format(path))
     folder = _find(source, token)
     record = read_config(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
     parts = _load_parts(folder)
-    if "unet" not in parts and classifier is not None:
-        raise ValueError(f"{source} is a classifier itself: leave out --classifier.")
-    if classifier is not None and "classifier" not in parts:
-        raise ValueError(f"{source} has no classifier; leave out --classifier.")
+    models = [part for part in ("unet", "classifier") if part in parts]
+    if classifier is not None and len(models) < 2:
+        what = "has no classifier" if "unet" in parts else "is a classifier itself"
+        raise ValueError(f"{source} {what}; leave out --classifier.")
 
-    files = {"classifier": output}
-    if "unet" in parts:
-        files = {"unet": output, **({} if classifier is None else {"classifier": classifier})}
-    written = {}
-    for part, path in files.items():
-        flags, notes = (_unet_flags if part == "unet" else _classifier_flags)(parts)
-        said = parse_flags(record.get(part, {}).get("flags", ""))
-        new_order = said.get("use_new_attention_order", False)
+    exports = []
+    for part, path in zip(models, (output, classifier), strict=False):
+        if path is None:
+            continue
+        notes: list[str] = []
+        flags = (_unet_flags if part == "unet" else _classifier_flags)(parts, notes)
+        new_order = parse_flags(record.get(part, {}).get("flags", "")).get("use_new_attention_order", False)
         if new_order and part == "unet" and "large_size" not in flags:
             flags["use_new_attention_order"] = True
         elif new_order:
-            notes.append(
-                "The published scripts have no flag for this model's attention order; set "
-                "use_new_attention_order=True in them."
-            )
-        written[Path(path)] = (to_openai_state_dict(parts[part], new_order), part, flags, notes)
+            notes.append("No published flag sets its attention order; set use_new_attention_order=True in the scripts.")
+        kind = "MODEL" if part == "unet" else "CLASSIFIER"
+        report = [f"Wrote {path}, which the published code loads with", f'  {kind}_FLAGS="{spell_flags(flags)}"']
+        report += [f"  Note: {note}" for note in notes]
+        exports.append((Path(path), to_openai_state_dict(parts[part], new_order), report))
     with ExitStack() as stack:  # at its end either all files are written, or a rerun can continue
-        for path, (state_dict, *_) in written.items():
+        for path, state_dict, _ in exports:
             temporary = stack.enter_context(replacing(path))
             _save(state_dict, temporary)
             if path.exists() and not same_content(temporary, path):
                 raise ValueError(_TAKEN.format(path))
-    for path, (_, part, flags, notes) in written.items():
-        log(f"Wrote {path}, which the published code loads with")
-        log(f'  {"MODEL" if part == "unet" else "CLASSIFIER"}_FLAGS="{spell_flags(flags)}"')
-        for note in notes:
-            log(f"  Note: {note}")
-    if "unet" in parts and "classifier" in parts and classifier is None:
+    for *_, report in exports:
+        for line in report:
+            log(line)
+    if len(models) > len(exports):
         log(f"The classifier of {source} was not exported; rerun with --classifier classifier.pt for both files.")
-
-
-def _is_export(path: str | os.PathLike) -> bool:
-    """Whether a file may be an earlier export, an archive of torch."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/data.pkl") for name in archive.namelist())
 
 
 def _find(source: str | os.PathLike, token: str | None) -> Path:
@@ -113,35 +103,24 @@ def _find(source: str | os.PathLike, token: str | None) -> Path:
         raise ValueError(f"There is no folder {source}.")
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], token=token))
-    except RepositoryNotFoundError:
-        raise ValueError(
-            f"There is no folder {source}, and {source} was not found on the Hub with this token: check the name, or "
-            f"log in with `hf auth login`."
-        ) from None
     except (HTTPError, OSError) as error:
-        raise ValueError(
-            f"There is no folder {source}, and it could not be downloaded from the Hub: {first_line(error)}"
-        ) from error
+        why = f"could not be downloaded from the Hub: {first_line(error)}"
+        if isinstance(error, RepositoryNotFoundError):
+            why = "was not found on the Hub with this token: check the name, or log in with `hf auth login`."
+        raise ValueError(f"There is no folder {source}, and {source} {why}") from error
 
 
 def _load_parts(folder: Path) -> dict[str, Any]:
-    """This library's models and scheduler in a folder of a pipeline or a model."""
+    """This library's models and scheduler in a folder of a pipeline or a model, and the index of a pipeline."""
     try:
         with naming_damage(folder):
             if (folder / "model_index.json").is_file():
                 index = read_config(folder / "model_index.json")
                 kinds = {name: entry[1] for name, entry in index.items() if isinstance(entry, list)}
                 if kinds.get("unet") != "ADMUNet2DModel":
-                    raise ValueError(
-                        f"The UNet of {folder} is a {kinds.get('unet')}; only an ADMUNet2DModel can be exported to the "
-                        f"published code."
-                    )
-                parts = {
-                    name: kind.from_pretrained(folder / name)
-                    for name, kind in PARTS.items()
-                    if kinds.get(name) == kind.__name__
-                }
-                return {**parts, "index": index}
+                    raise ValueError(f"The UNet of {folder} is a {kinds.get('unet')}; give one with an ADMUNet2DModel.")
+                saved = {name: kind for name, kind in PARTS.items() if kinds.get(name) == kind.__name__}
+                return {"index": index, **{name: kind.from_pretrained(folder / name) for name, kind in saved.items()}}
             config = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
             if config.get("_class_name") == "ADMUNet2DModel":
                 return {"unet": ADMUNet2DModel.from_pretrained(folder)}
@@ -152,8 +131,8 @@ def _load_parts(folder: Path) -> dict[str, Any]:
         raise ValueError(f"The models of {folder} cannot be loaded: {first_line(error)}") from error
 
 
-def _unet_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The published scripts' flags for a UNet and its scheduler, and notes on settings without a flag."""
+def _unet_flags(parts: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The published scripts' flags for a UNet and its scheduler; settings without a flag are added to the notes."""
     config = parts["unet"].config
     upsampler = config.low_res_channels is not None
     if config.low_res_channels not in (None, config.in_channels):
@@ -161,7 +140,7 @@ def _unet_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             f"The published upsampler takes two images with the same number of channels; this one takes "
             f"{config.in_channels} and {config.low_res_channels}."
         )
-    flags, notes = _shared_flags(config, "upsampler" if upsampler else "unet")
+    flags = _shared_flags(config, "upsampler" if upsampler else "unet", notes)
     if upsampler:
         flags["large_size"] = flags.pop("image_size")
         small = parts.get("index", {}).get("low_res_size")
@@ -184,35 +163,35 @@ def _unet_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             del flags["channel_mult"]  # improved-diffusion's own widths for images of 32 pixels
     rows = None if config.num_class_embeds is None else config.num_class_embeds + config.null_class_label
     if rows not in (None, IMAGENET_CLASSES):
-        notes.append(f"The published scripts have 1000 classes; set NUM_CLASSES = {rows} in their script_util.py.")
+        notes.append(f"The published scripts have 1000 classes; set NUM_CLASSES = {rows} in them.")
     if config.null_class_label:
         notes.append(f"Class {config.num_class_embeds} is the null label, which the published scripts do not support.")
 
     scheduler = parts.get("scheduler")
     if scheduler is None:
         notes.append("The model was saved without an ADMScheduler: add its --diffusion_steps and --noise_schedule.")
-        return flags, notes
-    settings = scheduler.config
-    flags |= _schedule_flags(settings, notes)
-    if settings.prediction_type == "sample":
+        return flags
+    flags |= _schedule_flags(scheduler.config, notes)
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "sample":
         flags["predict_xstart"] = True
-    elif settings.prediction_type != "epsilon":
-        notes.append(f"It predicts {settings.prediction_type}, which the published scripts do not support.")
-    if settings.variance_type == "fixed_small":
+    elif prediction_type != "epsilon":
+        notes.append(f"It predicts {prediction_type}, which the published scripts do not support.")
+    if scheduler.config.variance_type == "fixed_small":
         flags["sigma_small"] = True
         notes.append("Only improved-diffusion has the flag --sigma_small.")
-    return flags, notes
+    return flags
 
 
-def _classifier_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The published scripts' flags for a classifier, and notes on settings without a flag."""
+def _classifier_flags(parts: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The same for a classifier."""
     config = parts["classifier"].config
-    shared, notes = _shared_flags(config, "classifier")
-    head_widths = {64 if config.attention_head_dim is None else config.attention_head_dim}
+    shared = _shared_flags(config, "classifier", notes)
+    head_widths = {config.attention_head_dim or 64}
     if config.num_heads is not None:
         widths = level_widths(config.model_channels, config.channel_mult)
         attends = level_attention(config.sample_size, len(widths), config.attention_resolutions)
-        attended = {width for width, has in zip(widths, attends, strict=True) if has} | {widths[-1]}
+        attended = {*compress(widths, attends), widths[-1]}
         head_widths = {width // config.num_heads for width in attended}
         if config.pool == "attention" and len(head_widths) > 1:
             raise ValueError(
@@ -221,20 +200,15 @@ def _classifier_flags(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
             )
     if head_widths != {64}:
         given = f"num_heads={config.num_heads}" if len(head_widths) > 1 else f"num_head_channels={min(head_widths)}"
-        notes.append(
-            f"The published scripts give classifiers heads of 64 channels; set {given} in their script_util.py."
-        )
+        notes.append(f"The published classifiers have heads of 64 channels; set {given} in them.")
     if config.num_labels != IMAGENET_CLASSES:
-        notes.append(
-            f"The published scripts have 1000 classes; set out_channels={config.num_labels} in their script_util.py."
-        )
+        notes.append(f"The published scripts have 1000 classes; set out_channels={config.num_labels} in them.")
     spelling = {"num_channels": "classifier_width", "num_res_blocks": "classifier_depth", "image_size": "image_size"}
     flags = {spelling.get(name, f"classifier_{name}"): value for name, value in shared.items()}
     if flags.pop("classifier_channel_mult", None):
-        notes.append(
-            f"The published scripts do not support these widths; set channel_mult={tuple(config.channel_mult)} in them."
-        )
-    return {**flags, "classifier_pool": config.pool, **_schedule_flags(config, notes)}, notes
+        mult = tuple(config.channel_mult)
+        notes.append(f"The published scripts do not support these widths; set channel_mult={mult} in them.")
+    return {**flags, "classifier_pool": config.pool, **_schedule_flags(config, notes)}
 
 
 def _schedule_flags(config: Any, notes: list[str]) -> dict[str, Any]:
@@ -251,20 +225,18 @@ def _schedule_flags(config: Any, notes: list[str]) -> dict[str, Any]:
     return flags
 
 
-def _shared_flags(config: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
+def _shared_flags(config: Any, kind: str, notes: list[str]) -> dict[str, Any]:
     """The flags that UNets and classifiers share, under the UNet's names."""
-    notes = []
     size = config.sample_size
     if not isinstance(size, int):
         if size[0] != size[1]:
             if getattr(config, "pool", None) == "attention":
-                raise ValueError(
-                    f"The published classifier has attention pooling for square images only; these are {list(size)}."
-                )
+                raise ValueError(f"The published code has attention pooling for square images only, not {list(size)}.")
             notes.append(f"The published scripts sample square images; this model's are {size[0]}x{size[1]}.")
         size = size[0]
-    attends = level_attention(size, len(config.channel_mult), config.attention_resolutions)
-    sides = [size >> level for level, has in enumerate(attends) if has]
+    widths = tuple(config.channel_mult)
+    attends = level_attention(size, len(widths), config.attention_resolutions)
+    sides = [size >> level for level, attended in enumerate(attends) if attended]
     flags = {
         "image_size": size,
         "num_channels": config.model_channels,
@@ -273,7 +245,6 @@ def _shared_flags(config: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
         "resblock_updown": config.resblock_updown,
         "use_scale_shift_norm": config.use_scale_shift_norm,
     }
-    widths = tuple(config.channel_mult)
     if scripts_channel_mult(kind, size) != widths or size == 32:
         flags["channel_mult"] = widths
         if any(mult != int(mult) for mult in widths):
@@ -282,7 +253,7 @@ def _shared_flags(config: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
         notes.append("The published scripts have no flag for conv_resample=False; call the published class directly.")
     if config.in_channels != 3:
         notes.append(f"The published scripts have images of 3 channels; set in_channels={config.in_channels} in them.")
-    return flags, notes
+    return flags
 
 
 def _save(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -38,26 +38,25 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], b
         raise ValueError(f"There is no file {path}.")
     if what := foreign_content(path):
         raise ValueError(f"{path} is {what}, not a checkpoint: download it again.")
+    size = f"{path.stat().st_size:,} bytes"
     with path.open("rb") as file:
         start = file.read(4)
     mapped = start == b"PK\x03\x04"
     if mapped and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} ends too early ({_size(path)}): download it again.")
+        raise ValueError(f"{path} ends too early ({size}): download it again.")
     if not mapped and start[:1] != b"\x80":  # the first byte of a pickle
         raise ValueError(f"{path} is not a PyTorch checkpoint; give the .pt file that the published code saved.")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise ValueError(
-                f"{path} holds more than tensors (code or objects that would have to be run), so it was not loaded; "
-                f"give the state dict that the published code saved."
-            ) from None
+            what = "more than tensors (code or objects), so it was not loaded"
+            raise ValueError(f"{path} holds {what}; give the state dict that the published code saved.") from None
         raise ValueError(f"{path} is damaged: download it again.") from None
     except MemoryError:
         raise
     except Exception:  # an incomplete pickle can raise any error
-        raise ValueError(f"{path} is damaged or ends too early ({_size(path)}): download it again.") from None
+        raise ValueError(f"{path} is damaged or ends too early ({size}): download it again.") from None
     return _check_state_dict(loaded, path), mapped and _has_this_byte_order(path)
 
 
@@ -91,10 +90,6 @@ def _has_this_byte_order(path: Path) -> bool:
     return all(order.decode() == sys.byteorder for order in orders)
 
 
-def _size(path: Path) -> str:
-    return f"{path.stat().st_size:,} bytes"
-
-
 def one_by_one(
     tensors: Iterable[tuple[str, torch.Tensor]], source: Mapping[str, torch.Tensor], mapped: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -120,11 +115,8 @@ def release_pages(tensors: Iterable[torch.Tensor]) -> None:
     for tensor in tensors:
         storage = tensor.untyped_storage()
         before = storage.data_ptr() % mmap.PAGESIZE
-        madvise(
-            ctypes.c_void_p(storage.data_ptr() - before),
-            ctypes.c_size_t(storage.nbytes() + before),
-            mmap.MADV_DONTNEED,
-        )
+        start, length = ctypes.c_void_p(storage.data_ptr() - before), ctypes.c_size_t(storage.nbytes() + before)
+        madvise(start, length, mmap.MADV_DONTNEED)
 
 
 def same_content(one: Path, other: Path) -> bool:
@@ -139,10 +131,9 @@ def same_content(one: Path, other: Path) -> bool:
 
 @contextmanager
 def in_new_folders(path: Path) -> Iterator[None]:
-    """Creates the parent folders of a path; after an error removes those it created, if they are empty."""
+    """After an error, removes the parent folders of a path that did not exist before, if they are empty."""
     made = [parent for parent in path.parents if not parent.exists()]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         for parent in made:
@@ -154,11 +145,7 @@ def in_new_folders(path: Path) -> Iterator[None]:
 def write_safetensors(
     path: Path, shapes: Mapping[str, torch.Size], tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
 ) -> None:
-    """Writes tensors in any order into one safetensors file; `shapes` gives the names and shapes of all.
-
-    Raises:
-        `ValueError`: If a weight is not finite in `dtype`.
-    """
+    """Writes tensors in any order into one safetensors file; one that is not finite in `dtype` is a `ValueError`."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():

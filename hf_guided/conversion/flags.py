@@ -14,7 +14,6 @@ from .architecture import Architecture
 
 Flags = Mapping[str, Any]
 
-
 # What a flag takes, in words for errors, and its parser, which raises `KeyError` or `ValueError`.
 _TRUTH = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
 Parser = tuple[str, Callable[[str], Any]]
@@ -161,15 +160,14 @@ def _scripts_make(architecture: Architecture, image_size: int | None) -> bool:
     )
 
 
-def add_improved_defaults(flags: Flags, architecture: Architecture) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The flags with improved-diffusion's defaults for those that its README omits, and these defaults alone."""
+def improved_defaults(flags: Flags, architecture: Architecture) -> dict[str, Any]:
+    """improved-diffusion's defaults for the flags that its README omits, without those given."""
     defaults: dict[str, Any] = {"num_heads": 4}
     if architecture.kind == "upsampler":
         defaults |= {"large_size": 256, "small_size": 64}
     if flags.get("diffusion_steps", 1000) != 1000:
         defaults["rescale_timesteps"] = True
-    assumed = {name: value for name, value in defaults.items() if name not in flags}
-    return {**flags, **assumed}, assumed
+    return {name: value for name, value in defaults.items() if name not in flags}
 
 
 def unet_config(flags: Flags, architecture: Architecture) -> dict[str, Any]:
@@ -177,16 +175,14 @@ def unet_config(flags: Flags, architecture: Architecture) -> dict[str, Any]:
     upsampler = architecture.kind == "upsampler"
     size_flag = "large_size" if upsampler else "image_size"
     size = _required(flags, size_flag, "256" if upsampler else "64")
-    if not upsampler and "large_size" in flags:
-        raise ValueError(
-            f"--large_size {flags['large_size']} is a flag of upsamplers, but the tensors take no low-resolution image."
-        )
     if upsampler:
         small_size = _required(flags, "small_size", "64")
         if not 0 < small_size < size:
             raise ValueError(f"--small_size {small_size} is not below --large_size {size}.")
         if flags.get("image_size", size) != size:
             raise ValueError(f"--image_size {flags['image_size']} and --large_size {size} contradict each other.")
+    elif "large_size" in flags:
+        raise ValueError(f"--large_size {flags['large_size']} is a flag of upsamplers, and this is none.")
     _agree(flags, "class_cond", architecture.num_classes is not None)
     _agree(flags, "learn_sigma", architecture.learns_sigma)
     config = _common_config(flags, architecture, size_flag, prefix="")
@@ -214,10 +210,10 @@ def classifier_config(flags: Flags, architecture: Architecture, alone: bool = Fa
     Of a classifier converted without a UNet (`alone`), `--num_channels`, `--use_new_attention_order` and the like are
     its own, unless the flags describe both.
     """
-    sizes = (flags.get("image_size"), flags.get("large_size"), architecture.config.get("image_size"))
-    if (size := next((size for size in sizes if size is not None), None)) is not None:  # large: it guides an upsampler
-        flags = {**flags, "image_size": size}
-    _required(flags, "image_size", "64")
+    if "large_size" in flags:  # it guides an upsampler
+        flags = {"image_size": flags["large_size"], **flags}
+    size = _required({**architecture.config, **flags}, "image_size", "64")
+    flags = {**flags, "image_size": size}
     described = any(name.startswith("classifier_") and name != "classifier_scale" for name in flags)
     own = alone and not (described and any(name in flags for name in ("num_channels", "num_res_blocks", "class_cond")))
     _agree(flags, "classifier_pool", architecture.config["pool"])
@@ -276,23 +272,19 @@ def _common_config(flags: Flags, architecture: Architecture, size_flag: str, pre
         _agree(flags, f"{prefix}resblock_updown", inferred["resblock_updown"])
     _agree(flags, size_flag, inferred.get("image_size", size))
     if size < 1 or size % 2 ** (len(widths) - 1):
-        raise ValueError(
-            f"--{size_flag} {size} cannot be halved {len(widths) - 1} times, as the tensors' levels require."
-        )
+        raise ValueError(f"--{size_flag} {size} cannot be halved {len(widths) - 1} times, as the tensors require.")
 
     scripts = scripts_channel_mult(architecture.kind, size)
     if prefix == "" and "channel_mult" in flags:
         _agree(flags, "channel_mult", widths)
     elif scripts is not None and scripts != widths:
-        given, found = _spell(scripts), _spell(widths)
-        fix = "" if prefix else f", or add --channel_mult {found}"
+        fix = "" if prefix else f", or add --channel_mult {_spell(widths)}"
         raise ValueError(
-            f"--{size_flag} {size} means widths of {given} times the base in the published scripts, but the tensors "
-            f"have {found}: give the size that the model was trained for{fix}."
+            f"--{size_flag} {size} means widths of {_spell(scripts)} times the base in the published scripts, but the "
+            f"tensors have {_spell(widths)}: give the size that the model was trained for{fix}."
         )
 
-    resolutions = flags.get(f"{prefix}attention_resolutions")
-    if resolutions is not None:
+    if (resolutions := flags.get(f"{prefix}attention_resolutions")) is not None:
         levels = {2**level for level in range(len(widths))}
         factors = sorted(levels & {size // side for side in resolutions if side > 0})
         if factors != inferred["attention_resolutions"]:
@@ -322,19 +314,15 @@ def _divides(name: str, divisor: int, widths: set[int]) -> None:
 
 def _required(flags: Flags, name: str, default: str) -> Any:
     if name not in flags:
-        raise ValueError(
-            f"--{name} is missing, and the tensors do not determine it; add the value from training (the published "
-            f"scripts' default is --{name} {default})."
-        )
+        raise ValueError(f"--{name} is missing; add the one of training (the scripts' default is --{name} {default}).")
     return flags[name]
 
 
 def _agree(flags: Flags, name: str, inferred: Any) -> None:
     """Raises for a flag that contradicts the tensors."""
     if name in flags and flags[name] != inferred:
-        raise ValueError(
-            f"--{name} {_spell(flags[name])} contradicts the checkpoint, whose tensors say {_spell(inferred)}."
-        )
+        given, found = _spell(flags[name]), _spell(inferred)
+        raise ValueError(f"--{name} {given} contradicts the checkpoint, whose tensors say {found}.")
 
 
 def _spell(value: Any) -> str:

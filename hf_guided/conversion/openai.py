@@ -7,6 +7,7 @@ projects query, key and value in one product whose rows are ordered `(3, heads, 
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -26,9 +27,7 @@ CONSTRUCTOR_ARGUMENTS: dict[str, str | None] = {
     **dict.fromkeys(("attention_resolutions", "num_heads", "num_head_channels", "num_heads_upsample")),
     **dict.fromkeys(("dims", "use_checkpoint", "use_fp16", "use_new_attention_order")),
 }
-REQUIRED_ARGUMENTS = (
-    *("image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions"),
-)
+REQUIRED = ("image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions")
 
 # Parts of our layers, by their published names; "" is the layer's own: of an attention layer query, key and value.
 PARTS: dict[type, dict[str, str]] = {
@@ -108,7 +107,7 @@ def make_unet(config: dict[str, Any], super_resolution: bool = False) -> ADMUNet
     """The UNet of a published config, on the meta device: names and shapes, no weights."""
     arguments = _our_arguments(config, foreign="pool")
     if super_resolution:
-        arguments["low_res_channels"] = arguments["in_channels"]
+        arguments["low_res_channels"] = config["in_channels"]
     heads_upsample = config.get("num_heads_upsample", -1)
     if heads_upsample != -1 and arguments["num_heads"] is not None:
         arguments["num_heads_upsample"] = heads_upsample
@@ -118,21 +117,17 @@ def make_unet(config: dict[str, Any], super_resolution: bool = False) -> ADMUNet
 
 def make_classifier(config: dict[str, Any]) -> ADMForImageClassification:
     """The classifier of a published config, on the meta device: names and shapes, no weights."""
-    own = {
-        name: config[name] for name in ADMClassifierConfig().to_dict().keys() - CONSTRUCTOR_ARGUMENTS if name in config
-    }
-    published = {name: value for name, value in config.items() if name not in own}
-    arguments = _our_arguments(published, foreign="num_classes")
-    num_labels = arguments.pop("out_channels")
+    ours = ADMClassifierConfig().to_dict().keys() - CONSTRUCTOR_ARGUMENTS
+    own = {name: value for name, value in config.items() if name in ours}
+    arguments = _our_arguments({name: config[name] for name in config if name not in ours}, foreign="num_classes")
+    settings = {"num_labels": arguments.pop("out_channels"), "pool": "adaptive", **arguments, **own}
     with torch.device("meta"):
-        return ADMForImageClassification(
-            ADMClassifierConfig(**{"num_labels": num_labels, "pool": "adaptive", **arguments, **own})
-        ).eval()
+        return ADMForImageClassification(ADMClassifierConfig(**settings)).eval()
 
 
 def _our_arguments(config: dict[str, Any], foreign: str) -> dict[str, Any]:
     """A published constructor's arguments and defaults in this library's spelling; `foreign` only the other one has."""
-    for name in REQUIRED_ARGUMENTS:
+    for name in REQUIRED:
         if name not in config:
             raise ValueError(f"The published constructor's argument {name!r} is missing from the config.")
     for name in config:
@@ -167,22 +162,13 @@ def check_tensors(model: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
     expected = published_shapes(model)
     for name, shape in expected.items():
         if name not in state_dict:
-            raise ValueError(
-                f"The checkpoint has no tensor {name}, which the config requires; the checkpoint belongs to another "
-                f"config."
-            )
+            raise ValueError(f"The checkpoint has no tensor {name}, so the checkpoint belongs to another config.")
         given = tuple(state_dict[name].shape)
-        if squeezed(given) != squeezed(shape):
-            raise ValueError(
-                f"The tensor {name} has shape {given} where the config expects {shape}; the checkpoint belongs to "
-                f"another config."
-            )
-    unknown = state_dict.keys() - expected.keys()
-    if unknown:
-        raise ValueError(
-            f"The checkpoint holds {len(unknown)} tensors that are not in the config, such as {min(unknown)}; the "
-            f"checkpoint belongs to another config."
-        )
+        if any(a != b for a, b in zip_longest(given, shape, fillvalue=1)):  # a 1x1 convolution may be a linear layer
+            raise ValueError(f"{name} has shape {given}, not {shape}: the checkpoint belongs to another config.")
+    if unknown := state_dict.keys() - expected.keys():
+        several = f"{len(unknown)} tensors that are not in the config, such as {min(unknown)}"
+        raise ValueError(f"The checkpoint holds {several}: the checkpoint belongs to another config.")
 
 
 def converted_tensors(
@@ -203,18 +189,12 @@ def published_shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class PublishedTensor:
-    """A tensor of the published code, and the parameters that it is here.
+    """A tensor of the published code, and the parameters that it is here."""
 
-    Attributes:
-        name (`str`), shape (`tuple[int, ...]`): The published ones; our linear layers are 1x1 convolutions there.
-        parameters (`Mapping[str, torch.Tensor]`): Ours by name: one, or those of query, key and value.
-        heads (`int`): Groups in which rows of query, key and value take turns; 1 is the new attention order.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    parameters: Mapping[str, torch.Tensor]
-    heads: int = 1
+    name: str  # the published one
+    shape: tuple[int, ...]  # the published one: our linear layers are 1x1 convolutions there
+    parameters: Mapping[str, torch.Tensor]  # ours by name: one, or those of query, key and value
+    heads: int = 1  # groups in which rows of query, key and value take turns; 1 is the new attention order
 
     def to_ours(self, tensor: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
         """Our names and tensors, of the published tensor."""
@@ -257,13 +237,6 @@ def published_tensors(model: Any, new_order: bool = False) -> Iterator[Published
                 for kind, parameter in module.named_parameters(recurse=False):
                     shape = (*parameter.shape, *[1] * (convolves if kind == "weight" else 0))
                     yield PublishedTensor(f"{theirs}.{kind}", shape, {f"{ours}.{kind}": parameter})
-
-
-def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1x1 convolution's shape as a linear layer's."""
-    while shape and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
 
 
 def _layers(model: Any) -> Iterator[tuple[str, str]]:

@@ -21,19 +21,12 @@ _CLASSIFIER = (
 
 @dataclass(frozen=True)
 class Published:
-    """A published checkpoint: its flags, data and classifier.
+    """A published checkpoint."""
 
-    Attributes:
-        flags (`str`): The published scripts' flags, with the steps and the scale of its best samples.
-        data (`str`): The training data.
-        classifier (`str`, *optional*): The name of the classifier that can guide it, of the same size and schedule.
-        float32_only (`bool`): Published samples were drawn in float32 only.
-    """
-
-    flags: str
-    data: str = "ImageNet"
-    classifier: str | None = None
-    float32_only: bool = False
+    flags: str  # of the published scripts, with the steps and the scale of its best samples
+    data: str = "ImageNet"  # for training
+    classifier: str | None = None  # name of the one that can guide it, of the same size and schedule
+    float32_only: bool = False  # published samples were drawn in float32 only
 
 
 PUBLISHED = {

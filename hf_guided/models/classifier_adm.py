@@ -26,7 +26,7 @@ from ..registration import register_with_diffusers
 from ..settings import check_names, check_settings
 from .image_classification_adm import ADMImageClassificationPipeline
 from .image_processing_adm import ADMImageProcessor
-from .layers import ADMAttentionPool, check_sides, expand_timestep, layer_makers, level_widths, make_encoder
+from .layers import ADMAttentionPool, check_sides, expand_timestep, level_widths, make_encoder
 from .ops import NORM_GROUPS, Conv2d, GroupNormSiLU, ZeroLinear
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
@@ -188,8 +188,7 @@ class ADMForImageClassification(PreTrainedModel):
         self.time_proj = Timesteps(config.model_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(config.model_channels, 4 * config.model_channels)
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
-        makers = layer_makers(config, processor)
-        self.down_blocks, self.mid_block, skip_channels = make_encoder(config, *makers)
+        self.down_blocks, self.mid_block, skip_channels = make_encoder(config, processor)
 
         self.head: nn.Module
         if config.pool in ("adaptive", "attention"):
@@ -281,8 +280,7 @@ class ADMForImageClassification(PreTrainedModel):
             self._save_image_processor(save_directory)
 
     def _save_image_processor(self, folder: Any) -> None:
-        height, width = image_size(self.config)
-        size = {"height": height, "width": width}
+        size = dict(zip(("height", "width"), image_size(self.config), strict=True))
         ADMImageProcessor(size=size, num_channels=self.config.in_channels).save_pretrained(folder)
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,13 +19,9 @@ from .images import covering_steps, open_file, resize_and_crop, to_channels, to_
 
 
 class ADMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """Additional keyword arguments of [`ADMImageProcessor`].
+    """Additional keyword arguments of [`ADMImageProcessor`]."""
 
-    Attributes:
-        num_channels (`int`): Channels of the images that the classifier takes, 3 or 1.
-    """
-
-    num_channels: int
+    num_channels: int  # of the images that the classifier takes, 3 or 1
 
 
 @register_with_diffusers

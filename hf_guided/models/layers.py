@@ -130,9 +130,7 @@ class ADMAttention(nn.Module, AttentionModuleMixin):
         self.heads = count_heads(channels, num_heads, head_dim)
         self.use_bias = True
         self.group_norm = nn.GroupNorm(NORM_GROUPS, channels)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = ZeroLinear(channels, channels)
         self.processor: Callable = processor or self._default_processor_cls()
 
@@ -165,9 +163,7 @@ class ADMAttentionPool(nn.Module):
         super().__init__()
         self.heads = count_heads(channels, num_heads, head_dim)
         self.position_embedding = nn.Parameter(torch.empty(num_tokens + 1, channels))
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.Linear(channels, out_features)
         self.processor = processor or ADMAttnProcessor()
         self.reset_parameters()
@@ -264,14 +260,9 @@ def layer_makers(config: Any, processor: Callable | None = None) -> tuple[Callab
     return resnet, attention, resampler
 
 
-def make_encoder(
-    config: Any, resnet: Callable, attention: Callable, resampler: Callable
-) -> tuple[nn.ModuleList, ADMMidBlock, list[int]]:
-    """The encoder that the UNet and the classifier share, of [`layer_makers`].
-
-    Returns:
-        The down blocks, the middle block, and the channels of every skip connection, first to last.
-    """
+def make_encoder(config: Any, processor: Callable | None = None) -> tuple[nn.ModuleList, ADMMidBlock, list[int]]:
+    """The encoder of the UNet and the classifier: down blocks, middle block, and channels of all skip connections."""
+    resnet, attention, resampler = layer_makers(config, processor)
     widths = level_widths(config.model_channels, config.channel_mult)
     has_attention = level_attention(config.sample_size, len(widths), config.attention_resolutions)
     down_blocks = nn.ModuleList()
@@ -307,34 +298,21 @@ def level_attention(
 
 
 def count_heads(channels: int, num_heads: int | None, head_dim: int | None) -> int:
-    """Number of attention heads: fixed, or from their width (64 if neither is given; section 3, table 2).
-
-    Raises:
-        `ValueError`: If both are given, or the channels do not divide evenly.
-    """
+    """Number of attention heads: fixed, or from their width (64 if neither is given; section 3, table 2)."""
     if num_heads is not None and head_dim is not None:
-        raise ValueError(
-            f"num_heads={num_heads} and attention_head_dim={head_dim} contradict each other; give a fixed number of "
-            f"heads or a fixed width of a head, and leave the other None."
-        )
+        raise ValueError(f"num_heads={num_heads} and attention_head_dim={head_dim} contradict each other; give one.")
     head_dim = head_dim or 64
     if channels % (num_heads or head_dim):
         heads = f"attention heads of width {head_dim}" if num_heads is None else f"{num_heads} attention heads"
-        raise ValueError(
-            f"{channels} channels do not divide into {heads}; choose an attention_head_dim or a num_heads that divides "
-            f"every width with attention."
-        )
+        raise ValueError(f"{channels} channels do not divide into {heads}; change num_heads or attention_head_dim.")
     return num_heads or channels // head_dim
 
 
 def check_sides(height: int, width: int, num_levels: int) -> None:
     """Refuses images whose height or width cannot be halved at every level."""
-    divisor = 2 ** (num_levels - 1)
-    if height % divisor or width % divisor:
-        raise ValueError(
-            f"Images of {height}x{width} cannot be halved {num_levels - 1} times; with {num_levels} levels in "
-            f"channel_mult both sides must be multiples of {divisor}."
-        )
+    times = num_levels - 1
+    if height % 2**times or width % 2**times:
+        raise ValueError(f"Images of {height}x{width} cannot be halved {times} times; take multiples of {2**times}.")
 
 
 def expand_timestep(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:

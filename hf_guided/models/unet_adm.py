@@ -13,15 +13,7 @@ from torch import nn
 from ..loading import WholeModelMixin
 from ..registration import register_with_diffusers
 from ..settings import check_settings
-from .layers import (
-    ADMUpBlock,
-    check_sides,
-    expand_timestep,
-    layer_makers,
-    level_attention,
-    level_widths,
-    make_encoder,
-)
+from .layers import ADMUpBlock, check_sides, expand_timestep, layer_makers, level_attention, level_widths, make_encoder
 from .ops import Conv2d, GroupNormSiLU, ZeroConv2d
 
 
@@ -95,7 +87,6 @@ class ADMUNet2DModel(WholeModelMixin, AttentionMixin, ConfigMixin):
 
         widths = level_widths(model_channels, channel_mult)
         temb_channels = 4 * model_channels
-        resnet, attention, resampler = layer_makers(self.config)
 
         # 1. Conditioning: timestep and class
         self.time_proj = Timesteps(model_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -106,9 +97,10 @@ class ADMUNet2DModel(WholeModelMixin, AttentionMixin, ConfigMixin):
 
         # 2. Encoder and middle
         self.conv_in = Conv2d(in_channels + (low_res_channels or 0), widths[0], 3, padding=1)
-        self.down_blocks, self.mid_block, skip_channels = make_encoder(self.config, resnet, attention, resampler)
+        self.down_blocks, self.mid_block, skip_channels = make_encoder(self.config)
 
         # 3. Decoder, its levels from the lowest resolution up
+        resnet, attention, resampler = layer_makers(self.config)
         has_attention = level_attention(sample_size, len(widths), attention_resolutions)
         self.up_blocks = nn.ModuleList()
         channels = widths[-1]

@@ -37,14 +37,9 @@ SPACINGS = ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas")
 
 
 def check_solver(scheduler: SchedulerMixin, shifted: bool) -> None:
-    """Refuses a scheduler, not an [`ADMScheduler`], that would misinterpret the prediction.
+    """Refuses a scheduler of diffusers or a third party that would misinterpret the prediction, by a `ValueError`.
 
-    Args:
-        scheduler (`SchedulerMixin`): Of diffusers or of a third party.
-        shifted (`bool`): Whether gradients will correct the prediction.
-
-    Raises:
-        `ValueError`: Naming what to take instead.
+    `shifted` says whether gradients will correct the prediction.
     """
     name, config = type(scheduler).__name__, scheduler.config
     prediction_type = config.get("prediction_type", "epsilon")
@@ -69,8 +64,7 @@ def check_solver(scheduler: SchedulerMixin, shifted: bool) -> None:
     if reads_it and str(config.get("variance_type")).startswith("learned"):
         raise ValueError(
             f"{name} has variance_type={config.variance_type!r}: no scheduler of diffusers reads a learned variance "
-            f"correctly for every number of channels and steps. Make it with "
-            f"from_config(…, variance_type='fixed_small'), or take an ADMScheduler."
+            f"correctly. Make it with from_config(…, variance_type='fixed_small'), or take an ADMScheduler."
         )
     if scheduler.alphas_cumprod[-1] == 0 and (shifted or prediction_type == "epsilon"):
         raise ValueError(
@@ -114,8 +108,7 @@ def warn_of_overshoot(scheduler: SchedulerMixin) -> None:
         widest = growth.argmax().item()
         logger.warning(
             f"{type(scheduler).__name__} goes from sigma={sigmas[widest]:.4g} to {sigmas[widest + 1]:.4g} in one step "
-            f"and will overshoot: take more steps, make it with timestep_spacing='leading', or take another scheduler, "
-            f"such as DPMSolverMultistepScheduler."
+            f"and will overshoot: take more steps, timestep_spacing='leading', or a DPMSolverMultistepScheduler."
         )
 
 
@@ -158,16 +151,10 @@ def correct_prediction(
 def set_solver_timesteps(
     scheduler: SchedulerMixin, given: dict[str, Any], device: torch.device, is_default: bool
 ) -> None:
-    """Sets the timesteps of a scheduler of diffusers, and checks them.
+    """Sets the timesteps of a scheduler of diffusers; those that it cannot take are a `ValueError`.
 
-    Args:
-        scheduler (`SchedulerMixin`): Other than [`ADMScheduler`].
-        given (`dict`): One of `num_inference_steps`, `respacing` and `timesteps`; or none of them, which is 50 steps.
-        device (`torch.device`): Of the timesteps.
-        is_default (`bool`): Take as many steps instead, where the scheduler chooses its own timesteps.
-
-    Raises:
-        `ValueError`: If the scheduler cannot take them.
+    `given` has one of `num_inference_steps`, `respacing` and `timesteps`, or nothing, which is 50 steps. If that
+    `is_default`, a scheduler that chooses its own timesteps takes as many of them.
     """
     name, total = type(scheduler).__name__, scheduler.config.num_train_timesteps
     given = dict(given)
@@ -176,9 +163,7 @@ def set_solver_timesteps(
     spaced = any(scheduler.config.get(f"use_{how}", False) for how in SPACINGS)
     if "timesteps" in given and (spaced or "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters):
         if not is_default:
-            raise ValueError(
-                f"{name} chooses its own timesteps; give num_inference_steps instead of respacing or timesteps."
-            )
+            raise ValueError(f"{name} chooses its own timesteps; give num_inference_steps alone.")
         given = {"num_inference_steps": len(given["timesteps"])}
     ((argument, value),) = (given or {"num_inference_steps": min(50, total)}).items()
     try:
@@ -204,16 +189,13 @@ def solver_step(
     """The next sample of a scheduler of diffusers; a gradient shifts epsilon (arXiv 2105.05233, Algorithm 2).
 
     Args:
-        scheduler (`SchedulerMixin`): Other than [`ADMScheduler`].
-        model_output (`torch.Tensor`): The UNet's; these schedulers take no learned variance.
+        model_output (`torch.Tensor`): The UNet's; a learned variance is not used.
         timestep (`torch.Tensor`): The current timestep; `timestep_value`: the same on the host.
         sample (`torch.Tensor` of shape `(batch, channels, height, width)`): x_t; `model_input`: the same, scaled for
             the UNet.
         gradient (`torch.Tensor` like `sample`, *optional*): The scaled gradient of log p.
-        options: `eta`, `generator` or `variance_noise`, passed on if the scheduler takes them.
-
-    Raises:
-        `ValueError`: If it does not take `variance_noise`.
+        options: `eta`, `generator` or `variance_noise`, passed on if the scheduler takes them; another
+            `variance_noise` is a `ValueError`.
     """
     prediction, config = model_output[:, : sample.shape[1]], scheduler.config
     clip_sample = config.get("clip_sample", False)

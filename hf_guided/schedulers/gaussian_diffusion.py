@@ -35,18 +35,12 @@ def original_of(prediction: torch.Tensor, sample: torch.Tensor, alpha_bar: float
 
 @dataclass
 class Gaussian:
-    """A diagonal Gaussian over images, and the clean image that it was computed from.
-
-    Attributes:
-        mean, variance, log_variance (`torch.Tensor`): Broadcastable to `(batch, channels, height, width)`.
-            `log_variance` is clipped where the variance is 0, at the first timestep.
-        pred_original_sample (`torch.Tensor`): The (predicted) clean image.
-    """
+    """A diagonal Gaussian over images; tensors are broadcastable to `(batch, channels, height, width)`."""
 
     mean: torch.Tensor
     variance: torch.Tensor
-    log_variance: torch.Tensor
-    pred_original_sample: torch.Tensor
+    log_variance: torch.Tensor  # clipped where the variance is 0, at the first timestep
+    pred_original_sample: torch.Tensor  # the (predicted) clean image that it was computed from
 
 
 class GaussianDiffusion:
@@ -70,10 +64,7 @@ class GaussianDiffusion:
         self.betas = betas = 1 - alpha_bar / alpha_bar_prev
         posterior_variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)  # eq. 7
         # 0 at the first timestep, whose logarithm is therefore taken from the second
-        clipped_variance = posterior_variance.copy()
-        clipped_variance[0] = posterior_variance[1] if len(betas) > 1 else betas[0]
-        large_variance = betas.copy()
-        large_variance[0] = clipped_variance[0]
+        first_variance = posterior_variance[1] if len(betas) > 1 else betas[0]
         half_log_snr = np.log(alpha_bar / (1 - alpha_bar)) / 2  # DPM-Solver's lambda (arXiv 2206.00927)
         tables = {
             "alpha_bar": alpha_bar,
@@ -83,8 +74,8 @@ class GaussianDiffusion:
             "posterior_original_coef": betas * np.sqrt(alpha_bar_prev) / (1 - alpha_bar),
             "posterior_sample_coef": (1 - alpha_bar_prev) * np.sqrt(1 - betas) / (1 - alpha_bar),
             "posterior_variance": posterior_variance,
-            "posterior_log_variance": np.log(clipped_variance),
-            "large_variance": large_variance,
+            "posterior_log_variance": np.log(np.append(first_variance, posterior_variance[1:])),
+            "large_variance": np.append(first_variance, betas[1:]),
             "log_beta": np.log(betas),
             "is_noisy": np.arange(len(betas)) > 0,  # the last step of sampling adds no noise
             "half_log_snr": half_log_snr,
@@ -103,15 +94,8 @@ class GaussianDiffusion:
         key = (sample.device, compute_dtype(sample))
         if key not in self._on_device:
             self._on_device[key] = self._tables.to(*key)
-        if not torch.is_tensor(timestep):
-            timestep = torch.tensor(timestep)
-        if timestep.device.type == "cpu":
-            self._check(timestep)
-        columns = self._on_device[key][:, timestep.to(sample.device).reshape(-1)]
-        return tuple(columns[self._rows[name]].view(-1, *[1] * (sample.ndim - 1)) for name in names)
-
-    def _check(self, timestep: torch.Tensor) -> None:
-        if (
+        timestep = torch.as_tensor(timestep)
+        if timestep.device.type == "cpu" and (
             timestep.is_floating_point()
             or not ((timestep >= 0) & (timestep < self._tables.shape[1])).all()
             or self._tables[0, timestep].isnan().any()
@@ -120,6 +104,8 @@ class GaussianDiffusion:
                 f"timestep {timestep.flatten().tolist()} is not among the {len(self.timesteps)} timesteps of the "
                 f"schedule ({self.timesteps[0]} … {self.timesteps[-1]}); call set_timesteps for others."
             )
+        columns = self._on_device[key][:, timestep.to(sample.device).reshape(-1)]
+        return tuple(columns[self._rows[name]].view(-1, *[1] * (sample.ndim - 1)) for name in names)
 
     def add_noise(self, original: torch.Tensor, noise: torch.Tensor, timestep: Timestep) -> torch.Tensor:
         """A sample of `q(x_t | x_0)` with given noise (eq. 4)."""
@@ -173,13 +159,11 @@ class GaussianDiffusion:
         if model_output.shape[1] != expected:
             raise ValueError(
                 f"The model's output has {model_output.shape[1]} channels where variance_type={self.variance_type!r} "
-                f"and a sample of {channels} channels need {expected}; the scheduler's variance_type must be the one "
-                f"that the model was trained with ('learned_range' doubles the channels)."
+                f"needs {expected}; give the scheduler the variance_type that the model was trained with."
             )
         if expected == channels:
             return model_output, None
-        prediction, variance_output = model_output.split(channels, dim=1)
-        return prediction, variance_output
+        return model_output.split(channels, dim=1)
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:

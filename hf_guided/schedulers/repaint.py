@@ -1,5 +1,7 @@
 """Inpainting by resampling: RePaint (arXiv 2201.09865)."""
 
+from dataclasses import dataclass
+
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -25,9 +27,7 @@ def jump_positions(num_steps: int, jump_length: int, jump_n_sample: int) -> list
     if jump_length < 1 or jump_n_sample < 1:
         raise ValueError(f"jump_length={jump_length} and jump_n_sample={jump_n_sample} must be 1 or more.")
     if jump_n_sample * num_steps > MOST_STEPS:
-        raise ValueError(
-            f"jump_n_sample={jump_n_sample} makes more than {MOST_STEPS:,} of {num_steps} steps; give less."
-        )
+        raise ValueError(f"jump_n_sample={jump_n_sample} makes over {MOST_STEPS:,} of {num_steps} steps; give less.")
     jumps_left = dict.fromkeys(range(0, num_steps - jump_length, jump_length), jump_n_sample - 1)
     positions: list[int] = []
     left = num_steps - 1  # steps that remain after the current one
@@ -40,19 +40,13 @@ def jump_positions(num_steps: int, jump_length: int, jump_n_sample: int) -> list
     return positions
 
 
+@dataclass(frozen=True)
 class RePaint:
-    """Puts the known pixels, noised to each timestep, into the sample (Algorithm 1); jumps back by adding noise.
+    """Puts the known pixels, noised to each timestep, into the sample (Algorithm 1); jumps back by adding noise."""
 
-    Args:
-        scheduler ([`ADMScheduler`]): Takes the steps.
-        original (`torch.Tensor` of shape `(batch, channels, height, width)`): Images in [-1, 1].
-        mask (`torch.Tensor` of shape `(1 or batch, 1, height, width)`, bool): True where pixels are inpainted.
-    """
-
-    def __init__(self, scheduler: SchedulerMixin, original: torch.Tensor, mask: torch.Tensor):
-        self.scheduler = scheduler
-        self.original = original
-        self.mask = mask
+    scheduler: SchedulerMixin  # an [`ADMScheduler`], which takes the steps
+    original: torch.Tensor  # images in [-1, 1], of shape `(batch, channels, height, width)`
+    mask: torch.Tensor  # bool, of shape `(1 or batch, 1, height, width)`: True where pixels are inpainted
 
     def __call__(
         self, sample: torch.Tensor, timestep: int, next_timestep: int | None, generators: list[torch.Generator]

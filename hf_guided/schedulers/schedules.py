@@ -1,7 +1,7 @@
 """Noise schedules, and the timesteps that sampling uses."""
 
 from collections.abc import Callable, Iterable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -70,21 +70,16 @@ def space_timesteps(num_train_timesteps: int, respacing: str) -> list[int]:
             f"of them; try another number, or '{wanted}' without 'ddim'."
         )
 
-    sizes = [len(section) for section in np.array_split(np.arange(num_train_timesteps), len(counts))]
     timesteps: list[int] = []
-    start = 0
-    for size, count in zip(sizes, counts, strict=True):
-        if count > size:
+    for section, count in zip(np.array_split(np.arange(num_train_timesteps), len(counts)), counts, strict=True):
+        if count > len(section):
             raise ValueError(
-                f"respacing={respacing!r} asks for {count} timesteps of a section that has {size}; "
+                f"respacing={respacing!r} asks for {count} timesteps of a section that has {len(section)}; "
                 f"all {len(counts)} sections together have {num_train_timesteps}."
             )
-        spacing = (size - 1) / (count - 1) if count > 1 else 1.0
-        position = 0.0  # summed, not multiplied: the published code's rounding
-        for _ in range(count):
-            timesteps.append(start + round(position))
-            position += spacing
-        start += size
+        spacing = (len(section) - 1) / (count - 1) if count > 1 else 1.0
+        positions = accumulate([spacing] * (count - 1), initial=0.0)  # summed, as the published code rounds
+        timesteps += [int(section[round(position)]) for position in positions]
     return sorted(set(timesteps))
 
 

@@ -35,16 +35,10 @@ SAMPLER = ("algorithm_type", "variance_type", "solver_order")
 
 @dataclass
 class ADMSchedulerOutput(BaseOutput):
-    """Output of a step.
+    """Images of shape `(batch, channels, height, width)` in the dtype of the sample given."""
 
-    Args:
-        prev_sample (`torch.Tensor` of shape `(batch, channels, height, width)`): The sample one step less noisy, in
-            the dtype of the sample given.
-        pred_original_sample (`torch.Tensor` of the same shape): The predicted clean image; with DDIM, as guided.
-    """
-
-    prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor
+    prev_sample: torch.Tensor  # one step less noisy
+    pred_original_sample: torch.Tensor  # the predicted clean image; with DDIM, as guided
 
 
 @register_with_diffusers
@@ -92,8 +86,8 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         rescale_timesteps: bool = False,
         solver_order: int = 1,
     ):
-        if trained_betas is not None:
-            trained_betas = plain_betas(trained_betas)
+        if trained_betas is not None and hasattr(trained_betas, "tolist"):  # an array or a tensor
+            trained_betas = trained_betas.tolist()
             self.register_to_config(trained_betas=trained_betas)
         check_settings(type(self), self.config)
         for name, choices in CHOICES.items():
@@ -101,13 +95,13 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
                 raise ValueError(f"{name}={given!r} is not one of {', '.join(map(repr, choices))}.")
         if trained_betas is not None and num_train_timesteps == 1000:  # the default
             num_train_timesteps = len(trained_betas)
-            self.register_to_config(num_train_timesteps=num_train_timesteps)
         betas = check_betas(trained_betas, beta_schedule, num_train_timesteps)
         # These names mean something else in schedulers of diffusers, which keep their own defaults and carry ours only
         # for the conversion back.
         private = [*SAMPLER, *["rescale_timesteps"] * (not rescale_timesteps)]
         sampler = {name: self.config[name] for name in SAMPLER}
-        self.register_to_config(trained_betas=betas.tolist(), _adm_sampler=sampler, _use_default_values=private)
+        schedule = {"num_train_timesteps": num_train_timesteps, "trained_betas": betas.tolist()}
+        self.register_to_config(**schedule, _adm_sampler=sampler, _use_default_values=private)
 
         alphas_cumprod = np.cumprod(1 - betas)
         self.betas = torch.from_numpy(betas).float()
@@ -306,12 +300,6 @@ class ADMScheduler(SavedConfigMixin, SchedulerMixin, ConfigMixin):
         return [cls, *super()._get_compatibles()]
 
 
-def plain_betas(trained_betas: Any) -> Any:
-    """Betas in an array, a tensor or a tuple as a list; other values unchanged."""
-    values = trained_betas.tolist() if hasattr(trained_betas, "tolist") else trained_betas
-    return list(values) if isinstance(values, tuple) else values
-
-
 def check_betas(trained_betas: Sequence[float] | None, beta_schedule: str, num_train_timesteps: int) -> np.ndarray:
     """The betas of the config, float64 of shape `(num_train_timesteps,)`."""
     given = trained_betas is not None
@@ -333,9 +321,7 @@ def check_betas(trained_betas: Sequence[float] | None, beta_schedule: str, num_t
 def model_timesteps(scheduler: SchedulerMixin, timesteps: torch.Tensor) -> torch.Tensor:
     """Timesteps as a model takes them: scaled to [0, 1000) if it was trained that way (`rescale_timesteps`).
 
-    Args:
-        scheduler (`SchedulerMixin`): An [`ADMScheduler`], or one of diffusers made from its config.
-        timesteps (`torch.Tensor`): Timesteps of the training schedule, of any shape.
+    The scheduler is an [`ADMScheduler`], or one of diffusers made from its config.
     """
     if scheduler.config.get("rescale_timesteps", False):
         return timesteps * (1000.0 / scheduler.config.num_train_timesteps)

@@ -5,8 +5,8 @@ from conversion_helpers import needed_flags, script_made, shapes_of
 
 from hf_guided.conversion.architecture import infer_architecture
 from hf_guided.conversion.flags import (
-    add_improved_defaults,
     classifier_config,
+    improved_defaults,
     is_improved_diffusion,
     parse_flags,
     scheduler_arguments,
@@ -214,15 +214,15 @@ def test_improved_diffusions_upsamplers_are_recognised():
 
 def test_improved_diffusions_defaults_fill_only_what_is_left_out(architecture):
     seen = architecture("unet_uncond_legacy")
-    assert add_improved_defaults(parse_flags("--diffusion_steps 4000"), seen)[1] == {
+    assert improved_defaults(parse_flags("--diffusion_steps 4000"), seen) == {
         "num_heads": 4,
         "rescale_timesteps": True,
     }
-    assert add_improved_defaults(parse_flags("--diffusion_steps 1000"), seen)[1] == {"num_heads": 4}
+    assert improved_defaults(parse_flags("--diffusion_steps 1000"), seen) == {"num_heads": 4}
     stated = parse_flags("--diffusion_steps 4000 --num_heads 1 --rescale_timesteps False")
-    assert add_improved_defaults(stated, seen) == (stated, {})
+    assert improved_defaults(stated, seen) == {}
     sizes = {"large_size": 256, "small_size": 64}
-    assert add_improved_defaults(parse_flags("--num_heads 1"), architecture("superres"))[1] == sizes
+    assert improved_defaults(parse_flags("--num_heads 1"), architecture("superres")) == sizes
 
 
 def test_the_diffusion_that_flags_describe():
