@@ -29,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             command.add_arguments(added)
             added.set_defaults(run=command.run)
 
-    args = parser.parse_args(join_flags(sys.argv[1:] if argv is None else argv))
+    args, unknown = parser.parse_known_args(join_flags(sys.argv[1:] if argv is None else argv))
+    if "words" in args:  # a command that takes flags of its own
+        args.words = [*unknown, *args.words]
+    elif unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     run = args.run
     del args.run  # what is left are the flags
     if logging.lastResort is not None:  # what shows the warnings of commands without a log

@@ -6,8 +6,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from hf_guided import commands
+from hf_guided import ClassifierGuidedPipeline, commands
 from hf_guided.cli import main
 
 NAMES = sorted(path.stem for path in Path(commands.__file__).parent.glob("[a-z]*.py"))
@@ -41,7 +42,9 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
     shown = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
     texts, _, imported = shown.strip().rpartition("\n")
     assert not HEAVY & set(imported.split())
-    assert {"sample", "upscale", "evaluate", "sweep", "compare", "inspect-classifier", "convert", "push"} < {*spelled}
+    assert {"sample", "upscale", "evaluate", "sweep", "compare", "inspect-classifier", "convert", "push", "train"} < {
+        *spelled
+    }
     listed, *helps = texts.split("usage: hf-guided ")[1:]
     assert all(f"  {name}" in listed for name in spelled)
     assert all(text.startswith(name) for name, text in zip(spelled, helps, strict=True))
@@ -70,3 +73,27 @@ def test_a_new_command_is_one_file(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"error: 4\.2 is no word; give letters\."):
         main(["count-letters", "4.2"])
     sys.modules.pop("hf_guided.commands.count_letters")
+
+
+def test_train_takes_pictures_and_the_flags_of_the_script(tmp_path, monkeypatch, capsys):
+    """Pictures of 13x13 pixels keep their grey, and have a size that networks can halve."""
+    for label in ("a", "b"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(8):
+            Image.new("L", (13, 13), 20 * i).save(tmp_path / "photos" / label / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    model = "--model_channels 32 --channel_mult 1 1 1 --num_res_blocks 1 --num_heads 1 --report_to none"
+    flags = "--train_batch_size 4 --max_train_steps 1 --num_images 8 --num_inference_steps 2 --guidance_scales 1"
+    argv = f"train photos {model} {flags} --conditional_scales 1 --output_dir out --held_out_fraction 0.5".split()
+    main(argv)
+    assert "levels of 12x12, 6x6, 3x3 pixels" in capsys.readouterr().err
+    pipe = ClassifierGuidedPipeline.from_pretrained("out/pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe("a").images[0]
+    assert (picture.mode, picture.size) == ("L", (12, 12))
+    with pytest.raises(SystemExit, match="error: --resolution 0 is not allowed"):
+        main(["train", "photos", "--resolution", "0"])
+    with pytest.raises(SystemExit) as stopped:
+        main(["sample", "out/pipeline", "--bogus", "1"])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: --bogus 1" in capsys.readouterr().err

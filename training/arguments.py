@@ -26,6 +26,7 @@ from transformers import HfArgumentParser
 
 from ..credentials import log_to_screen
 from ..data import BUILT_IN, DataArguments
+from ..data.dataset import halvable
 from ..families import BASELINES
 from ..fields import (
     CheckedFields,
@@ -49,6 +50,8 @@ from ..processes import resumable, user_command
 from ..schedulers.schedules import SCHEDULES, make_betas, space_timesteps
 from ..schedulers.scheduling_adm import FEW_STEPS
 from .checkpoints import HISTORY, RUN_FILE, check_named
+
+logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent / "recipes"
 RECIPE_NAMES = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
@@ -224,6 +227,10 @@ def parse_arguments(
     if has_data:  # they replace the recipe's own data
         recipe["data"] |= {"dataset_name": None, "train_data_dir": None}
     data = _fill(DataArguments, "data", recipe["data"], recipe_name, given)
+    if data.resolution and (even := [halvable(side, lowest=side) for side in data.resolution]) != data.resolution:
+        given_sides, used = (" ".join(map(str, sides)) for sides in (data.resolution, even))
+        logger.info(f"--resolution {given_sides} has sides that networks cannot halve; {used} is used.")
+        data.resolution = even
     filled = {name: _fill(stage, name, recipe.get(name, {}), recipe_name, given) for name, stage in stages.items()}
     for name, stage in filled.items():
         stage.recipe = Path(recipe_name).stem

@@ -85,6 +85,26 @@ class Task(ABC):
         return {}
 
 
+def fitted(args: Any, resolution: tuple[int, int]) -> dict[str, Any]:
+    """The flags of a model's levels, as far as the sides of the images can be halved.
+
+    `channel_mult` or `num_levels` ends where a side is odd; `attention_resolutions` are those of the levels that are
+    nearest to the flag's, so that attention at 16 pixels is at 14 for images of 28.
+    """
+    halvings = 0
+    while not any(side % 2 ** (halvings + 1) for side in resolution):
+        halvings += 1
+    if hasattr(args, "num_levels"):  # halves at each of them
+        return {"num_levels": min(args.num_levels, max(1, halvings))}
+    levels = {"channel_mult": args.channel_mult[: halvings + 1]}
+    if hasattr(args, "attention_resolutions"):
+        sides = [resolution[0] >> level for level in range(len(levels["channel_mult"]))]
+        wanted = args.attention_resolutions
+        nearest = [side for side in sides if any(side / 2**0.5 < other < side * 2**0.5 for other in wanted)]
+        levels["attention_resolutions"] = wanted if set(nearest) == set(sides) & set(wanted) else nearest
+    return levels
+
+
 def evenly(size: int, at_most: int) -> list[int]:
     """Indices spread over a set of images, whose rows may be sorted by class."""
     return torch.linspace(0, size - 1, min(size, at_most)).long().tolist()

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before what takes seconds to import
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,8 +75,9 @@ STAGES = {
 }
 
 
-def main() -> None:
-    data_args, stages = parse_arguments(STAGES, description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains all stages, and reports, by the flags of a command line; by default that of the process."""
+    data_args, stages = parse_arguments(STAGES, argv, description=__doc__)
     args: ReportArguments = stages["report"]
     output_dir = Path(args.output_dir)
     for name in ("judge", "classifier"):  # only the UNet's checkpoints and the finished pipeline are pushed

@@ -37,7 +37,7 @@ from hf_guided.messages import first_few
 from hf_guided.training.arguments import LoopArguments, parse_arguments, run_script
 from hf_guided.training.loop import train_and_save
 from hf_guided.training.saving import publish
-from hf_guided.training.task import Batch, Images, Task, evenly, examples
+from hf_guided.training.task import Batch, Images, Task, evenly, examples, fitted
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ class BaselineTask(Task):
         """A model whose arguments are the images' size, channels and classes, and the flags of the same names."""
         known = {
             **vars(self.args),
+            **fitted(self.args, self.images.resolution),
             "sample_size": self.images.resolution,
             "image_channels": self.images.image_channels,
             "num_class_embeds": self.images.num_classes,

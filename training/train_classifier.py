@@ -36,7 +36,7 @@ from hf_guided.schedulers.scheduling_adm import model_timesteps
 from hf_guided.training.arguments import LoopArguments, ModelArguments, parse_arguments, run_script
 from hf_guided.training.loop import train_and_save
 from hf_guided.training.saving import publish
-from hf_guided.training.task import Batch, Images, Task
+from hf_guided.training.task import Batch, Images, Task, fitted
 from hf_guided.training.timestep_sampling import TimestepSampler
 
 logger = logging.getLogger(__name__)
@@ -125,8 +125,8 @@ def make_classifier(args: ClassifierArguments, images: LabelledImages) -> ADMFor
             pool=args.pool,
             id2label=images.id2label,
             label2id={label: id for id, label in images.id2label.items()},
-            **args.architecture(),
             **args.schedule(),
+            **args.architecture() | fitted(args, images.resolution),
         )
     )
 

@@ -30,7 +30,7 @@ from hf_guided.training.arguments import LoopArguments, ModelArguments, Sampling
 from hf_guided.training.fine_tuning import Pretrained
 from hf_guided.training.loop import train_and_save
 from hf_guided.training.saving import publish
-from hf_guided.training.task import Batch, Images, Task
+from hf_guided.training.task import Batch, Images, Task, fitted
 from hf_guided.training.timestep_sampling import LossSecondMomentSampler, TimestepSampler
 
 
@@ -138,7 +138,8 @@ def unet_config(
         "null_class_label": args.class_conditional and args.label_dropout > 0,
         "low_res_channels": low_res_channels,
     }
-    architecture = {"num_heads_upsample": args.num_heads_upsample, **args.architecture()}
+    architecture = {**args.architecture(), "num_heads_upsample": args.num_heads_upsample}
+    architecture |= fitted(args, images.resolution)
     if args.pretrained_model is not None:
         pretrained = Pretrained(args.pretrained_model)
         pretrained.check(args.reverse_process(), is_upsampler=low_res_channels is not None)

