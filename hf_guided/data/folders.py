@@ -224,8 +224,10 @@ def _read_classes(part: FolderSplit, paths: list[str], level: int, known_names: 
         )
     elif outside:
         beside = f"{len(outside):,}: {first_few(outside)}"
-        why = f"'{root}' has images beside its class folders ({beside}); move them into the folder of their "
-            f"class, or elsewhere."
+        why = (
+            f"'{root}' has images beside its class folders ({beside}); move them into the folder of their class, or "
+            f"elsewhere."
+        )
     elif unknown:
         few = first_few(unknown)
         why = f"'{root}' has class folders that the training split lacks: {few}; add them there, or remove them here."
