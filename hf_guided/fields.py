@@ -137,6 +137,8 @@ class CheckedFields:
         for name, value in vars(self).items():
             if isinstance(value, PathLike):
                 setattr(self, name, fspath(value))
+            elif hasattr(value, "item"):  # a number of numpy, which JSON does not take
+                setattr(self, name, value.item())
         check_values(type(self), vars(self))
 
 

@@ -49,6 +49,12 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(("clip_sample", "rescale_timesteps"), bool),
     "trained_betas": Annotated[list[Annotated[float, Range(above=0, below=1)]], Length(1, 10**6)],
 }
+MEANINGS = {
+    "sample_size": " (the side, or height and width, in pixels)",
+    "channel_mult": ", one for each level",
+    "attention_resolutions": ", sides in pixels",
+    "trained_betas": ", one for each timestep",
+}
 
 
 def check_settings(owner: type, values: Mapping[str, Any]) -> None:
@@ -66,7 +72,8 @@ def check_settings(owner: type, values: Mapping[str, Any]) -> None:
         if not (default is None if value is None else any(kind.fits(value) for kind in kinds)):
             raise ValueError(
                 f"{name}={spelled(value)} is not allowed in the config of {owner.__name__}; give "
-                f"{' or '.join(map(str, kinds))}{kinds[-1].hint(value)}{', or null' * (default is None)}."
+                f"{', or '.join(f'{kind}{kind.hint(value)}' for kind in kinds)}{MEANINGS.get(name, '')}"
+                f"{', or null' * (default is None)}."
             )
 
 

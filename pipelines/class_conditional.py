@@ -100,7 +100,9 @@ class ClassConditionalPipeline(SavedConfigMixin, DiffusionPipeline):
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} is not one of 'pil', 'np', 'pt', 'latent'.")
         if output_type == "pil" and self.image_channels not in (1, 3):
-            raise ValueError(f"Images of {self.image_channels} channels cannot be PIL images; choose 'np' or 'pt'.")
+            raise ValueError(
+                f"Images of {self.image_channels} channels cannot be PIL images; choose output_type='np' or 'pt'."
+            )
 
     def prepare_generators(
         self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int

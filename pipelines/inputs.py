@@ -28,7 +28,9 @@ def match_batch(num_images_per_label: int, *parts: torch.Tensor | None) -> tuple
     count = max((len(part) for part in given), default=1)
     if any(len(part) not in (1, count) for part in given):
         numbers = ", ".join(str(len(part)) for part in given)
-        raise ValueError(f"class_labels, images and masks do not match ({numbers} were given): give as many, or one.")
+        raise ValueError(
+            f"class_labels, images and masks do not match ({numbers} were given): give as many of each, or one for all."
+        )
     matched = (
         None if part is None else part.expand(count, *part.shape[1:]).repeat_interleave(num_images_per_label, dim=0)
         for part in parts

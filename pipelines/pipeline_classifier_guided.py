@@ -79,9 +79,6 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
         "clip_processor",
     ]
     _callback_tensor_inputs = ["latents", "model_output", "gradient"]
-    # Of the current or last call, as callbacks of diffusers expect
-    num_timesteps: int
-    guidance_scale: Any  # of classifier guidance; `None` without it
 
     def __init__(
         self,
@@ -137,6 +134,16 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
     def has_adm_scheduler(self) -> bool:
         """Whether the scheduler is an [`ADMScheduler`], this package's or one of a repository with its own code."""
         return getattr(self.scheduler, "takes_gradient", False)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the current or last call."""
+        return self._num_timesteps
+
+    @property
+    def guidance_scale(self) -> Any:
+        """Scale of classifier guidance in the current or last call; `None` without it."""
+        return self._guidance_scale
 
     def set_sampling_defaults(self, **defaults: Any) -> None:
         """Replaces the saved defaults of the call.
@@ -311,12 +318,14 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             repaint = RePaint(self.scheduler, original, mask)
         schedule = loop_timesteps.tolist()  # one transfer to the host, not one per step
         following = [*schedule[1:], None]
-        self.num_timesteps = len(schedule)
+        self._num_timesteps = len(schedule)
+        self._guidance_scale = next((kind.scale for kind in kinds if isinstance(kind, ClassifierGuidance)), None)
         shape = (len(schedule), *latents.shape)
         if variance_noise is not None and not (torch.is_tensor(variance_noise) and variance_noise.shape == shape):
             raise ValueError(
                 f"variance_noise is a {type(variance_noise).__name__} of shape "
-                f"{tuple(getattr(variance_noise, 'shape', ()))}; {len(schedule)} steps of this batch need {shape}."
+                f"{tuple(getattr(variance_noise, 'shape', ()))}; {len(schedule)} steps of this "
+                f"batch need a torch.Tensor of shape {shape}."
             )
         kinds = self.acting_guidance(kinds, schedule, guidance is None and guidance_scale is None)
         guider = Guider(self, kinds, labels, gradient_batch_size, nonfinite_gradient, timed=return_cost)
@@ -509,7 +518,6 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
                 raise ValueError(f"guidance takes objects of hf_guided.guidance, one or a list; got {kind!r}.")
         kinds = [kind for kind in kinds if not kind.is_neutral]
         self.check_guidance(kinds, labels, condition_unet)
-        self.guidance_scale = next((kind.scale for kind in kinds if isinstance(kind, ClassifierGuidance)), None)
         return kinds
 
     def check_guidance(self, kinds: list[Guidance], labels: torch.Tensor | None, condition_unet: bool) -> None:
@@ -550,9 +558,12 @@ class ClassifierGuidedPipeline(ClassConditionalPipeline):
             )
         if config.num_class_embeds is not None and not config.get("null_class_label", False):
             if labels is None:
-                raise ValueError("This UNet has no null label, so class_labels must be given, ids or names.")
+                raise ValueError(
+                    f"This UNet has no null label, so class_labels must be given: ids from 0 to "
+                    f"{config.num_class_embeds - 1}, or names."
+                )
             if not condition_unet:
-                raise ValueError("condition_unet=False needs a UNet with a null label, trained with label dropout.")
+                raise ValueError("This UNet has no null label, which condition_unet=False needs; leave that out.")
 
     def set_timesteps(
         self, num_inference_steps: int | None, respacing: str | None, timesteps: Sequence[int] | None

@@ -71,7 +71,9 @@ class RunArguments(CheckedFields):
     hub_model_id: str | None = flag(None, "Repository to push to, user/name.")
     hub_private: bool = flag(False, "Make the repository private, if it is new.")
     hub_token: str | None = flag(
-        None, "Token to push with, visible in the list of processes. Safer: `hf auth login` or HF_TOKEN.", repr=False
+        None,
+        "Token to push with; the list of processes shows it. Default, and safer: that of `hf auth login` or HF_TOKEN.",
+        repr=False,
     )
     hub_license: str | None = flag(None, "Licence of the pushed model, as the Hub spells it: apache-2.0, mit ...")
     recipe: str | None = field(default=None, init=False)  # its name, for the model card
@@ -278,7 +280,10 @@ def read_recipe(name_or_path: str) -> dict[str, dict[str, Any]]:
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"The recipe {path} cannot be read: {' '.join(str(error).split())}; correct it.") from None
     if not isinstance(recipe, dict):
-        raise ValueError(f"The recipe {path} has no sections; write diffusion: above indented lines of key: value.")
+        raise ValueError(
+            f"The recipe {path} has no sections; write the name of each, such as diffusion:, above its "
+            f"indented lines of key: value."
+        )
     if unknown := set(recipe) - SECTIONS:
         raise ValueError(f"The recipe {path} has unknown sections: {_with_suggestions(unknown, SECTIONS)}.")
     return {"data": {}, **{name: _section(values, name, str(path)) for name, values in recipe.items()}}

@@ -64,7 +64,7 @@ def check_batch(images: LabelledImages, batch_size: int, device: torch.device) -
     if size > memory:
         raise ValueError(
             f"--train_batch_size {batch_size}: the pixels of a batch take {size / 2**30:.3g} GiB, and there are "
-            f"{memory / 2**30:.3g}; give a smaller one, with more --gradient_accumulation_steps."
+            f"{memory / 2**30:.3g}; give a smaller one; --gradient_accumulation_steps makes up for it."
         )
 
 

@@ -67,7 +67,9 @@ class GANArguments(LoopArguments):
     model_channels: Width = flag(64, "Base width of the generator.")
     discriminator_channels: Width = flag(64, "Base width of the discriminator.")
     channel_mult: Annotated[list[Depth], Length(1)] = flag([1, 2, 4], "Width of each level, as a multiple of the base.")
-    translation: NonNegativeInt = flag(0, "Largest shift in pixels of the discriminator's images; helps with few.")
+    translation: NonNegativeInt = flag(
+        0, "Largest random shift in pixels of what the discriminator sees; helps with few images."
+    )
 
 
 @dataclass

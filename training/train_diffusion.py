@@ -118,6 +118,7 @@ class DiffusionTask(Task):
         return {**pretrained, "noise schedule": self.args.beta_schedule}
 
 
+# Trains a [`DiffusionTask`] and saves it as a pipeline.
 train_diffusion = partial(train_and_save, DiffusionTask)
 
 

@@ -50,7 +50,9 @@ class UpscalerArguments(DiffusionArguments):
         None, "Side of the small images in pixels, of their height if they are not square. Default: a quarter."
     )
     low_res_noise: NonNegativeFloat = flag(
-        0.0, "Largest standard deviation of noise on the small images (arXiv 2106.15282, section 4); 0 is published."
+        0.0,
+        "Noise on each small image, of a standard deviation from 0 to this (arXiv 2106.15282, section 4); published "
+        "models have none.",
     )
 
 
@@ -121,6 +123,7 @@ class UpscalerTask(DiffusionTask):
         return {"results": [{"held-out images": name, **row} for name, row in report.items()]}
 
 
+# Trains an [`UpscalerTask`] and saves it as a pipeline.
 train_upscaler = partial(train_and_save, UpscalerTask)
 
 

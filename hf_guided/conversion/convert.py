@@ -132,7 +132,7 @@ def convert_checkpoint(
     start = time.perf_counter()
     output = Path(output)
     taken = f"{output} exists already and is not empty; choose another --output, or remove it."
-    check_place(output.absolute().parent)
+    check_place(output.absolute().parent, f"--output {output}: its folder")
     recover_folder(output)
     exists = os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir()))
     if exists and not ((output / RECORD_FILE).is_file() and Path(checkpoint).is_file()):

@@ -57,7 +57,7 @@ def export_checkpoint(
     for path, flag in ((output, "--output"), (classifier, "--classifier")):
         if path is not None:
             check_parent(path, flag)
-            if os.path.lexists(path) and not zipfile.is_zipfile(path):
+            if os.path.lexists(path) and not _is_export(path):
                 raise ValueError(_TAKEN.format(path))
     folder = _find(source, token)
     record = read_config(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
@@ -93,6 +93,14 @@ def export_checkpoint(
             log(line)
     if len(models) > len(exports):
         log(f"The classifier of {source} was not exported; rerun with --classifier classifier.pt for both files.")
+
+
+def _is_export(path: str | os.PathLike) -> bool:
+    """Whether a file may be an earlier export, an archive of torch."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/data.pkl") for name in archive.namelist())
 
 
 def _find(source: str | os.PathLike, token: str | None) -> Path:
@@ -163,7 +171,7 @@ def _unet_flags(parts: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
             del flags["channel_mult"]  # improved-diffusion's own widths for images of 32 pixels
     rows = None if config.num_class_embeds is None else config.num_class_embeds + config.null_class_label
     if rows not in (None, IMAGENET_CLASSES):
-        notes.append(f"The published scripts have 1000 classes; set NUM_CLASSES = {rows} in them.")
+        notes.append(f"The published scripts have 1000 classes; set NUM_CLASSES = {rows} in their script_util.py.")
     if config.null_class_label:
         notes.append(f"Class {config.num_class_embeds} is the null label, which the published scripts do not support.")
 
@@ -200,9 +208,13 @@ def _classifier_flags(parts: Mapping[str, Any], notes: list[str]) -> dict[str, A
             )
     if head_widths != {64}:
         given = f"num_heads={config.num_heads}" if len(head_widths) > 1 else f"num_head_channels={min(head_widths)}"
-        notes.append(f"The published classifiers have heads of 64 channels; set {given} in them.")
+        notes.append(
+            f"The published classifiers have heads of 64 channels; set {given} in the scripts' script_util.py."
+        )
     if config.num_labels != IMAGENET_CLASSES:
-        notes.append(f"The published scripts have 1000 classes; set out_channels={config.num_labels} in them.")
+        notes.append(
+            f"The published scripts have 1000 classes; set out_channels={config.num_labels} in their script_util.py."
+        )
     spelling = {"num_channels": "classifier_width", "num_res_blocks": "classifier_depth", "image_size": "image_size"}
     flags = {spelling.get(name, f"classifier_{name}"): value for name, value in shared.items()}
     if flags.pop("classifier_channel_mult", None):

@@ -182,7 +182,10 @@ def unet_config(flags: Flags, architecture: Architecture) -> dict[str, Any]:
         if flags.get("image_size", size) != size:
             raise ValueError(f"--image_size {flags['image_size']} and --large_size {size} contradict each other.")
     elif "large_size" in flags:
-        raise ValueError(f"--large_size {flags['large_size']} is a flag of upsamplers, and this is none.")
+        raise ValueError(
+            f"--large_size {flags['large_size']} is a flag of upsamplers, and these tensors take no small image; leave "
+            f"it out."
+        )
     _agree(flags, "class_cond", architecture.num_classes is not None)
     _agree(flags, "learn_sigma", architecture.learns_sigma)
     config = _common_config(flags, architecture, size_flag, prefix="")

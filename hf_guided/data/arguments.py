@@ -71,7 +71,8 @@ class DataArguments(CheckedFields):
             raise ValueError(f"The {self.source} have no split '{self.validation_split}'; use --held_out_fraction.")
         if self.validation_split == self.train_split:
             raise ValueError(
-                f"--validation_split {self.train_split} is the split to train on; leave it out to hold out a part."
+                f"--validation_split {self.train_split} is the split to train on; give another, or leave it out to "
+                f"hold out a part."
             )
 
     @property

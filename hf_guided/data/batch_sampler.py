@@ -42,7 +42,8 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
     def __post_init__(self) -> None:
         if self.num_examples < 1 or self.batch_size < 1:
             raise ValueError(
-                f"Batches of {self.batch_size} cannot be drawn from {self.num_examples} examples; give 1 or more."
+                f"Batches of {self.batch_size} cannot be drawn from {self.num_examples} examples; give 1 or more of "
+                f"both."
             )
         if not 0 <= self.process_index < self.num_processes:
             raise ValueError(f"process_index {self.process_index} must be 0 to {self.num_processes - 1}.")

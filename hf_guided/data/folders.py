@@ -56,8 +56,11 @@ class ImageFiles(Sequence[dict[str, Any]]):
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
         """Sizes in bytes of the files of some rows, shape (len(rows),); 0 for a deleted file."""
-        paths = (self[row]["image"]["path"] for row in rows.tolist())
-        return np.array([os.path.getsize(path) if os.path.exists(path) else 0 for path in paths], dtype=np.int64)
+        sizes = np.zeros(len(rows), dtype=np.int64)
+        for i, row in enumerate(rows.tolist()):
+            with suppress(OSError):
+                sizes[i] = os.path.getsize(self[row]["image"]["path"])
+        return sizes
 
     def __getitem__(self, row: Any) -> Any:
         if not 0 <= row < len(self):
@@ -221,7 +224,10 @@ def _read_classes(part: FolderSplit, paths: list[str], level: int, known_names: 
         )
     elif outside:
         beside = f"{len(outside):,}: {first_few(outside)}"
-        why = f"'{root}' has images beside its class folders ({beside}); move them into the folder of their class."
+        why = (
+            f"'{root}' has images beside its class folders ({beside}); move them into the folder of their class, or "
+            f"elsewhere."
+        )
     elif unknown:
         few = first_few(unknown)
         why = f"'{root}' has class folders that the training split lacks: {few}; add them there, or remove them here."

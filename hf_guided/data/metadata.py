@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def read_metadata(root: str, path: str, image_column: str | None) -> tuple[list[
             table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"Cannot read {where} ({error}); repair or remove it.") from error
-    columns = [f.name for f in table.schema if f"_{f.name}".endswith("_file_name") and str(f.type) in TEXT_TYPES]
+    columns = [f.name for f in table.schema if re.search("(^|_)file_name$", f.name) and str(f.type) in TEXT_TYPES]
     if not columns:
         return None
     wanted = "file_name" if image_column in (None, "image") else f"{image_column}_file_name"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from numpy.lib import format
+from numpy.lib import format as npy
 
 # What numpy and zipfile raise.
 _UNREADABLE = (
@@ -64,8 +64,8 @@ def map_array(path: str | os.PathLike, name: str) -> np.ndarray:
         member = archive.getinfo(f"{name}.npy")
         if member.compress_type == zipfile.ZIP_STORED:
             with archive.open(member) as stream:
-                is_first = format.read_magic(stream) == (1, 0)
-                read_header = format.read_array_header_1_0 if is_first else format.read_array_header_2_0
+                is_first = npy.read_magic(stream) == (1, 0)
+                read_header = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
                 shape, is_fortran, dtype = read_header(stream)
                 header_size = stream.tell()
             with open(path, "rb") as file:  # the local header ends with its own lengths of a name and extras

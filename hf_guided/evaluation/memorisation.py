@@ -71,7 +71,8 @@ def memorisation(generated: FeatureSet, train: FeatureSet, held_out: FeatureSet,
     ours, nearest = nearest_distances(samples, real)
     theirs = np.sort(nearest_distances(_kept(held_out, "held-out")[0], real)[0])
 
-    below, not_above = np.searchsorted(theirs, ours), np.searchsorted(theirs, ours, side="right")  # held-out distances
+    # Held-out distances that are smaller than each of ours, and that are not larger
+    below, not_above = (np.searchsorted(theirs, ours, side=side) for side in ("left", "right"))
     n, m = len(ours), len(theirs)
     closer_share = float(1 - (below + not_above).mean() / (2 * m))
     deviation = math.sqrt((n + m + 1) / (12 * n * m))

@@ -1,5 +1,6 @@
 """Guidance scale sweep: metrics at each scale (figure 4 of arXiv 2105.05233), and the choice of a scale."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -88,7 +89,8 @@ def sweep(
         `list[dict]`: `num_inference_steps`, `guidance_scale`, `seed` and the metrics of [`measure`] by name.
     """
     rows = {_setting_of(row): row for row in done}
-    wanted = [(count, scale, seed) for seed in settings.seeds for count in settings.steps for scale in settings.scales]
+    wanted = list(dict.fromkeys(itertools.product(settings.seeds, settings.steps, settings.scales)))
+    wanted = [(count, scale, seed) for seed, count, scale in wanted]
     missing = [setting for setting in wanted if setting not in rows]
     for setting in tqdm(missing, desc="sweep", unit="setting", disable=not PartialState().is_main_process):
         count, scale, seed = setting

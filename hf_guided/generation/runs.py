@@ -90,7 +90,8 @@ def check_destination(
         record = read_record(name) or {}
         return record.keys() >= _PLANNED.keys() and record.get("command") == command
 
-    check_replaceable(dict.fromkeys([path, _picture_path(path, kind, command) or path]), is_own, inputs)
+    picture = _picture_path(path, kind, command)
+    check_replaceable([path] if picture in (None, path) else [path, picture], is_own, inputs)
 
 
 class Run:
@@ -125,11 +126,13 @@ class Run:
         if channels not in (1, 3):
             raise ValueError(f"Images of {channels} channels are no pictures; only the pipeline itself can make them.")
         if self.kind == ".png" and num_images > MAX_PICTURED:
-            raise ValueError(f"{num_images} images are too many for one grid; make a .npz, a .parquet or a folder.")
+            raise ValueError(
+                f"{num_images} images are too many for one grid; give an --output of .npz, .parquet or a folder."
+            )
         self.shape = (num_images, height, width, channels)
         self.image_bytes = math.prod(self.shape[1:])
         self.batch_size, self.num_batches = batch_size, math.ceil(num_images / batch_size)
-        self.labels = None if labels[0] == NO_CLASS else labels.numpy()
+        self.labels = None if (labels == NO_CLASS).all() else labels.numpy()
         self.id2label, self.draw, self.verb = pipeline.id2label, draw, verb
 
         model = getattr(pipeline, "name_or_path", None)

@@ -81,7 +81,7 @@ def sample_batches(
         part = slice(batch * batch_size, (batch + 1) * batch_size)
         ids = labels[part]
         inputs: dict[str, Any] = {} if images is None else {"image": images[part]}
-        if ids[0] != NO_CLASS:
+        if not (ids == NO_CLASS).all():
             inputs["class_labels"] = ids
         elif images is None:
             inputs["num_images_per_label"] = len(ids)

@@ -14,7 +14,7 @@ from ..data.images import open_image
 from ..data.npz import read_samples
 from ..models.images import BAD_IMAGE_ERRORS
 from .grids import labelled_grid
-from .runs import Run
+from .runs import Run, check_destination
 from .samples import NO_CLASS, to_picture
 from .sampling import sample_batches
 
@@ -57,13 +57,14 @@ def upscale_to_file(
     Args:
         pipeline ([`ClassifierGuidedUpscalePipeline`]): Makes the large images, of 1 or 3 channels.
         images (`np.ndarray` of shape `(n, height, width, channels)`, or a list of PIL images): The small images.
-        labels: Their classes by id or name, one for all or one for each; an unconditional UNet takes none, and those of
-            an `.npz` file are left out.
+        labels: Their classes by id or name, one for all or one for each; an unconditional UNet takes none, and ignores
+            those of an `.npz` file.
         output: A `.png` shows each small image beside its large one.
 
     Raises:
         `ValueError`: For labels or images that the pipeline does not take.
     """
+    check_destination(output, command=COMMAND)
     pipeline.prepare_low_res(images if isinstance(images, list) else images[:1])  # refuses another size
     ids = _class_ids(pipeline, labels, len(images))
 

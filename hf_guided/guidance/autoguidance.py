@@ -27,7 +27,9 @@ class AutoGuidance(PredictionGuidance, source="arXiv 2406.02507, equation 3"):
     def check(self, pipeline: Pipeline, labels: torch.Tensor | None, condition_unet: bool) -> None:
         super().check(pipeline, labels, condition_unet)
         if pipeline.guide_unet is None:
-            raise ValueError("AutoGuidance needs a second, weaker UNet: give guide_unet=, or set the scale to 1.")
+            raise ValueError(
+                "AutoGuidance needs a second, weaker UNet: load the pipeline with guide_unet=, or set the scale to 1."
+            )
         ours, theirs = pipeline.unet.config, pipeline.guide_unet.config
         for name in ("in_channels", "num_class_embeds", "low_res_channels"):
             one, other = ours.get(name), theirs.get(name)

@@ -76,4 +76,6 @@ def check_classifier(pipeline: Pipeline, classifier: PreTrainedModel | None) -> 
     channels = getattr(classifier.config, "in_channels", getattr(classifier.config, "num_channels", None))
     if channels not in (None, pipeline.unet.config.in_channels):
         ours = pipeline.unet.config.in_channels
-        raise ValueError(f"The classifier takes images of {channels} channels and the UNet of {ours}; they must match.")
+        raise ValueError(
+            f"The classifier takes images of {channels} channels and the UNet of {ours}; take one of {ours}."
+        )

@@ -171,8 +171,8 @@ class BackgroundPush:
     Takes `repo_id`, `private` and `token` as [`push_folder`]. `failure` says why the latest push failed, if it did.
     """
 
-    def __init__(self, repo_id: str, **access: Any):
-        self.repo_id, self.access = repo_id, access
+    def __init__(self, repo_id: str, *, private: bool | None = None, token: str | None = None):
+        self.repo_id, self.access = repo_id, {"private": private, "token": token}
         self.failure: str | None = None
         self._thread: threading.Thread | None = None
 

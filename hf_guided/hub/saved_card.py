@@ -37,11 +37,12 @@ def card_of_saved(folder: Path, title: str, license: str | None = None) -> str |
     elif name in _MODELS and not index:
         noun, names = _MODELS[name], {}
     elif name == "ADMForImageClassification" and not index:
-        noun, names = "", config.get("id2label")
+        noun, names = None, config.get("id2label")
     else:
         return None
-    summary = "A classifier of noisy images"
-    if noun:
+    if noun is None:
+        summary = "A classifier of noisy images"
+    else:
         article = "An unconditional" if config.get("num_class_embeds") is None else "A class-conditional"
         summary = f"{article} {noun}{' with classifier guidance' if guided else ''}"
     defaults = index.get("sampling_defaults")

@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,13 @@ def select_files(
     return sorted(chosen)
 
 
-def _walk(folder: Path) -> list[str]:
-    """All files, and links to folders, which are not followed; each folder's own files come first."""
-    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    return [path.relative_to(folder).as_posix() for path in sorted(paths, key=lambda path: (path.parent, path))]
+def _walk(folder: Path) -> Iterator[str]:
+    """All files, and links to folders, which are not followed."""
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        for name in sorted([*files, *links]):
+            yield Path(parent, name).relative_to(folder).as_posix()
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -312,7 +312,10 @@ def check_sides(height: int, width: int, num_levels: int) -> None:
     """Refuses images whose height or width cannot be halved at every level."""
     times = num_levels - 1
     if height % 2**times or width % 2**times:
-        raise ValueError(f"Images of {height}x{width} cannot be halved {times} times; take multiples of {2**times}.")
+        raise ValueError(
+            f"Images of {height}x{width} cannot be halved {times} times; take multiples of {2**times}, or "
+            f"fewer levels in channel_mult."
+        )
 
 
 def expand_timestep(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:

@@ -105,7 +105,7 @@ def test_classes_that_do_not_match(kind, refused, make_classifier, make_resnet):
     )
     unnamed = {label: f"LABEL_{label}" for label in range(4)}
     refused(
-        "The classifier has 4 classes and the UNet 5, and they have no names to match them by",
+        "The classifier has 4 classes and the UNet 5, without names to match them by",
         guide(kind),
         id2label=NAMES,
         **{component: make(id2label=unnamed)},

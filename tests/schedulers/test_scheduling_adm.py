@@ -407,8 +407,8 @@ def test_no_gradient_is_lost(inputs):
             {"trained_betas": [0.1] * 10, "num_train_timesteps": 20},
             "trained_betas must be 20 numbers between 0 and 1.*got 10",
         ),
-        ({"trained_betas": [0.0] * 1000}, "between 0 and 1"),
-        ({"trained_betas": [1.0] * 1000}, "between 0 and 1"),
+        ({"trained_betas": [0.0] * 1000}, "above 0 and below 1"),
+        ({"trained_betas": [1.0] * 1000}, "above 0 and below 1"),
         ({"num_train_timesteps": 10}, "linear schedule has no 10 steps"),
     ],
 )
