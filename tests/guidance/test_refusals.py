@@ -67,7 +67,7 @@ def test_classifier_free_guidance_of_an_unconditional_unet(refused):
 
 
 def test_a_guide_unet_that_does_not_belong(refused, make_unet, components):
-    refused("a second, weaker UNet: give guide_unet=", guide(AutoGuidance()), guide_unet=None)
+    refused("a second, weaker UNet: load the pipeline with guide_unet=", guide(AutoGuidance()), guide_unet=None)
     for name, other in {"in_channels": 1, "num_class_embeds": 4, "low_res_channels": 3}.items():
         arguments = {name: other, **({"out_channels": 2} if name == "in_channels" else {})}
         message = f"guide_unet's {name} is {other} and the UNet's {components['unet'].config.get(name)}"

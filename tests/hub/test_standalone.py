@@ -129,10 +129,11 @@ print(json.dumps(said))
 """
 
 PUSH = """
+import sys
 from hf_guided.hub import push_folder
 for arguments in arguments["pushes"]:
     push_folder(**arguments)
-print("torch" in sys.modules)
+print("hf_guided.models" in sys.modules)
 """
 
 
