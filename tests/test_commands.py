@@ -1,5 +1,6 @@
 """A command is one file of `commands/`: found by its name, light to import."""
 
+import logging
 import subprocess
 import sys
 from importlib import import_module
@@ -75,18 +76,19 @@ def test_a_new_command_is_one_file(tmp_path, monkeypatch, capsys):
     sys.modules.pop("hf_guided.commands.count_letters")
 
 
-def test_train_takes_pictures_and_the_flags_of_the_script(tmp_path, monkeypatch, capsys):
+def test_train_takes_pictures_and_the_flags_of_the_script(tmp_path, monkeypatch, capsys, caplog):
     """Pictures of 13x13 pixels keep their grey, and have a size that networks can halve."""
     for label in ("a", "b"):
         (tmp_path / "photos" / label).mkdir(parents=True)
         for i in range(8):
             Image.new("L", (13, 13), 20 * i).save(tmp_path / "photos" / label / f"{i}.png")
     monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
     model = "--model_channels 32 --channel_mult 1 1 1 --num_res_blocks 1 --num_heads 1 --report_to none"
     flags = "--train_batch_size 4 --max_train_steps 1 --num_images 8 --num_inference_steps 2 --guidance_scales 1"
     argv = f"train photos {model} {flags} --conditional_scales 1 --output_dir out --held_out_fraction 0.5".split()
     main(argv)
-    assert "levels of 12x12, 6x6, 3x3 pixels" in capsys.readouterr().err
+    assert "levels of 12x12, 6x6, 3x3 pixels" in caplog.text
     pipe = ClassifierGuidedPipeline.from_pretrained("out/pipeline")
     pipe.set_progress_bar_config(disable=True)
     picture = pipe("a").images[0]

@@ -196,8 +196,10 @@ def load_labelled_images(
     else:
         images, labels, names = load_split(args, args.train_split, require_labels, folder)
     if not sides or not channels:
-        own_sides, own_channels = own_shape(images, args.source)
+        own_sides, own_channels = own_shape(images)
         sides, channels = sides or own_sides, channels or own_channels
+    if not sides:
+        raise ValueError(f"No image of '{args.source}' can be opened; give other images.")
     if require_labels and len(names) < 2:
         raise ValueError(
             f"'{args.source}' has the single class '{names[0]}', but guidance needs two or more; add images of another "
@@ -240,14 +242,11 @@ def split_by_class(labels: np.ndarray, num_held_out: int) -> tuple[np.ndarray, n
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
-def own_shape(images: Rows, source: str) -> tuple[tuple[int, int], int]:
+def own_shape(images: Rows) -> tuple[list[int], int]:
     """Height and width, and channels, to train on: those of the images themselves, of which up to 1,000 are opened.
 
-    The sides are those of most images, or else a square of the median shorter side, and networks can halve them. There
-    is one channel if all are grey.
-
-    Raises:
-        `ValueError`: if none of these images can be opened.
+    The sides are those of most images, or else a square of the median shorter side, and networks can halve them; none
+    if no image can be opened. There is one channel if all are grey.
     """
     sizes: Counter[tuple[int, int]] = Counter()
     modes = set()
@@ -258,11 +257,11 @@ def own_shape(images: Rows, source: str) -> tuple[tuple[int, int], int]:
             sizes[(image.width, image.height) if is_turned else (image.height, image.width)] += 1
             modes.add(image.mode)
     if not sizes:
-        raise ValueError(f"No image of '{source}' can be opened; give other images.")
+        return [], 3
     (own, count), *_ = sizes.most_common(1)
     if count <= sizes.total() / 2:
         own = (sorted(min(size) for size in sizes.elements())[sizes.total() // 2],) * 2
-    return (halvable(own[0]), halvable(own[1])), 1 if modes <= GREY_MODES else 3
+    return [halvable(own[0]), halvable(own[1])], 1 if modes <= GREY_MODES else 3
 
 
 def halvable(side: int, lowest: int = 16) -> int:

@@ -89,8 +89,8 @@ def sweep(
         `list[dict]`: `num_inference_steps`, `guidance_scale`, `seed` and the metrics of [`measure`] by name.
     """
     rows = {_setting_of(row): row for row in done}
-    wanted = list(dict.fromkeys(itertools.product(settings.seeds, settings.steps, settings.scales)))
-    wanted = [(count, scale, seed) for seed, count, scale in wanted]
+    in_order = dict.fromkeys(itertools.product(settings.seeds, settings.steps, settings.scales))
+    wanted = [(count, scale, seed) for seed, count, scale in in_order]
     missing = [setting for setting in wanted if setting not in rows]
     for setting in tqdm(missing, desc="sweep", unit="setting", disable=not PartialState().is_main_process):
         count, scale, seed = setting

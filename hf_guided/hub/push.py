@@ -172,7 +172,7 @@ class BackgroundPush:
     """
 
     def __init__(self, repo_id: str, *, private: bool | None = None, token: str | None = None):
-        self.repo_id, self.access = repo_id, {"private": private, "token": token}
+        self.repo_id, self.private, self.token = repo_id, private, token
         self.failure: str | None = None
         self._thread: threading.Thread | None = None
 
@@ -194,7 +194,7 @@ class BackgroundPush:
         had_bars = not are_progress_bars_disabled()
         disable_progress_bars()  # the training has its own
         try:
-            push_folder(folder, self.repo_id, commit_message=commit_message, **self.access)
+            push_folder(folder, self.repo_id, commit_message=commit_message, private=self.private, token=self.token)
             self.failure = None
         except Exception as error:  # no failure may end the training
             self.failure = str(error)
