@@ -1,6 +1,7 @@
 """A command is one file of `commands/`: found by its name, light to import."""
 
 import logging
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -88,6 +89,8 @@ def test_train_takes_pictures_and_the_flags_of_the_script(tmp_path, monkeypatch,
     flags = "--train_batch_size 4 --max_train_steps 1 --num_images 8 --num_inference_steps 2 --guidance_scales 1"
     argv = f"train photos {model} {flags} --conditional_scales 1 --output_dir out --held_out_fraction 0.5".split()
     main(argv)
+    said = r"This takes about \d+ seconds? on this machine: judge .*, classifier .*, diffusion .*, report"
+    assert re.search(said, caplog.text)
     assert "levels of 12x12, 6x6, 3x3 pixels" in caplog.text
     pipe = ClassifierGuidedPipeline.from_pretrained("out/pipeline")
     pipe.set_progress_bar_config(disable=True)

@@ -42,12 +42,16 @@ from hf_guided.files import check_kind, check_replaceable, has_json, read_json, 
 from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.hub import write_model_card
 from hf_guided.hub.push import prepare_push
+from hf_guided.processes import join_processes
+from hf_guided.schedulers.schedules import space_timesteps
 from hf_guided.training.arguments import RunArguments, SamplingArguments, parse_arguments, run_script
 from hf_guided.training.cards import aligned, describe_data, describe_images, describe_run, describe_steps, on_hub
+from hf_guided.training.checkpoints import list_checkpoints
 from hf_guided.training.saving import finish, publish, save_folder
 from hf_guided.training.task import Images
-from hf_guided.training.train_classifier import ClassifierArguments, make_classifier, train_classifier
-from hf_guided.training.train_diffusion import DiffusionArguments, train_diffusion, unet_config
+from hf_guided.training.timing import said, seconds_per_image
+from hf_guided.training.train_classifier import ClassifierArguments, ClassifierTask, make_classifier, train_classifier
+from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, train_diffusion, unet_config
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_models(stages, images[0])
     if args.push_to_hub and args.hub_model_id and os.environ.get("RANK", "0") == "0":
         args.hub_model_id = prepare_push(args.hub_model_id, **args.hub_access())
+
+    state = join_processes()
+    if state.is_main_process:
+        logger.info(said(expected_seconds(stages, images, state.device)))
 
     # 2. Train the evaluation classifier, the guiding classifier and the UNet
     judge_folder = train_classifier(data_args, stages["judge"], images, name="judge")
@@ -167,6 +175,27 @@ def check_models(stages: dict[str, Any], images: LabelledImages) -> None:
             make_classifier(stages[name], images)(noisy)
         labels = torch.zeros(1, dtype=torch.long) if diffusion.class_conditional else None
         ADMUNet2DModel(**unet_config(diffusion, images))(noisy, torch.zeros(1), labels)
+
+
+def expected_seconds(stages: dict[str, Any], images: Images, device: torch.device) -> dict[str, float]:
+    """Seconds that the steps left of each stage, and the report, take at the speed of a few images."""
+    args: ReportArguments = stages["report"]
+    tasks = {"judge": ClassifierTask, "classifier": ClassifierTask, "diffusion": DiffusionTask}
+    seconds, per_image = {}, {}
+    for name, make_task in tasks.items():
+        stage = stages[name]
+        per_image[name] = seconds_per_image(make_task(stage, images), device)
+        done = max([0, *(int(path.name.rpartition("-")[2]) for path in list_checkpoints(Path(args.output_dir) / name))])
+        batch_size = stage.train_batch_size * stage.gradient_accumulation_steps
+        seconds[name] = max(0, stage.max_train_steps - done) * batch_size * per_image[name]
+    scales = args.guidance_scales + (args.conditional_scales if stages["diffusion"].class_conditional else [])
+    # A third of a training step is its forward pass, and two thirds are the gradient of the images
+    of_a_step = sum(per_image["diffusion"] / 3 + (scale > 0) * per_image["classifier"] * 2 / 3 for scale in scales)
+    in_a_row = args.num_images + 100  # those of the grid
+    num_steps = args.num_inference_steps
+    if args.respacing is not None:
+        num_steps = len(space_timesteps(stages["diffusion"].num_train_timesteps, args.respacing))
+    return {**seconds, "report": of_a_step * in_a_row * num_steps}
 
 
 def make_report(
