@@ -16,7 +16,7 @@ from ..data import LabelledImages, check_images
 from ..files import locked
 from ..hub.push import prepare_push
 from .checkpoints import recover_folders
-from .task import Task, fitted
+from .task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def preflight(task: Task, accelerator: Accelerator, output_dir: Path) -> Iterato
             num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
             batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
             height, width = images.resolution
-            levels = range(len(fitted(args, images.resolution).get("channel_mult", [1])))
+            levels = range(len(getattr(getattr(task.model, "config", None), "channel_mult", [1])))
             logger.info(
                 f"\n== {task.name} ==\n{report}\n"
                 f"model     {num_parameters:,} parameters, levels of "
