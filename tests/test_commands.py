@@ -91,7 +91,7 @@ def test_train_takes_pictures_and_the_flags_of_the_script(tmp_path, monkeypatch,
     main(argv)
     said = r"This takes about \d+ seconds? on this machine: judge .*, classifier .*, diffusion .*, report"
     assert re.search(said, caplog.text)
-    assert "levels of 12x12, 6x6, 3x3 pixels" in caplog.text
+    assert "12x12 pixels, then 6x6, 3x3, about" in caplog.text
     pipe = ClassifierGuidedPipeline.from_pretrained("out/pipeline")
     pipe.set_progress_bar_config(disable=True)
     picture = pipe("a").images[0]

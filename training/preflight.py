@@ -40,11 +40,11 @@ def preflight(task: Task, accelerator: Accelerator, output_dir: Path) -> Iterato
             num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
             batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
             height, width = images.resolution
-            levels = range(len(getattr(getattr(task.model, "config", None), "channel_mult", [1])))
+            num_levels = len(getattr(getattr(task.model, "config", None), "channel_mult", [1]))
+            inner = ", ".join(f"{height >> level}x{width >> level}" for level in range(1, num_levels))
             logger.info(
                 f"\n== {task.name} ==\n{report}\n"
-                f"model     {num_parameters:,} parameters, levels of "
-                f"{', '.join(f'{height >> level}x{width >> level}' for level in levels)} pixels, "
+                f"model     {num_parameters:,} parameters, {height}x{width} pixels{inner and f', then {inner}'}, "
                 f"about {memory / 2**30:.2g} GiB a process to train"
                 f"{', less with gradient checkpointing' if args.gradient_checkpointing else ''}\n"
                 f"training  {args.max_train_steps} steps of {batch_size} images on {accelerator.num_processes} "
