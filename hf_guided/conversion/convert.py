@@ -146,19 +146,7 @@ def convert_checkpoint(
     if published is not None and classifier is not None and published.classifier is None:
         raise ValueError(f"{name} has no published classifier for guidance; leave out --classifier.")
 
-    given = parse_flags(flags or "")
-    main = _open(checkpoint, name, given, log)
-    alone = main.architecture.kind == "classifier"
-    if alone and classifier is not None:
-        raise ValueError(f"{checkpoint} is a classifier itself; give it as --classifier, the UNet as --checkpoint.")
-    guide = main if alone else None
-    parts = {} if alone else {"unet": _describe_unet(main, classifier is not None, log)}
-    if classifier is not None:
-        guide = _open(classifier, None if published is None else published.classifier, given, log)
-        _check_pair(main, guide)
-    id2label = _read_labels(labels, (guide or main).architecture.num_classes, name, log)
-    if guide is not None:
-        parts["classifier"] = _describe_classifier(guide, id2label, alone, log)
+    parts, id2label = _open_parts(checkpoint, classifier, name, parse_flags(flags or ""), labels, log)
     if published is not None and published.float32_only and dtype != "fp32":
         log(f"{name}: its published samples were computed in float32; in {dtype} they may differ or fail.")
 
@@ -168,7 +156,7 @@ def convert_checkpoint(
 
     log(f"Writing {output}")
     with in_new_folders(output), replacing_folder(output) as folder:
-        if alone:
+        if "unet" not in parts:
             parts["classifier"].save(folder, dtype)
         else:
             _save_pipeline(parts, id2label, folder, dtype)
@@ -179,6 +167,30 @@ def convert_checkpoint(
     seconds = time.perf_counter() - start
     log(f"{output} already exists, made by the same command" if exists else f"Wrote {output} in {seconds:.1f} s")
     return output
+
+
+def _open_parts(
+    checkpoint: str | os.PathLike,
+    classifier: str | os.PathLike | None,
+    name: str | None,
+    flags: Mapping[str, Any],
+    labels: str | os.PathLike | None,
+    log: Log,
+) -> tuple[dict[str, Checkpoint], dict[int, str] | None]:
+    """The checkpoints by component, described and matched with each other, and the names of their classes."""
+    main = _open(checkpoint, name, flags, log)
+    alone = main.architecture.kind == "classifier"
+    if alone and classifier is not None:
+        raise ValueError(f"{checkpoint} is a classifier itself; give it as --classifier, the UNet as --checkpoint.")
+    guide = main if alone else None
+    parts = {} if alone else {"unet": _describe_unet(main, classifier is not None, log)}
+    if classifier is not None:
+        guide = _open(classifier, None if name is None else find_published(name).classifier, flags, log)
+        _check_pair(main, guide)
+    id2label = _read_labels(labels, (guide or main).architecture.num_classes, name, log)
+    if guide is not None:
+        parts["classifier"] = _describe_classifier(guide, id2label, alone, log)
+    return parts, id2label
 
 
 @contextmanager

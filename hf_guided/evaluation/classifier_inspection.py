@@ -74,30 +74,10 @@ def inspect_classifier(
         num_train_images = len(train_labels)
         train_accuracies = (trained[0] == train_labels).mean(axis=1).tolist()
 
-    rows = []
-    for i, timestep in enumerate(levels):
-        alpha_bar = float(scheduler.alphas_cumprod[timestep])
-        predictions, *of_images = outputs[:, i]
-        whole = np.isfinite(of_images).all(axis=0)
-        confidence, cross_entropy, gradient_norm = (values[whole] for values in of_images)
-        is_right = predictions == labels
-        nats = _mean(cross_entropy)
-        norm = math.sqrt(_mean(gradient_norm**2))
-        rows.append(
-            NoiseLevel(
-                timestep=timestep,
-                alpha_bar=alpha_bar,
-                accuracy=_mean(is_right & whole),
-                train_accuracy=train_accuracies[i],
-                confidence=_mean(confidence),
-                calibration_error=expected_calibration_error(confidence, is_right[whole]),
-                cross_entropy=nats,
-                information=label_entropy(np.bincount(labels)) - nats,
-                gradient_norm=norm,
-                epsilon_shift=math.sqrt((1 - alpha_bar) / num_values) * norm,
-                broken_images=int((~whole).sum()),
-            )
-        )
+    rows = [
+        _noise_level(timestep, float(scheduler.alphas_cumprod[timestep]), labels, outputs[:, i], num_values, accuracy)
+        for i, (timestep, accuracy) in enumerate(zip(levels, train_accuracies, strict=True))
+    ]
     names = classifier.config.id2label
     confusion = np.zeros((len(names), len(names)), dtype=np.int64)
     np.add.at(confusion, (labels, outputs[0, 0].astype(int)), 1)
@@ -110,6 +90,35 @@ def inspect_classifier(
         num_held_out=len(held_out),
         num_training=0 if train is None else len(train),
         num_values=num_values,
+    )
+
+
+def _noise_level(
+    timestep: int,
+    alpha_bar: float,
+    labels: np.ndarray,
+    outputs: np.ndarray,
+    num_values: int,
+    train_accuracy: float | None,
+) -> NoiseLevel:
+    """The metrics at a timestep of `outputs`: prediction, confidence, cross-entropy, gradient norm of each image."""
+    predictions, *of_images = outputs
+    whole = np.isfinite(of_images).all(axis=0)
+    confidence, cross_entropy, gradient_norm = (values[whole] for values in of_images)
+    is_right = predictions == labels
+    nats, norm = _mean(cross_entropy), math.sqrt(_mean(gradient_norm**2))
+    return NoiseLevel(
+        timestep=timestep,
+        alpha_bar=alpha_bar,
+        accuracy=_mean(is_right & whole),
+        train_accuracy=train_accuracy,
+        confidence=_mean(confidence),
+        calibration_error=expected_calibration_error(confidence, is_right[whole]),
+        cross_entropy=nats,
+        information=label_entropy(np.bincount(labels)) - nats,
+        gradient_norm=norm,
+        epsilon_shift=math.sqrt((1 - alpha_bar) / num_values) * norm,
+        broken_images=int((~whole).sum()),
     )
 
 
