@@ -41,6 +41,7 @@ from hf_guided.fields import MOST_COUNT, NonNegativeFloat, PositiveInt, Range, f
 from hf_guided.files import check_kind, check_replaceable, has_json, read_json, write_json
 from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.hub import write_model_card
+from hf_guided.hub.model_card import WEAK_JUDGE
 from hf_guided.hub.push import prepare_push
 from hf_guided.processes import join_processes
 from hf_guided.schedulers.schedules import space_timesteps
@@ -286,7 +287,7 @@ def save_pipeline(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The report as text."""
+    """The report as text; a weak evaluation classifier is named first."""
     shown = [metric for metric in METRICS.values() if any(f"{metric.name}/judge" in row for row in rows)]
     lines = [["", *(metric.title for metric in shown)]]
     for row in rows:
@@ -295,7 +296,13 @@ def table(rows: list[dict[str, Any]]) -> str:
             name = f"scale {scale:g}, {'conditional' if row['condition_unet'] else 'unconditional'} UNet"
         values = [(metric, row.get(f"{metric.name}/judge")) for metric in shown]
         lines.append([name, *("" if value is None else metric.format(value) for metric, value in values)])
-    return aligned(lines)
+    accuracy = rows[0]["accuracy/judge"]
+    if rows[0]["samples"] != "held-out images" or accuracy >= WEAK_JUDGE:
+        return aligned(lines)
+    return (
+        f"The evaluation classifier is right in only {accuracy:.0%} of held-out images, so these numbers say little; "
+        f"train it longer (--judge_max_train_steps).\n\n{aligned(lines)}"
+    )
 
 
 if __name__ == "__main__":

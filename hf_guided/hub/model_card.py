@@ -57,6 +57,9 @@ def write_model_card(folder: str | os.PathLike, **card: Any) -> Path:
     return path
 
 
+WEAK_JUDGE = 0.9  # accuracy on held-out images below which an evaluation classifier's numbers say little
+
+
 @dataclass(kw_only=True)
 class Card:
     """What a model card says; all texts but `origin` are escaped."""
@@ -86,6 +89,7 @@ class Card:
         upscales = self.model_class == "ClassifierGuidedUpscalePipeline"
         pictures = _PICTURES | ({"grid.png": "Upsampled images"} if upscales else {})
         measured = list(dict.fromkeys(column for row in self.results for column in row))
+        judged = [row.get("accuracy/judge") for row in self.results if row.get("samples") == "held-out images"]
         levels = self.inspection["rows"] if self.inspection else []
         inspected = [name for name in _INSPECTION_COLUMNS if any(level[name] is not None for level in levels)]
         card = TEMPLATES.get_template("model_card.jinja").render(
@@ -99,6 +103,7 @@ class Card:
             label=_label(self.class_names),
             images=_images(folder),
             copied=[row[column] for row in self.results for column in row if column.startswith("copied_share/")],
+            weak_judge=next((accuracy for accuracy in judged if accuracy is not None and accuracy < WEAK_JUDGE), None),
             report=(measured, [[row.get(column) for column in measured] for row in self.results]),
             levels=(inspected, [[_rounded(level[name]) for name in inspected] for level in levels]),
             has_inspection_picture=(folder / "inspection.png").is_file(),

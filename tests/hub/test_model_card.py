@@ -8,6 +8,7 @@ from PIL import Image
 
 from hf_guided.hub import write_model_card
 from hf_guided.hub.model_card import address
+from hf_guided.training.train import table
 
 ROWS = [
     {
@@ -259,3 +260,14 @@ def test_a_classifier_classifies(tmp_path, monkeypatch, capsys):
     assert 'pipeline("image-classification", model="ada/digits", trust_remote_code=True)\n' in alone
     assert "hf_guided" not in alone.split("```python\n")[1].split("```")[0]
     assert address(alone, "ada/digits", standalone=True) == alone  # pushed again
+
+
+@pytest.mark.parametrize(("accuracy", "is_weak"), [(0.67, True), (0.95, False), (None, False)])
+def test_a_weak_evaluation_classifier_is_named_before_its_numbers(accuracy, is_weak, tmp_path):
+    held_out = {"samples": "held-out images", "guidance_scale": None, "condition_unet": None}
+    held_out |= {} if accuracy is None else {"accuracy/judge": accuracy}
+    card = write(tmp_path, results=[held_out, *({"samples": "generated", **row} for row in ROWS)]).read_text()
+    said = "right in only 67% of held-out images, so these numbers say little.\n\n|"
+    assert (said in card) == is_weak
+    rows = [{**held_out, "accuracy/judge": accuracy or 1.0}]
+    assert ("right in only 67% of held-out images" in table(rows)) == is_weak
