@@ -85,13 +85,13 @@ def test_train_takes_pictures_and_the_flags_of_the_script(tmp_path, monkeypatch,
             Image.new("L", (13, 13), 20 * i).save(tmp_path / "photos" / label / f"{i}.png")
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO)
-    model = "--model_channels 32 --channel_mult 1 1 1 --num_res_blocks 1 --num_heads 1 --report_to none"
+    model = "--model_channels 32 --channel_mult 1 1 1 1 --num_res_blocks 1 --num_heads 1 --report_to none"
     flags = "--train_batch_size 4 --max_train_steps 1 --num_images 8 --num_inference_steps 2 --guidance_scales 1"
     argv = f"train photos {model} {flags} --conditional_scales 1 --output_dir out --held_out_fraction 0.5".split()
     main(argv)
     said = r"This takes about \d+ seconds? on this machine: judge .*, classifier .*, diffusion .*, report"
     assert re.search(said, caplog.text)
-    assert "12x12 pixels, then 6x6, 3x3, about" in caplog.text
+    assert "12x12 pixels, then 6x6, 3x3 (odd, so not all 4 levels of --channel_mult are used), about" in caplog.text
     pipe = ClassifierGuidedPipeline.from_pretrained("out/pipeline")
     pipe.set_progress_bar_config(disable=True)
     picture = pipe("a").images[0]

@@ -42,6 +42,8 @@ def preflight(task: Task, accelerator: Accelerator, output_dir: Path) -> Iterato
             height, width = images.resolution
             num_levels = len(getattr(getattr(task.model, "config", None), "channel_mult", [1]))
             inner = ", ".join(f"{height >> level}x{width >> level}" for level in range(1, num_levels))
+            if inner and getattr(args, "pretrained_model", None) is None and num_levels < len(args.channel_mult):
+                inner += f" (odd, so not all {len(args.channel_mult)} levels of --channel_mult are used)"
             logger.info(
                 f"\n== {task.name} ==\n{report}\n"
                 f"model     {num_parameters:,} parameters, {height}x{width} pixels{inner and f', then {inner}'}, "
