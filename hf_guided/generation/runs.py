@@ -132,7 +132,7 @@ class Run:
         self.shape = (num_images, height, width, channels)
         self.image_bytes = math.prod(self.shape[1:])
         self.batch_size, self.num_batches = batch_size, math.ceil(num_images / batch_size)
-        self.labels = None if (labels == NO_CLASS).all() else labels.numpy()
+        self.labels = None if labels[0] == NO_CLASS else labels.numpy()
         self.id2label, self.draw, self.verb = pipeline.id2label, draw, verb
 
         model = getattr(pipeline, "name_or_path", None)

@@ -160,7 +160,7 @@ class SampledImages(ImageSet):
     def __init__(self, pipeline: Any, labels: torch.Tensor, seed: int = 0, **arguments: Any):
         self.pipeline, self.sampled_labels, self.seed, self.arguments = pipeline, labels, seed, arguments
         self.name, self.notes, self.id2label = "the samples", [], dict(pipeline.id2label)
-        self.labels = None if (labels == NO_CLASS).all() else labels.numpy()
+        self.labels = None if labels[0] == NO_CLASS else labels.numpy()
         self.size, self.channels = pipeline.sample_size, pipeline.image_channels
 
     def __len__(self) -> int:
