@@ -80,14 +80,13 @@ def inputs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def place(inputs, tmp_path, monkeypatch) -> Path:
-    """A folder with a copy of the inputs, where a script runs as if there were no network."""
-    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
+def place(inputs, monkeypatch) -> Path:
+    """The inputs, which every refusal leaves as they are, where a script runs as if there were no network."""
+    monkeypatch.chdir(inputs)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    return tmp_path
+    return inputs
 
 
 def refused(line: str, place: Path, capsys, monkeypatch) -> str:
