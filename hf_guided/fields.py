@@ -47,10 +47,11 @@ class Length:
 
 # More than these is of no use, or a damaged file, and would exhaust the memory
 MOST_COUNT = 10**9
+MOST_SIZE = 65_536
 
 PositiveInt = Annotated[int, Range(at_least=1, at_most=MOST_COUNT)]
 NonNegativeInt = Annotated[int, Range(at_least=0, at_most=MOST_COUNT)]
-Width = Annotated[int, Range(at_least=1, at_most=65_536)]  # channels, or pixels of a side
+Width = Annotated[int, Range(at_least=1, at_most=MOST_SIZE)]  # channels, or pixels of a side
 Depth = Annotated[int, Range(at_least=1, at_most=1000)]  # layers of one kind
 Factor = Annotated[float, Range(above=0, at_most=1024)]  # of a width
 PositiveFloat = Annotated[float, Range(above=0)]

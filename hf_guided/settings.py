@@ -5,11 +5,11 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from .fields import Depth, Factor, Kind, Length, NonNegativeFloat, PositiveFloat, Range, Share, Width
+from .fields import MOST_SIZE, Depth, Factor, Kind, Length, NonNegativeFloat, PositiveFloat, Range, Share, Width
 from .messages import spelled
 
 
-def is_whole(value: Any, at_most: int = 65_536) -> bool:
+def is_whole(value: Any, at_most: int = MOST_SIZE) -> bool:
     """Whether it is a whole number from 1 up to a bound; not a boolean."""
     return Kind(int, (Range(at_least=1, at_most=at_most),)).fits(value)
 

@@ -140,15 +140,16 @@ class SamplingArguments(CheckedFields):
             return {"respacing": self.respacing}
         return {"num_inference_steps": self.num_inference_steps}
 
-    def check_steps(self, num_train_timesteps: int) -> None:
-        """Refuses, before the training, more steps than the schedule has."""
+    def count_steps(self, num_train_timesteps: int) -> int:
+        """Steps of a sample; refuses, before the training, more than the schedule has."""
         if self.respacing is not None:
-            space_timesteps(num_train_timesteps, self.respacing)
-        elif self.num_inference_steps >= num_train_timesteps:
+            return len(space_timesteps(num_train_timesteps, self.respacing))
+        if self.num_inference_steps >= num_train_timesteps:
             raise ValueError(
                 f"--num_inference_steps {self.num_inference_steps} does not lie between 1 and "
                 f"{num_train_timesteps - 1}, one less than --num_train_timesteps."
             )
+        return self.num_inference_steps
 
 
 @dataclass

@@ -91,7 +91,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         folder = Path(wanted)
         state = read_state(folder)
         check_files(folder, state)
-        newer = [path.name for path in list_checkpoints(output_dir) if _step_of(path) > state["step"]]
+        newer = [path.name for path in list_checkpoints(output_dir) if step_of(path) > state["step"]]
         if newer and _is_of(run, state):
             raise ValueError(
                 f"{output_dir} holds newer checkpoints than {folder.name}: {', '.join(newer)}. Resume from the newest "
@@ -109,7 +109,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
             damaged[newest] = error
             continue
         for path, why in damaged.items():
-            if _step_of(path) > _step_of(newest):
+            if step_of(path) > step_of(newest):
                 aside = move_aside(path, "damaged")
                 logger.warning(f"{why} It is now called {aside.name}; {newest.name} takes its place.")
         return newest
@@ -138,7 +138,7 @@ def _scan(output_dir: Path) -> tuple[dict[Path, dict[str, Any]], dict[Path, Valu
     """The records of the checkpoints of any run, oldest first, and what is wrong with damaged ones."""
     states, damaged = {}, {}
     named = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    for path in sorted(named, key=_step_of):
+    for path in sorted(named, key=step_of):
         try:
             state = read_state(path)
         except ValueError as error:
@@ -146,12 +146,13 @@ def _scan(output_dir: Path) -> tuple[dict[Path, dict[str, Any]], dict[Path, Valu
         except OSError:  # incomplete, or deleted meanwhile
             continue
         else:
-            if state["step"] == _step_of(path):  # otherwise it is a copy
+            if state["step"] == step_of(path):  # otherwise it is a copy
                 states[path] = state
     return states, damaged
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The steps trained at a checkpoint, by its name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 

@@ -1,5 +1,6 @@
 """What a script trains: a model on images, its loss, and what is shown and saved of it."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -91,9 +92,8 @@ def fitted(args: Any, resolution: tuple[int, int]) -> dict[str, Any]:
     `channel_mult` or `num_levels` ends where a side is odd; `attention_resolutions` are those of the levels that are
     nearest to the flag's, so that attention at 16 pixels is at 14 for images of 28.
     """
-    halvings = 0
-    while not any(side % 2 ** (halvings + 1) for side in resolution):
-        halvings += 1
+    common = math.gcd(*resolution)
+    halvings = (common & -common).bit_length() - 1
     if hasattr(args, "num_levels"):  # halves at each of them
         return {"num_levels": min(args.num_levels, max(1, halvings))}
     levels = {"channel_mult": args.channel_mult[: halvings + 1]}

@@ -41,13 +41,12 @@ from hf_guided.fields import MOST_COUNT, NonNegativeFloat, PositiveInt, Range, f
 from hf_guided.files import check_kind, check_replaceable, has_json, read_json, write_json
 from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.hub import write_model_card
-from hf_guided.hub.model_card import WEAK_JUDGE
+from hf_guided.hub.model_card import weak_accuracy
 from hf_guided.hub.push import prepare_push
 from hf_guided.processes import join_processes
-from hf_guided.schedulers.schedules import space_timesteps
 from hf_guided.training.arguments import RunArguments, SamplingArguments, parse_arguments, run_script
 from hf_guided.training.cards import aligned, describe_data, describe_images, describe_run, describe_steps, on_hub
-from hf_guided.training.checkpoints import list_checkpoints
+from hf_guided.training.checkpoints import list_checkpoints, step_of
 from hf_guided.training.saving import finish, publish, save_folder
 from hf_guided.training.task import Images
 from hf_guided.training.timing import said, seconds_per_image
@@ -157,7 +156,7 @@ def check_stages(stages: dict[str, Any]) -> None:
             "The classifier guides and must be trained on noised images (--classifier_noisy true); the evaluation "
             "classifier on clean ones (--judge_noisy false)."
         )
-    report.check_steps(diffusion.num_train_timesteps)
+    report.count_steps(diffusion.num_train_timesteps)
     if diffusion.class_conditional and diffusion.label_dropout == 0 and report.guidance_scales:
         raise ValueError(
             "With --label_dropout 0 the UNet has no null label, with which the report's guidance_scales sample; give "
@@ -186,16 +185,14 @@ def expected_seconds(stages: dict[str, Any], images: Images, device: torch.devic
     for name, make_task in tasks.items():
         stage = stages[name]
         per_image[name] = seconds_per_image(make_task(stage, images), device)
-        done = max([0, *(int(path.name.rpartition("-")[2]) for path in list_checkpoints(Path(args.output_dir) / name))])
+        done = max(map(step_of, list_checkpoints(Path(args.output_dir) / name)), default=0)
         batch_size = stage.train_batch_size * stage.gradient_accumulation_steps
         seconds[name] = max(0, stage.max_train_steps - done) * batch_size * per_image[name]
     scales = args.guidance_scales + (args.conditional_scales if stages["diffusion"].class_conditional else [])
     # A third of a training step is its forward pass, and two thirds are the gradient of the images
     of_a_step = sum(per_image["diffusion"] / 3 + (scale > 0) * per_image["classifier"] * 2 / 3 for scale in scales)
     in_a_row = args.num_images + 100  # those of the grid
-    num_steps = args.num_inference_steps
-    if args.respacing is not None:
-        num_steps = len(space_timesteps(stages["diffusion"].num_train_timesteps, args.respacing))
+    num_steps = args.count_steps(stages["diffusion"].num_train_timesteps)
     return {**seconds, "report": of_a_step * in_a_row * num_steps}
 
 
@@ -296,8 +293,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             name = f"scale {scale:g}, {'conditional' if row['condition_unet'] else 'unconditional'} UNet"
         values = [(metric, row.get(f"{metric.name}/judge")) for metric in shown]
         lines.append([name, *("" if value is None else metric.format(value) for metric, value in values)])
-    accuracy = rows[0]["accuracy/judge"]
-    if rows[0]["samples"] != "held-out images" or accuracy >= WEAK_JUDGE:
+    accuracy = weak_accuracy(rows)
+    if accuracy is None:
         return aligned(lines)
     return (
         f"The evaluation classifier is right in only {accuracy:.0%} of held-out images, so these numbers say little; "

@@ -57,7 +57,7 @@ class DiffusionArguments(LoopArguments, SamplingArguments, ModelArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_steps(self.num_train_timesteps)
+        self.count_steps(self.num_train_timesteps)
         if self.loss_type == "hybrid" and self.variance_type != "learned_range":
             raise ValueError(
                 f"--loss_type hybrid trains a learned variance, and --variance_type {self.variance_type} has none; add "

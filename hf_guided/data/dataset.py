@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -22,7 +22,7 @@ from ..models.images import BAD_IMAGE_ERRORS, resize_and_crop, to_channels, to_p
 from .arguments import DataArguments
 from .built_in import DIGITS, MNIST, PHOTOGRAPHS, load_digits, load_mnist, load_photographs
 from .folders import ImageFiles
-from .images import Rows, open_image, open_record, stored_bytes
+from .images import Rows, look, open_image, stored_bytes
 from .tables import load_split, requested_folder
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,6 @@ _DEFAULTS: dict[str, tuple[list[int], float, int]] = {
     MNIST: ([28], 0.2, 1),
     PHOTOGRAPHS: ([32], 0.2, 3),
 }
-GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "F"}  # of Pillow
 HELD_OUT_SEED = 0  # never the training seed: every run is measured on the same images
 DIGESTED_BYTES = 2**30  # read of a dataset to identify it, which takes seconds
 
@@ -249,19 +248,18 @@ def own_shape(images: Rows) -> tuple[list[int], int]:
     if no image can be opened. There is one channel if all are grey.
     """
     sizes: Counter[tuple[int, int]] = Counter()
-    modes = set()
+    channels = 1
     for row in np.linspace(0, len(images) - 1, min(1000, len(images))).astype(int).tolist():
         with suppress(*BAD_IMAGE_ERRORS):
-            image = open_record(images[row]["image"])
-            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            sizes[(image.width, image.height) if is_turned else (image.height, image.width)] += 1
-            modes.add(image.mode)
+            size, of_image = look(images[row]["image"])
+            sizes[size] += 1
+            channels = max(channels, of_image)
     if not sizes:
         return [], 3
     (own, count), *_ = sizes.most_common(1)
     if count <= sizes.total() / 2:
         own = (sorted(min(size) for size in sizes.elements())[sizes.total() // 2],) * 2
-    return [halvable(own[0]), halvable(own[1])], 1 if modes <= GREY_MODES else 3
+    return [halvable(own[0]), halvable(own[1])], channels
 
 
 def halvable(side: int, lowest: int = 16) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..models.images import open_file, upright
+from ..models.images import open_file, upright, upright_size
 
 Rows = Sequence[dict[str, Any]]  # whose "image" is what [`open_image`] takes
 
@@ -35,6 +35,17 @@ def open_record(record: Any) -> Image.Image:
     if record is None or (record["path"] is None and record["bytes"] is None):
         raise ValueError("the image is missing")
     return open_file(record["path"] if record["bytes"] is None else record["bytes"])
+
+
+def look(record: Any) -> tuple[tuple[int, int], int]:
+    """Height and width of an image once it is upright, and its channels, 1 (gray) or 3, in most cases from its header.
+
+    Raises:
+        One of `BAD_IMAGE_ERRORS`: as [`open_image`].
+    """
+    with open_record(record) as image:
+        is_gray = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+        return upright_size(image), 1 if is_gray else 3
 
 
 def stored_bytes(record: Any) -> bytes:

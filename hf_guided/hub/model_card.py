@@ -89,7 +89,6 @@ class Card:
         upscales = self.model_class == "ClassifierGuidedUpscalePipeline"
         pictures = _PICTURES | ({"grid.png": "Upsampled images"} if upscales else {})
         measured = list(dict.fromkeys(column for row in self.results for column in row))
-        judged = [row.get("accuracy/judge") for row in self.results if row.get("samples") == "held-out images"]
         levels = self.inspection["rows"] if self.inspection else []
         inspected = [name for name in _INSPECTION_COLUMNS if any(level[name] is not None for level in levels)]
         card = TEMPLATES.get_template("model_card.jinja").render(
@@ -103,7 +102,7 @@ class Card:
             label=_label(self.class_names),
             images=_images(folder),
             copied=[row[column] for row in self.results for column in row if column.startswith("copied_share/")],
-            weak_judge=next((accuracy for accuracy in judged if accuracy is not None and accuracy < WEAK_JUDGE), None),
+            weak_judge=weak_accuracy(self.results),
             report=(measured, [[row.get(column) for column in measured] for row in self.results]),
             levels=(inspected, [[_rounded(level[name]) for name in inspected] for level in levels]),
             has_inspection_picture=(folder / "inspection.png").is_file(),
@@ -153,6 +152,13 @@ class Card:
             first = self.inspection["rows"][0]
             add("image-classification", "accuracy", f"Accuracy at timestep {first['timestep']}", first["accuracy"])
         return evaluations
+
+
+def weak_accuracy(results: Sequence[Mapping[str, Any]]) -> float | None:
+    """The evaluation classifier's accuracy on held-out images, if a report has one below [`WEAK_JUDGE`]."""
+    rows = (row for row in results if row.get("samples") == "held-out images")
+    accuracy = next((row.get("accuracy/judge") for row in rows), None)
+    return None if accuracy is None or accuracy >= WEAK_JUDGE else accuracy
 
 
 def address(card: str, repo_id: str, standalone: bool = False) -> str:

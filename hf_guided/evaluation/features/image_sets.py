@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 
 from ...credentials import without_credentials
 from ...data import BUILT_IN, DataArguments, LabelledImages, load_labelled_images, source_argument
-from ...data.images import open_record, stored_bytes
+from ...data.images import look, stored_bytes
 from ...data.npz import open_npz, read_samples
 from ...generation.samples import NO_CLASS, to_picture
 from ...generation.sampling import sample_batches
 from ...loading import weights_digest
 from ...messages import printable
-from ...models.images import BAD_IMAGE_ERRORS, resize_and_crop, upright_size
+from ...models.images import BAD_IMAGE_ERRORS, resize_and_crop
 from ..metrics.moments import FeatureStatistics, read_moments
 
 HELD_OUT, TRAIN = "held_out", "train"
@@ -258,12 +258,11 @@ def _look(images: LabelledImages) -> tuple[dict[tuple[int, int], str], int]:
     channels = 1
     for index in range(len(images)):
         try:
-            with open_record(images.record(index)) as picture:
-                size, mode = upright_size(picture), picture.mode
+            size, of_image = look(images.record(index))
         except BAD_IMAGE_ERRORS:
             continue  # reported when its pixels are read
         sizes.setdefault(size, images.file_name(index))
-        channels = channels if mode in ("1", "L", "LA", "F") or mode.startswith("I") else 3
+        channels = max(channels, of_image)
     if not sizes:
         raise ValueError(f"None of the {len(images)} files of {images.name} is an image that can be read.")
     return sizes, channels
