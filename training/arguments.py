@@ -6,12 +6,12 @@ other data settings has a `data` section of its own. Scripts of several stages t
 """
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import logging
 import re
 from collections.abc import Collection, Iterable, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -199,6 +199,11 @@ def parse_arguments(
     Raises:
         `ValueError`: For a missing recipe, an unknown key, or a value of a flag or key that is not allowed.
     """
+    return fill_arguments(stages, vars(make_parser(stages, description).parse_args(argv)))
+
+
+def make_parser(stages: dict[str, type], description: str | None) -> argparse.ArgumentParser:
+    """A parser of the data's and the stages' flags, which returns those that are given."""
     flags = _flags_of([DataArguments, *stages.values()])
     parser = HfArgumentParser(flags, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -211,12 +216,21 @@ def parse_arguments(
             parser._add_dataclass_arguments(_flags_of([stage], prefix=f"{name}_"))
     for action in parser._actions:  # only given flags count: the rest comes from the recipe
         action.default = argparse.SUPPRESS
-    given = vars(parser.parse_args(argv))
+    return parser
 
+
+def fill_arguments(
+    stages: dict[str, type], given: dict[str, Any], plan: dict[str, dict[str, Any]] | None = None
+) -> tuple[DataArguments, dict[str, Any]]:
+    """What [`parse_arguments`] returns, from the flags that are given and from their recipe, or that of a plan."""
+    given = dict(given)
     dataset = given.get("dataset_name", BUILT_IN[0])
     has_data = "train_data_dir" in given or dataset not in BUILT_IN
     recipe_name = given.pop("recipe", "images" if has_data else dataset)
-    recipe = read_recipe(recipe_name)
+    if plan is None:
+        recipe = read_recipe(recipe_name)
+    else:
+        recipe_name, recipe = "plan", {"data": {}, **copy.deepcopy(plan)}
     if len(recipe) > 1 and not set(recipe) & set(stages):
         raise ValueError(
             f"The recipe has no section {' or '.join(stages)}, only {', '.join(sorted(set(recipe) - {'data'}))}; "
@@ -344,20 +358,26 @@ def run_script(main: Any) -> None:
 def _flags_of(stages: Iterable[type], prefix: str = "") -> type:
     """A dataclass with every field of some dataclasses, each once, under prefixed names."""
     flags = {f.name: f for stage in stages for f in dataclasses.fields(stage) if f.init}
-    return dataclasses.make_dataclass("Flags", [(prefix + name, f.type, copy(f)) for name, f in flags.items()])
+    return dataclasses.make_dataclass("Flags", [(prefix + name, f.type, copy.copy(f)) for name, f in flags.items()])
 
 
 def _fill(stage: type, section: str, recipe: dict[str, Any], recipe_name: str, given: dict[str, Any]) -> Any:
-    """A stage's dataclass from its section of a recipe, flags for all stages and flags for this one; later override."""
+    """A stage's dataclass from its section of a recipe, and from its flags, which override it."""
     names = {f.name for f in dataclasses.fields(stage) if f.init}
     if unknown := set(recipe) - names:
         raise ValueError(
             f"In the recipe {recipe_name}, section {section!r} has unknown keys: {_with_suggestions(unknown, names)}."
         )
     check_values(stage, recipe, lambda name, value: f"{name}: {value} in section {section!r} of {recipe_name}")
-    values = dict(recipe)
+    return stage(**recipe | flags_of_stage(stage, section, given))
+
+
+def flags_of_stage(stage: type, section: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The flags that are given for a stage: those for all stages, and those for this one, which override them."""
+    names = {f.name for f in dataclasses.fields(stage) if f.init}
+    values: dict[str, Any] = {}
     for prefix in ("", f"{section}_"):
         flags = {name: given[prefix + name] for name in names if prefix + name in given}
         check_values(stage, flags, partial(as_flag, prefix=prefix))
         values |= flags
-    return stage(**values)
+    return values

@@ -13,6 +13,7 @@ from hf_guided.data import DataArguments, LabelledImages
 from hf_guided.files import is_hub_id
 from hf_guided.training.arguments import LoopArguments, RunArguments
 from hf_guided.training.checkpoints import list_checkpoints, read_state
+from hf_guided.training.timing import in_words
 
 
 def describe_data(data_args: DataArguments) -> dict[str, Any]:
@@ -31,17 +32,16 @@ def describe_images(images: tuple[LabelledImages, LabelledImages | None]) -> str
 
 
 def describe_steps(args: LoopArguments, stage: str) -> str:
-    """The length of a training as text: steps, and minutes or hours from its newest checkpoint."""
+    """The length of a training as text: steps, and the time from its newest checkpoint."""
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
     text = f"{args.max_train_steps} steps of {batch_size} images"
     checkpoints = list_checkpoints(Path(args.output_dir) / stage)
     if not checkpoints:
         return text
     state = read_state(checkpoints[-1])
-    minutes = state["seconds"] / 60
     if state["step"] < args.max_train_steps:
         text = f"{state['step']} of {text} so far"
-    return f"{text}, in {f'{minutes / 60:.1f} hours' if minutes > 90 else f'{minutes:.1f} minutes'}"
+    return f"{text}, in {in_words(state['seconds'])}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -1,6 +1,7 @@
 """The main job: trains an evaluation classifier, a noisy classifier and an ADM UNet, and reports on guided samples.
 
     accelerate launch training/train.py                                              # the built-in digits, minutes
+    accelerate launch training/train.py --train_data_dir photos --budget 30m         # planned for this machine
     accelerate launch training/train.py --train_data_dir photos --resolution 64 --mixed_precision bf16
     accelerate launch training/train.py --recipe digits --diffusion_max_train_steps 300 --output_dir outputs/short
     accelerate launch -m hf_guided.training.train                                    # from an installed wheel
@@ -37,19 +38,22 @@ from hf_guided.evaluation.features.feature_sets import FeatureSet, collect_featu
 from hf_guided.evaluation.features.image_sets import ImageSet, LoadedImages, SampledImages
 from hf_guided.evaluation.memorisation import memorisation
 from hf_guided.evaluation.metrics.table import METRICS
+from hf_guided.evaluation.sweep import guidance_at
 from hf_guided.fields import MOST_COUNT, NonNegativeFloat, PositiveInt, Range, flag
 from hf_guided.files import check_kind, check_replaceable, has_json, read_json, write_json
 from hf_guided.generation.grids import labelled_grid, save_png
+from hf_guided.guidance import ClassifierFreeGuidance
 from hf_guided.hub import write_model_card
 from hf_guided.hub.model_card import weak_accuracy
 from hf_guided.hub.push import prepare_push
 from hf_guided.processes import join_processes
-from hf_guided.training.arguments import RunArguments, SamplingArguments, parse_arguments, run_script
+from hf_guided.training.arguments import RunArguments, SamplingArguments, run_script
+from hf_guided.training.budget import parse_planned
 from hf_guided.training.cards import aligned, describe_data, describe_images, describe_run, describe_steps, on_hub
 from hf_guided.training.checkpoints import list_checkpoints, step_of
 from hf_guided.training.saving import finish, publish, save_folder
 from hf_guided.training.task import Images
-from hf_guided.training.timing import said, seconds_per_image
+from hf_guided.training.timing import in_words, said, seconds_per_step
 from hf_guided.training.train_classifier import ClassifierArguments, ClassifierTask, make_classifier, train_classifier
 from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, train_diffusion, unet_config
 
@@ -68,7 +72,13 @@ class ReportArguments(RunArguments, SamplingArguments):
     sampling_batch_size: PositiveInt = flag(250, "Samples made at once.")
     guidance_scales: list[NonNegativeFloat] = flag([0.0, 1.0, 3.0, 10.0], "Scales of the classifier guiding alone.")
     conditional_scales: list[NonNegativeFloat] = flag([0.0, 1.0], "Scales with a class-conditional UNet.")
-    default_scale: NonNegativeFloat = flag(3.0, "Scale that the pipeline saves as its default.")
+    default_scale: NonNegativeFloat | None = flag(
+        3.0,
+        "Scale that the pipeline saves as its default. None, as with --budget: the class-conditional one of best FID.",
+    )
+    classifier_free: bool = flag(
+        False, "Train no classifier to guide: the conditional scales are those of classifier-free guidance."
+    )
 
 
 STAGES = {
@@ -77,11 +87,12 @@ STAGES = {
     "diffusion": DiffusionArguments,
     "report": ReportArguments,
 }
+TASKS = {"judge": ClassifierTask, "classifier": ClassifierTask, "diffusion": DiffusionTask}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains all stages, and reports, by the flags of a command line; by default that of the process."""
-    data_args, stages = parse_arguments(STAGES, argv, description=__doc__)
+    data_args, stages, budget = parse_planned(STAGES, TASKS, argv, description=__doc__)
     args: ReportArguments = stages["report"]
     output_dir = Path(args.output_dir)
     for name in ("judge", "classifier"):  # only the UNet's checkpoints and the finished pipeline are pushed
@@ -96,30 +107,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.hub_model_id = prepare_push(args.hub_model_id, **args.hub_access())
 
     state = join_processes()
-    if state.is_main_process:
+    if state.is_main_process and budget.plan is None:
         logger.info(said(expected_seconds(stages, images, state.device)))
 
     # 2. Train the evaluation classifier, the guiding classifier and the UNet
+    budget.start("judge", stages["judge"])
     judge_folder = train_classifier(data_args, stages["judge"], images, name="judge")
-    classifier_folder = train_classifier(data_args, stages["classifier"], images)
+    classifier_folder = None
+    if not args.classifier_free:
+        budget.start("classifier", stages["classifier"])
+        classifier_folder = train_classifier(data_args, stages["classifier"], images)
+    budget.start("diffusion", stages["diffusion"])
     diffusion_folder = train_diffusion(data_args, stages["diffusion"], images)
+    budget.start("report", args)
     if not PartialState().is_main_process:
         return
 
     # 3. Assemble and save the pipeline
     device = PartialState().device
     judge = AutoModelForImageClassification.from_pretrained(judge_folder).to(device)
-    pipeline = ClassifierGuidedPipeline.from_pretrained(
-        diffusion_folder,
-        classifier=AutoModelForImageClassification.from_pretrained(classifier_folder),
-        sampling_defaults={**args.steps(), "guidance_scale": args.default_scale},
-    ).to(device)
+    pipeline = ClassifierGuidedPipeline.from_pretrained(diffusion_folder)
+    if classifier_folder is not None:
+        pipeline.register_modules(classifier=AutoModelForImageClassification.from_pretrained(classifier_folder))
+    save_scale(pipeline.to(device), args, 1.0 if args.default_scale is None else args.default_scale)
     pipeline.set_progress_bar_config(disable=True)
     save_folder(pipeline.save_pretrained, output_dir / "pipeline")
 
     # 4. Sample, evaluate, publish
     logger.info("\n== report ==")
     report = make_report(pipeline, judge, images, args, output_dir)
+    if args.default_scale is None:
+        rated = [row for row in report if row["condition_unet"]] or [row for row in report if row["guidance_scale"]]
+        args.default_scale = min(rated, key=lambda row: row["fid/judge"])["guidance_scale"]
+        save_scale(pipeline, args, args.default_scale)
     write_json({"seed": args.seed, "rows": report}, output_dir / "report.json")
     finish(lambda folder: save_pipeline(pipeline, report, data_args, stages, images, folder), output_dir / "pipeline")
     logger.info(
@@ -128,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f'  pipe = ClassifierGuidedPipeline.from_pretrained("{output_dir / "pipeline"}")\n'
         f"  pipe({[pipeline.id2label[0]]}).images[0].save('sample.png')"
     )
+    if budget.plan is not None:
+        logger.info(f"This took {in_words(budget.elapsed())} of {in_words(budget.plan.budget)}.")
     publish(output_dir / "pipeline", args)
 
 
@@ -145,7 +167,7 @@ def check_outputs(output_dir: Path, stages: dict[str, Any]) -> None:
 def check_stages(stages: dict[str, Any]) -> None:
     """Refuses stages whose flags contradict each other, before any image is loaded."""
     classifier, diffusion, report = stages["classifier"], stages["diffusion"], stages["report"]
-    for name in classifier.schedule():
+    for name in () if report.classifier_free else classifier.schedule():
         if getattr(classifier, name) != getattr(diffusion, name):
             raise ValueError(
                 f"The classifier's {name} is {getattr(classifier, name)!r} and the UNet's "
@@ -157,7 +179,17 @@ def check_stages(stages: dict[str, Any]) -> None:
             "classifier on clean ones (--judge_noisy false)."
         )
     report.count_steps(diffusion.num_train_timesteps)
-    if diffusion.class_conditional and diffusion.label_dropout == 0 and report.guidance_scales:
+    if report.classifier_free and not diffusion.class_conditional:
+        raise ValueError(
+            "With --classifier_free nothing guides a UNet of --no_class_conditional; leave out one of them."
+        )
+    has_null_label = diffusion.class_conditional and diffusion.label_dropout > 0
+    if report.classifier_free and not has_null_label and not set(report.conditional_scales) <= {0.0, 1.0}:
+        raise ValueError(
+            "With --label_dropout 0 the UNet has no null label, which classifier-free guidance needs; give "
+            "--label_dropout 0.1, or --conditional_scales 1."
+        )
+    if diffusion.class_conditional and not has_null_label and report.guidance_scales and not report.classifier_free:
         raise ValueError(
             "With --label_dropout 0 the UNet has no null label, with which the report's guidance_scales sample; give "
             "--label_dropout 0.1, or a recipe whose report has guidance_scales: []."
@@ -171,7 +203,7 @@ def check_models(stages: dict[str, Any], images: LabelledImages) -> None:
     diffusion = stages["diffusion"]
     with torch.device("meta"):  # a forward pass costs nothing there
         noisy = torch.empty(1, images.image_channels, *images.resolution)
-        for name in ("judge", "classifier"):
+        for name in ("judge", "classifier")[: 1 if stages["report"].classifier_free else 2]:
             make_classifier(stages[name], images)(noisy)
         labels = torch.zeros(1, dtype=torch.long) if diffusion.class_conditional else None
         ADMUNet2DModel(**unet_config(diffusion, images))(noisy, torch.zeros(1), labels)
@@ -180,20 +212,29 @@ def check_models(stages: dict[str, Any], images: LabelledImages) -> None:
 def expected_seconds(stages: dict[str, Any], images: Images, device: torch.device) -> dict[str, float]:
     """Seconds that the steps left of each stage, and the report, take at the speed of a few images."""
     args: ReportArguments = stages["report"]
-    tasks = {"judge": ClassifierTask, "classifier": ClassifierTask, "diffusion": DiffusionTask}
-    seconds, per_image = {}, {}
-    for name, make_task in tasks.items():
+    seconds, per_image = {}, {"classifier": 0.0}
+    for name, make_task in TASKS.items():
+        if name == "classifier" and args.classifier_free:
+            continue
         stage = stages[name]
-        per_image[name] = seconds_per_image(make_task(stage, images), device)
+        step = seconds_per_step(make_task(stage, images), device)
+        per_image[name] = step / stage.train_batch_size / stage.gradient_accumulation_steps
         done = max(map(step_of, list_checkpoints(Path(args.output_dir) / name)), default=0)
-        batch_size = stage.train_batch_size * stage.gradient_accumulation_steps
-        seconds[name] = max(0, stage.max_train_steps - done) * batch_size * per_image[name]
+        seconds[name] = max(0, stage.max_train_steps - done) * step
     scales = args.guidance_scales + (args.conditional_scales if stages["diffusion"].class_conditional else [])
     # A third of a training step is its forward pass, and two thirds are the gradient of the images
     of_a_step = sum(per_image["diffusion"] / 3 + (scale > 0) * per_image["classifier"] * 2 / 3 for scale in scales)
     in_a_row = args.num_images + 100  # those of the grid
     num_steps = args.count_steps(stages["diffusion"].num_train_timesteps)
     return {**seconds, "report": of_a_step * in_a_row * num_steps}
+
+
+def save_scale(pipeline: ClassifierGuidedPipeline, args: ReportArguments, scale: float) -> None:
+    """Makes a guidance scale, of the classifier or of classifier-free guidance, the default of the pipeline."""
+    if args.classifier_free and pipeline.unet.config.null_class_label:
+        pipeline.set_sampling_defaults(**args.steps(), guidance=[ClassifierFreeGuidance(scale).to_dict()])
+    else:
+        pipeline.set_sampling_defaults(**args.steps(), guidance_scale=0.0 if args.classifier_free else scale)
 
 
 def make_report(
@@ -210,22 +251,24 @@ def make_report(
     train = features(LoadedImages(images[0].plain(MAX_REAL_IMAGES)))
     held_out, rows = None, []
     if images[1] is not None and len(images[1]) >= FEWEST_IMAGES:
-        real = LoadedImages(images[1].plain(MAX_REAL_IMAGES))
+        # As many as samples, since the distance of fewer images is larger
+        real = LoadedImages(images[1].plain(min(args.num_images, MAX_REAL_IMAGES)))
         held_out = features(real)
         metrics = measure(held_out, train, real.labels)
         rows.append({"samples": "held-out images", "guidance_scale": None, "condition_unet": None, **metrics})
 
-    settings = [(scale, False) for scale in args.guidance_scales]
+    settings = [] if args.classifier_free else [(scale, False) for scale in args.guidance_scales]
     if pipeline.unet.config.num_class_embeds is not None:
         settings += [(scale, True) for scale in args.conditional_scales]
     labels = torch.arange(args.num_images) % len(pipeline.id2label)
     for scale, condition_unet in tqdm(settings, desc="sampling"):
-        arguments = {"guidance_scale": scale, "condition_unet": condition_unet}
-        generated = features(SampledImages(pipeline, labels, args.seed, **arguments))
+        guidance = guidance_at(pipeline, scale)
+        generated = features(SampledImages(pipeline, labels, args.seed, condition_unet=condition_unet, **guidance))
         metrics = measure(generated, train, labels.numpy())
         if held_out is not None:
             metrics["copied_share/judge"] = memorisation(generated, train, held_out).copied_share
-        rows.append({"samples": "generated", **arguments, **metrics})
+        setting = {"guidance_scale": scale, "condition_unet": condition_unet}
+        rows.append({"samples": "generated", **setting, **metrics})
         path = output_dir / f"grid-scale-{scale:g}-{'conditional' if condition_unet else 'unconditional'}.png"
         draw_grid(pipeline, scale, path, args.sampling_batch_size, condition_unet)
     return rows
@@ -237,7 +280,7 @@ def draw_grid(
     """Writes a grid: ten samples of each of the first ten classes, one class per row."""
     names = list(pipeline.id2label.values())[:10]
     labels = torch.arange(len(names)).repeat_interleave(10)
-    samples = SampledImages(pipeline, labels, guidance_scale=scale, condition_unet=condition_unet)
+    samples = SampledImages(pipeline, labels, condition_unet=condition_unet, **guidance_at(pipeline, scale))
     conditional = condition_unet and pipeline.unet.config.num_class_embeds is not None
     title = f"guidance scale {scale:g}, {'class-conditional' if conditional else 'unconditional'} UNet"
     save_png(labelled_grid(samples.pictures(batch_size), names, title=title), path)
@@ -268,7 +311,7 @@ def save_pipeline(
         class_names=list(pipeline.id2label.values()),
         training={
             "images": describe_images(images),
-            "classifier": describe_steps(stages["classifier"], "classifier"),
+            **({} if args.classifier_free else {"classifier": describe_steps(stages["classifier"], "classifier")}),
             "UNet": describe_steps(diffusion, "diffusion"),
             **({"UNet fine-tuned from": diffusion.pretrained_model} if diffusion.pretrained_model else {}),
             "noise schedule": diffusion.beta_schedule,

@@ -34,7 +34,8 @@ from hf_guided.data import DataArguments
 from hf_guided.families import BASELINES
 from hf_guided.fields import Depth, Length, NonNegativeFloat, NonNegativeInt, PositiveFloat, Range, Share, Width, flag
 from hf_guided.messages import first_few
-from hf_guided.training.arguments import LoopArguments, parse_arguments, run_script
+from hf_guided.training.arguments import LoopArguments, run_script
+from hf_guided.training.budget import parse_planned
 from hf_guided.training.loop import train_and_save
 from hf_guided.training.saving import publish
 from hf_guided.training.task import Batch, Images, Task, evenly, examples, fitted
@@ -252,7 +253,9 @@ def main() -> None:
     parser.add_argument("--family", choices=TRAINERS, required=not {"-h", "--help"} & set(sys.argv[1:]))
     given, others = parser.parse_known_args()
     family = given.family or "vae"
-    data_args, stages = parse_arguments({family: TRAINERS[family][0]}, others, description=__doc__)
+    arguments, task = TRAINERS[family]
+    data_args, stages, budget = parse_planned({family: arguments}, {family: task}, others, description=__doc__)
+    budget.start(family, stages[family])
     publish(train_baseline(family, data_args, stages[family]), stages[family])
 
 

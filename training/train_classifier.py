@@ -30,10 +30,11 @@ from hf_guided import ADMClassifierConfig, ADMForImageClassification, ADMSchedul
 from hf_guided.data import DataArguments, LabelledImages
 from hf_guided.evaluation.classifier_inspection import inspect_classifier
 from hf_guided.evaluation.plots import classifier_curves
-from hf_guided.fields import flag
+from hf_guided.fields import PositiveInt, flag
 from hf_guided.files import write_json
 from hf_guided.schedulers.scheduling_adm import model_timesteps
-from hf_guided.training.arguments import LoopArguments, ModelArguments, parse_arguments, run_script
+from hf_guided.training.arguments import LoopArguments, ModelArguments, run_script
+from hf_guided.training.budget import parse_planned
 from hf_guided.training.loop import train_and_save
 from hf_guided.training.saving import publish
 from hf_guided.training.task import Batch, Images, Task, fitted
@@ -48,6 +49,7 @@ class ClassifierArguments(LoopArguments, ModelArguments):
 
     pool: str = flag("attention", "Pooling head.", choices=("adaptive", "attention", "spatial", "spatial_v2"))
     noisy: bool = flag(True, "Train on noised images, to guide; otherwise on clean ones, to evaluate.")
+    inspected_images: PositiveInt = flag(2000, "Most held-out images that a noisy-image classifier is measured on.")
 
 
 class ClassifierTask(Task):
@@ -99,7 +101,13 @@ class ClassifierTask(Task):
             if self.held_out is None:
                 raise ValueError("no images are held out.")
             classifier = ADMForImageClassification.from_pretrained(folder).to(PartialState().device)
-            found = inspect_classifier(classifier, self.held_out, self.images, batch_size=self.args.train_batch_size)
+            found = inspect_classifier(
+                classifier,
+                self.held_out,
+                self.images,
+                batch_size=self.args.train_batch_size,
+                max_images=self.args.inspected_images,
+            )
         except ValueError as error:  # the images do not allow it: too late to refuse the training
             logger.warning(f"The classifier is not inspected: {error}")
             return {}
@@ -132,7 +140,10 @@ def make_classifier(args: ClassifierArguments, images: LabelledImages) -> ADMFor
 
 
 def main() -> None:
-    data_args, stages = parse_arguments({"classifier": ClassifierArguments}, description=__doc__)
+    data_args, stages, budget = parse_planned(
+        {"classifier": ClassifierArguments}, {"classifier": ClassifierTask}, description=__doc__
+    )
+    budget.start("classifier", stages["classifier"])
     publish(train_classifier(data_args, stages["classifier"]), stages["classifier"])
 
 

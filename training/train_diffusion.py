@@ -26,7 +26,8 @@ from hf_guided.data import LabelledImages
 from hf_guided.fields import PositiveInt, Share, flag
 from hf_guided.losses import LOSS_TYPES, diffusion_loss
 from hf_guided.schedulers.scheduling_adm import CHOICES, model_timesteps
-from hf_guided.training.arguments import LoopArguments, ModelArguments, SamplingArguments, parse_arguments, run_script
+from hf_guided.training.arguments import LoopArguments, ModelArguments, SamplingArguments, run_script
+from hf_guided.training.budget import parse_planned
 from hf_guided.training.fine_tuning import Pretrained
 from hf_guided.training.loop import train_and_save
 from hf_guided.training.saving import publish
@@ -157,7 +158,10 @@ def make_unet(args: DiffusionArguments, images: LabelledImages, low_res_channels
 
 
 def main() -> None:
-    data_args, stages = parse_arguments({"diffusion": DiffusionArguments}, description=__doc__)
+    data_args, stages, budget = parse_planned(
+        {"diffusion": DiffusionArguments}, {"diffusion": DiffusionTask}, description=__doc__
+    )
+    budget.start("diffusion", stages["diffusion"])
     publish(train_diffusion(data_args, stages["diffusion"]), stages["diffusion"])
 
 

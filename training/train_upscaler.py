@@ -30,7 +30,8 @@ from hf_guided.fields import NonNegativeFloat, PositiveInt, flag
 from hf_guided.files import write_json
 from hf_guided.generation.grids import labelled_grid, save_png
 from hf_guided.models.modes import evaluating
-from hf_guided.training.arguments import parse_arguments, run_script
+from hf_guided.training.arguments import run_script
+from hf_guided.training.budget import parse_planned
 from hf_guided.training.cards import aligned
 from hf_guided.training.loop import train_and_save
 from hf_guided.training.saving import publish
@@ -174,7 +175,10 @@ def measure(upsampled: torch.Tensor, original: torch.Tensor, low_res: torch.Tens
 
 
 def main() -> None:
-    data_args, stages = parse_arguments({"upscaler": UpscalerArguments}, description=__doc__)
+    data_args, stages, budget = parse_planned(
+        {"upscaler": UpscalerArguments}, {"upscaler": UpscalerTask}, description=__doc__
+    )
+    budget.start("upscaler", stages["upscaler"])
     publish(train_upscaler(data_args, stages["upscaler"]), stages["upscaler"])
 
 

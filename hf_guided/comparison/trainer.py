@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
@@ -20,13 +19,14 @@ from hf_guided.data import DataArguments
 from hf_guided.families import BASELINES, DIFFUSION
 from hf_guided.files import read_json, write_json
 from hf_guided.pipelines.auto_pipeline import load_pipeline
-from hf_guided.processes import StoppedError
+from hf_guided.processes import join_processes
 from hf_guided.training.arguments import LoopArguments
 from hf_guided.training.checkpoints import read_history
 from hf_guided.training.divergence import DivergedError
 from hf_guided.training.preflight import estimate_memory
 from hf_guided.training.saving import save_folder
 from hf_guided.training.task import Task
+from hf_guided.training.timing import in_words, seconds_per_step
 from hf_guided.training.train_baseline import COLLAPSED, TRAINERS, train_baseline
 from hf_guided.training.train_classifier import ClassifierArguments, ClassifierTask, train_classifier
 from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask, train_diffusion
@@ -41,7 +41,6 @@ PARTS = {
     **{family: {family: 1.0} for family in (*TRAINERS, "diffusion")},
     "guided": {"diffusion": 1 - CLASSIFIER_SHARE, "classifier": CLASSIFIER_SHARE},
 }
-_CALIBRATION = (10, 30)  # steps between which the speed is measured
 _UNITS = {"s": ("seconds", 1), "m": ("seconds", 60), "h": ("seconds", 3600),
           "steps": ("steps", 1), "parameters": ("parameters", 1)}  # fmt: skip
 _MOST = {"seconds": 366 * 86400, "steps": 1e11, "parameters": 1e11}
@@ -116,23 +115,11 @@ class Trainer:
             if self.budget.unit == "steps":
                 steps = max(1, round(amount))
             elif self.budget.unit == "seconds":
-                speeds[stage] = speeds.get(stage) or self.seconds_per_step(stage)
+                speeds[stage] = speeds.get(stage) or seconds_per_step(self.task(stage), join_processes().device, 2.0)
                 steps = max(1, int(amount / speeds[stage]))
             else:
                 widths = self.widths_of(stage, amount)
             self.plan["steps"][family][stage], self.plan["widths"][family][stage] = steps, widths
-
-    def seconds_per_step(self, stage: str) -> float:
-        """The measured duration of a training step on this machine, in seconds."""
-        first, last = _CALIBRATION
-        flags = {"max_train_steps": last, "logging_steps": first, "validation_steps": 0, "checkpointing_steps": last}
-        with TemporaryDirectory() as folder:
-            try:
-                self.train(stage, output_dir=folder, **flags)
-            except StoppedError as stop:
-                raise StoppedError(stop.signum) from None  # its checkpoint only served this measurement
-            rows = {row["step"]: row["seconds"] for row in read_history(Path(folder) / stage)}
-        return (rows[last] - rows[first]) / (last - first)
 
     def widths_of(self, stage: str, parameters: float) -> dict[str, int]:
         """The widths, multiples of 32, that bring a stage's number of parameters closest to a budget."""
@@ -166,8 +153,8 @@ class Trainer:
             parts += [f"{name} {width}" for part in widths for name, width in part.items()]
             lines.append(f"  {TITLES[family]}: {', '.join(parts)}")
         if self.budget.unit == "seconds":
-            total = len(families) * len(seeds) * self.budget.amount / 60
-            lines.append(f"Training takes about {total:.0f} minutes in total, plus time for sampling and evaluation.")
+            total = in_words(len(families) * len(seeds) * self.budget.amount)
+            lines.append(f"Training takes about {total} in total, plus time for sampling and evaluation.")
         logger.info("\n".join([*lines, f"Writes {output}; rerun the same command to resume."]))
 
     def run(self, family: str, seed: int, measuring: Measuring, output: Path) -> dict[str, Any]:
