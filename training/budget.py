@@ -20,7 +20,7 @@ from ..processes import from_main, join_processes
 from .arguments import fill_arguments, flags_of_stage, make_parser
 from .cards import aligned
 from .checkpoints import list_checkpoints, read_state
-from .plan import Flags, Pictures, Plan, fit_report, fit_steps, make_plan
+from .plan import Flags, Pictures, Plan, fit_report, fit_steps, images_of_step, make_plan
 from .preflight import estimate_memory
 from .task import Images, Task
 from .timing import in_words, parse_duration, seconds_per_step
@@ -249,9 +249,8 @@ class Budget:
             if name == "report":
                 does = f"{flags['num_images']:,} samples a row, in {flags['num_inference_steps']} steps each"
             else:
-                images = flags["train_batch_size"] * flags.get("gradient_accumulation_steps", 1)
                 width = flags.get("model_channels", flags.get("hidden_channels"))
-                does = f"width {width}, {flags['max_train_steps']:,} steps of {images} images"
+                does = f"width {width}, {flags['max_train_steps']:,} steps of {images_of_step(flags)} images"
                 does += ", in bfloat16" if flags.get("mixed_precision") == "bf16" else ""
             rows.append([name, f"  {does}".ljust(60), in_words(seconds)])
         lines = [f"\n== plan for {text} ==", str(plan.pictures)]

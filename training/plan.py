@@ -16,10 +16,11 @@ Flags = dict[str, Any]
 
 # Shares of the time that is left when they are planned; the UNet gets the rest.
 SHARES = {"judge": 0.12, "classifier": 0.12, "report": 0.15}
-BATCH_SIZE = 64
+BATCH_SIZES = (64, 32, 16)  # the first that gets ENOUGH_UPDATES
+ENOUGH_UPDATES = 1200
 WIDTHS = (32, 64, 96, 128, 192, 256)
-# Updates of 64 images that the narrowest UNet needs to draw anything; wider ones need more, by the square of the width.
-ENOUGH_UPDATES = 600
+# That the narrowest UNet must see to draw anything; wider ones see more, by the cube of the width.
+ENOUGH_IMAGES = 20_000
 FEWEST_SAMPLES, MOST_SAMPLES = 60, 1000
 FEW_IMAGES, FEW_OF_A_CLASS = 500, 20
 PREVIEWS = VALIDATIONS = 3  # of each stage
@@ -45,7 +46,7 @@ _UNET = {"num_res_blocks": 1, "num_heads": 4, "resblock_updown": False}
 _CLASSIFIER = {**_UNET, "adam_weight_decay": 0.05, "dropout": 0.1}
 # Flags of each stage that do not depend on pictures or time, and its learning rate at a width of 32.
 FLAGS: dict[str, Flags] = {
-    "judge": {**_CLASSIFIER, "noisy": False, "pool": "adaptive", "learning_rate": 3e-3},
+    "judge": {**_CLASSIFIER, "noisy": False, "pool": "attention", "learning_rate": 3e-3},
     "classifier": {**_CLASSIFIER, "pool": "attention", "learning_rate": 2e-3},
     "diffusion": {**_UNET, "prediction_type": "v_prediction", "label_dropout": 0.1, "learning_rate": 2e-3},
     "upscaler": {**_UNET, "prediction_type": "v_prediction", "label_dropout": 0.1, "learning_rate": 2e-3},
@@ -159,12 +160,12 @@ def levels(resolution: tuple[int, int]) -> int:
     return max(number, 2 if not any(side % 2 for side in resolution) else 1)
 
 
-def flags_at(stage: str, width: int, resolution: tuple[int, int], pictures: Pictures) -> Flags:
-    """The flags of a stage at a width, without those that the time decides."""
+def flags_at(stage: str, width: int, batch_size: int, resolution: tuple[int, int], pictures: Pictures) -> Flags:
+    """The flags of a stage at a width and a batch size, without those that the time decides."""
     number = levels(resolution)
-    batch_size = min(BATCH_SIZE, pictures.num_images)
-    flags = {**_SHARED, **FLAGS[stage], "train_batch_size": batch_size}
-    flags["learning_rate"] = round(flags["learning_rate"] * (32 / width) ** (stage != "gan"), 6)
+    flags = {**_SHARED, **FLAGS[stage], "train_batch_size": min(batch_size, pictures.num_images)}
+    if stage != "gan":
+        flags["learning_rate"] = round(flags["learning_rate"] * 32 / width * (batch_size / 64) ** 0.5, 6)
     if stage == "flow":
         return {**flags, "num_levels": max(1, min(number - 1, 4)), "hidden_channels": 2 * width}
     flags |= {"model_channels": width, "channel_mult": _LEVELS[number]}
@@ -179,7 +180,7 @@ def flags_at(stage: str, width: int, resolution: tuple[int, int], pictures: Pict
 
 
 def affordable_size(pictures: Pictures, seconds: float, stage: str, given: Flags, machine: Machine) -> tuple[int, int]:
-    """The largest size, up to the pictures' own, at which the narrowest network gets enough updates.
+    """The largest size, up to the pictures' own, at which the narrowest network sees enough images.
 
     The time of a step is measured at about 32 pixels and grows with the number of pixels.
     """
@@ -189,9 +190,9 @@ def affordable_size(pictures: Pictures, seconds: float, stage: str, given: Flags
         if side < min(own):
             sizes.append((halvable(round(own[0] * side / min(own))), halvable(round(own[1] * side / min(own)))))
     small = next(size for size in sizes if min(size) <= 32 or size == sizes[-1])
-    flags = {**flags_at(stage, WIDTHS[0], small, pictures), **given}
+    flags = {**flags_at(stage, WIDTHS[0], BATCH_SIZES[-1], small, pictures), **given}
     per_pixel = machine.seconds(stage, flags, small) / math.prod(small) / flags["train_batch_size"]
-    affords = (size for size in sizes if per_pixel * math.prod(size) * BATCH_SIZE * ENOUGH_UPDATES <= seconds)
+    affords = (size for size in sizes if per_pixel * math.prod(size) * ENOUGH_IMAGES <= seconds)
     return next(affords, sizes[-1])
 
 
@@ -205,15 +206,15 @@ def best_flags(
     """
     best: tuple[Flags, float] | None = None
     for width in WIDTHS:
-        updates = ENOUGH_UPDATES * (width / WIDTHS[0]) ** 2
-        if best is not None and best[1] * 1.5 * updates > seconds:  # a step of the next width takes at least that
+        wanted = ENOUGH_IMAGES * (width / WIDTHS[0]) ** 3
+        # An image of the next width takes at least half as long again
+        if best is not None and 1.5 * best[1] / images_of_step(best[0]) * wanted > seconds:
             break
-        flags = {**flags_at(stage, width, resolution, pictures), **given}
-        flags = in_memory(stage, flags, resolution, machine)
-        step = machine.seconds(stage, flags, resolution)
-        if best is None or step * updates <= seconds:
-            best = flags, step
-        if step * updates > seconds or given.get("model_channels") or given.get("hidden_channels"):
+        found = flags, step = best_batch(stage, width, given, resolution, seconds, pictures, machine)
+        is_enough = step / images_of_step(flags) * wanted <= seconds
+        if best is None or is_enough:
+            best = found
+        if not is_enough or given.get("model_channels") or given.get("hidden_channels"):
             break
     assert best is not None
     flags, step = best
@@ -222,6 +223,35 @@ def best_flags(
         if (faster := machine.seconds(stage, half, resolution)) < 0.9 * step:
             return half, faster
     return flags, step
+
+
+def best_batch(
+    stage: str,
+    width: int,
+    given: Flags,
+    resolution: tuple[int, int],
+    seconds: float,
+    pictures: Pictures,
+    machine: Machine,
+) -> tuple[Flags, float]:
+    """The flags at a width with the largest batch that gets enough updates, or else the smallest; seconds of a step."""
+    step, previous = 0.0, 1
+    for batch_size in BATCH_SIZES[:1] if stage == "gan" else BATCH_SIZES:  # adversaries want large batches
+        is_last = batch_size == BATCH_SIZES[-1] or "train_batch_size" in given
+        if step and not is_last and step * batch_size / previous * ENOUGH_UPDATES > seconds:
+            continue  # cannot be enough
+        flags = in_memory(
+            stage, {**flags_at(stage, width, batch_size, resolution, pictures), **given}, resolution, machine
+        )
+        step, previous = machine.seconds(stage, flags, resolution), batch_size
+        if is_last or step * ENOUGH_UPDATES <= seconds:
+            break
+    return flags, step
+
+
+def images_of_step(flags: Flags) -> int:
+    """Images of an update of the weights."""
+    return flags["train_batch_size"] * flags.get("gradient_accumulation_steps", 1)
 
 
 def in_memory(stage: str, flags: Flags, resolution: tuple[int, int], machine: Machine) -> Flags:
@@ -236,7 +266,7 @@ def in_memory(stage: str, flags: Flags, resolution: tuple[int, int], machine: Ma
 def fit_steps(plan: Plan, stage: str, seconds: float, given: Flags) -> None:
     """Sets the steps of a stage to what some seconds allow, unless they are given, and what follows from them."""
     flags, step, num_held_out = plan.recipe[stage], plan.seconds_per_step[stage], plan.pictures.num_held_out
-    samples = flags["train_batch_size"] * flags.get("gradient_accumulation_steps", 1)
+    samples = images_of_step(flags)
     updates, previews = max(0.0, seconds - SAVING) / step, 0
     # What is done beside updates and after them, in their time: a forward pass is a third of a step
     beside, after = VALIDATIONS * min(num_held_out, _VALIDATED) / 3 / samples, 0.0
@@ -292,7 +322,7 @@ def fit_report(plan: Plan, seconds: float, stages: Mapping[str, Flags]) -> None:
         "classifier_free": not has_classifier,
         "num_inference_steps": num_steps,
         "num_images": max(FEWEST_SAMPLES, min(MOST_SAMPLES, number)),
-        "sampling_batch_size": min(250, 4 * plan.recipe["diffusion"]["train_batch_size"]),
+        "sampling_batch_size": min(250, 8 * plan.recipe["diffusion"]["train_batch_size"]),
         **given,
     }
     plan.seconds["report"] = (flags["num_images"] + _OF_GRID) * per_image + REPORTING
@@ -300,10 +330,7 @@ def fit_report(plan: Plan, seconds: float, stages: Mapping[str, Flags]) -> None:
 
 def seconds_per_evaluation(plan: Plan, report: Flags) -> float:
     """Seconds of one sampling step of one image at every setting of the report, one after the other."""
-    per_image = {
-        name: step / plan.recipe[name]["train_batch_size"] / plan.recipe[name].get("gradient_accumulation_steps", 1)
-        for name, step in plan.seconds_per_step.items()
-    }
+    per_image = {name: step / images_of_step(plan.recipe[name]) for name, step in plan.seconds_per_step.items()}
     total = 0.0
     for scale in report["guidance_scales"] + report["conditional_scales"]:
         total += per_image["diffusion"] / 3
@@ -340,8 +367,7 @@ def doubts(pictures: Pictures, plan: Plan, main: str, given: Flags) -> list[str]
     if not pictures.num_held_out:
         found.append("No images are held out, so nothing shows what the best possible numbers are.")
     flags = plan.recipe[main]
-    updates = flags["max_train_steps"] * flags["train_batch_size"] * flags.get("gradient_accumulation_steps", 1) / 64
-    if updates < ENOUGH_UPDATES / 2 and "max_train_steps" not in given:
+    if flags["max_train_steps"] * images_of_step(flags) < ENOUGH_IMAGES / 2 and "max_train_steps" not in given:
         found.append(
             f"There is time for {flags['max_train_steps']:,} steps of {main} only; expect blurred pictures, and give "
             f"a longer --budget for better ones."

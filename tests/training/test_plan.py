@@ -9,7 +9,7 @@ import torch
 from hf_guided.data.dataset import halvable
 from hf_guided.fields import as_flag, check_values
 from hf_guided.models.unet_adm import ADMUNet2DModel
-from hf_guided.training.plan import ENOUGH_UPDATES, WIDTHS, Pictures, best_flags, levels, make_plan
+from hf_guided.training.plan import ENOUGH_IMAGES, WIDTHS, Pictures, best_flags, images_of_step, levels, make_plan
 from hf_guided.training.train import STAGES as MAIN_JOB
 from hf_guided.training.train import check_stages
 from hf_guided.training.train_baseline import TRAINERS
@@ -140,8 +140,10 @@ def test_more_time_or_a_faster_machine_affords_more():
     for speed in (1, 30, 1000):
         flags, step = best_flags("diffusion", {}, (32, 32), HOUR, pictures, GivenMachine(speed))
         widths.append(flags["model_channels"])
-        assert HOUR / step >= ENOUGH_UPDATES * (widths[-1] / WIDTHS[0]) ** 2 or widths[-1] == WIDTHS[0]
-    assert widths == sorted(set(widths)) and len(widths) == 3
+        seen = HOUR / step * images_of_step(flags)
+        assert seen >= ENOUGH_IMAGES * (widths[-1] / WIDTHS[0]) ** 3 or widths[-1] == WIDTHS[0]
+    assert widths == sorted(set(widths))
+    assert len(widths) == 3
 
 
 def test_what_would_take_too_long_is_not_measured():
@@ -159,17 +161,20 @@ def test_given_flags_win():
     assert "resolution" not in plan.recipe["data"]
     given = {"max_train_steps": 7, "model_channels": 64, "prediction_type": "epsilon"}
     assert given.items() <= plan.recipe["diffusion"].items()
-    assert plan.recipe["report"]["num_images"] == 321 and plan.recipe["report"]["num_inference_steps"] == 9
+    assert plan.recipe["report"]["num_images"] == 321
+    assert plan.recipe["report"]["num_inference_steps"] == 9
     assert plan.seconds["diffusion"] < 0.2 * plan.budget
 
 
 def test_small_folders_fall_back_and_say_so():
     twelve, one = planned("twelve"), planned("one class")
-    assert filled(twelve)["report"].classifier_free and "classifier" not in twelve.recipe
+    assert filled(twelve)["report"].classifier_free
+    assert "classifier" not in twelve.recipe
     assert any("classifier-free guidance" in doubt for doubt in twelve.doubts)
     assert any("memorise" in doubt for doubt in twelve.doubts)
     assert any("held out" in doubt for doubt in twelve.doubts)
-    assert filled(one)["report"].classifier_free and any("one class" in doubt for doubt in one.doubts)
+    assert filled(one)["report"].classifier_free
+    assert any("one class" in doubt for doubt in one.doubts)
     assert any("1 class has fewer" in doubt for doubt in planned("one class of three images").doubts)
     assert filled(planned("a thousand classes of few"))["report"].classifier_free
     assert not planned("mnist").doubts
@@ -193,7 +198,16 @@ def test_a_single_stage_has_all_the_time(stage):
 
 @pytest.mark.parametrize(
     ("resolution", "number"),
-    [((8, 8), 2), ((28, 28), 3), ((32, 32), 3), ((32, 96), 3), ((64, 64), 4), ((12, 12), 2), ((256, 256), 6), ((4, 4), 2)],
+    [
+        ((8, 8), 2),
+        ((28, 28), 3),
+        ((32, 32), 3),
+        ((32, 96), 3),
+        ((64, 64), 4),
+        ((12, 12), 2),
+        ((256, 256), 6),
+        ((4, 4), 2),
+    ],
 )
 def test_levels_halve_down_to_about_eight_pixels(resolution, number):
     assert levels(resolution) == number
