@@ -66,11 +66,12 @@ def parse_planned(
         "--dry_run", action="store_true", default=argparse.SUPPRESS, help="Show the plan of --budget, and end."
     )
     given = vars(parser.parse_args(argv))
+    since = start_of_process()
     text, is_dry = given.pop("budget", None), given.pop("dry_run", False)
     if text is None:
         if is_dry:
             raise ValueError("--dry_run shows the plan of a --budget; give one, such as --budget 30m.")
-        return *fill_arguments(stages, given), Budget(None, Path(), {}, tasks)
+        return *fill_arguments(stages, given), Budget(None, Path(), {}, tasks, 0.0)
     if "recipe" in given:
         raise ValueError("--budget makes a recipe of its own; leave out --recipe, or --budget.")
     seconds = parse_duration(text)
@@ -88,22 +89,22 @@ def parse_planned(
     if saved is None:
         machine = ThisMachine(images, stages, tasks, state.device, seconds)
         given_data = flags_of_stage(DataArguments, "data", given)
-        made = from_main(lambda: make_plan(pictures, seconds, flags, machine, given_data, running_for()))
+        made = from_main(lambda: make_plan(pictures, seconds, flags, machine, given_data, time.time() - since))
         saved = {**dataclasses.asdict(made), "started": [], "spent": 0.0}
-    budget = Budget(saved, path, flags, tasks)
+    budget = Budget(saved, path, flags, tasks, since)
     if state.is_main_process:
         logger.info(budget.shown(text))
     if is_dry:
         raise SystemExit(0)
-    data_args, filled = fill_arguments(stages, given, saved["recipe"])
-    if state.is_main_process:
+    if state.is_main_process and not budget.started:
         budget.save()
-    return data_args, filled, budget
+    return *fill_arguments(stages, given, saved["recipe"]), budget
 
 
-def running_for() -> float:
-    """Seconds since this process started, its imports included."""
-    return time.time() - psutil.Process().create_time()
+def start_of_process() -> float:
+    """When this process started, whose imports count; now, if it has done other things before, as notebooks have."""
+    started, now = psutil.Process().create_time(), time.time()
+    return started if now - started < 120 else now
 
 
 def pictures_of(images: Images) -> Pictures:
@@ -169,10 +170,11 @@ class Budget:
         path (`Path`): Its file.
         given (`dict[str, dict]`): The flags that are given for each stage, which are kept.
         tasks: As for [`parse_planned`].
+        since (`float`): When this process started with it, in seconds since the epoch.
     """
 
-    def __init__(self, saved: dict[str, Any] | None, path: Path, given: dict[str, Flags], tasks: Tasks):
-        self.path, self.given, self.tasks = path, given, tasks
+    def __init__(self, saved: dict[str, Any] | None, path: Path, given: dict[str, Flags], tasks: Tasks, since: float):
+        self.path, self.given, self.since = path, given, since
         if saved is None:
             self.plan = None
             return
@@ -189,7 +191,7 @@ class Budget:
 
     def elapsed(self) -> float:
         """Seconds that are spent, those before a resume included."""
-        return self.spent + running_for()
+        return self.spent + time.time() - self.since
 
     def start(self, name: str, args: Any) -> None:
         """Fits a stage that starts now to the time that is left, and the expected time to how long others took."""
@@ -215,11 +217,12 @@ class Budget:
         self.started.append(name)
         self.save()
         expected = plan.seconds[name] * slower
-        late = "" if left > 0.9 * planned * slower or left > 0.85 * expected else "; it will be late"
+        is_late = slower * sum(plan.seconds[stage] for stage in later) > left + 0.15 * plan.budget
         what = "num_images" if name == "report" else "max_train_steps"
         logger.info(
             f"{in_words(max(0.0, left))} of {in_words(plan.budget)} are left: {name} takes about {in_words(expected)}, "
-            f"{plan.recipe[name][what]:,} {'samples a row' if name == 'report' else 'steps'}{late}."
+            f"{plan.recipe[name][what]:,} {'samples a row' if name == 'report' else 'steps'}"
+            f"{'; it will be late' if is_late else ''}."
         )
         return plan.recipe[name]
 

@@ -17,7 +17,7 @@ Flags = dict[str, Any]
 # Shares of the time that is left when they are planned; the UNet gets the rest.
 SHARES = {"judge": 0.12, "classifier": 0.12, "report": 0.15}
 BATCH_SIZES = (64, 32, 16)  # the first that gets ENOUGH_UPDATES
-ENOUGH_UPDATES = 1200
+ENOUGH_UPDATES = 800
 WIDTHS = (32, 64, 96, 128, 192, 256)
 # That the narrowest UNet must see to draw anything; wider ones see more, by the cube of the width.
 ENOUGH_IMAGES = 20_000

@@ -25,8 +25,8 @@ def seconds_per_step(task: Task, device: torch.device, enough: float = ENOUGH) -
     updating = math.inf
 
     def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         return time.perf_counter()
 
     count = min(4, args.train_batch_size)

@@ -9,9 +9,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "hf-guided train [PICTURES] [FLAGS]"
     parser.description = (
         "PICTURES is a folder with one subfolder of pictures for each class, a dataset on the Hub, digits (default) or "
-        "mnist. FLAGS are those of training/train.py, such as --resolution 64, --mixed_precision bf16, --output_dir "
-        "outputs/photos or --diffusion_max_train_steps 2000; `hf-guided train PICTURES --help` lists them all. Rerun "
-        "the same command to resume."
+        "mnist. FLAGS are those of training/train.py: --budget 30m is the time it may take, for which everything else "
+        "is planned (--dry_run shows the plan), --output_dir outputs/photos where it writes; `hf-guided train PICTURES "
+        "--help` lists them all. Rerun the same command to resume."
     )
     parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 

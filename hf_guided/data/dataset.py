@@ -109,10 +109,11 @@ class LabelledImages(Dataset):
         return len(self.rows)
 
     def plain(self, most: int | None = None) -> "LabelledImages":
-        """These images without augmentation; if there are more than `most`, a fixed random subset of that many."""
+        """These images without augmentation; of more than `most` a fixed subset, each class in proportion."""
         chosen = np.arange(len(self))
         if most is not None and most < len(self):
-            chosen = np.sort(np.random.default_rng(0).choice(len(self), most, replace=False))
+            by_class = shuffled_by_class(np.zeros(len(self), int) if self.labels is None else self.labels)
+            chosen = np.sort(by_class[spaced(most, len(self))])
         labels = None if self.labels is None else self.labels[chosen]
         return replace(self, rows=self.rows[chosen], labels=labels, seed=0, random_crop=False, random_flip=False)
 
@@ -231,14 +232,23 @@ def split_by_class(labels: np.ndarray, num_held_out: int) -> tuple[np.ndarray, n
 
     `labels` (rows,) are their classes. Fewer rows are held out if a class would keep none.
     """
-    shuffled = np.random.default_rng(HELD_OUT_SEED).permutation(len(labels))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    by_class = shuffled_by_class(labels)
     first_of_class = np.unique(labels[by_class], return_index=True)[1]
     candidates = np.delete(by_class, first_of_class)
     num_held_out = min(num_held_out, len(candidates))
-    # Evenly spaced along the sorted classes: each class's share is rounded up or down, and the total is exact.
-    held_out = np.sort(candidates[(2 * np.arange(num_held_out) + 1) * len(candidates) // max(1, 2 * num_held_out)])
+    held_out = np.sort(candidates[spaced(num_held_out, len(candidates))])
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
+def shuffled_by_class(labels: np.ndarray) -> np.ndarray:
+    """The rows of the first class in random order, then those of the next, and so on; always the same order."""
+    shuffled = np.random.default_rng(HELD_OUT_SEED).permutation(len(labels))
+    return shuffled[np.argsort(labels[shuffled], kind="stable")]
+
+
+def spaced(count: int, size: int) -> np.ndarray:
+    """Evenly spaced indices: of rows sorted by class, each class's share is rounded up or down, the total is exact."""
+    return (2 * np.arange(count) + 1) * size // max(1, 2 * count)
 
 
 def own_shape(images: Rows) -> tuple[list[int], int]:

@@ -37,6 +37,18 @@ def hub_arguments(folder, **kwargs) -> DataArguments:
 # Digits
 
 
+def test_a_part_has_each_class_in_proportion_and_is_always_the_same():
+    _, held_out = load_labelled_images(DataArguments(), seed=0)
+    part = held_out.plain(100)
+    assert len(part) == 100
+    assert set(part.rows) <= set(held_out.rows)
+    shares = np.bincount(held_out.labels) * 100 / 297
+    assert np.abs(np.bincount(part.labels) - shares).max() < 1
+    assert (part.labels == load_digits().target[part.rows]).all()
+    assert (part.rows == load_labelled_images(DataArguments(), seed=1)[1].plain(100).rows).all()
+    assert len(held_out.plain(1000)) == len(held_out.plain()) == 297
+
+
 def test_digits_are_exact_and_split_the_same_way_for_every_seed():
     train, held_out = load_labelled_images(DataArguments(), seed=0)
     assert (len(train), len(held_out)) == (1500, 297)

@@ -222,6 +222,8 @@ FLAGS = [
     f"{WHOLE} --classifier_num_train_timesteps 500",
     f"{WHOLE} --classifier_rescale_timesteps true",
     f"{WHOLE} --label_dropout 0",
+    f"{WHOLE} --label_dropout 0 --classifier_free true --conditional_scales 2",
+    f"{WHOLE} --no_class_conditional --classifier_free true",
     f"{WHOLE} --upscaler_seed 3",
     f"{WHOLE} --nope_seed 3",
     f"{WHOLE} --judge_pool nope",
