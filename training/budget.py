@@ -71,7 +71,7 @@ def parse_planned(
     if text is None:
         if is_dry:
             raise ValueError("--dry_run shows the plan of a --budget; give one, such as --budget 30m.")
-        return *fill_arguments(stages, given), Budget(None, Path(), {}, tasks, 0.0)
+        return *fill_arguments(stages, given), Budget(None, Path(), {}, None, 0.0)
     if "recipe" in given:
         raise ValueError("--budget makes a recipe of its own; leave out --recipe, or --budget.")
     seconds = parse_duration(text)
@@ -86,12 +86,12 @@ def parse_planned(
     images = load_labelled_images(data_args, seed=first.seed, require_labels=conditional)
     pictures = pictures_of(images)
     saved = from_main(lambda: read_plan(path, seconds, pictures))
+    machine = ThisMachine(images, stages, tasks, state.device, seconds)
     if saved is None:
-        machine = ThisMachine(images, stages, tasks, state.device, seconds)
         given_data = flags_of_stage(DataArguments, "data", given)
         made = from_main(lambda: make_plan(pictures, seconds, flags, machine, given_data, time.time() - since))
         saved = {**dataclasses.asdict(made), "started": [], "spent": 0.0}
-    budget = Budget(saved, path, flags, tasks, since)
+    budget = Budget(saved, path, flags, machine, since)
     if state.is_main_process:
         logger.info(budget.shown(text))
     if is_dry:
@@ -141,9 +141,8 @@ class ThisMachine:
 
     def __init__(self, images: Images, stages: dict[str, type], tasks: Tasks, device: torch.device, budget: float):
         self.images, self.stages, self.tasks, self.device = images, stages, tasks, device
-        self.enough = min(1.0, max(0.1, budget / 1000))
+        self.enough = min(2.0, max(0.1, budget / 1000))
         self.memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        self.measured: dict[str, float] = {}
 
     def task(self, stage: str, flags: Flags, resolution: tuple[int, int]) -> Task:
         """The task of a stage, with a newly initialised model."""
@@ -151,12 +150,9 @@ class ThisMachine:
         return self.tasks[stage](self.stages[stage](**flags), (train, None))
 
     def seconds(self, stage: str, flags: Flags, resolution: tuple[int, int]) -> float:
-        key = repr((stage, flags, resolution))
-        if key not in self.measured:
-            # A CPU without bfloat16 takes ten times as long, which a few images show
-            enough = self.enough / 10 if flags.get("mixed_precision") == "bf16" else self.enough
-            self.measured[key] = seconds_per_step(self.task(stage, flags, resolution), self.device, enough)
-        return self.measured[key]
+        # A CPU without bfloat16 takes ten times as long, which a few images show
+        enough = self.enough / 10 if flags.get("mixed_precision") == "bf16" else self.enough
+        return seconds_per_step(self.task(stage, flags, resolution), self.device, enough)
 
     def bytes(self, stage: str, flags: Flags, resolution: tuple[int, int]) -> int:
         return estimate_memory(self.task(stage, flags, resolution))
@@ -169,19 +165,26 @@ class Budget:
         saved (`dict`, *optional*): The content of `plan.json`; `None` without `--budget`, when nothing is fitted.
         path (`Path`): Its file.
         given (`dict[str, dict]`): The flags that are given for each stage, which are kept.
-        tasks: As for [`parse_planned`].
+        machine ([`ThisMachine`], *optional*): Where the stages train.
         since (`float`): When this process started with it, in seconds since the epoch.
     """
 
-    def __init__(self, saved: dict[str, Any] | None, path: Path, given: dict[str, Flags], tasks: Tasks, since: float):
-        self.path, self.given, self.since = path, given, since
+    def __init__(
+        self,
+        saved: dict[str, Any] | None,
+        path: Path,
+        given: dict[str, Flags],
+        machine: ThisMachine | None,
+        since: float,
+    ):
+        self.path, self.given, self.machine, self.since = path, given, machine, since
         if saved is None:
             self.plan = None
             return
         made = {field.name: saved[field.name] for field in dataclasses.fields(Plan)}
         self.plan = Plan(**{**made, "pictures": Pictures(**saved["pictures"])})
         self.started, self.spent = list(saved["started"]), saved["spent"]
-        if self.started and self.started[-1] in tasks:  # what its checkpoints tell of the process that was stopped
+        if self.started and self.started[-1] != "report":  # what its checkpoints tell of the process that was stopped
             self.spent += max([0.0, *(read_state(folder)["seconds"] for folder in list_checkpoints(self.folder(-1)))])
 
     def folder(self, index: int) -> Path:
@@ -194,7 +197,7 @@ class Budget:
         return self.spent + time.time() - self.since
 
     def start(self, name: str, args: Any) -> None:
-        """Fits a stage that starts now to the time that is left, and the expected time to how long others took."""
+        """Fits a stage that starts now to the time that is left and to the speed of the machine now."""
         if self.plan is None:
             return
         flags = from_main(lambda: self._start(name))
@@ -206,35 +209,38 @@ class Budget:
         assert plan is not None
         if name in self.started:
             return {}
-        left, later = plan.budget - self.elapsed(), list(plan.seconds)[list(plan.seconds).index(name) :]
-        planned = sum(plan.seconds[stage] for stage in later)
-        slower = self.slower()
-        seconds = left * plan.seconds[name] / planned / slower  # of the speed that was planned for
+        self.correct_speeds()
+        stages = list(plan.seconds)
+        planned = sum(plan.seconds[stage] for stage in stages[stages.index(name) :])
+        left = plan.budget - self.elapsed()
+        seconds = left * plan.seconds[name] / planned
         if name == "report":
             fit_report(plan, seconds, self.given)
         else:
+            assert self.machine is not None
+            resolution = tuple(plan.recipe["data"].get("resolution", plan.pictures.resolution))
+            plan.seconds_per_step[name] = self.machine.seconds(name, plan.recipe[name], resolution)
             fit_steps(plan, name, seconds, self.given[name])
         self.started.append(name)
         self.save()
-        expected = plan.seconds[name] * slower
-        is_late = slower * sum(plan.seconds[stage] for stage in later) > left + 0.15 * plan.budget
-        what = "num_images" if name == "report" else "max_train_steps"
+        expected = plan.seconds[name]
+        what, unit = ("num_images", "samples a row") if name == "report" else ("max_train_steps", "steps")
+        is_late = left - seconds + expected > left + 0.15 * plan.budget
         logger.info(
             f"{in_words(max(0.0, left))} of {in_words(plan.budget)} are left: {name} takes about {in_words(expected)}, "
-            f"{plan.recipe[name][what]:,} {'samples a row' if name == 'report' else 'steps'}"
-            f"{'; it will be late' if is_late else ''}."
+            f"{plan.recipe[name][what]:,} {unit}{'; it will be late' if is_late else ''}."
         )
         return plan.recipe[name]
 
-    def slower(self) -> float:
-        """How many times as long as expected the stages took that are finished."""
+    def correct_speeds(self) -> None:
+        """Replaces the speeds of finished stages, which the report depends on, by how long they took."""
         assert self.plan is not None
-        took = expected = 0.0
         for index, name in enumerate(self.started):
             states = [read_state(folder) for folder in list_checkpoints(self.folder(index))]
             if states and states[-1]["step"] == self.plan.recipe[name]["max_train_steps"]:
-                took, expected = took + states[-1]["seconds"], expected + self.plan.training_seconds[name]
-        return took / expected if expected else 1.0
+                slower = states[-1]["seconds"] / self.plan.training_seconds[name]
+                self.plan.seconds_per_step[name] *= slower
+                self.plan.training_seconds[name] *= slower
 
     def save(self) -> None:
         """Writes the plan, with the time spent so far."""

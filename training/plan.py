@@ -23,7 +23,7 @@ WIDTHS = (32, 64, 96, 128, 192, 256)
 ENOUGH_IMAGES = 20_000
 FEWEST_SAMPLES, MOST_SAMPLES = 60, 1000
 FEW_IMAGES, FEW_OF_A_CLASS = 500, 20
-PREVIEWS = VALIDATIONS = 3  # of each stage
+FEWEST_LOOKS, BETWEEN_LOOKS = 3, 1200.0  # at a stage while it trains: at least, and seconds between them
 _VALIDATED, _PREVIEWED, _OF_GRID = 1024, 80, 100  # images
 NUM_INFERENCE_STEPS = 20
 MOST_INSPECTED = 2000
@@ -124,8 +124,9 @@ def make_plan(
     plan = Plan(budget, pictures, {"data": {}})
     has_guidance = "report" in stages
     trained = [name for name in stages if name != "report"]
-    if has_guidance and (why := cannot_classify(pictures)):
-        plan.doubts.append(why)
+    why = cannot_classify(pictures) if has_guidance else ""
+    if why or stages.get("report", {}).get("classifier_free"):
+        plan.doubts += [why] if why else []
         trained.remove("classifier")
     main = "diffusion" if has_guidance else trained[-1]
     shares = {name: SHARES[name] for name in stages if has_guidance and name in (*trained, "report") and name != main}
@@ -267,9 +268,9 @@ def fit_steps(plan: Plan, stage: str, seconds: float, given: Flags) -> None:
     """Sets the steps of a stage to what some seconds allow, unless they are given, and what follows from them."""
     flags, step, num_held_out = plan.recipe[stage], plan.seconds_per_step[stage], plan.pictures.num_held_out
     samples = images_of_step(flags)
-    updates, previews = max(0.0, seconds - SAVING) / step, 0
+    updates, looks, previews = max(0.0, seconds - SAVING) / step, max(FEWEST_LOOKS, int(seconds / BETWEEN_LOOKS)), 0
     # What is done beside updates and after them, in their time: a forward pass is a third of a step
-    beside, after = VALIDATIONS * min(num_held_out, _VALIDATED) / 3 / samples, 0.0
+    beside, after = looks * min(num_held_out, _VALIDATED) / 3 / samples, 0.0
     if stage == "classifier":
         inspected = min(num_held_out, MOST_INSPECTED, int(0.1 * updates * samples / _INSPECTION))
         flags["inspected_images"] = max(1, inspected)
@@ -279,14 +280,14 @@ def fit_steps(plan: Plan, stage: str, seconds: float, given: Flags) -> None:
             flags["num_inference_steps"] = NUM_INFERENCE_STEPS
         num_steps = {"num_inference_steps": 1, **flags, **given}["num_inference_steps"]
         after = _PREVIEWED * num_steps / 3 / samples
-        previews = PREVIEWS if PREVIEWS * after < 0.1 * updates else 0
+        previews = looks if looks * after < 0.1 * updates else 0
         beside += previews * after
     steps = given.get("max_train_steps", min(MOST_COUNT, max(1, int(updates - beside - after))))
     flags |= {
         "max_train_steps": steps,
         "lr_warmup_steps": max(1, min(500, steps // 20)),
         "checkpointing_steps": max(1, min(math.ceil(steps / 4), int(300 / step))),
-        "validation_steps": math.ceil(steps / VALIDATIONS),
+        "validation_steps": math.ceil(steps / looks),
         "preview_steps": math.ceil(steps / previews) if previews else 0,
         **given,
     }
@@ -294,30 +295,43 @@ def fit_steps(plan: Plan, stage: str, seconds: float, given: Flags) -> None:
     plan.seconds[stage] = plan.training_seconds[stage] + after * step + SAVING
 
 
-def report_scales(has_classifier: bool, num_classes: int) -> list[Flags]:
-    """The guidance scales of the report, of which the best is saved: as many as one likes to see, and the fewest."""
-    if has_classifier:
-        return [
-            {"guidance_scales": [0.0, 3.0], "conditional_scales": [0.0, 0.5, 1.0, 3.0]},
-            {"guidance_scales": [], "conditional_scales": [0.0, 1.0]},
-        ]
-    return [{"guidance_scales": [], "conditional_scales": [1.0, 1.5, 2.0, 4.0] if num_classes > 1 else [1.0]}]
+def report_scales(has_classifier: bool, num_classes: int) -> list[tuple[Flags, int]]:
+    """Guidance scales for a report, from those one likes to see to the fewest, with the samples that each must afford.
+
+    The pipeline saves the best of the conditional ones.
+    """
+    if not has_classifier:
+        scales = [1.0, 1.5, 2.0, 4.0] if num_classes > 1 else [1.0]
+        return [({"guidance_scales": [], "conditional_scales": scales}, 0)]
+    return [
+        ({"guidance_scales": [0.0, 3.0], "conditional_scales": [0.0, 0.5, 1.0, 3.0]}, 500),
+        ({"guidance_scales": [3.0], "conditional_scales": [0.0, 1.0, 3.0]}, 250),
+        ({"guidance_scales": [], "conditional_scales": [0.0, 1.0]}, 0),
+    ]
 
 
 def fit_report(plan: Plan, seconds: float, stages: Mapping[str, Flags]) -> None:
     """Sets scales, samples and their steps to what some seconds allow, unless they are given."""
     given, flags = stages["report"], plan.recipe["report"]
     has_classifier = "classifier" in plan.recipe
-    most = {**plan.recipe["diffusion"], **given}["num_inference_steps"]
-    fewest = most if "num_inference_steps" in given else max(5, most // 2)
-    scales = report_scales(has_classifier, len(plan.pictures.images_of_class))
-    for num_steps, chosen in [(most, scales[0]), (most, scales[-1]), (fewest, scales[-1])]:
-        per_image = num_steps * seconds_per_evaluation(plan, {**chosen, **given})
-        number = int(max(0.0, seconds - REPORTING) / per_image) - _OF_GRID
-        if number >= 2 * FEWEST_SAMPLES:
+    num_steps = {**plan.recipe["diffusion"], **given}["num_inference_steps"]
+
+    def affordable(scales: Flags, num_steps: int) -> tuple[int, float]:
+        """The samples at each scale, and the seconds of one sample at all of them."""
+        used = {**scales, **given}
+        each = num_steps * seconds_per_evaluation(plan, used)
+        num_scales = len(used["guidance_scales"]) + len(used["conditional_scales"])
+        return int(max(0.0, seconds - REPORTING) / each - _OF_GRID / num_scales), each
+
+    for scales, fewest in report_scales(has_classifier, len(plan.pictures.images_of_class)):
+        number, each = affordable(scales, num_steps)
+        if number >= fewest:
             break
+    if number < 2 * FEWEST_SAMPLES and "num_inference_steps" not in given:
+        num_steps = max(5, num_steps // 2)
+        number, each = affordable(scales, num_steps)
     flags |= {
-        **chosen,
+        **scales,
         "default_scale": None,
         "classifier_free": not has_classifier,
         "num_inference_steps": num_steps,
@@ -325,7 +339,8 @@ def fit_report(plan: Plan, seconds: float, stages: Mapping[str, Flags]) -> None:
         "sampling_batch_size": min(250, 8 * plan.recipe["diffusion"]["train_batch_size"]),
         **given,
     }
-    plan.seconds["report"] = (flags["num_images"] + _OF_GRID) * per_image + REPORTING
+    num_scales = len(flags["guidance_scales"]) + len(flags["conditional_scales"])
+    plan.seconds["report"] = (flags["num_images"] + _OF_GRID / num_scales) * each + REPORTING
 
 
 def seconds_per_evaluation(plan: Plan, report: Flags) -> float:

@@ -5,6 +5,7 @@ import re
 import time
 
 import torch
+from diffusers.training_utils import EMAModel
 
 from .task import Task, examples
 
@@ -13,7 +14,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def seconds_per_step(task: Task, device: torch.device, enough: float = ENOUGH) -> float:
-    """Seconds of an update of the weights: loading images, forward and backward passes, the optimizer.
+    """Seconds of an update of the weights: loading images, both passes, the optimizer and the moving average.
 
     As many images are taken as need `enough` seconds, up to a batch; the model's weights stay as they are.
     """
@@ -21,6 +22,7 @@ def seconds_per_step(task: Task, device: torch.device, enough: float = ENOUGH) -
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
     parameters = [parameter for group in task.parameter_groups() for parameter in group["params"]]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
+    ema = EMAModel(parameters, decay=args.ema_decay)
     took: dict[int, float] = {}  # by the number of images
     updating = math.inf
 
@@ -42,6 +44,7 @@ def seconds_per_step(task: Task, device: torch.device, enough: float = ENOUGH) -
             computed = now()
             torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
+            ema.step(parameters)
             took[count] = min(took.get(count, math.inf), computed - started)
             updating = min(updating, now() - computed)
         is_enough = took[count] > (enough if len(took) > 1 else 10 * enough)
@@ -51,8 +54,7 @@ def seconds_per_step(task: Task, device: torch.device, enough: float = ENOUGH) -
     model.zero_grad(set_to_none=True)
     (fewer, before), (count, seconds) = ([(0, 0.0), *took.items()])[-2:]
     per_image = max(0.0, seconds - before) / (count - fewer)
-    passes = args.gradient_accumulation_steps * (seconds + per_image * (args.train_batch_size - count))
-    return passes + 2 * updating  # the moving average takes about as long as the optimizer
+    return args.gradient_accumulation_steps * (seconds + per_image * (args.train_batch_size - count)) + updating
 
 
 def parse_duration(text: str) -> float:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
@@ -35,7 +36,7 @@ from hf_guided.evaluation import trade_off_curve
 from hf_guided.evaluation.evaluate import FEWEST_IMAGES, measure
 from hf_guided.evaluation.features.extractors import ModelFeatures
 from hf_guided.evaluation.features.feature_sets import FeatureSet, collect_features
-from hf_guided.evaluation.features.image_sets import ImageSet, LoadedImages, SampledImages
+from hf_guided.evaluation.features.image_sets import ArrayImages, ImageSet, LoadedImages, SampledImages
 from hf_guided.evaluation.memorisation import memorisation
 from hf_guided.evaluation.metrics.table import METRICS
 from hf_guided.evaluation.sweep import guidance_at
@@ -224,9 +225,8 @@ def expected_seconds(stages: dict[str, Any], images: Images, device: torch.devic
     scales = args.guidance_scales + (args.conditional_scales if stages["diffusion"].class_conditional else [])
     # A third of a training step is its forward pass, and two thirds are the gradient of the images
     of_a_step = sum(per_image["diffusion"] / 3 + (scale > 0) * per_image["classifier"] * 2 / 3 for scale in scales)
-    in_a_row = args.num_images + 100  # those of the grid
     num_steps = args.count_steps(stages["diffusion"].num_train_timesteps)
-    return {**seconds, "report": of_a_step * in_a_row * num_steps}
+    return {**seconds, "report": of_a_step * args.num_images * num_steps}
 
 
 def save_scale(pipeline: ClassifierGuidedPipeline, args: ReportArguments, scale: float) -> None:
@@ -262,28 +262,39 @@ def make_report(
         settings += [(scale, True) for scale in args.conditional_scales]
     labels = torch.arange(args.num_images) % len(pipeline.id2label)
     for scale, condition_unet in tqdm(settings, desc="sampling"):
-        guidance = guidance_at(pipeline, scale)
-        generated = features(SampledImages(pipeline, labels, args.seed, condition_unet=condition_unet, **guidance))
+        samples = sample(pipeline, labels, args, scale, condition_unet)
+        generated = features(samples)
         metrics = measure(generated, train, labels.numpy())
         if held_out is not None:
             metrics["copied_share/judge"] = memorisation(generated, train, held_out).copied_share
         setting = {"guidance_scale": scale, "condition_unet": condition_unet}
         rows.append({"samples": "generated", **setting, **metrics})
         path = output_dir / f"grid-scale-{scale:g}-{'conditional' if condition_unet else 'unconditional'}.png"
-        draw_grid(pipeline, scale, path, args.sampling_batch_size, condition_unet)
+        draw_grid(samples, pipeline, scale, path, condition_unet)
     return rows
 
 
+def sample(
+    pipeline: ClassifierGuidedPipeline, labels: torch.Tensor, args: ReportArguments, scale: float, condition_unet: bool
+) -> ArrayImages:
+    """Samples of classes `(n,)` at a guidance scale."""
+    samples = SampledImages(pipeline, labels, args.seed, condition_unet=condition_unet, **guidance_at(pipeline, scale))
+    batches = samples.split(args.sampling_batch_size)
+    made = tqdm(samples.batches(batches), f"samples at scale {scale:g}", len(batches), unit="batch", leave=False)
+    return ArrayImages(torch.cat(list(made)).permute(0, 2, 3, 1).numpy(), labels.numpy())
+
+
 def draw_grid(
-    pipeline: ClassifierGuidedPipeline, scale: float, path: Path, batch_size: int, condition_unet: bool = True
+    samples: ArrayImages, pipeline: ClassifierGuidedPipeline, scale: float, path: Path, condition_unet: bool
 ) -> None:
-    """Writes a grid: ten samples of each of the first ten classes, one class per row."""
-    names = list(pipeline.id2label.values())[:10]
-    labels = torch.arange(len(names)).repeat_interleave(10)
-    samples = SampledImages(pipeline, labels, condition_unet=condition_unet, **guidance_at(pipeline, scale))
+    """Writes a grid of samples that are balanced over the classes: up to ten of the first ten, one class per row."""
+    first = [np.flatnonzero(samples.labels == label)[:10] for label in range(min(10, len(pipeline.id2label)))]
+    of_class = {label: indices for label, indices in enumerate(first) if len(indices)}
+    columns, names = min(map(len, of_class.values())), [pipeline.id2label[label] for label in of_class]
+    pictures = [samples.picture(index) for indices in of_class.values() for index in indices[:columns]]
     conditional = condition_unet and pipeline.unet.config.num_class_embeds is not None
     title = f"guidance scale {scale:g}, {'class-conditional' if conditional else 'unconditional'} UNet"
-    save_png(labelled_grid(samples.pictures(batch_size), names, title=title), path)
+    save_png(labelled_grid(pictures, names, title=title), path)
 
 
 def save_pipeline(
@@ -296,8 +307,11 @@ def save_pipeline(
 ) -> None:
     """Saves the pipeline with its grid, its trade-off curve, the classifier's inspection and a card."""
     args, diffusion = stages["report"], stages["diffusion"]
+    scale = args.default_scale
     pipeline.save_pretrained(folder)
-    draw_grid(pipeline, args.default_scale, Path(folder) / "grid.png", args.sampling_batch_size)
+    shown = min(10, len(pipeline.id2label))
+    samples = sample(pipeline, torch.arange(10 * shown) % shown, args, scale, condition_unet=True)
+    draw_grid(samples, pipeline, scale, Path(folder) / "grid.png", condition_unet=True)
     generated = [row for row in report if row["guidance_scale"] is not None]
     trade_off_curve(generated, "judge", Path(folder) / "trade_off.png")
     inspection, inspected = None, Path(args.output_dir) / "classifier" / "model"
