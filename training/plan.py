@@ -304,8 +304,8 @@ def report_scales(has_classifier: bool, num_classes: int) -> list[tuple[Flags, i
         scales = [1.0, 1.5, 2.0, 4.0] if num_classes > 1 else [1.0]
         return [({"guidance_scales": [], "conditional_scales": scales}, 0)]
     return [
-        ({"guidance_scales": [0.0, 3.0], "conditional_scales": [0.0, 0.5, 1.0, 3.0]}, 500),
-        ({"guidance_scales": [3.0], "conditional_scales": [0.0, 1.0, 3.0]}, 250),
+        ({"guidance_scales": [0.0, 3.0], "conditional_scales": [0.0, 0.5, 1.0, 3.0]}, 300),
+        ({"guidance_scales": [3.0], "conditional_scales": [0.0, 1.0, 3.0]}, 120),
         ({"guidance_scales": [], "conditional_scales": [0.0, 1.0]}, 0),
     ]
 

@@ -7,7 +7,7 @@
     accelerate launch -m hf_guided.training.train                                    # from an installed wheel
 
 A flag such as `--max_train_steps` holds for every stage, `--classifier_max_train_steps` for one. `--output_dir` then
-has `pipeline/` (for `ClassifierGuidedPipeline.from_pretrained`), grids, curves and `report.json`. After a
+has `pipeline/` (for `ClassifierGuidedPipeline.from_pretrained`), `scales.png`, grids, curves and `report.json`. After a
 stop or a kill, rerun the same command to resume. Exit statuses: see `hf_guided/processes.py`.
 """
 
@@ -27,6 +27,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
 
@@ -61,6 +62,7 @@ from hf_guided.training.train_diffusion import DiffusionArguments, DiffusionTask
 logger = logging.getLogger(__name__)
 
 MAX_REAL_IMAGES = 10_000  # to measure samples against
+SHOWN = 12  # samples of each setting, side by side
 
 
 @dataclass
@@ -158,7 +160,7 @@ def check_outputs(output_dir: Path, stages: dict[str, Any]) -> None:
     """Refuses what is in the way of the results, before any image is loaded."""
     report, pipeline = output_dir / "report.json", output_dir / "pipeline"
     check_kind([pipeline], is_folder=True)
-    check_kind([report, *output_dir.glob("grid-scale-*.png")], is_folder=False)
+    check_kind([report, output_dir / "scales.png", *output_dir.glob("grid-scale-*.png")], is_folder=False)
     check_replaceable([report], lambda path: has_json(path, "seed", "rows"))
     check_replaceable(
         [pipeline], lambda path: (output_dir / "diffusion").is_dir(), [stages["diffusion"].pretrained_model]
@@ -257,6 +259,7 @@ def make_report(
         metrics = measure(held_out, train, real.labels)
         rows.append({"samples": "held-out images", "guidance_scale": None, "condition_unet": None, **metrics})
 
+    shown: dict[str, list[Image.Image]] = {}  # the same noises at every setting
     settings = [] if args.classifier_free else [(scale, False) for scale in args.guidance_scales]
     if pipeline.unet.config.num_class_embeds is not None:
         settings += [(scale, True) for scale in args.conditional_scales]
@@ -271,6 +274,12 @@ def make_report(
         rows.append({"samples": "generated", **setting, **metrics})
         path = output_dir / f"grid-scale-{scale:g}-{'conditional' if condition_unet else 'unconditional'}.png"
         draw_grid(samples, pipeline, scale, path, condition_unet)
+        name = f"scale {scale:g}{'' if condition_unet else ', unconditional'}"
+        shown[name] = [samples.picture(index) for index in range(min(SHOWN, len(samples)))]
+    if shown:
+        pictures = [picture for of_setting in shown.values() for picture in of_setting]
+        title = "The same noises at every guidance scale"
+        save_png(labelled_grid(pictures, list(shown), title=title), output_dir / "scales.png")
     return rows
 
 

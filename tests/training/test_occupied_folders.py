@@ -72,6 +72,7 @@ def test_other_files_in_the_way(path, is_finished, photos, tmp_path, capsys, mon
         "diffusion/preview-000002.png",
         "report.json",
         "grid-scale-1-conditional.png",
+        "scales.png",
         "judge/history.json",
     ],
 )
