@@ -225,7 +225,7 @@ class Budget:
         self.save()
         expected = plan.seconds[name]
         what, unit = ("num_images", "samples a row") if name == "report" else ("max_train_steps", "steps")
-        is_late = left - seconds + expected > left + 0.15 * plan.budget
+        is_late = expected > seconds + 0.15 * plan.budget
         logger.info(
             f"{in_words(max(0.0, left))} of {in_words(plan.budget)} are left: {name} takes about {in_words(expected)}, "
             f"{plan.recipe[name][what]:,} {unit}{'; it will be late' if is_late else ''}."

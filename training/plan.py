@@ -104,7 +104,7 @@ class Plan:
     recipe: dict[str, Flags]
     seconds: dict[str, float] = field(default_factory=dict)  # that each stage is expected to take
     training_seconds: dict[str, float] = field(default_factory=dict)  # of these, in the loop
-    seconds_per_step: dict[str, float] = field(default_factory=dict)  # of each stage, and of each sample of the report
+    seconds_per_step: dict[str, float] = field(default_factory=dict)  # of each stage
     doubts: list[str] = field(default_factory=list)
 
 
@@ -301,7 +301,7 @@ def report_scales(has_classifier: bool, num_classes: int) -> list[tuple[Flags, i
     The pipeline saves the best of the conditional ones.
     """
     if not has_classifier:
-        scales = [1.0, 1.5, 2.0, 4.0] if num_classes > 1 else [1.0]
+        scales = [1.0, 1.5, 2.0, 4.0] if num_classes > 1 else [0.0]
         return [({"guidance_scales": [], "conditional_scales": scales}, 0)]
     return [
         ({"guidance_scales": [0.0, 3.0], "conditional_scales": [0.0, 0.5, 1.0, 3.0]}, 300),

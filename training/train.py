@@ -187,10 +187,10 @@ def check_stages(stages: dict[str, Any]) -> None:
             "With --classifier_free nothing guides a UNet of --no_class_conditional; leave out one of them."
         )
     has_null_label = diffusion.class_conditional and diffusion.label_dropout > 0
-    if report.classifier_free and not has_null_label and not set(report.conditional_scales) <= {0.0, 1.0}:
+    if report.classifier_free and not has_null_label and any(report.conditional_scales):
         raise ValueError(
             "With --label_dropout 0 the UNet has no null label, which classifier-free guidance needs; give "
-            "--label_dropout 0.1, or --conditional_scales 1."
+            "--label_dropout 0.1, or --conditional_scales 0."
         )
     if diffusion.class_conditional and not has_null_label and report.guidance_scales and not report.classifier_free:
         raise ValueError(
