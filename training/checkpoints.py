@@ -231,11 +231,18 @@ def move_aside(path: Path, why: str) -> Path:
 
 
 def load_checkpoint(
-    accelerator: Accelerator, folder: Path, current: dict[str, Any], others: dict[str, Any]
+    accelerator: Accelerator,
+    folder: Path,
+    current: dict[str, Any],
+    defaults: dict[str, Any],
+    others: dict[str, Any],
 ) -> dict[str, Any]:
-    """Restores a training from a checkpoint, see [`resume`]; returns its record and the `history` of logged values."""
+    """Restores a training from a checkpoint, see [`resume`]; returns its record and the `history` of logged values.
+
+    Flags that an older version had not have their `defaults`.
+    """
     state = read_state(folder)
-    saved = without_credentials(state["fingerprint"])
+    saved = {**defaults, **without_credentials(state["fingerprint"])}
     if saved.get("classes") is not None:
         saved["classes"] = [composed(name) for name in saved["classes"]]
     changes = [
@@ -277,7 +284,8 @@ def resume(
     checkpoint = from_main(lambda: find_checkpoint(output_dir, args.resume_from_checkpoint))
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "run": None, "history": []}
     if checkpoint:
-        state = load_checkpoint(accelerator, checkpoint, current, others)
+        defaults = {field.name: field.default for field in dataclasses.fields(args) if field.name in current}
+        state = load_checkpoint(accelerator, checkpoint, current, defaults, others)
     step = state["step"]
     if step > args.max_train_steps:
         raise ValueError(
