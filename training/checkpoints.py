@@ -234,15 +234,15 @@ def load_checkpoint(
     accelerator: Accelerator,
     folder: Path,
     current: dict[str, Any],
-    defaults: dict[str, Any],
     others: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Restores a training from a checkpoint, see [`resume`]; returns its record and the `history` of logged values.
 
-    Flags that an older version had not have their `defaults`.
+    Flags that an older version did not have have their `defaults`.
     """
     state = read_state(folder)
-    saved = {**defaults, **without_credentials(state["fingerprint"])}
+    saved = {**(defaults or {}), **without_credentials(state["fingerprint"])}
     if saved.get("classes") is not None:
         saved["classes"] = [composed(name) for name in saved["classes"]]
     changes = [
@@ -285,7 +285,7 @@ def resume(
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "run": None, "history": []}
     if checkpoint:
         defaults = {field.name: field.default for field in dataclasses.fields(args) if field.name in current}
-        state = load_checkpoint(accelerator, checkpoint, current, defaults, others)
+        state = load_checkpoint(accelerator, checkpoint, current, others, defaults)
     step = state["step"]
     if step > args.max_train_steps:
         raise ValueError(

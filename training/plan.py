@@ -295,14 +295,13 @@ def fit_steps(plan: Plan, stage: str, seconds: float, given: Flags) -> None:
     plan.seconds[stage] = plan.training_seconds[stage] + after * step + SAVING
 
 
-def report_scales(has_classifier: bool, num_classes: int) -> list[tuple[Flags, int]]:
+def report_scales(has_classifier: bool) -> list[tuple[Flags, int]]:
     """Guidance scales for a report, from those one likes to see to the fewest, with the samples that each must afford.
 
     The pipeline saves the best of the conditional ones.
     """
     if not has_classifier:
-        scales = [1.0, 1.5, 2.0, 4.0] if num_classes > 1 else [0.0]
-        return [({"guidance_scales": [], "conditional_scales": scales}, 0)]
+        return [({"guidance_scales": [], "conditional_scales": [1.0, 1.5, 2.0, 4.0]}, 0)]
     return [
         ({"guidance_scales": [0.0, 3.0], "conditional_scales": [0.0, 0.5, 1.0, 3.0]}, 300),
         ({"guidance_scales": [3.0], "conditional_scales": [0.0, 1.0, 3.0]}, 120),
@@ -323,7 +322,7 @@ def fit_report(plan: Plan, seconds: float, stages: Mapping[str, Flags]) -> None:
         num_scales = len(used["guidance_scales"]) + len(used["conditional_scales"])
         return int(max(0.0, seconds - REPORTING) / each - _OF_GRID / num_scales), each
 
-    for scales, fewest in report_scales(has_classifier, len(plan.pictures.images_of_class)):
+    for scales, fewest in report_scales(has_classifier):
         number, each = affordable(scales, num_steps)
         if number >= fewest:
             break
@@ -359,8 +358,6 @@ def seconds_per_evaluation(plan: Plan, report: Flags) -> float:
 def cannot_classify(pictures: Pictures) -> str:
     """Why no noisy classifier is trained, in a sentence; empty if one is."""
     counts = sorted(pictures.images_of_class)
-    if len(counts) < 2:
-        return "There is one class, so no classifier is trained and nothing guides."
     if (usual := counts[len(counts) // 2]) < FEW_OF_A_CLASS:
         return (
             f"With {usual} images of most classes a classifier cannot learn to guide: none is trained, and "

@@ -203,7 +203,7 @@ def load_labelled_images(
     if require_labels and len(names) < 2:
         raise ValueError(
             f"'{args.source}' has the single class '{names[0]}', but guidance needs two or more; add images of another "
-            f"class."
+            f"class, or draw without classes: training/train_diffusion.py --no_class_conditional."
         )
 
     def part(images: Any, labels: np.ndarray | None, rows: np.ndarray, **augmentation: Any) -> LabelledImages:

@@ -60,7 +60,7 @@ FOLDERS = {
     "photographs in two days": (64, 64, 3, [500] * 8, 400, 48 * HOUR, CPU),
     "sixty": (64, 64, 3, [20, 20, 14], 6, 10 * MINUTE, CPU),
     "twelve": (48, 48, 3, [6, 6], 0, 5 * MINUTE, CPU),
-    "one class": (32, 32, 3, [600], 60, 10 * MINUTE, CPU),
+    "two classes": (32, 32, 3, [600, 300], 60, 10 * MINUTE, CPU),
     "one class of three images": (32, 32, 3, [400, 400, 3], 80, 10 * MINUTE, CPU),
     "hundreds of classes": (64, 64, 3, [60] * 300, 1800, 2 * HOUR, GPU),
     "a thousand classes of few": (32, 32, 3, [10] * 1000, 1000, HOUR, CPU),
@@ -167,14 +167,12 @@ def test_given_flags_win():
 
 
 def test_small_folders_fall_back_and_say_so():
-    twelve, one = planned("twelve"), planned("one class")
+    twelve = planned("twelve")
     assert filled(twelve)["report"].classifier_free
     assert "classifier" not in twelve.recipe
     assert any("classifier-free guidance" in doubt for doubt in twelve.doubts)
     assert any("memorise" in doubt for doubt in twelve.doubts)
     assert any("held out" in doubt for doubt in twelve.doubts)
-    assert filled(one)["report"].classifier_free
-    assert any("one class" in doubt for doubt in one.doubts)
     assert any("1 class has fewer" in doubt for doubt in planned("one class of three images").doubts)
     assert filled(planned("a thousand classes of few"))["report"].classifier_free
     assert not planned("mnist").doubts
@@ -194,6 +192,13 @@ def test_a_single_stage_has_all_the_time(stage):
     assert 0.9 * (HOUR - 60) < plan.seconds[stage] < HOUR
     check_values(arguments[stage], plan.recipe[stage], as_flag)
     assert dataclasses.asdict(arguments[stage](**plan.recipe[stage]))["max_train_steps"] > 100
+
+
+def test_one_class_is_planned_without_labels():
+    pictures = Pictures((32, 32), 3, (600,), 60)
+    plan = make_plan(pictures, HOUR, {"diffusion": {"class_conditional": False}}, GivenMachine(), {})
+    check_values(MAIN_JOB["diffusion"], plan.recipe["diffusion"], as_flag)
+    assert MAIN_JOB["diffusion"](**plan.recipe["diffusion"]).label_dropout == 0
 
 
 @pytest.mark.parametrize(
