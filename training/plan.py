@@ -27,6 +27,7 @@ FEWEST_LOOKS, BETWEEN_LOOKS = 3, 1200.0  # at a stage while it trains: at least,
 _VALIDATED, _PREVIEWED, _OF_GRID = 1024, 80, 100  # images
 NUM_INFERENCE_STEPS = 20
 MOST_INSPECTED = 2000
+LEAST_TO_CROP = 16  # pixels, for random crops to help a classifier
 _INSPECTION = 11 * 4 / 3  # training steps of an image at 11 noise levels, with its gradient, and one of training
 MEMORY_SHARE = 0.6  # of the memory that is free
 SAVING, REPORTING = 1.5, 6.0  # seconds to save a stage, and to draw and to save a report
@@ -175,6 +176,8 @@ def flags_at(stage: str, width: int, batch_size: int, resolution: tuple[int, int
     elif stage != "vae":
         lowest = resolution[0] >> (number - 1)
         flags["attention_resolutions"] = [] if stage == "judge" else [lowest]
+        if stage == "judge":
+            flags["augment"] = min(resolution) >= LEAST_TO_CROP
         if len(pictures.images_of_class) < 2 and stage != "judge":
             flags |= {"label_dropout": 0.0}
     return flags

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before what takes seconds to import
 
     stop_at_once()
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,7 @@ class ClassifierArguments(LoopArguments, ModelArguments):
 
     pool: str = flag("attention", "Pooling head.", choices=("adaptive", "attention", "spatial", "spatial_v2"))
     noisy: bool = flag(True, "Train on noised images, to guide; otherwise on clean ones, to evaluate.")
+    augment: bool = flag(False, "Crop images at random scales and places, as --random_crop does for every stage.")
     inspected_images: PositiveInt = flag(2000, "Most held-out images that a noisy-image classifier is measured on.")
 
 
@@ -63,6 +65,8 @@ class ClassifierTask(Task):
     folder = "model"
 
     def __init__(self, args: ClassifierArguments, images: Images, name: str = "classifier"):
+        if args.augment:
+            images = (dataclasses.replace(images[0], random_crop=True), images[1])
         super().__init__(args, images)
         kind = "noisy" if args.noisy else "clean"
         self.name, self.title, self.summary = name, f"Classifier of {kind}", f"A classifier of {kind} images"
