@@ -37,6 +37,7 @@ def diffusion_loss(
     noise: torch.Tensor,
     timesteps: torch.Tensor,
     loss_type: str = "simple",
+    snr_gamma: float | None = None,
 ) -> DiffusionLoss:
     """The loss of each image at its timestep of the training schedule. Never clips.
 
@@ -49,10 +50,11 @@ def diffusion_loss(
         timesteps (`torch.Tensor` of shape `(batch,)`): Training timesteps.
         loss_type (`str`, defaults to `"simple"`): `"simple"`: mse (DDPM, eq. 14). `"hybrid"`: mse + vb, where vb
             trains the variance only (Improved DDPM, eq. 16 and section 3.1). `"vlb"`: T * vb, in bits per dimension.
+        snr_gamma (`float`, *optional*): Weights the mse of each timestep by [`min_snr_weights`]. Default: all alike.
 
     Raises:
-        `ValueError`: For another loss type, channels that do not fit the scheduler's variance type, or a hybrid loss
-            without a learned variance.
+        `ValueError`: For another loss type, channels that do not fit the scheduler's variance type, a hybrid loss
+            without a learned variance, or `snr_gamma` with `"vlb"`, which has weights of its own.
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={loss_type!r} is not one of {', '.join(map(repr, LOSS_TYPES))}.")
@@ -62,6 +64,8 @@ def diffusion_loss(
             f"loss_type='hybrid' trains a learned variance, and variance_type={diffusion.variance_type!r} has none; "
             f"use loss_type='simple', or a scheduler with variance_type='learned_range'."
         )
+    if snr_gamma is not None and loss_type == "vlb":
+        raise ValueError("snr_gamma weights the mse, and loss_type='vlb' has none; leave one of them out.")
     model_output, clean, noise = upcast(model_output), upcast(clean), upcast(noise)
     sample = diffusion.add_noise(clean, noise, timesteps)
     prediction, variance_output = diffusion.split(model_output, clean.shape[1])
@@ -80,7 +84,22 @@ def diffusion_loss(
     total = len(diffusion.timesteps)
     if loss_type == "hybrid":
         vb = vb * (total / 1000)  # without the factor vb would dominate the mse at other numbers of timesteps
-    return DiffusionLoss(loss={"simple": mse, "hybrid": mse + vb, "vlb": vb * total}[loss_type], mse=mse, vb=vb)
+    weighted = mse
+    if snr_gamma is not None:
+        alphas_cumprod = scheduler.alphas_cumprod.to(mse.device)[timesteps.to(mse.device)]
+        weighted = mse * min_snr_weights(alphas_cumprod, snr_gamma, diffusion.prediction_type)
+    loss = {"simple": weighted, "hybrid": weighted + vb, "vlb": vb * total}[loss_type]
+    return DiffusionLoss(loss, mse, vb)
+
+
+def min_snr_weights(alphas_cumprod: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
+    """Min-SNR-gamma weights of the mse of a prediction (arXiv 2303.09556, section 3.4), of the shape of the first.
+
+    min(SNR, gamma) for the clean image, with SNR = alphas_cumprod / (1 - alphas_cumprod); for `"epsilon"` divided by
+    SNR and for `"v_prediction"` by SNR + 1, since their errors are larger by that.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return snr.clamp(max=gamma) / {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[prediction_type]
 
 
 def variational_bound_term(

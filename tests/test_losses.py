@@ -54,6 +54,37 @@ def test_how_the_losses_relate(batch, total):
     assert (vlb.vb > 0).all()
 
 
+@pytest.mark.parametrize("loss_type", ["simple", "hybrid"])
+def test_min_snr_weights_the_error_of_the_clean_image_whatever_is_predicted(batch, loss_type):
+    """The weighted loss of each prediction type is min(SNR, gamma) times the error of the same clean image."""
+    clean, noise, _ = batch
+    guess = 0.5 * clean + 0.1 * noise
+    variance = torch.zeros_like(clean)
+    weighted = {}
+    for prediction_type in ("sample", "epsilon", "v_prediction"):
+        scheduler = ADMScheduler(prediction_type=prediction_type)
+        alpha = scheduler.alphas_cumprod[TIMESTEPS].view(-1, 1, 1, 1).double()
+        x_t = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        epsilon = (x_t - alpha.sqrt() * guess) / (1 - alpha).sqrt()
+        velocity = alpha.sqrt() * epsilon - (1 - alpha).sqrt() * guess
+        prediction = {"sample": guess, "epsilon": epsilon, "v_prediction": velocity}[prediction_type]
+        output = torch.cat([prediction, variance], dim=1)
+        found = diffusion_loss(scheduler, output, clean, noise, TIMESTEPS, loss_type, snr_gamma=5.0)
+        weighted[prediction_type] = found.loss - (found.vb if loss_type == "hybrid" else 0)
+    alphas_cumprod = ADMScheduler().alphas_cumprod[TIMESTEPS].double()
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    assert snr[0] > 5 > snr[2]
+    expected = snr.clamp(max=5) * (guess - clean).double().square().mean(dim=(1, 2, 3))
+    for found in weighted.values():
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_min_snr_has_nothing_to_weight_in_the_bound(batch):
+    clean, noise, output = batch
+    with pytest.raises(ValueError, match="leave one of them out"):
+        diffusion_loss(ADMScheduler(), output, clean, noise, TIMESTEPS, "vlb", snr_gamma=5.0)
+
+
 def gradients(batch, loss_type):
     """Of the loss, with respect to the prediction's and the variance's half of the output."""
     clean, noise, output = batch

@@ -23,7 +23,7 @@ from torch import nn
 
 from hf_guided import ADMScheduler, ADMUNet2DModel, ClassifierGuidedPipeline
 from hf_guided.data import LabelledImages
-from hf_guided.fields import PositiveInt, Share, flag
+from hf_guided.fields import PositiveFloat, PositiveInt, Share, flag
 from hf_guided.losses import LOSS_TYPES, diffusion_loss
 from hf_guided.schedulers.scheduling_adm import CHOICES, model_timesteps
 from hf_guided.training.arguments import LoopArguments, ModelArguments, SamplingArguments, run_script
@@ -43,6 +43,9 @@ class DiffusionArguments(LoopArguments, SamplingArguments, ModelArguments):
     variance_type: str = flag("learned_range", "Variance of the reverse process.", choices=CHOICES["variance_type"])
     prediction_type: str = flag("epsilon", "What the UNet predicts.", choices=CHOICES["prediction_type"])
     loss_type: str = flag("hybrid", "Objective.", choices=LOSS_TYPES)
+    snr_gamma: PositiveFloat | None = flag(
+        None, "Weight timesteps by Min-SNR (arXiv 2303.09556); 5 is the paper's. Default: all alike."
+    )
     timestep_sampler: str = flag("uniform", "How timesteps are drawn.", choices=("uniform", "loss_second_moment"))
     class_conditional: bool = flag(True, "Train a class-conditional UNet.")
     label_dropout: Share = flag(0.1, "Share of images that get the null label, for classifier-free guidance.")
@@ -64,6 +67,8 @@ class DiffusionArguments(LoopArguments, SamplingArguments, ModelArguments):
                 f"--loss_type hybrid trains a learned variance, and --variance_type {self.variance_type} has none; add "
                 f"--loss_type simple."
             )
+        if self.snr_gamma is not None and self.loss_type == "vlb":
+            raise ValueError("--snr_gamma weights the mse, which --loss_type vlb has not; leave one of them out.")
         if self.num_heads_upsample is not None and self.num_heads is None:
             raise ValueError(f"--num_heads_upsample {self.num_heads_upsample} needs --num_heads, for the encoder.")
 
@@ -93,7 +98,7 @@ class DiffusionTask(Task):
         noise = torch.randn_like(clean)
         sample = self.scheduler.add_noise(clean, noise, timesteps)
         output = model(sample, model_timesteps(self.scheduler, timesteps), **self.conditions(batch)).sample
-        loss = diffusion_loss(self.scheduler, output, clean, noise, timesteps, self.args.loss_type)
+        loss = diffusion_loss(self.scheduler, output, clean, noise, timesteps, self.args.loss_type, self.args.snr_gamma)
         return loss.loss, {"mse": loss.mse.detach(), "vb": loss.vb.detach()}
 
     def conditions(self, batch: Batch) -> dict[str, torch.Tensor]:

@@ -171,6 +171,7 @@ OUT_OF_RANGE = {
     "num_heads": [0, -4],
     "attention_head_dim": [0, -64],
     "num_heads_upsample": [0, -1],
+    "snr_gamma": [0.0, -5.0, NAN],
     "lr_scheduler": ["nonsense"],
     "beta_schedule": ["cubic"],
     "mixed_precision": ["fp8"],

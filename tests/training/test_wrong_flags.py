@@ -182,6 +182,8 @@ FLAGS = [
     *each(DIFFUSION, "--variance_type", "nope", "fixed_small", "''"),
     *each(DIFFUSION, "--prediction_type", "nope", "x0"),
     *each(DIFFUSION, "--loss_type", "nope", "''"),
+    *each(DIFFUSION, "--snr_gamma", "0", *NUMBERS),
+    f"{DIFFUSION} --snr_gamma 5 --loss_type vlb",
     *each(DIFFUSION, "--timestep_sampler", "nope"),
     *each(DIFFUSION, "--class_conditional", "perhaps", "''"),
     f"{DIFFUSION} --variance_type fixed_small --loss_type hybrid",
