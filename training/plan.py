@@ -298,11 +298,16 @@ def fit_steps(plan: Plan, stage: str, seconds: float, given: Flags) -> None:
     plan.seconds[stage] = plan.training_seconds[stage] + after * step + SAVING
 
 
-def report_scales(has_classifier: bool) -> list[tuple[Flags, int]]:
+def report_scales(has_classifier: bool, is_conditional: bool) -> list[tuple[Flags, int]]:
     """Guidance scales for a report, from those one likes to see to the fewest, with the samples that each must afford.
 
     The pipeline saves the best of the conditional ones.
     """
+    if not is_conditional:
+        return [
+            ({"guidance_scales": [0.0, 1.0, 3.0, 10.0], "conditional_scales": []}, 120),
+            ({"guidance_scales": [1.0, 3.0], "conditional_scales": []}, 0),
+        ]
     if not has_classifier:
         return [({"guidance_scales": [], "conditional_scales": [1.0, 1.5, 2.0, 4.0]}, 0)]
     return [
@@ -325,7 +330,7 @@ def fit_report(plan: Plan, seconds: float, stages: Mapping[str, Flags]) -> None:
         num_scales = len(used["guidance_scales"]) + len(used["conditional_scales"])
         return int(max(0.0, seconds - REPORTING) / each - _OF_GRID / num_scales), each
 
-    for scales, fewest in report_scales(has_classifier):
+    for scales, fewest in report_scales(has_classifier, stages["diffusion"].get("class_conditional", True)):
         number, each = affordable(scales, num_steps)
         if number >= fewest:
             break
@@ -346,16 +351,16 @@ def fit_report(plan: Plan, seconds: float, stages: Mapping[str, Flags]) -> None:
 
 
 def seconds_per_evaluation(plan: Plan, report: Flags) -> float:
-    """Seconds of one sampling step of one image at every setting of the report, one after the other."""
+    """Seconds of a sampling step of one image at every setting of the report, and of half a step at the dearest."""
     per_image = {name: step / images_of_step(plan.recipe[name]) for name, step in plan.seconds_per_step.items()}
-    total = 0.0
+    seconds = []
     for scale in report["guidance_scales"] + report["conditional_scales"]:
-        total += per_image["diffusion"] / 3
         if "classifier" in per_image:
-            total += (scale > 0) * per_image["classifier"] * 2 / 3  # the gradient of the images
+            guiding = (scale > 0) * per_image["classifier"] * 2 / 3  # the gradient of the images
         else:
-            total += (scale != 1) * per_image["diffusion"] / 3  # classifier-free guidance compares two predictions
-    return total
+            guiding = (scale != 1) * per_image["diffusion"] / 3  # classifier-free guidance compares two predictions
+        seconds.append(per_image["diffusion"] / 3 + guiding)
+    return sum(seconds) + (report.get("default_scale") is None) * max(seconds, default=0) / 2
 
 
 def cannot_classify(pictures: Pictures) -> str:

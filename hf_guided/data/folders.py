@@ -235,8 +235,8 @@ def _read_classes(part: FolderSplit, paths: list[str], level: int, known_names: 
         hint = f", or give '{os.path.join(root, names[0])}' if its folders are the classes"
         why = (
             f"'{root}' has the single class '{names[0]}', but guidance needs two or more; add a folder of images of "
-            f"another class{hint if all(parent.count(os.sep) > level for parent in folder_of) else ''}, or draw without "
-            f"classes: training/train_diffusion.py --no_class_conditional."
+            f"another class{hint if all(parent.count(os.sep) > level for parent in folder_of) else ''}, or draw "
+            f"without classes: training/train_diffusion.py --no_class_conditional."
         )
     else:
         label_of = {name: label for label, name in enumerate(names)}

@@ -364,7 +364,11 @@ def test_folders_that_cannot_be_used(tmp_path, arguments, noise_image):
         ("empty", ValueError, r"Cannot load split 'train' of '.*empty' \(.*\); a folder needs one sub-folder"),
         ("text", ValueError, r"Cannot load split 'train' of '.*text' \(.*\); a folder needs one sub-folder"),
         ("flat", ValueError, r"Found no class folders in '.*flat'; put the images of each class, two or more"),
-        ("one", ValueError, r"'.*one' has the single class 'cat', .* add a folder of images of another class, or draw without"),
+        (
+            "one",
+            ValueError,
+            r"'.*one' has the single class 'cat', .*of another class, or draw without classes: .*_cond",
+        ),
     ):
         with pytest.raises(error_type, match=message) as error:
             load_labelled_images(arguments(tmp_path / name), seed=0)

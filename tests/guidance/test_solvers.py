@@ -87,8 +87,8 @@ def unguided(make_cosine_pipe):
     return images
 
 
-# The cross takes each solver once, and of the settings those that draw noise or choose their own sigmas. Ours meet every
-# kind; each of diffusers' meets four of them in turn, so that every kind meets solvers of every sort.
+# The cross takes each solver once, and of the settings those that draw noise or choose their own sigmas. Ours meet
+# every kind; each of diffusers' meets four of them in turn, so that every kind meets solvers of every sort.
 CROSSED = [name for name in SETTINGS if "Parallel" not in name and ("=" not in name or is_any(name, ("sde", "lu_")))]
 CROSS = [(kind, solver) for solver in OURS for kind in [*KINDS, ALL]]
 CROSS += [([*KINDS, ALL][(4 * i + j) % (len(KINDS) + 1)], solver) for i, solver in enumerate(CROSSED) for j in range(4)]

@@ -11,7 +11,7 @@ from hf_guided.fields import as_flag, check_values
 from hf_guided.models.unet_adm import ADMUNet2DModel
 from hf_guided.training.plan import ENOUGH_IMAGES, WIDTHS, Pictures, best_flags, images_of_step, levels, make_plan
 from hf_guided.training.train import STAGES as MAIN_JOB
-from hf_guided.training.train import check_stages
+from hf_guided.training.train import best_row, check_stages
 from hf_guided.training.train_baseline import TRAINERS
 from hf_guided.training.train_diffusion import unet_config
 from hf_guided.training.train_upscaler import UpscalerArguments
@@ -192,6 +192,31 @@ def test_a_single_stage_has_all_the_time(stage):
     assert 0.9 * (HOUR - 60) < plan.seconds[stage] < HOUR
     check_values(arguments[stage], plan.recipe[stage], as_flag)
     assert dataclasses.asdict(arguments[stage](**plan.recipe[stage]))["max_train_steps"] > 100
+
+
+def test_an_unconditional_unet_is_reported_with_the_classifier_alone():
+    plan = planned("mnist", diffusion={"class_conditional": False})
+    check_stages(filled(plan))
+    assert plan.recipe["report"]["conditional_scales"] == []
+    assert max(plan.recipe["report"]["guidance_scales"]) >= 1
+    assert 0.85 * plan.budget < sum(plan.seconds.values()) < 1.05 * plan.budget
+
+
+@pytest.mark.parametrize(
+    ("held_out", "accuracies", "best"),
+    [
+        (0.97, [0.90, 0.962, 0.98], 0.5),  # recognised as often as real images, and nearer to them than at scale 1
+        (0.97, [0.965, 0.97, 0.98], 0.0),
+        (0.97, [0.50, 0.60, 0.70], 1.0),  # none is: the most often
+        (None, [0.90, 0.962, 0.98], 1.0),
+    ],
+)
+def test_the_saved_scale_is_the_nearest_to_the_images_among_those_recognised(held_out, accuracies, best):
+    rows = [] if held_out is None else [{"guidance_scale": None, "condition_unet": None, "accuracy/judge": held_out}]
+    rows.append({"guidance_scale": 3.0, "condition_unet": False, "accuracy/judge": 0.99, "fid/judge": 0.01})
+    for scale, accuracy, fid in zip((0.0, 0.5, 1.0), accuracies, (0.15, 0.2, 0.4), strict=True):
+        rows.append({"guidance_scale": scale, "condition_unet": True, "accuracy/judge": accuracy, "fid/judge": fid})
+    assert best_row(rows)["guidance_scale"] == best
 
 
 def test_one_class_is_planned_without_labels():
