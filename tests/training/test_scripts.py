@@ -18,9 +18,10 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
 from hf_guided import ClassifierGuidedPipeline
+from hf_guided.data import DataArguments, load_labelled_images
 from hf_guided.training import train, train_classifier, train_diffusion, train_upscaler
 from hf_guided.training.arguments import parse_arguments, run_script
-from hf_guided.training.train_classifier import ClassifierArguments
+from hf_guided.training.train_classifier import ClassifierArguments, ClassifierTask
 from hf_guided.training.train_diffusion import DiffusionArguments
 
 ROOT = Path(__file__).parents[2]
@@ -206,6 +207,19 @@ def test_a_classifier_learns_its_classes_at_every_noise_level(photos, tmp_path):
         pixels = random.integers(0, 120, (12, 12, 3), dtype=np.uint8)
         pixels[..., label] += 120
         assert classify(Image.fromarray(pixels))[0]["label"] == name
+
+
+def test_crops_for_one_classifier_are_for_it_alone():
+    images = load_labelled_images(DataArguments(dataset_name="digits"), seed=0)
+    plain, cropped = (ClassifierTask(ClassifierArguments(augment=augment), images) for augment in (False, True))
+
+    def differing(task, index):
+        return not torch.equal(task.images[index, 0]["pixel_values"], images[0][index, 0]["pixel_values"])
+
+    assert not any(differing(plain, index) for index in range(20))
+    assert sum(differing(cropped, index) for index in range(20)) > 10
+    assert cropped.held_out is images[1]
+    assert cropped.images.digest == images[0].digest
 
 
 def test_a_folder_with_odd_names(photos, tmp_path, caplog):
