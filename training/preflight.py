@@ -30,6 +30,11 @@ def preflight(task: Task, accelerator: Accelerator, output_dir: Path) -> Iterato
     with ExitStack() as lock:
         if accelerator.is_main_process:
             check_batch(images, args.train_batch_size, accelerator.device)
+            if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and is_without_bfloat16():
+                logger.warning(
+                    "This processor has no instructions for bfloat16, so that a step takes about ten times as long as "
+                    "in float32; leave out --mixed_precision bf16."
+                )
             report = check_once(images)
             memory = estimate_memory(task)
             make_writable(output_dir)
@@ -56,6 +61,11 @@ def preflight(task: Task, accelerator: Accelerator, output_dir: Path) -> Iterato
             )
         accelerator.wait_for_everyone()
         yield
+
+
+def is_without_bfloat16() -> bool:
+    """Whether the CPU is one that computes with bfloat16 far slower than with float32."""
+    return torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2")
 
 
 def check_batch(images: LabelledImages, batch_size: int, device: torch.device) -> None:

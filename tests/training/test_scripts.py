@@ -290,6 +290,16 @@ def test_training_that_waits_for_its_images_says_so_once(photos, tmp_path, caplo
         assert caplog.text.count("% of the time is spent loading images: raise --dataloader_num") == times
 
 
+@pytest.mark.parametrize(("capability", "times"), [("AVX2", 1), ("AVX512", 0)])
+def test_a_processor_without_bfloat16_says_so(photos, tmp_path, caplog, monkeypatch, capability, times):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    argv = [*TINY_RUN, "--train_data_dir", str(photos), "--resolution", "8", "--max_train_steps", "1"]
+    argv += ["--mixed_precision", "bf16", "--output_dir", str(tmp_path / "out"), "--noisy", "false"]
+    data_args, stages = parse_arguments({"classifier": ClassifierArguments}, argv)
+    train_classifier.train_classifier(data_args, stages["classifier"])
+    assert caplog.text.count("leave out --mixed_precision bf16") == times
+
+
 def test_held_out_loss_is_the_same_every_time_and_falls(photos, tmp_path):
     """The moving average is lent for the measurement, and given back."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
