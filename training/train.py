@@ -268,12 +268,13 @@ def make_report(
         return collected
 
     train = features(LoadedImages(images[0].plain(MAX_REAL_IMAGES)))
-    held_out, rows = None, []
+    held_out, possible, rows = None, None, []
     if images[1] is not None and len(images[1]) >= FEWEST_IMAGES:
         # As many as samples, since the distance of fewer images is larger
         real = LoadedImages(images[1].plain(min(args.num_images, MAX_REAL_IMAGES)))
         held_out = features(real)
         metrics = measure(held_out, train, real.labels)
+        possible = metrics["fid/judge"]
         rows.append({"samples": "held-out images", "guidance_scale": None, "condition_unet": None, **metrics})
 
     shown: dict[str, list[Image.Image]] = {}  # the same noises at every setting
@@ -288,6 +289,8 @@ def make_report(
         metrics = measure(generated, train, labels.numpy())
         if held_out is not None:
             metrics["copied_share/judge"] = memorisation(generated, train, held_out).copied_share
+        if possible:
+            metrics["fd_ratio/judge"] = metrics["fid/judge"] / possible
         return samples, {"samples": "generated", **setting, **metrics}
 
     for scale, condition_unet in tqdm(settings, desc="sampling"):

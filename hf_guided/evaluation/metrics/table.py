@@ -80,6 +80,13 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("fid", "FID", significant, _frechet("statistics")),
+        Metric(
+            "fd_ratio",
+            "FID / held-out",
+            "{:.2f}".format,
+            note="FID / held-out is FID over that of as many held-out images: 1 is as near as new images are. It may be "
+            "compared across features and seeds, which FID may not.",
+        ),
         Metric("sfid", "sFID", significant, _frechet("spatial_statistics"), _SPATIAL),
         Metric("kid", "KID", significant, lambda x: kernel_distance(x.generated.kept, x.reference.kept), _KEPT),
         *map(_manifold, ManifoldMetrics._fields),
