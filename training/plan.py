@@ -312,8 +312,8 @@ def report_scales(has_classifier: bool, is_conditional: bool) -> list[tuple[Flag
         return [({"guidance_scales": [], "conditional_scales": [1.0, 1.5, 2.0, 4.0]}, 0)]
     return [
         ({"guidance_scales": [0.0, 3.0], "conditional_scales": [0.0, 0.5, 1.0, 3.0]}, 300),
-        ({"guidance_scales": [3.0], "conditional_scales": [0.0, 1.0, 3.0]}, 120),
-        ({"guidance_scales": [], "conditional_scales": [0.0, 1.0]}, 0),
+        ({"guidance_scales": [], "conditional_scales": [0.0, 0.5, 1.0, 3.0]}, 200),
+        ({"guidance_scales": [], "conditional_scales": [0.0, 0.5, 1.0]}, 0),
     ]
 
 
