@@ -99,7 +99,8 @@ def min_snr_weights(alphas_cumprod: torch.Tensor, gamma: float, prediction_type:
     SNR and for `"v_prediction"` by SNR + 1, since their errors are larger by that.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return snr.clamp(max=gamma) / {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[prediction_type]
+    larger = {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}[prediction_type]
+    return snr.clamp(max=gamma) / larger
 
 
 def variational_bound_term(

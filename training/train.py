@@ -133,14 +133,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipeline = ClassifierGuidedPipeline.from_pretrained(diffusion_folder)
     if classifier_folder is not None:
         pipeline.register_modules(classifier=AutoModelForImageClassification.from_pretrained(classifier_folder))
-    save_scale(pipeline.to(device), args, 1.0 if args.default_scale is None else args.default_scale)
+    save_scale(pipeline.to(device), args)
     pipeline.set_progress_bar_config(disable=True)
     save_folder(pipeline.save_pretrained, output_dir / "pipeline")
 
     # 4. Sample, evaluate, publish
     logger.info("\n== report ==")
     report = make_report(pipeline, judge, images, args, output_dir)
-    save_scale(pipeline, args, args.default_scale)
+    save_scale(pipeline, args)
     write_json({"seed": args.seed, "rows": report}, output_dir / "report.json")
     finish(lambda folder: save_pipeline(pipeline, report, data_args, stages, images, folder), output_dir / "pipeline")
     logger.info(
@@ -232,8 +232,12 @@ def expected_seconds(stages: dict[str, Any], images: Images, device: torch.devic
     return {**seconds, "report": of_a_step * args.num_images * num_steps}
 
 
-def save_scale(pipeline: ClassifierGuidedPipeline, args: ReportArguments, scale: float) -> None:
-    """Makes a guidance scale, of the classifier or of classifier-free guidance, the default of the pipeline."""
+def save_scale(pipeline: ClassifierGuidedPipeline, args: ReportArguments) -> None:
+    """Makes the guidance scale, of the classifier or of classifier-free guidance, and the steps the pipeline's default.
+
+    The scale is 1 until the report has chosen one.
+    """
+    scale = 1.0 if args.default_scale is None else args.default_scale
     if args.classifier_free and pipeline.unet.config.null_class_label:
         pipeline.set_sampling_defaults(**args.steps(), guidance=[ClassifierFreeGuidance(scale).to_dict()])
     else:

@@ -84,8 +84,8 @@ METRICS: dict[str, Metric] = {
             "fd_ratio",
             "FID / held-out",
             "{:.2f}".format,
-            note="FID / held-out is FID over that of as many held-out images: 1 is as near as new images are. It may be "
-            "compared across features and seeds, which FID may not.",
+            note="FID / held-out is FID over that of as many held-out images: 1 is as near as new images are. It may "
+            "be compared across features and seeds, which FID may not.",
         ),
         Metric("sfid", "sFID", significant, _frechet("spatial_statistics"), _SPATIAL),
         Metric("kid", "KID", significant, lambda x: kernel_distance(x.generated.kept, x.reference.kept), _KEPT),
