@@ -25,7 +25,7 @@ FEWEST_SAMPLES, MOST_SAMPLES = 60, 1000
 FEW_IMAGES, FEW_OF_A_CLASS = 500, 20
 FEWEST_LOOKS, BETWEEN_LOOKS = 3, 1200.0  # at a stage while it trains: at least, and seconds between them
 _VALIDATED, _PREVIEWED, _OF_GRID = 1024, 80, 100  # images
-NUM_INFERENCE_STEPS = 20
+NUM_INFERENCE_STEPS = (20, 10, 5)  # the first whose grid of samples takes little of the time
 MOST_INSPECTED = 2000
 LEAST_TO_CROP = 16  # pixels, for random crops to help a classifier
 _INSPECTION = 11 * 4 / 3  # training steps of an image at 11 noise levels, with its gradient, and one of training
@@ -280,7 +280,8 @@ def fit_steps(plan: Plan, stage: str, seconds: float, given: Flags) -> None:
         after = inspected * _INSPECTION / samples
     elif stage != "judge":
         if stage in ("diffusion", "upscaler"):
-            flags["num_inference_steps"] = NUM_INFERENCE_STEPS
+            affords = (number for number in NUM_INFERENCE_STEPS if _PREVIEWED * number / 3 / samples <= 0.2 * updates)
+            flags["num_inference_steps"] = next(affords, NUM_INFERENCE_STEPS[-1])
         num_steps = {"num_inference_steps": 1, **flags, **given}["num_inference_steps"]
         after = _PREVIEWED * num_steps / 3 / samples
         previews = looks if looks * after < 0.1 * updates else 0

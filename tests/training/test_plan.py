@@ -219,6 +219,17 @@ def test_the_saved_scale_is_the_nearest_to_the_images_among_those_recognised(hel
     assert best_row(rows)["guidance_scale"] == best
 
 
+def test_little_time_goes_into_training_not_into_samples():
+    pictures, machine = Pictures((64, 64), 3, (45,) * 3, 14), GivenMachine(0.1)
+    steps = {}
+    for budget in (90, HOUR):
+        flags = make_plan(pictures, budget, MAIN, machine, {}).recipe["diffusion"]
+        steps[budget] = flags["num_inference_steps"]
+        drawn = 80 * flags["num_inference_steps"] / 3
+        assert flags["max_train_steps"] * images_of_step(flags) > 2 * drawn
+    assert steps[90] < steps[HOUR] == 20
+
+
 def test_one_class_is_planned_without_labels():
     pictures = Pictures((32, 32), 3, (600,), 60)
     plan = make_plan(pictures, HOUR, {"diffusion": {"class_conditional": False}}, GivenMachine(), {})
