@@ -86,19 +86,18 @@ def diffusion_loss(
         vb = vb * (total / 1000)  # without the factor vb would dominate the mse at other numbers of timesteps
     weighted = mse
     if snr_gamma is not None:
-        alphas_cumprod = scheduler.alphas_cumprod.to(mse.device)[timesteps.to(mse.device)]
-        weighted = mse * min_snr_weights(alphas_cumprod, snr_gamma, diffusion.prediction_type)
+        (half_log_snr,) = diffusion.at(timesteps, mse, "half_log_snr")
+        weighted = mse * min_snr_weights((2 * half_log_snr).exp(), snr_gamma, diffusion.prediction_type)
     loss = {"simple": weighted, "hybrid": weighted + vb, "vlb": vb * total}[loss_type]
     return DiffusionLoss(loss, mse, vb)
 
 
-def min_snr_weights(alphas_cumprod: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
-    """Min-SNR-gamma weights of the mse of a prediction (arXiv 2303.09556, section 3.4), of the shape of the first.
+def min_snr_weights(snr: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
+    """Min-SNR-gamma weights of the mse of a prediction (arXiv 2303.09556, section 3.4), of the shape of `snr`.
 
     min(SNR, gamma) for the clean image, with SNR = alphas_cumprod / (1 - alphas_cumprod); for `"epsilon"` divided by
     SNR and for `"v_prediction"` by SNR + 1, since their errors are larger by that.
     """
-    snr = alphas_cumprod / (1 - alphas_cumprod)
     larger = {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}[prediction_type]
     return snr.clamp(max=gamma) / larger
 
