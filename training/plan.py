@@ -174,12 +174,11 @@ def flags_at(stage: str, width: int, batch_size: int, resolution: tuple[int, int
     if stage == "gan":
         flags["discriminator_channels"] = width
     elif stage != "vae":
-        lowest = resolution[0] >> (number - 1)
-        flags["attention_resolutions"] = [] if stage == "judge" else [lowest]
         if stage == "judge":
-            flags["augment"] = min(resolution) >= LEAST_TO_CROP
-        if len(pictures.images_of_class) < 2 and stage != "judge":
-            flags |= {"label_dropout": 0.0}
+            return {**flags, "attention_resolutions": [], "augment": min(resolution) >= LEAST_TO_CROP}
+        flags["attention_resolutions"] = [resolution[0] >> (number - 1)]
+        if len(pictures.images_of_class) < 2:
+            flags["label_dropout"] = 0.0
     return flags
 
 
@@ -324,20 +323,20 @@ def fit_report(plan: Plan, seconds: float, stages: Mapping[str, Flags]) -> None:
     has_classifier = "classifier" in plan.recipe
     num_steps = {**plan.recipe["diffusion"], **given}["num_inference_steps"]
 
-    def affordable(scales: Flags, num_steps: int) -> tuple[int, float]:
-        """The samples at each scale, and the seconds of one sample at all of them."""
+    def affordable(scales: Flags, num_steps: int) -> tuple[int, float, float]:
+        """The samples at each scale, seconds of one at all of them, and as many as the last grid takes."""
         used = {**scales, **given}
         each = num_steps * seconds_per_evaluation(plan, used)
-        num_scales = len(used["guidance_scales"]) + len(used["conditional_scales"])
-        return int(max(0.0, seconds - REPORTING) / each - _OF_GRID / num_scales), each
+        of_grid = _OF_GRID / (len(used["guidance_scales"]) + len(used["conditional_scales"]))
+        return int(max(0.0, seconds - REPORTING) / each - of_grid), each, of_grid
 
     for scales, fewest in report_scales(has_classifier, stages["diffusion"].get("class_conditional", True)):
-        number, each = affordable(scales, num_steps)
+        number, each, of_grid = affordable(scales, num_steps)
         if number >= fewest:
             break
     if number < 2 * FEWEST_SAMPLES and "num_inference_steps" not in given:
         num_steps = max(5, num_steps // 2)
-        number, each = affordable(scales, num_steps)
+        number, each, of_grid = affordable(scales, num_steps)
     flags |= {
         **scales,
         "default_scale": None,
@@ -347,8 +346,7 @@ def fit_report(plan: Plan, seconds: float, stages: Mapping[str, Flags]) -> None:
         "sampling_batch_size": min(250, 8 * plan.recipe["diffusion"]["train_batch_size"]),
         **given,
     }
-    num_scales = len(flags["guidance_scales"]) + len(flags["conditional_scales"])
-    plan.seconds["report"] = (flags["num_images"] + _OF_GRID / num_scales) * each + REPORTING
+    plan.seconds["report"] = (flags["num_images"] + of_grid) * each + REPORTING
 
 
 def seconds_per_evaluation(plan: Plan, report: Flags) -> float:

@@ -314,11 +314,10 @@ def make_report(
         if args.respacing is None and half:
             setting = {name: best[name] for name in ("guidance_scale", "condition_unet")}
             _, row = measured(setting, num_inference_steps=half)
-            both = [
-                f"{number} steps: {summed_up(found)}"
-                for number, found in ((half, row), (args.num_inference_steps, best))
-            ]
-            logger.info(f"At scale {args.default_scale:g}, {'; '.join(both)}.")
+            logger.info(
+                f"At scale {args.default_scale:g}, {half} steps: {summed_up(row)}; "
+                f"{args.num_inference_steps} steps: {summed_up(best)}."
+            )
             if row["fid/judge"] <= 1.05 * best["fid/judge"] and row["accuracy/judge"] >= best["accuracy/judge"] - 0.01:
                 args.num_inference_steps = half
     return rows

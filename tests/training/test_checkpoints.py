@@ -43,8 +43,8 @@ class Training:
             history = [{"step": step, "seconds": 1.0, "loss": 0.5}]
             save_checkpoint(self.accelerator, folder, state, self.others, history, limit)
 
-    def load(self, folder):
-        return load_checkpoint(self.accelerator, folder, FINGERPRINT, self.others)
+    def load(self, folder, fingerprint=FINGERPRINT, defaults=None):
+        return load_checkpoint(self.accelerator, folder, fingerprint, self.others, defaults)
 
 
 @pytest.fixture
@@ -243,3 +243,13 @@ def test_one_too_many_goes_at_the_start(training, tmp_path):
     training.save(tmp_path, 1, 2, 3)
     start_run(tmp_path, None, 2)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_flag_that_an_older_version_did_not_have_has_its_default(training, tmp_path):
+    training.save(tmp_path, 3)
+    (folder,), defaults = list_checkpoints(tmp_path), {"seed": 7, "augment": False}
+    assert training.load(folder, {"seed": 0, "augment": False}, defaults)["step"] == 3
+    with pytest.raises(ValueError, match="augment was False and is now True"):
+        training.load(folder, {"seed": 0, "augment": True}, defaults)
+    with pytest.raises(ValueError, match="seed was 0 and is now 7"):
+        training.load(folder, {"seed": 7, "augment": False}, defaults)
