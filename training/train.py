@@ -278,7 +278,7 @@ def make_report(
         real = LoadedImages(images[1].plain(min(args.num_images, MAX_REAL_IMAGES)))
         held_out = features(real)
         metrics = measure(held_out, train, real.labels)
-        possible = metrics["fid/judge"]
+        possible = metrics["fid/judge"] if len(real) == args.num_images else None
         rows.append({"samples": "held-out images", "guidance_scale": None, "condition_unet": None, **metrics})
 
     shown: dict[str, list[Image.Image]] = {}  # the same noises at every setting

@@ -10,6 +10,7 @@ from launching import environment, run, script
 from PIL import Image
 
 from hf_guided import ClassifierGuidedPipeline
+from hf_guided.training.train import best_row
 
 COMMAND = ["--report_to", "none", "--output_dir", "out"]
 
@@ -48,9 +49,12 @@ def test_a_minute_of_digits_ends_in_time_though_it_was_killed(tmp_path):
     scales = [row["guidance_scale"] for row in report if row["condition_unet"]]
     pipeline = ClassifierGuidedPipeline.from_pretrained(tmp_path / "out" / "pipeline")
     saved = pipeline.config.sampling_defaults["guidance_scale"]
-    best = min((row for row in report if row["condition_unet"]), key=lambda row: row["fid/judge"])
-    assert saved == best["guidance_scale"]
+    assert saved == best_row(report)["guidance_scale"]
     assert saved in scales
+    num_images = plan["recipe"]["report"]["num_images"]
+    for row in report[1:]:  # over the FID of as many held-out images, if there are so many
+        expected = row["fid/judge"] / report[0]["fid/judge"] if num_images <= plan["pictures"]["num_held_out"] else None
+        assert row.get("fd_ratio/judge") == expected
 
 
 def test_a_few_pictures_are_guided_without_a_classifier(photos, tmp_path):
